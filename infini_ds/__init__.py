@@ -1,0 +1,24 @@
+"""Pretraining of Infini-Transformers (arXiv 2404.07143) on DeepSpeed."""
+
+from typing import TYPE_CHECKING
+
+from infini_ds.config import ModelConfig
+
+if TYPE_CHECKING:
+    from infini_ds.model.memory import Memory
+    from infini_ds.model.transformer import InfiniTransformer
+
+__all__ = ["InfiniTransformer", "Memory", "ModelConfig"]
+
+
+def __getattr__(name: str):
+    # Loaded on demand: the command line must answer a mistake before torch is imported.
+    if name == "InfiniTransformer":
+        from infini_ds.model.transformer import InfiniTransformer
+
+        return InfiniTransformer
+    if name == "Memory":
+        from infini_ds.model.memory import Memory
+
+        return Memory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

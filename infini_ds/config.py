@@ -1,0 +1,525 @@
+"""The one typed tree of settings: YAML files, dotted overrides, clear errors.
+
+Every field has a docstring; the README's configuration reference is generated from them
+(`infini-ds config`). A module receives its own subtree, never the whole tree. This file imports
+neither torch nor DeepSpeed, so that a mistake is reported at once.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from infini_ds.errors import UserError
+
+
+class Settings(BaseModel):
+    """Base of every section: keyword only, immutable, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+def _require_at_least(section: Settings, name: str, least: int) -> None:
+    if getattr(section, name) < least:
+        raise ValueError(f"{name} ({getattr(section, name)}) must be at least {least}")
+
+
+class RopeScaling(Settings):
+    """How rotary frequencies are changed for models pretrained with scaled positions."""
+
+    rope_type: Literal["linear", "llama3"] = "linear"
+    """`linear` divides all frequencies by `factor`; `llama3` only the low ones (Llama 3.1)."""
+    factor: float = 1.0
+    """By how much the (low) frequencies are divided."""
+    low_freq_factor: float = 1.0
+    """`llama3`: wavelengths above original_max_position_embeddings / this are fully scaled."""
+    high_freq_factor: float = 4.0
+    """`llama3`: wavelengths below original_max_position_embeddings / this are left alone."""
+    original_max_position_embeddings: int = 8192
+    """`llama3`: the context length of the model before scaling."""
+
+
+class ModelConfig(Settings):
+    """The Infini-Transformer itself; names are Hugging Face's where one exists."""
+
+    vocab_size: int = 0
+    """Number of token ids. 0 in a run's config: taken from the token store."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of Transformer blocks."""
+    num_heads: int
+    """Query heads per layer."""
+    num_kv_heads: int = 0
+    """Key-value heads per layer, each with one compressive memory; 0 means `num_heads`."""
+    head_dim: int = 128
+    """Width of a head. Wide heads hold more memory: it has head_dim x head_dim numbers a head."""
+    intermediate_size: int = 0
+    """Width of the gated feed-forward; 0 means 8/3 of hidden_size, rounded up to 64."""
+    segment_length: int = 2048
+    """Tokens of one segment (n): local attention stays inside it, the memory spans all of them."""
+    memory_rule: Literal["linear", "delta"] = "linear"
+    """How a segment is written into the memory: eq. (4) of the paper, or the delta rule (5)."""
+    hidden_act: Literal["silu", "gelu"] = "silu"
+    """Gate of the feed-forward: `silu` is SwiGLU, `gelu` is GEGLU."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies; positions restart at 0 in each segment."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies, as a pretrained model may ask for."""
+    norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
+    tie_embeddings: bool = False
+    """The output head shares the embedding's weight."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    attention_out_bias: bool = False
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = False
+    """Biases in the feed-forward."""
+    head_bias: bool = False
+    """Bias on the output head (not with tie_embeddings)."""
+    gate_init: float = 0.0
+    """Initial beta of the gates: the memory's share of a head's output is sigmoid(beta)."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights; those that end a branch are divided by sqrt(2 L)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, with the default resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the feed-forward, with the default resolved."""
+        return self.intermediate_size or -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        for name in ("hidden_size", "num_layers", "num_heads", "head_dim", "segment_length"):
+            _require_at_least(self, name, 1)
+        for name in ("vocab_size", "num_kv_heads", "intermediate_size"):
+            _require_at_least(self, name, 0)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, for rotary positions")
+        if self.tie_embeddings and self.head_bias:
+            raise ValueError("head_bias must be false when tie_embeddings is true")
+        return self
+
+
+class TokenizerConfig(Settings):
+    """What turns text into token ids."""
+
+    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    """`sentencepiece` with byte fallback, or plain `bytes` (256 ids and BOS, EOS)."""
+    model: str = ""
+    """An existing sentencepiece model; empty: train one on the corpus while preparing."""
+    vocab_size: int = 4096
+    """Size of the vocabulary to train (sentencepiece without `model`)."""
+    training_bytes: int = 20_000_000
+    """At most this much text is used to train the tokenizer, spread over the corpus."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizerConfig":
+        if self.kind == "bytes" and self.model:
+            raise ValueError("model must be empty when kind is bytes")
+        if self.vocab_size < 320:
+            raise ValueError(f"vocab_size ({self.vocab_size}) must be at least 320 (256 are bytes)")
+        _require_at_least(self, "training_bytes", 1)
+        return self
+
+
+class DataConfig(Settings):
+    """Where documents come from, and the token store made of them."""
+
+    source: Literal["python-stdlib", "files", "huggingface"] = "python-stdlib"
+    """The running Python's own library sources and help topics, local files, or a hub dataset."""
+    files: list[str] = []
+    """`files`: paths and globs of .txt, .jsonl, .parquet, plain, .gz or .zst; one .txt is one document."""
+    dataset: str = ""
+    """`huggingface`: dataset name or local directory."""
+    dataset_config: str = ""
+    """`huggingface`: configuration name, if the dataset has several."""
+    dataset_split: str = "train"
+    """`huggingface`: which split to read."""
+    streaming: bool = True
+    """`huggingface`: read as a stream instead of downloading everything first."""
+    text_field: str = "text"
+    """Field that holds a document's text, in .jsonl, .parquet and datasets."""
+    max_documents: int = 0
+    """Stop after this many documents; 0 means all."""
+    held_out_fraction: float = 0.02
+    """Share of documents kept for evaluation, chosen by a hash of their text so it never moves."""
+    store: str
+    """Directory of the memory-mapped token store that `infini-ds prepare` writes."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """What turns text into token ids."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.source == "files" and not self.files:
+            raise ValueError("files must name at least one path or glob when source is files")
+        if self.source == "huggingface" and not self.dataset:
+            raise ValueError("dataset must be named when source is huggingface")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction ({self.held_out_fraction}) must be in [0, 1)")
+        _require_at_least(self, "max_documents", 0)
+        return self
+
+
+class OptimizerConfig(Settings):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: cosine to the end, or stable and then a linear decay (warmup-stable-decay)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """`wsd`: steps of the final decay; 0 means a fifth of train.steps."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases, embeddings and gates have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Epsilon of AdamW."""
+    gate_learning_rate_multiplier: float = 1.0
+    """Learning rate of the memory gates (beta), relative to the rest."""
+    gradient_clipping: float = 1.0
+    """Largest norm of the whole gradient; 0 means no clipping."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate ({self.learning_rate}) must be above 0")
+        for name in ("warmup_steps", "decay_steps"):
+            _require_at_least(self, name, 0)
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise ValueError(
+                f"min_learning_rate_ratio ({self.min_learning_rate_ratio}) must be in [0, 1]"
+            )
+        return self
+
+
+class TrainConfig(Settings):
+    """One run: how much is read in a step, for how long, and what is kept."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_size: int
+    """Lanes in the global batch: each contributes one window to a step."""
+    micro_batch_size: int = 1
+    """Lanes that go through the pipeline together on one data-parallel rank."""
+    window_segments: int = 1
+    """Segments of a window (K): how far gradients flow back through the memory."""
+    chunks: int = 1
+    """Parts into which a window is cut on its way through the pipeline: shorter bubbles."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute type; memories, gradients' sums and optimizer states are fp32 in any case."""
+    activation_checkpointing: Literal["none", "attention", "block"] = "none"
+    """What is computed again in the backward pass instead of being kept."""
+    loss_chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time in the loss."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are deleted once a newer one is valid."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and TensorBoard scalars."""
+    max_skipped_steps: int = 10
+    """Consecutive steps with a gradient that is not finite before the run stops."""
+    timeout: float = 600.0
+    """Seconds that any process waits for another before it gives up and says for what."""
+    threads: int = 0
+    """CPU threads a process; 0 means the machine's cores divided among its local processes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "window_segments",
+            "chunks",
+            "loss_chunk_tokens",
+            "save_every",
+            "keep_last",
+            "log_every",
+            "max_skipped_steps",
+        ):
+            _require_at_least(self, name, 1)
+        _require_at_least(self, "threads", 0)
+        if self.window_segments % self.chunks:
+            raise ValueError(
+                f"window_segments ({self.window_segments}) must be a multiple of chunks "
+                f"({self.chunks})"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})"
+            )
+        if self.timeout <= 0:
+            raise ValueError(f"timeout ({self.timeout}) must be above 0 seconds")
+        return self
+
+
+class ParallelConfig(Settings):
+    """How the work is laid out over processes. Losses do not depend on it."""
+
+    pipeline_stages: int | Literal["auto"] = "auto"
+    """Pipeline degree; `auto`: the largest that divides the processes and fits the layers."""
+    memory_transport: Literal["carried", "resident"] = "carried"
+    """Memories ride with the activations and return to the first stage, or stay at their stage."""
+    zero_stage: Literal[0, 1] = 1
+    """ZeRO: 1 shards the optimizer's states over the data-parallel ranks."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in CPU memory (needs zero_stage 1)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ParallelConfig":
+        if self.pipeline_stages != "auto":
+            _require_at_least(self, "pipeline_stages", 1)
+        if self.offload_optimizer and self.zero_stage != 1:
+            raise ValueError(f"zero_stage ({self.zero_stage}) must be 1 with offload_optimizer")
+        return self
+
+    def resolve_stages(self, world_size: int, num_layers: int) -> int:
+        """Pipeline degree for this many processes.
+
+        Raises:
+            UserError: the degree does not divide the processes or exceeds the layers.
+        """
+        if self.pipeline_stages == "auto":
+            return next(s for s in range(min(world_size, num_layers), 0, -1) if world_size % s == 0)
+        if world_size % self.pipeline_stages:
+            raise UserError(
+                f"parallel.pipeline_stages ({self.pipeline_stages}) must divide the number of "
+                f"processes ({world_size})"
+            )
+        if self.pipeline_stages > num_layers:
+            raise UserError(
+                f"parallel.pipeline_stages ({self.pipeline_stages}) must not exceed "
+                f"model.num_layers ({num_layers})"
+            )
+        return self.pipeline_stages
+
+
+class EvaluationConfig(Settings):
+    """Evaluation on held-out documents during the run and at its end."""
+
+    every: int = 500
+    """Steps between evaluations; one is always made at the end. 0: only at the end."""
+    max_segments: int = 512
+    """Held-out documents are read in order, whole, until this many segments; 0: all of them."""
+    sample_tokens: int = 64
+    """Length of the sample text generated at each evaluation; 0: none."""
+    sample_prompt: str = "def "
+    """What the sample text starts from."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationConfig":
+        for name in ("every", "max_segments", "sample_tokens"):
+            _require_at_least(self, name, 0)
+        return self
+
+
+class RunConfig(Settings):
+    """A complete run."""
+
+    output_dir: str
+    """Directory of the run: checkpoints, metrics.jsonl, TensorBoard events, resolved config."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of documents."""
+    resume: bool = True
+    """Go on from the newest valid checkpoint in output_dir, if there is one."""
+    model: ModelConfig
+    """The Infini-Transformer itself."""
+    data: DataConfig
+    """Where documents come from."""
+    train: TrainConfig
+    """How much is read in a step, for how long, and what is kept."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over processes."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out documents."""
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel degree for this many processes.
+
+        Raises:
+            UserError: the processes or the batch cannot be divided as the config asks.
+        """
+        stages = self.parallel.resolve_stages(world_size, self.model.num_layers)
+        data = world_size // stages
+        if self.train.batch_size % (data * self.train.micro_batch_size):
+            raise UserError(
+                f"train.batch_size ({self.train.batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.train.micro_batch_size}) x data-parallel size "
+                f"({data})"
+            )
+        return data
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a run's YAML file and applies overrides such as `train.steps=100`.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is wrong; one line.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: must be a mapping of settings, is {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], origin: str) -> RunConfig:
+    """Validates a tree of settings.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line naming the setting and `origin`.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"config {origin}: {_explain(error)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML: every setting, defaults included."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def reference() -> str:
+    """The configuration reference as Markdown, one table a section, from the field docstrings."""
+    parts = []
+    for prefix, section in _sections("", RunConfig):
+        rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in section.model_fields.items():
+            if _section_of(field.annotation):
+                continue
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            kind = _type_name(field.annotation).replace("|", "\\|")
+            rows.append(f"| `{prefix}{name}` | {kind} | {default} | {field.description} |")
+        title = prefix.rstrip(".") or "run"
+        parts.append(f"**{title}**: {(section.__doc__ or '').strip()}\n\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `3e-4` as a number (YAML 1.1 wants `3.0e-4`) and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: must look like key.path=value")
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {_one_line(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    path = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(section.model_fields)}"
+        return f"unknown setting {path}; {hint}"
+    if first["type"] == "missing":
+        return f"{path} is required"
+    if first["type"] == "value_error":
+        return f"{path + ': ' if path else ''}{first['ctx']['error']}"
+    return f"{path}: {first['msg'].lower()}, got {first['input']!r}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for name in location:
+        section = _section_of(section.model_fields[name].annotation) or section
+    return section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _sections(prefix: str, section: type[BaseModel]):
+    yield prefix, section
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner:
+            yield from _sections(f"{prefix}{name}.", inner)
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in typing.get_args(annotation))
+    if origin is list:
+        return f"list of {_type_name(typing.get_args(annotation)[0])}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

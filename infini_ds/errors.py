@@ -1,0 +1,8 @@
+"""The one exception for what a user can get wrong."""
+
+
+class UserError(ValueError):
+    """A mistake in a setting, a file or a command: shown as one line, exit code 2.
+
+    The message names the setting or the file and says what would be right.
+    """

@@ -1,0 +1,1 @@
+"""Operations: one folder each, with a plain specification beside the fast paths."""

@@ -1,0 +1,1 @@
+"""The Infini-Transformer on one device: no DeepSpeed, no ranks."""

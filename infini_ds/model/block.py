@@ -1,0 +1,65 @@
+"""One Transformer block: a pure function of hidden states, layout and memory."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from infini_ds.config import ModelConfig
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.layout import Layout
+from infini_ds.model.attention import InfiniAttention
+from infini_ds.model.feed_forward import FeedForward
+
+Checkpointing = Literal["none", "attention", "block"]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    It keeps nothing between calls, so computing it again gives the same result: a memory stored
+    in the layer would have moved on by then, and would be written twice.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: Checkpointing = "none"):
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = InfiniAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, memory: LayerMemory
+    ) -> tuple[Tensor, LayerMemory]:
+        """[batch, segments x n, hidden_size] to the same, and the memory after the last segment."""
+        if self.activation_checkpointing == "block" and self.training:
+            return _checkpoint(self._forward, hidden, layout, memory)
+        return self._forward(hidden, layout, memory)
+
+    def extend(
+        self, hidden: Tensor, memory: LayerMemory, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A few more tokens of an open segment, see InfiniAttention.extend."""
+        attended, keys, values = self.self_attn.extend(
+            self.input_layernorm(hidden), memory, keys, values, positions
+        )
+        return self._feed_forward(hidden + attended), keys, values
+
+    def _forward(self, hidden: Tensor, layout: Layout, memory: LayerMemory):
+        if self.activation_checkpointing == "attention" and self.training:
+            attended, memory = _checkpoint(self._attend, hidden, layout, memory)
+        else:
+            attended, memory = self._attend(hidden, layout, memory)
+        return self._feed_forward(hidden + attended), memory
+
+    def _attend(self, hidden: Tensor, layout: Layout, memory: LayerMemory):
+        return self.self_attn(self.input_layernorm(hidden), layout, memory)
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def _checkpoint(function, *args):
+    # Nothing draws random numbers, so their state need not be kept.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,121 @@
+"""Writing text: bounded memory whatever the length of prompt and answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from infini_ds.model.memory import Memory
+
+if TYPE_CHECKING:
+    from infini_ds.model.transformer import InfiniTransformer
+
+
+@torch.no_grad()
+def generate(
+    self: InfiniTransformer,
+    prompt: Tensor | Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop_token: int | None = None,
+    memory: Memory | None = None,
+    generator: torch.Generator | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continues each prompt.
+
+    The prompt is absorbed segment by segment; the key-value cache never holds more than one
+    segment, and the memory takes in each segment as it fills.
+
+    Args:
+        prompt: [batch, length], or one [length] tensor a row when lengths differ.
+        max_new_tokens: at most this many tokens are added.
+        temperature: 0 is greedy.
+        top_p: sample among the likeliest tokens that together reach this probability.
+        top_k: sample among this many likeliest tokens; 0 means all.
+        stop_token: a row that wrote it is finished; the rest of it is filled with it.
+        memory: of a document that the prompt goes on with.
+        generator: source of the random numbers.
+        on_token: called with each new column [batch], as it is written.
+
+    Returns:
+        The new tokens, [batch, up to max_new_tokens].
+
+    Raises:
+        ValueError: an empty prompt, or a setting out of its range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature ({temperature}) must be at least 0, top_p ({top_p}) in (0, 1], top_k "
+            f"({top_k}) at least 0, max_new_tokens ({max_new_tokens}) at least 1"
+        )
+    training = self.training
+    self.eval()
+    hidden, memory = _absorb(self, prompt, memory)
+    finished = torch.zeros(memory.batch, dtype=torch.bool, device=hidden.device)
+    written = []
+    while True:
+        logits = self.logits(hidden).float()  # [batch, vocab_size]
+        token = _sample(logits, temperature, top_p, top_k, generator)
+        if stop_token is not None:
+            token = token.masked_fill(finished, stop_token)
+            finished |= token == stop_token
+        written.append(token)
+        if on_token:
+            on_token(token)
+        if len(written) == max_new_tokens or bool(finished.all()):
+            break
+        hidden, memory = self.read(token[:, None], memory)
+        hidden = hidden[:, -1]
+    self.train(training)
+    return torch.stack(written, dim=1)
+
+
+def _absorb(
+    model: InfiniTransformer, prompt: Tensor | Sequence[Tensor], memory: Memory | None
+) -> tuple[Tensor, Memory]:
+    """Hidden state of each row's last token, [batch, hidden_size], and the memory after it."""
+    if isinstance(prompt, Tensor):
+        return _absorb_rows(model, prompt, memory)
+    if memory is not None:
+        raise ValueError("a memory needs a prompt of one length for all rows")
+    rows = [_absorb_rows(model, row[None], None) for row in prompt]
+    hidden = torch.cat([row_hidden for row_hidden, _ in rows])
+    return hidden, Memory.concatenate([row_memory for _, row_memory in rows])
+
+
+def _absorb_rows(
+    model: InfiniTransformer, tokens: Tensor, memory: Memory | None
+) -> tuple[Tensor, Memory]:
+    if not tokens.shape[1]:
+        raise ValueError("prompt must have at least one token")
+    hidden = tokens.new_empty(0)
+    for piece in tokens.split(model.config.segment_length, dim=1):
+        hidden, memory = model.read(piece, memory)
+    assert memory is not None
+    return hidden[:, -1], memory
+
+
+def _sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One token a row, [batch], from logits [batch, vocab_size]."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, tokens = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    unlikely = before >= top_p
+    if top_k:
+        unlikely[:, top_k:] = True
+    probabilities = probabilities.masked_fill(unlikely, 0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(1, choice)[:, 0]

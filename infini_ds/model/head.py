@@ -1,0 +1,60 @@
+"""The output head, and the loss that never holds the logits of a whole window."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from infini_ds.config import ModelConfig
+
+IGNORE_INDEX = -100
+"""Label of positions that have no loss."""
+
+
+class Head(nn.Module):
+    """Projection to the vocabulary, with a weight of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, length, hidden_size] to logits [batch, length, vocab_size]."""
+        return F.linear(hidden, self.weight, self.bias)
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int
+) -> Tensor:
+    """Cross-entropy of each token, fp32, 0 where the label is IGNORE_INDEX.
+
+    Args:
+        hidden: [batch, length, hidden_size].
+        weight, bias: of the head.
+        labels: [batch, length].
+        chunk_tokens: tokens whose logits exist at one time; they are computed again in the
+            backward pass when there is more than one chunk.
+
+    Returns:
+        [batch, length].
+    """
+    rows = hidden.flatten(0, 1)
+    targets = labels.flatten()
+    chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    if len(rows) <= chunk_tokens or not torch.is_grad_enabled():
+        losses = [_chunk_losses(row, weight, bias, target) for row, target in chunks]
+    else:
+        losses = [
+            checkpoint(
+                _chunk_losses, row, weight, bias, target,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for row, target in chunks
+        ]  # fmt: skip
+    return torch.cat(losses).view_as(labels)
+
+
+def _chunk_losses(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    logits = F.linear(rows, weight, bias).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -1,0 +1,233 @@
+"""The Infini-Transformer on one device."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from infini_ds.config import ModelConfig
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.layout import Layout
+from infini_ds.model.block import Checkpointing
+from infini_ds.model.generation import generate
+from infini_ds.model.head import IGNORE_INDEX, token_losses
+from infini_ds.model.layers import initialize, layer_list
+from infini_ds.model.memory import Memory
+
+WINDOW_SEGMENTS = 16
+"""Whole segments that a call reads at once; longer inputs are read window by window."""
+
+
+class Output(NamedTuple):
+    """What a call returns."""
+
+    logits: Tensor
+    """[batch, length, vocab_size]"""
+    memory: Memory
+    """Everything read so far, for the next call."""
+
+
+class InfiniTransformer(nn.Module):
+    """A causal language model whose context is unbounded and whose memory is not.
+
+    Example:
+        model = InfiniTransformer(ModelConfig(vocab_size=256, hidden_size=512, num_layers=8,
+                                              num_heads=8, head_dim=128, segment_length=512))
+        out = model(tokens)
+        out = model(next_tokens, memory=out.memory)  # goes on where the document stopped
+        loss = model.loss(tokens)
+
+    Raises:
+        ValueError: config.vocab_size is not set.
+    """
+
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, activation_checkpointing: Checkpointing = "none"
+    ):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size ({config.vocab_size}) must be at least 1")
+        self.config = config
+        self.layers = nn.ModuleList()
+        for index, layer in enumerate(layer_list(config, activation_checkpointing)):
+            module = layer.module(*layer.args)
+            initialize(module, index, config, seed)
+            self.layers.append(module)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The Transformer blocks."""
+        return self.layers[1 : 1 + self.config.num_layers]  # type: ignore[return-value]
+
+    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Output:
+        """Reads tokens [batch, any length] after what `memory` has read already.
+
+        Reading in one call or in several gives the same logits and memory, wherever it is cut.
+
+        Raises:
+            ValueError: the memory does not fit the model or the batch.
+        """
+        hidden, memory = self.read(tokens, memory)
+        return Output(self.logits(hidden), memory)
+
+    def read(self, tokens: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Like calling the model, up to the final norm: hidden states [batch, length, hidden]."""
+        memory = self._memory(tokens, memory)
+        n = self.config.segment_length
+        parts = []
+        while tokens.shape[1]:
+            longest = max(memory.lengths)
+            segments = min(tokens.shape[1] // n, WINDOW_SEGMENTS) if longest == 0 else 0
+            take = segments * n or min(n - longest, tokens.shape[1])
+            piece, tokens = tokens[:, :take], tokens[:, take:]
+            if segments:
+                layout = full_layout(piece.shape[0], segments, n, piece.device)
+                hidden, layers = self.read_window(piece, layout, memory.layers())
+                memory = memory.with_layers(layers)
+            else:
+                hidden, memory = self._extend(piece, memory)
+            parts.append(hidden)
+        if not parts:
+            raise ValueError("tokens must have at least one column")
+        return torch.cat(parts, dim=1), memory
+
+    def read_window(
+        self, tokens: Tensor, layout: Layout, memory: list[LayerMemory]
+    ) -> tuple[Tensor, list[LayerMemory]]:
+        """A window of whole segments, as in training.
+
+        Args:
+            tokens: [batch, segments x n].
+            layout: document starts and valid lengths.
+            memory: of each layer, before the window.
+
+        Returns:
+            Hidden states after the final norm, and the memory of each layer after the window.
+        """
+        hidden = self.layers[0](tokens)
+        after = []
+        for block, layer_memory in zip(self.blocks, memory, strict=True):
+            hidden, layer_memory = block(hidden, layout, layer_memory)
+            after.append(layer_memory)
+        return self._final_norm(hidden), after
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Projects hidden states to the vocabulary."""
+        return torch.nn.functional.linear(hidden, *self.head())
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the output head."""
+        if self.config.tie_embeddings:
+            return self.layers[0].weight, None  # type: ignore[return-value]
+        return self.layers[-1].weight, self.layers[-1].bias  # type: ignore[return-value]
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor | None = None, chunk_tokens: int = 1024
+    ) -> Tensor:
+        """Mean next-token loss of whole documents, backpropagated through all of their memory.
+
+        Args:
+            tokens: [batch, length].
+            labels: [batch, length - 1], what follows each token but the last; tokens[:, 1:] by
+                default. IGNORE_INDEX (-100) where no loss is wanted.
+            chunk_tokens: tokens whose logits exist at one time.
+        """
+        labels = tokens[:, 1:] if labels is None else labels
+        hidden, _ = self.read(tokens[:, :-1])
+        return self._loss_sum(hidden, labels, chunk_tokens) / (labels != IGNORE_INDEX).sum()
+
+    def backward(
+        self, tokens: Tensor, window_segments: int, labels: Tensor | None = None
+    ) -> Tensor:
+        """Loss and accumulated gradients of documents of any length, in bounded memory.
+
+        Reads window by window, backpropagating inside each; the compressive memory goes on
+        from one to the next without a gradient. Gradients are those of the mean loss.
+
+        Args:
+            tokens: [batch, length].
+            window_segments: how far gradients flow back through the memory.
+            labels: as in `loss`.
+
+        Returns:
+            The mean loss, detached.
+        """
+        labels = tokens[:, 1:] if labels is None else labels
+        count = (labels != IGNORE_INDEX).sum()
+        total = torch.zeros((), device=tokens.device)
+        memory = None
+        width = window_segments * self.config.segment_length
+        for piece, targets in zip(
+            tokens[:, :-1].split(width, 1), labels.split(width, 1), strict=True
+        ):
+            hidden, memory = self.read(piece, memory)
+            loss = self._loss_sum(hidden, targets, 1024) / count
+            loss.backward()
+            total += loss.detach()
+            memory = memory.detach()
+        return total
+
+    generate = generate
+
+    def _loss_sum(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        return token_losses(hidden, *self.head(), labels, chunk_tokens).sum()
+
+    def _final_norm(self, hidden: Tensor) -> Tensor:
+        return self.layers[1 + self.config.num_layers](hidden)
+
+    def _memory(self, tokens: Tensor, memory: Memory | None) -> Memory:
+        if memory is None:
+            weight = self.layers[0].weight
+            return Memory.empty(self.config, tokens.shape[0], weight.device, weight.dtype)  # type: ignore[arg-type]
+        memory.check(self.config, tokens.shape[0])
+        return memory
+
+    def _extend(self, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """Tokens [batch, t] that fit into the open segment of every row."""
+        t = tokens.shape[1]
+        start = torch.tensor(memory.lengths, device=tokens.device)
+        positions = start[:, None] + torch.arange(t, device=tokens.device)
+        hidden = self.layers[0](tokens)
+        keys, values = [], []
+        for index, (block, layer) in enumerate(zip(self.blocks, memory.layers(), strict=True)):
+            hidden, layer_keys, layer_values = block.extend(
+                hidden, layer, memory.keys[index], memory.values[index], positions
+            )
+            keys.append(layer_keys)
+            values.append(layer_values)
+        memory = replace(
+            memory,
+            keys=torch.stack(keys),
+            values=torch.stack(values),
+            lengths=tuple(length + t for length in memory.lengths),
+        )
+        return self._final_norm(hidden), self._close(memory)
+
+    def _close(self, memory: Memory) -> Memory:
+        """Compresses the open segments that are full."""
+        full = [length == self.config.segment_length for length in memory.lengths]
+        if not any(full):
+            return memory
+        chosen = torch.tensor(full, device=memory.kv.device)
+        layers = []
+        for index, (block, layer) in enumerate(zip(self.blocks, memory.layers(), strict=True)):
+            closed = block.self_attn.close(layer, memory.keys[index], memory.values[index])
+            layers.append(
+                LayerMemory(
+                    torch.where(chosen[:, None, None, None], closed.kv, layer.kv),
+                    torch.where(chosen[:, None, None], closed.norm, layer.norm),
+                )
+            )
+        lengths = tuple(
+            0 if is_full else length for is_full, length in zip(full, memory.lengths, strict=True)
+        )
+        return replace(memory.with_layers(layers), lengths=lengths)
+
+
+def full_layout(batch: int, segments: int, n: int, device: torch.device) -> Layout:
+    """Segments without padding in which no document starts."""
+    return Layout(
+        torch.zeros(batch, segments, dtype=torch.bool, device=device),
+        torch.full((batch, segments), n, dtype=torch.int32, device=device),
+    )
