@@ -149,7 +149,7 @@ class DataConfig(Settings):
     source: Literal["python-stdlib", "files", "huggingface"] = "python-stdlib"
     """The running Python's own library sources and help topics, local files, or a hub dataset."""
     files: list[str] = []
-    """`files`: paths and globs of .txt, .jsonl, .parquet, plain, .gz or .zst; one .txt is one document."""
+    """`files`: paths, globs: .txt (a document each), .jsonl, .parquet, plain, .gz or .zst."""
     dataset: str = ""
     """`huggingface`: dataset name or local directory."""
     dataset_config: str = ""

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The message names the setting or the file and says what would be right.
     """
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, through no mistake in its settings: shown as one line, exit code 1."""

@@ -1,0 +1,1 @@
+"""What a model is worth: held-out loss with its memory on and ablated."""

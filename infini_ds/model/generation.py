@@ -61,7 +61,7 @@ def generate(
     written = []
     while True:
         logits = self.logits(hidden).float()  # [batch, vocab_size]
-        token = _sample(logits, temperature, top_p, top_k, generator)
+        token = sample(logits, temperature, top_p, top_k, generator)
         if stop_token is not None:
             token = token.masked_fill(finished, stop_token)
             finished |= token == stop_token
@@ -101,14 +101,14 @@ def _absorb_rows(
     return hidden[:, -1], memory
 
 
-def _sample(
+def sample(
     logits: Tensor,
     temperature: float,
     top_p: float,
     top_k: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One token a row, [batch], from logits [batch, vocab_size]."""
+    """One token a row, [batch], from fp32 logits [batch, vocab_size]; see `generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)

@@ -58,3 +58,10 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
     for name, parameter in layer.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model, counted without making them."""
+    with torch.device("meta"):
+        layers = [layer.module(*layer.args) for layer in layer_list(config)]
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())

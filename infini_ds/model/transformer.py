@@ -1,6 +1,5 @@
 """The Infini-Transformer on one device."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.block import Checkpointing
+from infini_ds.model.decoding import extend
 from infini_ds.model.generation import generate
 from infini_ds.model.head import IGNORE_INDEX, token_losses
 from infini_ds.model.layers import initialize, layer_list
@@ -86,7 +86,8 @@ class InfiniTransformer(nn.Module):
                 hidden, layers = self.read_window(piece, layout, memory.layers())
                 memory = memory.with_layers(layers)
             else:
-                hidden, memory = self._extend(piece, memory)
+                hidden, memory = extend(self.blocks, self.layers[0](piece), memory)  # type: ignore[arg-type]
+                hidden = self._final_norm(hidden)
             parts.append(hidden)
         if not parts:
             raise ValueError("tokens must have at least one column")
@@ -182,47 +183,6 @@ class InfiniTransformer(nn.Module):
             return Memory.empty(self.config, tokens.shape[0], weight.device, weight.dtype)  # type: ignore[arg-type]
         memory.check(self.config, tokens.shape[0])
         return memory
-
-    def _extend(self, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Tokens [batch, t] that fit into the open segment of every row."""
-        t = tokens.shape[1]
-        start = torch.tensor(memory.lengths, device=tokens.device)
-        positions = start[:, None] + torch.arange(t, device=tokens.device)
-        hidden = self.layers[0](tokens)
-        keys, values = [], []
-        for index, (block, layer) in enumerate(zip(self.blocks, memory.layers(), strict=True)):
-            hidden, layer_keys, layer_values = block.extend(
-                hidden, layer, memory.keys[index], memory.values[index], positions
-            )
-            keys.append(layer_keys)
-            values.append(layer_values)
-        memory = replace(
-            memory,
-            keys=torch.stack(keys),
-            values=torch.stack(values),
-            lengths=tuple(length + t for length in memory.lengths),
-        )
-        return self._final_norm(hidden), self._close(memory)
-
-    def _close(self, memory: Memory) -> Memory:
-        """Compresses the open segments that are full."""
-        full = [length == self.config.segment_length for length in memory.lengths]
-        if not any(full):
-            return memory
-        chosen = torch.tensor(full, device=memory.kv.device)
-        layers = []
-        for index, (block, layer) in enumerate(zip(self.blocks, memory.layers(), strict=True)):
-            closed = block.self_attn.close(layer, memory.keys[index], memory.values[index])
-            layers.append(
-                LayerMemory(
-                    torch.where(chosen[:, None, None, None], closed.kv, layer.kv),
-                    torch.where(chosen[:, None, None], closed.norm, layer.norm),
-                )
-            )
-        lengths = tuple(
-            0 if is_full else length for is_full, length in zip(full, memory.lengths, strict=True)
-        )
-        return replace(memory.with_layers(layers), lengths=lengths)
 
 
 def full_layout(batch: int, segments: int, n: int, device: torch.device) -> Layout:

@@ -1,0 +1,1 @@
+"""The Infini-Transformer as a DeepSpeed pipeline: stages, payload, memory transport, engine."""

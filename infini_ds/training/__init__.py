@@ -1,0 +1,1 @@
+"""The run: trainer, optimizer groups, checkpoints, monitoring."""

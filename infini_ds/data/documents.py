@@ -1,0 +1,315 @@
+"""Documents of a corpus, as text: the running Python's own sources, files, or a hub dataset."""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import zstandard
+
+from infini_ds.config import DataConfig
+from infini_ds.errors import UserError
+
+_NAMES_KEPT = 3
+_PARQUET_ROWS = 64
+_READ_BYTES = 1 << 20
+
+
+class Document(NamedTuple):
+    """One training text."""
+
+    name: str
+    """Where it comes from, for messages: a path, with a line or row where there are several."""
+    text: str
+
+
+class Skipped:
+    """Counts what was left out, by reason, and keeps the first few names of each."""
+
+    def __init__(self):
+        self.counts: dict[str, int] = {}
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Counts one document."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        names = self._names.setdefault(reason, [])
+        if len(names) < _NAMES_KEPT:
+            names.append(name)
+
+    def lines(self) -> list[str]:
+        """One line for each reason, most frequent first."""
+        lines = []
+        for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
+            more = ", ..." if count > _NAMES_KEPT else ""
+            lines.append(f"{count:,} skipped, {reason}: {', '.join(self._names[reason])}{more}")
+        return lines
+
+
+class Corpus:
+    """The documents of a config, always in the same order; can be iterated again and again.
+
+    `skipped` and `done_bytes` are those of the latest iteration. `total_bytes` is what
+    `done_bytes` ends at: bytes on disk; 0 where it is not known.
+    """
+
+    def __init__(self, config: DataConfig):
+        self._config = config
+        self.skipped = Skipped()
+        self.done_bytes = 0
+        self._files: list[Path] = []
+        if config.source == "files":
+            self._files = _matching(config.files)
+            for path in self._files:
+                _kind_of(path)  # a wrong name is reported before hours of work, not after
+        elif config.source == "python-stdlib":
+            self._files = _library_sources()
+        self.total_bytes = sum(path.stat().st_size for path in self._files)
+
+    @property
+    def snapshot(self) -> str:
+        """Changes when the files do (in name or size); empty where nothing is known of that."""
+        if self._config.source != "files":
+            return ""
+        listing = [(str(path), path.stat().st_size) for path in self._files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = Skipped()
+        self.done_bytes = 0
+        left = self._config.max_documents or -1
+        for name, value in self._records():
+            if left == 0:
+                return
+            text = self._text_of(name, value)
+            if text is not None:
+                left -= 1
+                yield Document(name, text)
+
+    def _text_of(self, name: str, value: Any) -> str | None:
+        """The text of a record, or None where it is skipped."""
+        try:
+            if isinstance(value, bytes):
+                value = value.decode("utf-8")
+            elif isinstance(value, str):
+                value.encode("utf-8")  # JSON may hold half a surrogate pair, which is no text
+        except UnicodeError:
+            self.skipped.add("invalid UTF-8", name)
+            return None
+        if not isinstance(value, str):
+            self.skipped.add("field is not text", name)
+            return None
+        if not value:
+            self.skipped.add("empty", name)
+            return None
+        return value
+
+    def _records(self) -> Iterator[tuple[str, Any]]:
+        if self._config.source == "python-stdlib":
+            return self._stdlib_records()
+        if self._config.source == "huggingface":
+            return self._dataset_records()
+        return self._file_records()
+
+    def _stdlib_records(self) -> Iterator[tuple[str, Any]]:
+        from pydoc_data.topics import topics
+
+        root = Path(sysconfig.get_paths()["stdlib"])
+        for path in self._files:
+            content = path.read_bytes()
+            self.done_bytes += len(content)
+            yield path.relative_to(root).as_posix(), content
+        for topic in sorted(topics):
+            yield f"help topic {topic}", topics[topic]
+
+    def _file_records(self) -> Iterator[tuple[str, Any]]:
+        for path in self._files:
+            kind = _kind_of(path)
+            before = self.done_bytes
+            try:
+                if kind == "parquet":
+                    yield from self._parquet_records(path)
+                else:
+                    with path.open("rb") as raw, _decompressed(raw, path) as content:
+                        if kind == "text":
+                            yield str(path), content.read()
+                        else:
+                            for record in self._json_records(path, content):
+                                self.done_bytes = before + raw.tell()
+                                yield record
+            except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+                raise UserError(f"data.files {path}: cannot be read ({_one_line(error)})") from None
+            self.done_bytes = before + path.stat().st_size
+
+    def _json_records(self, path: Path, lines: IO[bytes]) -> Iterator[tuple[str, Any]]:
+        field = self._config.text_field
+        for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
+            name = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError:
+                self.skipped.add("invalid UTF-8", name)
+                continue
+            except (json.JSONDecodeError, RecursionError):
+                self.skipped.add("invalid JSON", name)
+                continue
+            if not isinstance(record, dict) or field not in record:
+                raise _missing_field(f"data.files {name}", field, record)
+            yield name, record[field]
+
+    def _parquet_records(self, path: Path) -> Iterator[tuple[str, Any]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        field = self._config.text_field
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                if field not in schema.names:
+                    raise _missing_field(f"data.files {path}", field, dict.fromkeys(schema.names))
+                number = 0
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
+                    # As bytes: one row of invalid UTF-8 must not end the whole file.
+                    for value in batch.column(0).cast(pyarrow.large_binary()):
+                        number += 1
+                        yield f"{path} row {number}", value.as_py()
+        except pyarrow.ArrowException as error:
+            raise UserError(
+                f"data.files {path}: cannot be read as parquet with text in data.text_field "
+                f"{field!r} ({_one_line(error)})"
+            ) from None
+
+    def _dataset_records(self) -> Iterator[tuple[str, Any]]:
+        field = self._config.text_field
+        name = f"data.dataset {self._config.dataset}"
+        try:
+            for number, record in enumerate(_load_dataset(self._config), start=1):
+                if field not in record:
+                    raise _missing_field(name, field, record)
+                yield f"{self._config.dataset} record {number}", record[field]
+        except UserError:
+            raise
+        except Exception as error:  # a loader's errors are of any kind: missing, offline, format
+            raise UserError(f"{name}: {_one_line(error)}") from None
+
+
+def _load_dataset(config: DataConfig):
+    import datasets
+
+    datasets.disable_progress_bars()
+    local = Path(config.dataset)
+    if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+        # Written by save_to_disk, which load_dataset refuses.
+        saved = datasets.load_from_disk(config.dataset)
+        return saved[config.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
+    return datasets.load_dataset(
+        config.dataset,
+        config.dataset_config or None,
+        split=config.dataset_split,
+        streaming=config.streaming,
+    )
+
+
+def _library_sources() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
+        sources += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not sources:
+        raise UserError(
+            f"data.source python-stdlib: {root} has no .py files; use a Python that has its sources"
+        )
+    return sorted(sources, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _matching(patterns: list[str]) -> list[Path]:
+    """Files in the order of the patterns, sorted within each, none twice."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        if os.path.isdir(expanded):
+            raise UserError(f"data.files {pattern}: is a directory; name its files: {pattern}/*")
+        # A file whose own name looks like a pattern is meant literally.
+        paths = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
+        files = sorted(path for path in paths if os.path.isfile(path))
+        if not files:
+            raise UserError(f"data.files {pattern}: no such file")
+        found.update(dict.fromkeys(files))
+    return [Path(path) for path in found]
+
+
+def _kind_of(path: Path) -> str:
+    """`text`, `jsonl` or `parquet`."""
+    suffixes = path.suffixes
+    compressed = suffixes[-1:] in ([".gz"], [".zst"])
+    suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
+    if suffix in ([], [".txt"]):
+        return "text"
+    if suffix == [".jsonl"]:
+        return "jsonl"
+    if suffix == [".parquet"] and not compressed:
+        return "parquet"
+    raise UserError(
+        f"data.files {path}: must be .txt, .jsonl (also .gz or .zst), .parquet, or plain text "
+        "without an extension"
+    )
+
+
+def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(raw), _READ_BYTES)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames of zstd as one stream. Unlike zstandard's own reader it notices a truncated file."""
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw = raw
+        self._frame = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(_READ_BYTES)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("compressed file ended before its end")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+def _missing_field(where: str, field: str, record: Any) -> UserError:
+    has = (
+        f"its fields are {', '.join(map(str, record))}" if isinstance(record, dict) else "no fields"
+    )
+    return UserError(f"{where}: has no data.text_field {field!r} ({has})")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

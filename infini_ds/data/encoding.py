@@ -1,0 +1,149 @@
+"""Documents to stored tokens, by several processes, in the corpus' order.
+
+Each worker has a connection of its own, whose other end only this process holds: when either side
+dies, however suddenly, the other reads the end of the stream instead of waiting for ever. (The
+standard library's pools share one pipe for all results; a worker killed while it writes there
+leaves the parent waiting for the rest.)
+"""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from infini_ds.data.documents import Corpus, Document
+from infini_ds.data.store import token_dtype
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.errors import UserError
+
+# Documents go to the workers in batches of about this many characters: a fraction of a second each.
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 2048
+# Batches under way per worker: the next one is there when one is done. Also the bound on memory.
+_BATCHES_PER_WORKER = 2
+
+
+class Encoded(NamedTuple):
+    """A document as it is stored."""
+
+    tokens: np.ndarray
+    """[tokens]: BOS, the text's tokens, EOS."""
+    text_bytes: int
+    """Bytes of its text."""
+    draw: float
+    """In [0, 1), from the text's hash: below held_out_fraction the document is held out."""
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Encoded:
+    """Encodes one document."""
+    ids = tokenizer.encode_array(text)
+    tokens = np.empty(len(ids) + 2, dtype=token_dtype(tokenizer.vocab_size))
+    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+    content = text.encode()
+    draw = int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
+    return Encoded(tokens, len(content), draw)
+
+
+def encoded_batches(
+    corpus: Corpus, kind: str, model: str | Path, workers: int
+) -> Iterator[list[Encoded]]:
+    """All documents of a corpus in its order, encoded by `workers` processes (1: by this one).
+
+    Raises:
+        UserError: a worker was killed; or the corpus' own.
+    """
+    if workers == 1:
+        tokenizer = load_tokenizer(kind, model)
+        for batch in _batches(corpus):
+            yield [encode(tokenizer, text) for _, text in batch]
+        return
+    # Batches go round the workers, so the oldest one under way is always the next in order.
+    under_way: deque[tuple[str, Connection]] = deque()
+    connections: list[Connection] = []
+    with contextlib.ExitStack() as stack:
+        for number, batch in enumerate(_batches(corpus)):
+            if number < workers:  # a small corpus does not start them all
+                connections.append(stack.enter_context(_worker(kind, model)))
+            if len(under_way) == workers * _BATCHES_PER_WORKER:
+                yield _receive(*under_way.popleft())
+            under_way.append((batch[0].name, connections[number % workers]))
+            _send([text for _, text in batch], *under_way[-1])
+        while under_way:
+            yield _receive(*under_way.popleft())
+
+
+def _batches(corpus: Corpus) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in corpus:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _send(texts: list[str], name: str, connection: Connection) -> None:
+    try:
+        connection.send(texts)
+    except OSError:
+        raise _killed(name) from None
+
+
+def _receive(name: str, connection: Connection) -> list[Encoded]:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        raise _killed(name) from None
+
+
+def _killed(name: str) -> UserError:
+    return UserError(
+        f"prepare: a tokenising process was killed near document {name}, perhaps for want of memory"
+    )
+
+
+@contextlib.contextmanager
+def _worker(kind: str, model: str | Path) -> Iterator[Connection]:
+    """The connection to a new worker, which ends when its connection is closed."""
+    # Not forked: this process may hold threads and locks of other libraries.
+    context = multiprocessing.get_context("spawn")
+    mine, its = context.Pipe()
+    process = context.Process(target=_work, args=(its, kind, model), daemon=True)
+    process.start()
+    its.close()  # so that only the worker holds it
+    try:
+        yield mine
+    finally:
+        mine.close()
+        process.join()
+
+
+def _work(connection: Connection, kind: str, model: str | Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    batches: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    threading.Thread(target=_take_in, args=(connection, batches), daemon=True).start()
+    tokenizer = load_tokenizer(kind, model)
+    while True:
+        connection.send([encode(tokenizer, text) for text in batches.get()])
+
+
+def _take_in(connection: Connection, batches: queue.SimpleQueue) -> None:
+    """Reads batches while the worker is busy, and ends it when the parent is gone or done."""
+    try:
+        while True:
+            batches.put(connection.recv())
+    except (EOFError, OSError):
+        pass

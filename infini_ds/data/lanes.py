@@ -1,0 +1,272 @@
+"""The planner: which document's which segment every lane reads at every step.
+
+Integers only: no tokens, no torch. The plan is a function of the seed, the corpus and the position
+alone, whatever the layout over processes.
+
+Time runs in slots: in one slot each lane reads one segment, and a window is `window_segments`
+slots. All lanes share one queue of documents. A lane whose document has ended takes the next
+document of the queue at its next slot; lanes that are free in the same slot take in index order.
+Document d occupies its lane for `segments[d]` slots, so the lane that takes next is always the one
+with the smallest (end slot, lane): a heap replays millions of documents without visiting segments.
+"""
+
+import heapq
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infini_ds.errors import UserError
+
+
+class Plan(NamedTuple):
+    """What each lane reads in one step. All arrays are [batch, window_segments]."""
+
+    documents: np.ndarray
+    """int64: index of the document."""
+    offsets: np.ndarray
+    """int64: index in the document of the segment's first input token."""
+    lengths: np.ndarray
+    """int32: valid inputs, 1 to segment_length; 0 where a lane of a finite pass has run out."""
+    starts: np.ndarray
+    """bool: the document starts with this segment."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Valid (input, label) pairs over all lanes."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+class Lanes:
+    """Endless readers of documents, one for each row of the global batch.
+
+    Args:
+        lengths: [documents] stored tokens of each document, BOS and EOS included.
+        segment_length: tokens of a segment.
+        window_segments: segments each lane reads in a step.
+        batch_size: number of lanes.
+        seed: seed of the order of documents, which is new in every epoch.
+
+    Raises:
+        UserError: the corpus has not enough segments for one step.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        segment_length: int,
+        window_segments: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self.segment_length = segment_length
+        self.window_segments = window_segments
+        self.batch_size = batch_size
+        self.seed = seed
+        self.positions = np.asarray(lengths, dtype=np.int64) - 1  # a token's label is its successor
+        self.segments = -(-self.positions // segment_length)
+        self.total_segments = int(self.segments.sum())
+        if batch_size * window_segments > self.total_segments:
+            raise UserError(
+                f"train.window_segments ({window_segments}) x train.batch_size ({batch_size}) = "
+                f"{batch_size * window_segments} segments a step, but data.store has only "
+                f"{self.total_segments} segments of model.segment_length {segment_length} to train "
+                "on; lower one of the three or prepare more documents"
+            )
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.step = 0
+        self._slot = 0
+        self._queue_epoch = 0
+        self._queue_next = 0
+        self._order = self._order_of(0)
+        # Per lane: its document, the slot where that started and the first slot after it.
+        self._documents = np.full(self.batch_size, -1, dtype=np.int64)
+        self._starts = np.zeros(self.batch_size, dtype=np.int64)
+        self._ends = np.zeros(self.batch_size, dtype=np.int64)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        # NumPy promises the raw stream of a bit generator for good, but not that of `permutation`.
+        # A seed's two's complement makes negative ones valid too.
+        source = np.random.Philox(np.random.SeedSequence([self.seed & (2**64 - 1), epoch]))
+        return np.argsort(source.random_raw(len(self.segments)), kind="stable")
+
+    def _take(self, count: int) -> np.ndarray:
+        """The next `count` documents of the queue: int64 [count]."""
+        parts = []
+        while count:
+            if self._queue_next == len(self._order):
+                self._queue_epoch += 1
+                self._queue_next = 0
+                self._order = self._order_of(self._queue_epoch)
+            part = self._order[self._queue_next : self._queue_next + count]
+            self._queue_next += len(part)
+            count -= len(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the corpus so far: no lane is ever idle, so segments read say it exactly."""
+        return self._slot * self.batch_size / self.total_segments
+
+    def next_plan(self) -> Plan:
+        """Plans one step and advances all lanes by one window."""
+        shape = (self.batch_size, self.window_segments)
+        documents = np.empty(shape, dtype=np.int64)
+        indices = np.empty(shape, dtype=np.int64)  # of the segment in its document
+        for column in range(self.window_segments):
+            free = np.flatnonzero(self._ends == self._slot)
+            if len(free):
+                taken = self._take(len(free))
+                self._documents[free] = taken
+                self._starts[free] = self._slot
+                self._ends[free] = self._slot + self.segments[taken]
+            documents[:, column] = self._documents
+            indices[:, column] = self._slot - self._starts
+            self._slot += 1
+        self.step += 1
+        offsets = indices * self.segment_length
+        lengths = np.minimum(self.positions[documents] - offsets, self.segment_length)
+        return Plan(documents, offsets, lengths.astype(np.int32), indices == 0)
+
+    def seek(self, step: int) -> None:
+        """Goes to where `step` calls of next_plan from the beginning lead."""
+        self._rewind()
+        self.step = step
+        self._slot = step * self.window_segments
+        batch = self.batch_size
+        # One integer orders lanes by (end slot, lane); adding segments x batch keeps the lane.
+        heap = list(range(batch))
+        limit = self._slot * batch
+        documents = [-1] * batch
+        starts = [0] * batch
+        while heap[0] < limit:
+            if self._queue_next == len(self._order):
+                self._queue_epoch += 1
+                self._queue_next = 0
+                self._order = self._order_of(self._queue_epoch)
+            order = self._order.tolist()
+            durations = (self.segments[self._order] * batch).tolist()
+            taken = 0
+            for document, duration in zip(order, durations, strict=True):
+                first = heap[0]
+                if first >= limit:
+                    break
+                heapq.heapreplace(heap, first + duration)
+                lane = first % batch
+                documents[lane] = document
+                starts[lane] = first // batch
+                taken += 1
+            self._queue_next += taken
+        self._documents = np.array(documents, dtype=np.int64)
+        self._starts = np.array(starts, dtype=np.int64)
+        self._ends = np.empty(batch, dtype=np.int64)
+        for key in heap:
+            self._ends[key % batch] = key // batch
+
+    def state(self) -> dict[str, Any]:
+        """Where all lanes stand, as JSON values; `load_state` of an equal Lanes goes on there."""
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "segment_length": self.segment_length,
+            "num_documents": len(self.segments),
+            "num_tokens": int(self.positions.sum()),
+            "step": self.step,
+            "slot": self._slot,
+            "epoch": self._queue_epoch,
+            "next": self._queue_next,
+            "documents": self._documents.tolist(),
+            "segments": (self._slot - self._starts).tolist(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            UserError: the state is of another batch size, seed, segment length or corpus.
+        """
+        mine = self.state()
+        for name, setting in (
+            ("batch_size", "train.batch_size"),
+            ("seed", "seed"),
+            ("segment_length", "model.segment_length"),
+            ("num_documents", "data.store: documents"),
+            ("num_tokens", "data.store: tokens"),
+        ):
+            if state[name] != mine[name]:
+                raise UserError(
+                    f"{setting} ({mine[name]}) must be {state[name]}, as when the run was saved; "
+                    "change it back, or start a new run with another output_dir"
+                )
+        self.step = state["step"]
+        self._slot = state["slot"]
+        self._queue_epoch = state["epoch"]
+        self._queue_next = state["next"]
+        self._order = self._order_of(self._queue_epoch)
+        self._documents = np.array(state["documents"], dtype=np.int64)
+        self._starts = self._slot - np.array(state["segments"], dtype=np.int64)
+        # Before the first step no lane has a document, and all are free at slot 0.
+        self._ends = self._starts + np.where(self._documents < 0, 0, self.segments[self._documents])
+
+
+def held_out_plans(
+    lengths: np.ndarray,
+    segment_length: int,
+    window_segments: int,
+    batch_size: int,
+    max_segments: int,
+) -> list[Plan]:
+    """A finite pass over the first documents, each read once, whole and from its start.
+
+    Args:
+        lengths: [documents] stored tokens of each document, BOS and EOS included.
+        max_segments: documents are taken in order as long as their segments together do not exceed
+            this, but at least one is; 0 takes all.
+
+    Returns:
+        Plans until the last token is read. Lanes that run out earlier have segments of length 0
+        (document 0, offset 0, starts True).
+
+    Raises:
+        UserError: there is no document.
+    """
+    positions = np.asarray(lengths, dtype=np.int64) - 1
+    if not len(positions):
+        raise UserError(
+            "data.store: the held-out split is empty; raise data.held_out_fraction or prepare more "
+            "documents"
+        )
+    segments = -(-positions // segment_length)
+    count = len(segments)
+    if max_segments:
+        count = max(1, int(np.searchsorted(np.cumsum(segments), max_segments, side="right")))
+    segments = segments[:count]
+
+    heap = list(range(batch_size))  # as in Lanes.seek
+    keys = []
+    for duration in (segments * batch_size).tolist():
+        keys.append(heap[0])
+        heapq.heapreplace(heap, heap[0] + duration)
+    slots = max(heap) // batch_size
+    windows = -(-slots // window_segments)
+
+    shape = (batch_size, windows * window_segments)
+    documents = np.zeros(shape, dtype=np.int64)
+    offsets = np.zeros(shape, dtype=np.int64)
+    valid = np.zeros(shape, dtype=np.int32)
+    starts = np.ones(shape, dtype=bool)
+    first_slots, lanes = np.divmod(np.array(keys, dtype=np.int64), batch_size)
+    document = np.repeat(np.arange(count), segments)
+    # Index of each segment in its document: [total segments]
+    index = np.arange(len(document)) - np.repeat(np.cumsum(segments) - segments, segments)
+    where = (lanes[document], first_slots[document] + index)
+    documents[where] = document
+    offsets[where] = index * segment_length
+    valid[where] = np.minimum(positions[document] - offsets[where], segment_length)
+    starts[where] = index == 0
+    return [
+        Plan(*(array[:, i : i + window_segments] for array in (documents, offsets, valid, starts)))
+        for i in range(0, shape[1], window_segments)
+    ]

@@ -1,0 +1,282 @@
+"""Makes a token store of a corpus: `infini-ds prepare`.
+
+What is written depends on the corpus and the config alone: not on the number of workers, and
+whether a document is held out depends on nothing but its text. A store appears whole or not at
+all: it is written to a directory beside its place and renamed when its manifest is in.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from infini_ds.config import DataConfig
+from infini_ds.data.documents import Corpus
+from infini_ds.data.encoding import Encoded, encoded_batches
+from infini_ds.data.progress import CorpusProgress
+from infini_ds.data.store import (
+    COUNTS,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    SPLITS,
+    Store,
+    content_settings,
+    count_tokens,
+    mapped,
+    sha256_of,
+    token_dtype,
+)
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
+from infini_ds.errors import UserError
+
+
+def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
+    """Makes the token store that `config` describes, unless it is there already.
+
+    Args:
+        force: replace a store of other settings, or a damaged one.
+        workers: tokenising processes; 0 is one for each core.
+
+    Raises:
+        UserError: a source, the tokenizer or the store's place is unusable, or another store is
+            there and `force` is not given.
+    """
+    path = Path(config.store)
+    console = Console()
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists() and not force:
+        store = Store.open(path, config)
+        _check_unchanged(store, config)
+        console.print(f"data.store {path}: already prepared", highlight=False, soft_wrap=True)
+        return store
+    _check_replaceable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_beside(path) as unfinished:
+            _write_store(config, unfinished, workers or _cores(), console)
+            _publish(unfinished, path)
+    except OSError as error:
+        raise UserError(f"data.store {path}: cannot be written ({error})") from None
+    return Store.open(path, config)
+
+
+def _write_store(config: DataConfig, path: Path, workers: int, console: Console) -> None:
+    began = time.monotonic()
+    settings = content_settings(config)
+    corpus = Corpus(config)
+    model = path / MODEL if config.tokenizer.kind == "sentencepiece" else None
+    if model and config.tokenizer.model:
+        shutil.copyfile(config.tokenizer.model, model)
+    elif model:
+        console.print(
+            f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces", highlight=False
+        )
+        train_tokenizer(corpus, config, model)
+    tokenizer = load_tokenizer(config.tokenizer.kind, model or "")
+
+    dtype = token_dtype(tokenizer.vocab_size)
+    with contextlib.ExitStack() as stack:
+        train, held_out = (stack.enter_context(_SplitWriter(path, name, dtype)) for name in SPLITS)
+        progress = stack.enter_context(CorpusProgress(console, "tokenising", corpus.total_bytes))
+        for batch in encoded_batches(corpus, config.tokenizer.kind, model or "", workers):
+            for document in batch:
+                if document.draw < config.held_out_fraction:
+                    held_out.add(document)
+                else:
+                    train.add(document)
+            progress.update(
+                corpus.done_bytes,
+                train.documents + held_out.documents,
+                train.text_bytes + held_out.text_bytes,
+            )
+    if not train.documents + held_out.documents:
+        raise UserError(no_documents(corpus, config))
+    counts = count_tokens(mapped(path / "train.tokens", dtype), tokenizer)
+    np.save(path / COUNTS, counts)
+
+    splits = {writer.name: writer.summary() for writer in (train, held_out)}
+    files = sorted(file for file in path.iterdir())
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {
+            "kind": config.tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "settings": settings,
+        "source": {"description": _describe(config), "snapshot": corpus.snapshot},
+        "splits": splits,
+        "skipped": corpus.skipped.counts,
+        "files": {
+            file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files
+        },
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _report(config, corpus, splits, time.monotonic() - began, console)
+
+
+class _SplitWriter:
+    """Appends documents to the files of one split. A context manager."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.name = name
+        self.text_bytes = 0
+        self._dtype = dtype
+        self._offsets = array("q", [0])
+        self._offsets_file = folder / f"{name}.offsets.npy"
+        self._tokens_file = (folder / f"{name}.tokens").open("wb")
+
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._tokens_file.close()
+        np.save(self._offsets_file, np.array(self._offsets, dtype=np.int64))
+
+    @property
+    def documents(self) -> int:
+        return len(self._offsets) - 1
+
+    def add(self, document: Encoded) -> None:
+        self._tokens_file.write(document.tokens.astype(self._dtype, copy=False).data)
+        self._offsets.append(self._offsets[-1] + len(document.tokens))
+        self.text_bytes += document.text_bytes
+
+    def summary(self) -> dict[str, int]:
+        return {
+            "documents": self.documents,
+            "tokens": self._offsets[-1],
+            "bytes": self.text_bytes,
+        }
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _check_unchanged(store: Store, config: DataConfig) -> None:
+    try:
+        snapshot = Corpus(config).snapshot
+    except UserError:
+        return  # a finished store may be used where its sources are not
+    if snapshot != store.manifest["source"]["snapshot"]:
+        raise UserError(
+            f"data.files: files have changed since data.store {store.path} was made; run "
+            "`infini-ds prepare CONFIG --force`, or name another data.store"
+        )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuses to replace what is not a token store: the name may be a mistake."""
+    if not path.exists():
+        return
+    known = {MANIFEST, MODEL, COUNTS}
+    known.update(f"{name}{end}" for name in SPLITS for end in (".tokens", ".offsets.npy"))
+    if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
+        raise UserError(
+            f"data.store {path}: is there and is not a token store; name another directory"
+        )
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A directory beside `path`, removed at the end; those of dead processes are removed first.
+
+    A living process holds a lock on its own.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(OSError), _locked(leftover):
+            shutil.rmtree(leftover)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only
+        with contextlib.ExitStack() as stack:
+            # Some cluster file systems have no locks; then leftovers stay, and that is all.
+            with contextlib.suppress(OSError):
+                stack.enter_context(_locked(unfinished))
+            yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    if path.exists():
+        # A directory cannot be renamed over a full one. The old one goes away with its new name.
+        old = unfinished.with_suffix(".old.partial")
+        path.rename(old)
+        unfinished.rename(path)
+        shutil.rmtree(old)
+    else:
+        unfinished.rename(path)
+
+
+def _describe(config: DataConfig) -> str:
+    if config.source == "python-stdlib":
+        return f"standard library of Python {platform.python_version()}"
+    if config.source == "huggingface":
+        return f"{config.dataset} {config.dataset_config} {config.dataset_split}"
+    return ", ".join(config.files)
+
+
+def _report(
+    config: DataConfig,
+    corpus: Corpus,
+    splits: dict[str, Any],
+    seconds: float,
+    console: Console,
+) -> None:
+    table = Table(title=f"data.store {config.store} ({seconds:.1f} s)")
+    table.add_column("split")
+    for heading in ("documents", "tokens", "bytes", "bytes per token"):
+        table.add_column(heading, justify="right")
+    for name, split in splits.items():
+        ratio = split["bytes"] / split["tokens"] if split["tokens"] else 0.0
+        table.add_row(
+            name,
+            *(f"{split[key]:,}" for key in ("documents", "tokens", "bytes")),
+            f"{ratio:.3f}",
+        )
+    console.print(table)
+    for line in corpus.skipped.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not splits["train"]["documents"]:
+        console.print("warning: no document to train on; lower data.held_out_fraction")
+    if config.held_out_fraction and not splits["held_out"]["documents"]:
+        console.print(
+            "warning: no document was held out; raise data.held_out_fraction or add documents",
+            soft_wrap=True,
+        )

@@ -1,0 +1,220 @@
+"""The token store: a directory of memory-mapped tokens, checked before it is read.
+
+| file | content |
+|---|---|
+| `manifest.json` | what the store was made from, sizes and checksums of all other files |
+| `SPLIT.tokens` | BOS, tokens, EOS of each document; uint16, or uint32 for large vocabularies |
+| `SPLIT.offsets.npy` | int64 [documents + 1]: where each document begins in SPLIT.tokens |
+| `train.counts.npy` | int64 [vocab]: how often each token occurs in train, BOS not counted |
+| `tokenizer.model` | the sentencepiece model, unless the tokenizer is plain bytes |
+
+The splits are `train` and `held_out`. A store without a valid manifest does not exist.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infini_ds.config import DataConfig
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MODEL = "tokenizer.model"
+COUNTS = "train.counts.npy"
+SPLITS = ("train", "held_out")
+# Larger files are not read whole at every start; `verify` does it.
+_CHECKED_ON_OPEN = 256 << 20
+_COUNTED_AT_ONCE = 1 << 24
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How a token is stored."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def content_settings(config: DataConfig) -> dict[str, Any]:
+    """The settings that decide what is in a store, by their names in the config.
+
+    Raises:
+        UserError: the given tokenizer model cannot be read.
+    """
+    names = {
+        "python-stdlib": [],
+        "files": ["files", "text_field"],
+        "huggingface": ["dataset", "dataset_config", "dataset_split", "text_field"],
+    }[config.source]
+    settings = {
+        f"data.{name}": getattr(config, name)
+        for name in ("source", *names, "max_documents", "held_out_fraction")
+    }
+    tokenizer = config.tokenizer
+    settings["data.tokenizer.kind"] = tokenizer.kind
+    if tokenizer.kind == "sentencepiece":
+        # Where the model lies does not matter; what it is does.
+        settings["data.tokenizer.model"] = (
+            load_tokenizer(tokenizer.kind, tokenizer.model).fingerprint if tokenizer.model else ""
+        )
+        if not tokenizer.model:
+            settings["data.tokenizer.vocab_size"] = tokenizer.vocab_size
+            settings["data.tokenizer.training_bytes"] = tokenizer.training_bytes
+    return settings
+
+
+class Split:
+    """Documents of one part of a store.
+
+    Attributes:
+        offsets: int64 [documents + 1], where each document begins in `data`.
+        lengths: int64 [documents], tokens of each document, BOS and EOS included.
+        data: uint16 or uint32 [tokens], memory-mapped.
+    """
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        self.data = data
+        self.offsets = offsets
+        self.lengths = np.diff(offsets)
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop of a document, clipped to it: a view."""
+        begin, end = self.offsets[document], self.offsets[document + 1]
+        return self.data[min(begin + start, end) : min(begin + stop, end)]
+
+
+class Store:
+    """An open token store; `Store.open` checks and opens one."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        model = path / MODEL if manifest["tokenizer"]["kind"] == "sentencepiece" else ""
+        self.tokenizer: Tokenizer = load_tokenizer(manifest["tokenizer"]["kind"], model)
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        self._splits = {
+            name: Split(
+                mapped(path / f"{name}.tokens", dtype), np.load(path / f"{name}.offsets.npy")
+            )
+            for name in SPLITS
+        }
+
+    @classmethod
+    def open(cls, path: str | Path, config: DataConfig | None = None) -> "Store":
+        """Opens a store, and checks that it is whole and what `config` asks for.
+
+        Raises:
+            UserError: it is missing, unfinished, damaged, or was made with other settings.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"data.store {path}: not found; run `infini-ds prepare CONFIG`")
+        manifest = _read_manifest(path)
+        _check_files(path, manifest, _CHECKED_ON_OPEN)
+        if config is not None:
+            wanted = content_settings(config)
+            for name in dict.fromkeys([*wanted, *manifest["settings"]]):
+                had, want = manifest["settings"].get(name), wanted.get(name)
+                if had != want:
+                    raise UserError(
+                        f"{name} is {want!r}, but data.store {path} was made with {had!r}; name "
+                        "another data.store, or run `infini-ds prepare CONFIG --force`"
+                    )
+        return cls(path, manifest)
+
+    def verify(self) -> None:
+        """Reads every file whole and compares its checksum.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        _check_files(self.path, self.manifest, None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that is read from the store; the same for equal stores anywhere."""
+        files = json.dumps(self.manifest["files"], sort_keys=True)
+        return hashlib.sha256(files.encode()).hexdigest()
+
+    def split(self, name: str) -> Split:
+        """`train` or `held_out`."""
+        return self._splits[name]
+
+    def unigram_bits_per_byte(self) -> float:
+        """What a model that only knows how frequent tokens are needs for the held-out text.
+
+        Cross-entropy of the held-out tokens (all but BOS) under the train frequencies plus one, in
+        bits, over the bytes of text they stand for.
+
+        Raises:
+            UserError: there is no held-out text.
+        """
+        held_out = count_tokens(self.split("held_out").data, self.tokenizer)
+        text_bytes = int(held_out @ self.tokenizer.token_bytes)
+        if not text_bytes:
+            raise UserError(
+                f"data.store {self.path}: no held-out text; raise data.held_out_fraction"
+            )
+        train = np.load(self.path / COUNTS)
+        bits = np.log2(train.sum() + len(train)) - np.log2(train + 1)
+        return float(held_out @ bits) / text_bytes
+
+
+def count_tokens(data: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """How often each token occurs, BOS not counted: int64 [vocab]."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for i in range(0, len(data), _COUNTED_AT_ONCE):
+        counts += np.bincount(data[i : i + _COUNTED_AT_ONCE], minlength=len(counts))
+    counts[tokenizer.bos_id] = 0
+    return counts
+
+
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Tokens of a file, memory-mapped."""
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"data.store {path}: has no valid {MANIFEST}, so it is not a finished store; run "
+            "`infini-ds prepare CONFIG --force`"
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(
+            f"data.store {path}: {MANIFEST} is not of format {FORMAT}; run "
+            "`infini-ds prepare CONFIG --force`"
+        )
+    return manifest
+
+
+def _check_files(path: Path, manifest: dict[str, Any], up_to: int | None) -> None:
+    """Checks the sizes of all files, and the checksums of those below `up_to` bytes."""
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise _damaged(file, "is missing")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise _damaged(file, f"has {size} bytes, should have {expected['size']}")
+        if (up_to is None or size < up_to) and sha256_of(file) != expected["sha256"]:
+            raise _damaged(file, "is damaged (wrong checksum)")
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(f"data.store {file}: {what}; run `infini-ds prepare CONFIG --force`")
+
+
+def sha256_of(file: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""Text to token ids and back, without loss: plain bytes, or sentencepiece with byte fallback."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from infini_ds.errors import UserError
+
+# Sentencepiece writes a space as this character, so that in a text it would come back as a space.
+_SPACE_MARK = "\u2581"
+# A text is encoded in pieces of at most this many characters, so that a book needs no more working
+# memory than a page.
+_PIECE_CHARACTERS = 1 << 18
+
+
+class Tokenizer:
+    """Token ids of texts. BOS and EOS are ids of their own that no text is encoded to.
+
+    Args:
+        table: the bytes each id stands for; empty for BOS, EOS and unknown.
+    """
+
+    def __init__(self, table: list[bytes], bos_id: int, eos_id: int, fingerprint: str):
+        self.table = table
+        self.vocab_size = len(table)
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.fingerprint = fingerprint
+        self.token_bytes = np.array([len(entry) for entry in table], dtype=np.int32)
+        """[vocab_size] int32: bytes of text each id stands for."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS and EOS."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Ids of a text, without BOS and EOS: uint32 [tokens]."""
+        pieces = [
+            np.array(self._encode_piece(text[i : i + _PIECE_CHARACTERS]), dtype=np.uint32)
+            for i in range(0, len(text), _PIECE_CHARACTERS)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
+
+    def _encode_piece(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """Text of ids. BOS, EOS and unknown stand for nothing; broken UTF-8 is replaced."""
+        table = self.table
+        return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
+
+
+class ByteTokenizer(Tokenizer):
+    """A byte's id is its value; BOS is 256 and EOS 257."""
+
+    def __init__(self):
+        table = [bytes([value]) for value in range(256)] + [b"", b""]
+        super().__init__(table, 256, 257, hashlib.sha256(b"bytes").hexdigest())
+
+    def _encode_piece(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model.
+
+    Lossless for models as `train_sentencepiece` makes them. A model from elsewhere may normalise
+    text or put a space before it; then `token_bytes` counts the text that it restores.
+    """
+
+    def __init__(self, model: bytes, name: str):
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise UserError(f"data.tokenizer.model {name}: not a sentencepiece model") from None
+        for token, i in (("BOS", processor.bos_id()), ("EOS", processor.eos_id())):
+            if i < 0:
+                raise UserError(f"data.tokenizer.model {name}: must have a {token} id, has none")
+        self._processor = processor
+        self._mark = [processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._has_bytes = all(processor.IsByte(i) for i in self._mark)
+        super().__init__(
+            [self._bytes_of(i) for i in range(processor.GetPieceSize())],
+            processor.bos_id(),
+            processor.eos_id(),
+            hashlib.sha256(model).hexdigest(),
+        )
+
+    def _bytes_of(self, i: int) -> bytes:
+        if self._processor.IsControl(i) or self._processor.IsUnknown(i):
+            return b""
+        piece = self._processor.IdToPiece(i)
+        if self._processor.IsByte(i):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE_MARK, " ").encode()
+
+    def _encode_piece(self, text: str) -> list[int]:
+        if not self._has_bytes or _SPACE_MARK not in text:
+            return self._processor.EncodeAsIds(text)
+        first, *rest = text.split(_SPACE_MARK)
+        ids = self._processor.EncodeAsIds(first)
+        for part in rest:
+            ids += self._mark
+            ids += self._processor.EncodeAsIds(part)
+        return ids
+
+
+def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:
+    """The tokenizer of a kind (`bytes` or `sentencepiece`), the latter from its model file.
+
+    Raises:
+        UserError: the model is missing or unusable.
+    """
+    if kind == "bytes":
+        return ByteTokenizer()
+    try:
+        content = Path(model).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"data.tokenizer.model {model}: cannot be read ({error.strerror})"
+        ) from None
+    return SentencePieceTokenizer(content, str(model))
+
+
+def train_sentencepiece(texts: Iterator[str], vocab_size: int, destination: str | Path) -> None:
+    """Trains a lossless sentencepiece model and writes it to `destination`.
+
+    Text is taken as it is: whitespace is kept, runs of spaces may become one piece, a line's end
+    may join what stands before it, and characters without a piece fall back to bytes.
+
+    Raises:
+        UserError: the vocabulary does not fit the text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            # The trainer cannot take NUL; it is encoded by byte fallback.
+            sentence_iterator=(text.replace("\0", "") for text in texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            max_sentence_length=1 << 30,
+            # The model records this number, so a machine's own number would change the fingerprint.
+            num_threads=4,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocab_size)) from None
+    Path(destination).write_bytes(model.getvalue())
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    setting = f"data.tokenizer.vocab_size ({vocab_size})"
+    if found := re.search(r"too high .*<= (\d+)", message):
+        return f"{setting} is more than this corpus can fill: must be at most {found[1]}"
+    if found := re.search(r"required_chars\D*\d+ vs (\d+)", message):
+        return f"{setting} is too small for the characters of this corpus: must be over {found[1]}"
+    return f"{setting}: no tokenizer can be trained on this corpus ({' '.join(message.split())})"

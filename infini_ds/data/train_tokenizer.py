@@ -1,0 +1,114 @@
+"""Trains a tokenizer on text spread over a corpus.
+
+`python -m infini_ds.data.train_tokenizer MODEL VOCAB_SIZE FILES...` does it alone, before and
+without preparing a store.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from infini_ds.config import DataConfig, TokenizerConfig
+from infini_ds.data.documents import Corpus, Document
+from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
+from infini_ds.errors import UserError
+
+_BLOCK_CHARACTERS = 2048
+# A stream from the network is read this many times as far as the training text is long, not to
+# its end: it is read again to be tokenised.
+_STREAM_FACTOR = 50
+
+
+def sample_text(documents: Iterable[Document], budget: int, read_limit: int = 0) -> list[str]:
+    """Blocks of text at even distances over all documents, `budget` bytes at most.
+
+    The corpus' size need not be known: whenever the budget is full every other block is dropped
+    and the distance doubled, so that at least half the budget is used where there is enough text.
+
+    Args:
+        read_limit: stop after this many characters; 0 reads all documents.
+    """
+    kept: list[str] = []
+    kept_bytes = 0
+    distance = 1
+    number = 0
+    for _, text in documents:
+        for begin in range(0, len(text), _BLOCK_CHARACTERS):
+            if number % distance == 0:
+                block = text[begin : begin + _BLOCK_CHARACTERS]
+                kept.append(block)
+                kept_bytes += len(block.encode())
+            number += 1
+            while kept_bytes > budget and len(kept) > 1:
+                kept = kept[::2]
+                distance *= 2
+                kept_bytes = sum(len(block.encode()) for block in kept)
+        if read_limit and number * _BLOCK_CHARACTERS >= read_limit:
+            break
+    return kept
+
+
+def train_tokenizer(corpus: Corpus, config: DataConfig, destination: Path) -> None:
+    """Trains the sentencepiece model that `config` asks for on `corpus`.
+
+    Raises:
+        UserError: the corpus is empty, or too small for the vocabulary.
+    """
+    budget = config.tokenizer.training_bytes
+    streams = config.source == "huggingface" and config.streaming
+    texts = sample_text(corpus, budget, _STREAM_FACTOR * budget if streams else 0)
+    if not texts:
+        raise UserError(no_documents(corpus, config))
+    train_sentencepiece(iter(texts), config.tokenizer.vocab_size, destination)
+
+
+def no_documents(corpus: Corpus, config: DataConfig) -> str:
+    """What to say of a corpus without a document."""
+    skipped = "; ".join(corpus.skipped.lines()) or "nothing to read"
+    return f"data.source {config.source}: has no document with text ({skipped})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m infini_ds.data.train_tokenizer",
+        description="Trains a lossless sentencepiece model for data.tokenizer.model.",
+    )
+    parser.add_argument("model", help="file to write, for example tokenizer/mine.model")
+    parser.add_argument("vocab_size", type=int, help="number of token ids, at least 320")
+    parser.add_argument("files", nargs="+", help="as in data.files: .txt, .jsonl, .parquet, globs")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet")
+    parser.add_argument(
+        "--training-bytes",
+        type=int,
+        default=TokenizerConfig().training_bytes,
+        help="at most this much text, spread over the files (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        # Raises pydantic's error, a ValueError too, for a number out of range.
+        tokenizer = TokenizerConfig(
+            vocab_size=options.vocab_size, training_bytes=options.training_bytes
+        )
+        config = DataConfig(
+            source="files",
+            files=options.files,
+            text_field=options.text_field,
+            store="",
+            tokenizer=tokenizer,
+        )
+        corpus = Corpus(config)
+        Path(options.model).parent.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(corpus, config, Path(options.model))
+        trained = load_tokenizer("sentencepiece", options.model)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for line in corpus.skipped.lines():
+        print(line)
+    print(f"{options.model}: {trained.vocab_size} ids, fingerprint {trained.fingerprint[:16]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

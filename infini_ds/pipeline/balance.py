@@ -1,0 +1,46 @@
+"""Which blocks go to which stage, by estimated FLOPs."""
+
+import itertools
+from functools import cache
+
+from infini_ds.config import ModelConfig
+from infini_ds.model.flops import forward_flops_per_token
+
+
+def balance(config: ModelConfig, stages: int) -> list[int]:
+    """First block of each stage, and the number of blocks: stage s has [bounds[s], bounds[s+1]).
+
+    Minimises the most loaded stage; every stage has at least one block, the last one has the
+    head as well. Among equals the earlier stages get more, since the last one also has the loss.
+    """
+    _, *blocks, _, head = forward_flops_per_token(config)
+
+    @cache
+    def best(stage: int, first: int) -> tuple[int, tuple[int, ...]]:
+        """Load of the most loaded of the stages from this one on, and where each of them ends."""
+        if stage == stages - 1:
+            return sum(blocks[first:]) + head, (len(blocks),)
+        choices = []
+        for end in range(len(blocks) - (stages - stage - 1), first, -1):
+            load, ends = best(stage + 1, end)
+            choices.append((max(load, sum(blocks[first:end])), (end, *ends)))
+        return min(choices, key=lambda choice: choice[0])
+
+    return [0, *best(0, 0)[1]]
+
+
+def describe(config: ModelConfig, bounds: list[int]) -> str:
+    """The choice in one line, with each stage's share of the FLOPs."""
+    flops = forward_flops_per_token(config)
+    total = sum(flops)
+    parts = []
+    for stage, (first, end) in enumerate(itertools.pairwise(bounds)):
+        load = sum(flops[1 + first : 1 + end])
+        names = [f"blocks {first}-{end - 1}" if end - first > 1 else f"block {first}"]
+        if stage == 0:
+            names.insert(0, "embedding")
+        if stage == len(bounds) - 2:
+            load += flops[-1]
+            names.append("head")
+        parts.append(f"stage {stage}: {' + '.join(names)} ({load / total:.0%} of FLOPs)")
+    return "; ".join(parts)

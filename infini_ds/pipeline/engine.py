@@ -1,0 +1,419 @@
+"""Our DeepSpeed engine: the schedule, what a message is, and the backward pass of a unit.
+
+Everything else (ZeRO, the optimizer's step, reductions, checkpoints, launcher) is DeepSpeed's.
+A unit is one chunk of one micro-batch on one stage.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.constants import BFLOAT16
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.utils import get_global_norm_of_tensors
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor
+
+from infini_ds.config import ModelConfig, TrainConfig
+from infini_ds.data.windows import Windows
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.layout import Layout
+from infini_ds.pipeline.channel import Channel
+from infini_ds.pipeline.lane_memory import LaneMemory
+from infini_ds.pipeline.module import InfiniPipeline
+from infini_ds.pipeline.payload import Payload, Wire
+from infini_ds.pipeline.schedule import Backward, Forward, evaluation_schedule, train_schedule
+from infini_ds.pipeline.transport import TRANSPORTS
+
+Reader = Callable[[int], Windows]
+"""Gives this data-parallel rank's windows of a micro-batch; asked on the first and last stage."""
+
+
+@dataclass
+class Unit:
+    """What a unit's backward needs."""
+
+    inputs: Tensor
+    """Tokens, or hidden states that get a gradient."""
+    memory_in: list[Tensor]
+    """kv and norm of each block before the chunk, flat; they get gradients within a window."""
+    output: Tensor
+    """Hidden states, or the summed loss on the last stage."""
+    memory_out: list[Tensor]
+    """kv and norm of each block after the chunk, flat."""
+
+
+class InfiniEngine(PipelineEngine):
+    """Trains an InfiniPipeline on windows whose memories go on from step to step."""
+
+    module: InfiniPipeline
+
+    def setup(self, train: TrainConfig, transport: str) -> None:
+        """Opens the channels between stages. To be called once, on all ranks together."""
+        self._train = train
+        self._model: ModelConfig = self.module.config
+        self._transport = TRANSPORTS[transport](tuple(self.module.bounds))
+        self._wire = Wire(
+            self._model,
+            train.micro_batch_size,
+            train.window_segments // train.chunks,
+            torch.bfloat16 if train.dtype == "bf16" else torch.float32,
+            self.device,
+        )
+        self._open_channels()
+        self.memories = self.empty_memories()
+        self.seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
+        self.skipped_in_a_row = 0
+
+    def empty_memories(self) -> LaneMemory:
+        """For lanes that have read nothing: what this stage holds between windows."""
+        held = self._transport.held(self.stage_id)
+        lanes = self._train.micro_batch_size
+        return LaneMemory(self._model, self.micro_batches, lanes, held, self.device)
+
+    def lanes_of(self, micro_batch: int) -> range:
+        """The global lanes that this data-parallel rank reads in a micro-batch."""
+        lanes = self._train.micro_batch_size
+        first = (self.grid.get_data_parallel_id() * self.micro_batches + micro_batch) * lanes
+        return range(first, first + lanes)
+
+    def train_step(self, read: Reader, num_tokens: int) -> Tensor:
+        """Forward, backward and optimizer step on one window of every lane.
+
+        Args:
+            read: windows of each micro-batch.
+            num_tokens: valid tokens in the whole global batch; the loss is the sum over all of
+                them divided by this.
+
+        Returns:
+            The sum of this rank's losses, fp64, 0 except on the last stage: see `all_sum`.
+        """
+        begin = time.perf_counter()
+        self.module.train()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        # Reductions average over data-parallel ranks.
+        scale = self.dp_world_size / num_tokens
+        schedule = train_schedule(
+            self.stage_id, self.num_stages, self.micro_batches, self._train.chunks
+        )
+        self._run(schedule, read, self.memories, scale)
+        reduced = self._clock("pipeline", begin)
+        finite = self._finite()
+        if finite:
+            self._exec_reduce_tied_grads()
+            self._exec_reduce_grads()
+        stepped = self._clock("reduce", reduced)
+        self._step(finite)
+        self._clock("optimizer", stepped)
+        return self._loss_sum
+
+    @torch.no_grad()
+    def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
+        """Sum of this rank's losses on one window of every lane, 0 except on the last stage."""
+        self.module.eval()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        schedule = evaluation_schedule(self.micro_batches, self._train.chunks)
+        self._run(schedule, read, memories, None)
+        return self._loss_sum
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        """Sends bare hidden states to the next stage, outside of a schedule."""
+        self._next.send(hidden.contiguous().view(-1).view(torch.uint8))
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Receives what the previous stage sent with `send_hidden`."""
+        self._previous.expect([math.prod(shape) * dtype.itemsize])
+        return self._previous.receive().view(dtype).view(shape)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sums a small tensor over all ranks."""
+        dist.all_reduce(values)
+        return values
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient of the last step, before clipping."""
+        return float(self.get_global_grad_norm())
+
+    @property
+    def waiting_seconds(self) -> float:
+        """Time this rank has waited for other stages so far."""
+        return sum(channel.seconds for channel in self._channels)
+
+    def hop_bytes(self) -> dict[str, int]:
+        """Bytes that leave this stage for one window of one micro-batch, by direction."""
+        chunks = self._train.chunks
+        sizes = dict.fromkeys(("forward", "backward", "return"), 0)
+        for chunk in range(chunks):
+            if not self.is_last_stage():
+                riding = len(self._riding(self.stage_id, chunk))
+                sizes["forward"] += self._wire.payload_bytes(riding)
+            if not self.is_first_stage():
+                sizes["backward"] += self._wire.gradient_bytes()
+        if self._transport.returns and self.is_pipe_parallel and self.is_last_stage():
+            sizes["return"] = self._wire.memories_bytes(self._model.num_layers)
+        return sizes
+
+    # The schedule
+
+    def _run(
+        self,
+        schedule: Iterable[Forward | Backward],
+        read: Reader,
+        memories: LaneMemory,
+        scale: float | None,
+    ) -> None:
+        self._units: dict[tuple[int, int], Unit] = {}
+        self._windows: dict[int, Windows] = {}
+        self._passing: dict[int, dict[int, LayerMemory]] = {}
+        units = list(schedule)
+        self._expect(units)
+        for unit in units:
+            if isinstance(unit, Forward):
+                self._forward(unit, read, memories, scale is not None)
+            else:
+                assert scale is not None
+                self._backward(unit, scale)
+        if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
+            blocks = list(range(self._model.num_layers))
+            for micro_batch in range(self.micro_batches):
+                message = self._return.receive()
+                memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
+        for channel in self._channels:
+            channel.flush()
+
+    def _forward(self, unit: Forward, read: Reader, memories: LaneMemory, training: bool) -> None:
+        micro_batch, chunk = unit
+        first, last = chunk == 0, chunk == self._train.chunks - 1
+        if first:
+            self._passing[micro_batch] = memories.get(micro_batch)
+            if self.is_first_stage() or self.is_last_stage():
+                windows = read(micro_batch)
+                self._windows[micro_batch] = _to_device(windows, self.device)
+        passing = self._passing[micro_batch]
+        if self.is_first_stage():
+            tokens, _, layout = self._cut(self._windows[micro_batch], chunk)
+            inputs = tokens
+        else:
+            payload = self._receive_payload(chunk)
+            inputs, layout = payload.hidden.requires_grad_(training), payload.layout
+            passing.update(payload.memories)
+
+        own = self.module.block_range
+        memory = [passing[block] for block in own]
+        if not first and training:
+            # Within a window gradients flow back through the memory, one unit at a time.
+            memory = [
+                LayerMemory(*(tensor.detach().requires_grad_() for tensor in layer))
+                for layer in memory
+            ]
+        output, after = self.module(inputs, layout, memory)
+        passing.update(zip(own, after, strict=True))
+        if self.is_last_stage():
+            labels = self._cut(self._windows[micro_batch], chunk)[1]
+            output = self.module.losses(output, labels, self._train.loss_chunk_tokens).sum()
+            self._loss_sum += output.detach()
+        else:
+            riding = self._riding(self.stage_id, chunk)
+            detached = {block: _detach(passing[block]) for block in riding}
+            self._next.send(self._wire.pack(Payload(output, layout, detached)))
+        if training:
+            flat_in = [tensor for layer in memory for tensor in layer]
+            flat_out = [tensor for layer in after for tensor in layer]
+            self._units[unit] = Unit(inputs, flat_in, output, flat_out)
+        if last:
+            self._finish_window(micro_batch, memories)
+
+    def _backward(self, unit: Backward, scale: float) -> None:
+        micro_batch, chunk = unit
+        done = self._units.pop((micro_batch, chunk))
+        if self.is_last_stage():
+            tensors, gradients = [done.output], [torch.full_like(done.output, scale)]
+        else:
+            message = self._next_gradient.receive()
+            gradient = message.view(self._wire.dtype)[: done.output.numel()]
+            tensors, gradients = [done.output], [gradient.view_as(done.output)]
+        if chunk < self._train.chunks - 1:
+            # The next chunk has left the gradients of the memory that this one handed on.
+            for tensor, gradient in zip(done.memory_out, self._memory_gradients, strict=True):
+                if gradient is not None:
+                    tensors.append(tensor)
+                    gradients.append(gradient)
+        self._accumulate(tensors, gradients)
+        self._memory_gradients = [tensor.grad for tensor in done.memory_in]
+        if not self.is_first_stage():
+            assert done.inputs.grad is not None
+            gradient = done.inputs.grad.contiguous().view(-1).view(torch.uint8)
+            padding = self._wire.gradient_bytes() - gradient.numel()
+            self._previous_gradient.send(torch.nn.functional.pad(gradient, (0, padding)))
+
+    def _accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
+        """One backward pass over all outputs of a unit, added to the fp32 sums."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            optimizer.clear_lp_grads()
+        self._running_engine_backward = True  # DeepSpeed's hooks refuse backward passes otherwise
+        try:
+            torch.autograd.backward(tensors, gradients)
+        finally:
+            self._running_engine_backward = False
+        if isinstance(optimizer, BF16_Optimizer):
+            optimizer.update_hp_grads()
+
+    def _finish_window(self, micro_batch: int, memories: LaneMemory) -> None:
+        """Memories are data from here on: kept here, or sent back to the first stage."""
+        passing = self._passing.pop(micro_batch)
+        if not (self._transport.returns and self.is_pipe_parallel):
+            memories.put(micro_batch, passing)
+        elif self.is_last_stage():
+            everything = {block: _detach(passing[block]) for block in sorted(passing)}
+            self._return.send(self._wire.pack_memories(everything))
+
+    def _cut(self, windows: Windows, chunk: int) -> tuple[Tensor, Tensor, Layout]:
+        tokens = windows.tokens.chunk(self._train.chunks, dim=1)[chunk]
+        labels = windows.labels.chunk(self._train.chunks, dim=1)[chunk]
+        layout = (part.chunk(self._train.chunks, dim=1)[chunk] for part in windows.layout)
+        return tokens, labels, Layout(*layout)
+
+    # Messages
+
+    def _open_channels(self) -> None:
+        topology = self.module.topology()
+        pipelines = topology.get_axis_comm_lists("pipe") if self.num_stages > 1 else []
+        self._channels: list[Channel] = []
+        for ranks in pipelines:
+            # Each direction has its own group; every rank takes part in making all of them.
+            groups = [dist.new_group(ranks) for _ in range(3)]
+            if self.global_rank not in ranks:
+                continue
+            for step, name in ((1, "next"), (-1, "previous")):
+                stage = self.stage_id + step
+                if 0 <= stage < self.num_stages:
+                    forward, backward, _ = groups
+                    peer = ranks[stage]
+                    activations = self._open(f"activations of stage {stage}", peer, forward, 2)
+                    gradients = self._open(f"gradients of stage {stage}", peer, backward, 2)
+                    setattr(self, f"_{name}", activations)
+                    setattr(self, f"_{name}_gradient", gradients)
+            other = {0: ranks[-1], self.num_stages - 1: ranks[0]}.get(self.stage_id)
+            if other is not None:
+                # The first stage has room for all of them: it is where they are kept.
+                ahead = self.micro_batches
+                self._return = self._open("returned memories", other, groups[2], ahead)
+
+    def _open(self, name: str, peer: int, group: dist.ProcessGroup, ahead: int) -> Channel:
+        channel = Channel(name, peer, group, self._train.timeout, ahead)
+        self._channels.append(channel)
+        return channel
+
+    def _expect(self, units: list[Forward | Backward]) -> None:
+        """Tells the channels what this stage will receive, in order."""
+        forwards = [unit for unit in units if isinstance(unit, Forward)]
+        if not self.is_first_stage():
+            riding = [len(self._riding(self.stage_id - 1, unit.chunk)) for unit in forwards]
+            self._previous.expect([self._wire.payload_bytes(count) for count in riding])
+        if not self.is_last_stage():
+            backwards = len(units) - len(forwards)
+            self._next_gradient.expect([self._wire.gradient_bytes()] * backwards)
+        if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
+            size = self._wire.memories_bytes(self._model.num_layers)
+            self._return.expect([size] * self.micro_batches)
+
+    def _receive_payload(self, chunk: int) -> Payload:
+        riding = self._riding(self.stage_id - 1, chunk)
+        return self._wire.unpack(self._previous.receive(), riding)
+
+    def _riding(self, stage: int, chunk: int) -> list[int]:
+        return self._transport.riding(stage, chunk == 0, chunk == self._train.chunks - 1)
+
+    # The step
+
+    def _finite(self) -> bool:
+        """Whether all gradients of all ranks are finite.
+
+        DeepSpeed's bf16 optimizer checks the norm itself and skips the step; in fp32 nothing does.
+        """
+        if isinstance(self.optimizer, BF16_Optimizer):
+            return True
+        norms = torch.stack(torch._foreach_norm([_gradient(p) for p in self.module.parameters()]))
+        broken = (~norms.isfinite()).any().float()
+        return float(self.all_sum(broken)) == 0
+
+    def _step(self, finite: bool) -> None:
+        before = self.skipped_steps
+        if finite:
+            self._exec_optimizer_step()
+        else:
+            self.optimizer.zero_grad()
+            self.zero_grad()
+            self._global_grad_norm = float("inf")
+            self.skipped_steps += 1
+            self.global_steps += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped_steps > before else 0
+
+    def _do_optimizer_sanity_check(self, basic_optimizer):
+        if self.bfloat16_enabled() and not self.zero_optimization():
+            return BFLOAT16  # DeepSpeed refuses fp32 sums of bf16 gradients without ZeRO
+        return super()._do_optimizer_sanity_check(basic_optimizer)
+
+    def _configure_bf16_optimizer(self, optimizer):
+        """Without ZeRO every rank keeps all of the optimizer's states: it is a group of its own."""
+        if self.zero_optimization():
+            return super()._configure_bf16_optimizer(optimizer)
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        return BF16_Optimizer(
+            optimizer,
+            self.param_names,
+            bfloat16_config=self._config.bfloat16_config,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            dp_process_group=alone[dist.get_rank()],
+            timers=NoopTimer(),
+            grad_acc_dtype=torch.float32,
+        )
+
+    def _exec_reduce_tied_grads(self) -> None:
+        """DeepSpeed's own looks for gradients only where two of its three optimizers keep them."""
+        for weight, group in self.module.get_tied_weights_and_groups():
+            dist.all_reduce(_gradient(weight), group=group)
+
+    def _take_model_step(self, lr_kwargs) -> None:
+        if not self.gradient_clipping() and not self.zero_optimization():
+            self.clip_fp32_gradients()
+        super()._take_model_step(lr_kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        """fp32 without ZeRO: DeepSpeed's own counts tied weights twice, and keeps no norm."""
+        parameters = list(self.module.parameters())
+        owned = [p.grad for p in parameters if not p.ds_pipe_replicated]
+        self._global_grad_norm = get_global_norm_of_tensors(owned, mpu=self.mpu)
+        limit = self.gradient_clipping()
+        if limit and self._global_grad_norm > limit:
+            torch._foreach_mul_([p.grad for p in parameters], limit / self._global_grad_norm)
+
+    def _clock(self, phase: str, begin: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] += now - begin
+        return now
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Where the optimizer in use sums up a parameter's gradient."""
+    for name in ("_hp_grad", "grad_accum", "grad"):
+        gradient = getattr(parameter, name, None)
+        if gradient is not None:
+            return gradient
+    raise RuntimeError("a parameter got no gradient")
+
+
+def _detach(memory: LayerMemory) -> LayerMemory:
+    return LayerMemory(memory.kv.detach(), memory.norm.detach())
+
+
+def _to_device(windows: Windows, device: torch.device) -> Windows:
+    layout = Layout(*(part.to(device) for part in windows.layout))
+    return Windows(windows.tokens.to(device), windows.labels.to(device), layout)

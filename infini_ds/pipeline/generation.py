@@ -1,0 +1,66 @@
+"""Writing text through the stages, without gathering the model anywhere."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infini_ds.model.decoding import extend
+from infini_ds.model.generation import sample
+from infini_ds.model.memory import Memory
+from infini_ds.pipeline.engine import InfiniEngine
+
+
+@torch.no_grad()
+def generate(
+    engine: InfiniEngine, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
+) -> list[int]:
+    """Continues one prompt; to be called on all ranks together.
+
+    Every stage reads with its own blocks and keeps its own memory, as InfiniTransformer.generate
+    does with all of them. Each data-parallel pipeline writes the same text.
+
+    Args:
+        prompt: tokens, at most a segment.
+        max_new_tokens: tokens to add.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+
+    Returns:
+        The new tokens.
+    """
+    engine.module.eval()
+    config = engine.module.config
+    own = config.model_copy(update={"num_layers": len(engine.module.block_range)})
+    dtype = next(engine.module.parameters()).dtype
+    memory = Memory.empty(own, 1, engine.device, dtype)
+    generator = torch.Generator(engine.device).manual_seed(seed)
+    tokens = torch.tensor([prompt[-config.segment_length :]], device=engine.device)
+    written: list[int] = []
+    while len(written) < max_new_tokens:
+        hidden, memory = _read(engine, tokens, memory, dtype)
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
+        if engine.is_last_stage():
+            logits = engine.module.logits(hidden[:, -1]).float()
+            tokens[:, 0] = sample(logits, temperature, 1.0, 0, generator)
+        if engine.is_pipe_parallel:
+            last = engine.grid.stage_to_global(engine.num_stages - 1)
+            dist.broadcast(tokens, last, group=engine.grid.get_pipe_parallel_group())
+        written.append(int(tokens))
+    return written
+
+
+def _read(
+    engine: InfiniEngine, tokens: Tensor, memory: Memory, dtype: torch.dtype
+) -> tuple[Tensor, Memory]:
+    """Tokens [1, t] through this stage, from the previous stage to the next."""
+    module = engine.module
+    if engine.is_first_stage():
+        hidden = torch.nn.functional.embedding(tokens, module.embedding)  # type: ignore[arg-type]
+    else:
+        hidden = engine.receive_hidden((1, tokens.shape[1], module.config.hidden_size), dtype)
+    hidden, memory = extend(module.blocks, hidden, memory)
+    if engine.is_last_stage():
+        hidden = module.final_norm(hidden)
+    else:
+        engine.send_hidden(hidden)
+    return hidden, memory

@@ -1,0 +1,76 @@
+"""Builds the engine of a run on this process: the only place that starts DeepSpeed."""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import deepspeed
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import logger
+
+from infini_ds.config import RunConfig
+from infini_ds.pipeline.engine import InfiniEngine
+from infini_ds.pipeline.module import InfiniPipeline
+from infini_ds.training.deepspeed_config import deepspeed_config
+from infini_ds.training.optimizer import adamw, parameter_groups
+
+
+def start_distributed(timeout: float) -> None:
+    """Joins the processes that the launcher started; a process started alone is a world of one.
+
+    Args:
+        timeout: seconds that anyone waits for anyone.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    logger.setLevel("WARNING")
+    # A communication operator for inference that DeepSpeed would compile at the first start, for a
+    # minute, and behind a lock that a killed process leaves for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        timeout=timedelta(seconds=timeout),
+        verbose=False,
+    )
+
+
+def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:
+    """The engine of this process, with initial weights; model.vocab_size must be set.
+
+    Args:
+        universal: whether a checkpoint in DeepSpeed's universal form is going to be loaded.
+
+    Raises:
+        UserError: the processes do not fit the config.
+    """
+    world = comm.get_world_size()
+    stages = config.parallel.resolve_stages(world, config.model.num_layers)
+    data = config.data_parallel_size(world)
+    with contextlib.redirect_stdout(None):  # DeepSpeed prints a line for each layer
+        module = InfiniPipeline(
+            config.model, stages, config.seed, config.train.activation_checkpointing
+        )
+        groups = parameter_groups(module.named_parameters(), config.optimizer, module.embedding)
+        if config.parallel.offload_optimizer:
+            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
+                groups, betas=(config.optimizer.beta1, config.optimizer.beta2),
+                eps=config.optimizer.eps,
+            )  # fmt: skip
+        else:
+            optimizer = adamw(groups, config.optimizer)
+        tree = deepspeed_config(config, data, universal)
+        engine = InfiniEngine(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=module.mpu(),
+            config=tree,
+            config_class=DeepSpeedConfig(tree, module.mpu()),
+        )
+    engine.setup(config.train, config.parallel.memory_transport)
+    return engine

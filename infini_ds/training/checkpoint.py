@@ -1,0 +1,257 @@
+"""Checkpoints: a directory a step, valid once its manifest is there.
+
+    step_00000100/
+        ...                     DeepSpeed's own files: layers, optimizer states
+        memory/block_003.lanes_00000.safetensors    compressive memories by block, from a lane on
+        state.json              step, lanes, layout, store
+        config.yaml             the resolved config
+        manifest.json           sizes and checksums, written last
+
+Nothing of the run's state is elsewhere: learning rates are a function of the step, the order of
+documents of seed and step, and nothing draws from a global random state.
+"""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from infini_ds.config import RunConfig, dump
+from infini_ds.errors import RunError, UserError
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.pipeline.engine import InfiniEngine
+from infini_ds.training import manifest
+
+# What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
+UNIVERSAL_INFO = {
+    "universal_checkpoint_info": {
+        "universal_checkpoint_version": 0.2,
+        "pipeline_replicated_parameter_patterns": ["tied_modules.*"],
+    }
+}
+
+
+def directory_of(config: RunConfig) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(config.output_dir) / "checkpoints"
+
+
+def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path:
+    """Writes the checkpoint of state["step"]; to be called on all ranks together.
+
+    The newest older one is deleted only after this one is valid.
+    """
+    directory = directory_of(config) / f"step_{state['step']:08d}"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(directory, ignore_errors=True)  # of a save that was cut off
+        (directory / "memory").mkdir(parents=True)
+    dist.barrier()
+    with contextlib.redirect_stdout(None):
+        engine.save_checkpoint(
+            str(directory.parent),
+            tag=directory.name,
+            client_state={**UNIVERSAL_INFO, "iteration": state["step"]},
+            save_latest=False,
+        )
+    _save_memories(engine, directory / "memory")
+    if first:
+        (directory / "config.yaml").write_text(dump(config))
+        (directory / "state.json").write_text(json.dumps({**state, "layout": _layout(engine)}))
+    dist.barrier()
+    _write_manifest(directory)
+    if first:
+        valid = [path for path in _steps(config) if (path / manifest.NAME).exists()]
+        for old in valid[config.train.keep_last :]:
+            (old / manifest.NAME).unlink()  # no half-deleted directory must look valid
+            shutil.rmtree(old)
+    dist.barrier()
+    return directory
+
+
+def find(config: RunConfig) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint, and why newer ones were passed over; on all ranks together.
+
+    Checksums are shared out among the ranks.
+    """
+    skipped = []
+    for directory in _shared(_steps(config)):
+        reason = _problem(directory)
+        if reason is None:
+            return directory, skipped
+        skipped.append(f"checkpoint {directory}: passed over, {reason}")
+    return None, skipped
+
+
+def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says of the run, after checking that this config goes on with it.
+
+    Raises:
+        UserError: a setting that must not change has changed.
+    """
+    saved = yaml.safe_load((directory / "config.yaml").read_text())
+    mine = config.model_dump()
+    for name in _fixed_settings(mine):
+        section, _, key = name.rpartition(".")
+        before = saved[section][key] if section else saved[key]
+        now = mine[section][key] if section else mine[key]
+        if before != now:
+            raise UserError(
+                f"{name} ({now}) must be {before}, as in checkpoint {directory}; change it back, "
+                "or start a new run with another output_dir"
+            )
+    return json.loads((directory / "state.json").read_text())
+
+
+def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int) -> Path:
+    """What this layout of processes loads: the checkpoint itself, or its universal form.
+
+    The universal form is made once, beside the checkpoints; to be called on all ranks together.
+
+    Raises:
+        UserError: this checkpoint cannot be loaded in another layout.
+        RunError: the conversion failed.
+    """
+    stages = config.parallel.resolve_stages(world, config.model.num_layers)
+    here = {"pipeline": stages, "data": world // stages}
+    if state["layout"] == here:
+        return directory
+    if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
+        saved = state["layout"]
+        raise UserError(
+            f"checkpoint {directory} is of pipeline degree {saved['pipeline']} and data-parallel "
+            f"degree {saved['data']}; without ZeRO it can only be resumed in that layout"
+        )
+    universal = directory.with_name(f"universal_{directory.name}")
+    failure = ""
+    if dist.get_rank() == 0 and not (universal / manifest.NAME).exists():
+        shutil.rmtree(universal, ignore_errors=True)
+        failure = _to_universal(directory, universal)
+    failure = _shared(failure)
+    if failure:
+        raise RunError(f"checkpoint {directory} cannot be converted to another layout: {failure}")
+    return universal
+
+
+def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
+    """Loads weights and optimizer states from `load_from`, memories from `directory`."""
+    with contextlib.redirect_stdout(None):
+        path, _ = engine.load_checkpoint(str(load_from.parent), tag=load_from.name)
+    if path is None:
+        raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
+    _load_memories(engine, directory / "memory")
+
+
+def delete_universal(config: RunConfig) -> None:
+    """Removes universal forms, which a later checkpoint has made useless."""
+    for path in directory_of(config).glob("universal_step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _layout(engine: InfiniEngine) -> dict[str, int]:
+    return {"pipeline": engine.num_stages, "data": engine.dp_world_size}
+
+
+def _fixed_settings(config: dict[str, Any]) -> list[str]:
+    """Settings that change what is learnt, or in what form DeepSpeed stores it."""
+    model = [f"model.{name}" for name in config["model"]]
+    train = [f"train.{name}" for name in ("batch_size", "window_segments", "dtype")]
+    return ["seed", *model, *train, "parallel.zero_stage", "parallel.offload_optimizer"]
+
+
+def _steps(config: RunConfig) -> list[Path]:
+    """Directories of steps, newest first, valid or not."""
+    return sorted(directory_of(config).glob("step_*"), reverse=True)
+
+
+def _shared(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _problem(directory: Path) -> str | None:
+    problem, files = None, {}
+    if dist.get_rank() == 0:
+        try:
+            files = manifest.read(directory)
+        except ValueError as error:
+            problem = str(error)
+    problem, files = _shared((problem, files))
+    if problem:
+        return problem
+    mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    for name in mine:
+        if manifest.sha256(directory / name) != files[name]["sha256"]:
+            problem = f"{name} does not have its checksum"
+    return next(filter(None, _gathered(problem)), None)
+
+
+def _write_manifest(directory: Path) -> None:
+    names = _shared(manifest.files_of(directory))
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    files = {
+        name: {
+            "size": (directory / name).stat().st_size,
+            "sha256": manifest.sha256(directory / name),
+        }
+        for name in mine
+    }
+    gathered = _gathered(files)
+    if dist.get_rank() == 0:
+        manifest.write(directory, {k: v for part in gathered for k, v in sorted(part.items())})
+    dist.barrier()
+
+
+def _save_memories(engine: InfiniEngine, directory: Path) -> None:
+    first_lane = engine.lanes_of(0).start
+    for block in engine.memories.blocks:
+        memory = engine.memories.stacked(block)
+        tensors = {name: tensor.cpu() for name, tensor in memory._asdict().items()}
+        save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
+
+
+def _load_memories(engine: InfiniEngine, directory: Path) -> None:
+    """Each rank reads its blocks and lanes, whatever layout wrote them."""
+    wanted = range(engine.lanes_of(0).start, engine.lanes_of(engine.micro_batches - 1).stop)
+    for block in engine.memories.blocks:
+        pieces = []
+        for path in sorted(directory.glob(f"block_{block:03d}.lanes_*.safetensors")):
+            first = int(path.stem.rpartition("_")[2])
+            with safe_open(path, framework="pt") as file:
+                kv, norm = file.get_slice("kv"), file.get_slice("norm")
+                lanes = kv.get_shape()[0]
+                low, high = max(wanted.start - first, 0), min(wanted.stop - first, lanes)
+                if low < high:
+                    pieces.append(LayerMemory(kv[low:high], norm[low:high]))
+        memory = LayerMemory(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        assert len(memory.norm) == len(wanted)
+        engine.memories.load(block, memory)
+
+
+def _to_universal(directory: Path, universal: Path) -> str:
+    """Runs DeepSpeed's converter; what went wrong, or nothing."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(directory), "--output_folder", str(universal)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    manifest.write(universal, {})
+    return ""

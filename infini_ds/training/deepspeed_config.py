@@ -1,0 +1,41 @@
+"""Our typed config as the dict that DeepSpeed reads; nothing else writes that dict.
+
+DeepSpeed ignores keys it does not know, so what we ask for is spelt here and nowhere else.
+"""
+
+from infini_ds.config import RunConfig
+
+
+def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool) -> dict:
+    """The DeepSpeed dict of a run.
+
+    Args:
+        data_parallel_size: data-parallel ranks.
+        universal: whether a checkpoint in DeepSpeed's universal form is going to be loaded.
+    """
+    train, parallel = config.train, config.parallel
+    accumulation = train.batch_size // (train.micro_batch_size * data_parallel_size)
+    tree: dict = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "steps_per_print": None,
+        # fp32 sums of bf16 gradients: with this DeepSpeed picks its BF16_Optimizer.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": train.dtype == "bf16"},
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "contiguous_gradients": False,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+        "checkpoint": {"load_universal": universal},
+        # We checkpoint activations inside a block; DeepSpeed does not.
+        "pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 0},
+        # Ours is a torch optimizer unless it is offloaded; DeepSpeed knows it under neither name.
+        "zero_allow_untested_optimizer": True,
+    }
+    if parallel.offload_optimizer:
+        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return tree

@@ -1,0 +1,61 @@
+"""The file that makes a directory a checkpoint: names, sizes and checksums, written last."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def files_of(directory: Path) -> list[str]:
+    """All files of a checkpoint but the manifest, sorted, by their path in it."""
+    found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(str(path) for path in found if path.name not in (NAME, NAME + ".partial"))
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file; what was written is on disk when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(directory: Path, files: dict[str, dict]) -> None:
+    """Writes the manifest, atomically; the checkpoint exists from here on.
+
+    Args:
+        files: {"size": bytes, "sha256": checksum} of each file.
+    """
+    partial = directory / (NAME + ".partial")
+    with open(partial, "w") as file:
+        json.dump({"format": FORMAT, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(directory / NAME)
+
+
+def read(directory: Path) -> dict[str, dict]:
+    """What a manifest says of each file.
+
+    Raises:
+        ValueError: there is no valid manifest, or a file is missing or of another size.
+    """
+    try:
+        manifest = json.loads((directory / NAME).read_text())
+        files = manifest["files"]
+        known = manifest["format"] == FORMAT
+    except FileNotFoundError:
+        raise ValueError("it was not finished (no manifest.json)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"manifest.json cannot be read ({error})") from None
+    if not known:
+        raise ValueError(f"manifest.json is of format {manifest['format']}, not {FORMAT}")
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected["size"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
+    return files

@@ -1,0 +1,110 @@
+"""What rank 0 shows and writes: one live line, metrics.jsonl, TensorBoard."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch.utils.tensorboard.writer import SummaryWriter
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Monitor:
+    """Of one run, on rank 0 alone.
+
+    Args:
+        output_dir: of the run.
+        step: the step the run starts from; what an earlier process wrote beyond it is dropped.
+        steps: where it ends.
+        config: the resolved config, as text.
+    """
+
+    def __init__(self, output_dir: Path, step: int, steps: int, config: str):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._first_step, self._steps = step, steps
+        self._began = time.monotonic()
+        self._next_line = self._began
+        self._live: Live | None = None
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / "metrics.jsonl"
+        _drop_steps_after(path, step)
+        self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+        self._board.add_text("config", f"```yaml\n{config}\n```", step)
+
+    def step(self, step: int, metrics: dict[str, Any], log: bool) -> None:
+        """One training step. `metrics` are flat, named as in TensorBoard, such as "train/loss"."""
+        if log:
+            self.record(step, metrics)
+        seconds = time.monotonic() - self._began
+        left = seconds / (step - self._first_step) * (self._steps - step)
+        line = (
+            f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
+            f"{metrics['speed/tokens_per_second']:,.0f} tokens/s  {_duration(left)} left"
+        )
+        if metrics["train/skipped_steps"]:
+            line += f"  {metrics['train/skipped_steps']:.0f} steps skipped"
+        now = time.monotonic()
+        if self._live:
+            self._live.update(Text(line), refresh=True)
+        elif now >= self._next_line or step == self._steps:
+            self.console.print(line)
+            self._next_line = now + _SECONDS_BETWEEN_LINES
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """Numbers of a step, to metrics.jsonl and TensorBoard."""
+        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self.console.print(message)
+
+    def gates(self, step: int, gates: np.ndarray) -> None:
+        """The memory's share of every head, [layers, heads], as histogram and as image."""
+        self._board.add_histogram("memory/gate", gates, step)
+        pixels = np.kron(gates, np.ones((16, 16)))[None]
+        self._board.add_image("memory/gate_by_layer_and_head", pixels, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Text, to TensorBoard."""
+        self._board.add_text(name, "```text\n" + text + "\n```", step)
+
+    def close(self) -> None:
+        """Writes everything out."""
+        if self._live:
+            self._live.stop()
+        self._metrics.close()
+        self._board.close()
+
+
+def _drop_steps_after(path: Path, step: int) -> None:
+    """Forgets the steps that a killed process made after its last save: they are made again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # cut off in the middle of a line
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

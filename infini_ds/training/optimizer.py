@@ -1,0 +1,69 @@
+"""AdamW's parameter groups and the learning rate of a step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from infini_ds.config import OptimizerConfig
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    embedding: nn.Parameter | None = None,
+) -> list[dict]:
+    """Groups with their own decay and learning rate; empty ones are left out.
+
+    `weights`: matrices, with decay. `no_decay`: norms, biases and the embedding. `gates`: the
+    memory gates (beta), without decay and with a learning rate of their own. A stage without
+    attention has no gates: DeepSpeed drops empty groups, and whatever was matched by position
+    would be mixed up, so a group is known by its name.
+    """
+    members: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "gates": []}
+    for name, parameter in named_parameters:
+        if name.endswith(".beta"):
+            members["gates"].append(parameter)
+        elif parameter.dim() < 2 or parameter is embedding:
+            members["no_decay"].append(parameter)
+        else:
+            members["weights"].append(parameter)
+    multiplier = {"gates": config.gate_learning_rate_multiplier}
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": config.weight_decay if name == "weights" else 0.0,
+            "lr": config.learning_rate * multiplier.get(name, 1.0),
+            "peak_lr": config.learning_rate * multiplier.get(name, 1.0),
+        }
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the groups."""
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of a step (from 0), relative to the peak.
+
+    A function of the step alone, so that resuming needs no scheduler state.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    floor = config.min_learning_rate_ratio
+    if config.schedule == "cosine":
+        share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    decay = config.decay_steps or max(1, steps // 5)
+    return floor + (1 - floor) * min(1.0, max(0.0, (steps - step) / decay))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's learning rate to its peak times the factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,50 @@
+"""What a finished run tells: quality beside the baseline, and what to type next."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from infini_ds.config import RunConfig
+from infini_ds.data.store import Store
+from infini_ds.training.checkpoint import directory_of
+
+
+def report(
+    config: RunConfig,
+    store: Store,
+    step: int,
+    quality: dict[str, float],
+    sample: str,
+    console: Console,
+) -> None:
+    """Prints it, and writes the figures to report.json in the run's directory."""
+    figures = {"step": step, **quality}
+    if quality:
+        baseline = store.unigram_bits_per_byte()
+        figures["unigram/bits_per_byte"] = baseline
+        table = Table(title=f"held-out documents after {step} steps")
+        for column in ("", "bits per byte", "below unigram", "perplexity"):
+            table.add_column(column, justify="left" if not column else "right")
+        table.add_row("tokenizer unigram baseline", f"{baseline:.4f}", "", "")
+        for title, name in (
+            ("model, memory ablated", "held_out_without_memory"),
+            ("model, with memory", "held_out"),
+        ):
+            bits = quality[f"{name}/bits_per_byte"]
+            perplexity = quality[f"{name}/perplexity"]
+            table.add_row(title, f"{bits:.4f}", f"{1 - bits / baseline:.1%}", f"{perplexity:.2f}")
+        console.print(table)
+    if sample:
+        console.rule("sample")
+        console.print(sample, markup=False)
+        console.rule()
+    output_dir = Path(config.output_dir)
+    (output_dir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    console.print(f"checkpoint   {directory_of(config) / f'step_{step:08d}'}")
+    console.print(f"TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}")
+    console.print(
+        "go on        the same command resumes; to train longer add train.steps="
+        f"{2 * config.train.steps}"
+    )

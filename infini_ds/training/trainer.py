@@ -1,0 +1,298 @@
+"""A run from its config to its last checkpoint, on every process of it."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from infini_ds import config as configuration
+from infini_ds.config import RunConfig
+from infini_ds.data.lanes import Lanes, Plan
+from infini_ds.data.store import Store
+from infini_ds.data.windows import Windows, read_windows
+from infini_ds.errors import RunError, UserError
+from infini_ds.evaluation.held_out import HeldOut
+from infini_ds.model.flops import training_flops_per_token
+from infini_ds.model.layers import count_parameters
+from infini_ds.pipeline.balance import describe
+from infini_ds.pipeline.generation import generate
+from infini_ds.training import checkpoint
+from infini_ds.training.build import build_engine, start_distributed
+from infini_ds.training.monitor import Monitor
+from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
+from infini_ds.training.peak import device_peak_flops
+from infini_ds.training.report import report
+from infini_ds.training.signals import StopRequest
+from infini_ds.training.startup import together
+
+
+def pretrain(config: RunConfig) -> None:
+    """Trains until train.steps; goes on from the newest valid checkpoint if there is one.
+
+    Raises:
+        UserError: a setting or a file is wrong; the same on all ranks.
+        RunError: the run cannot go on.
+    """
+    stop = StopRequest()
+    _set_threads(config)
+    start_distributed(config.train.timeout)
+    try:
+        trainer = Trainer(config, stop)
+        trainer.run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Trainer:
+    """The state of a run on this process."""
+
+    def __init__(self, config: RunConfig, stop: StopRequest):
+        with together():
+            config.data_parallel_size(dist.get_world_size())
+            self.store = Store.open(config.data.store, config.data)
+            config = with_vocabulary(config, self.store)
+            self.lanes = Lanes(
+                self.store.split("train").lengths,
+                config.model.segment_length,
+                config.train.window_segments,
+                config.train.batch_size,
+                config.seed,
+            )
+        self.config, self.stop = config, stop
+        self.step = 0
+        self.tokens = 0
+        found, passed_over = checkpoint.find(config) if config.resume else (None, [])
+        load_from, state = None, None
+        if found:
+            with together():
+                state = checkpoint.read_state(found, config)
+                if state["store"] != self.store.fingerprint:
+                    raise UserError(
+                        f"data.store {config.data.store}: not the one that checkpoint {found} was "
+                        "trained on; prepare it as it was, or choose another output_dir"
+                    )
+                self.lanes.load_state(state["lanes"])
+            load_from = checkpoint.source(found, state, config, dist.get_world_size())
+        self.engine = build_engine(config, universal=load_from != found)
+        if found and load_from and state:
+            checkpoint.load(self.engine, found, load_from)
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.engine.skipped_steps = state["skipped_steps"]
+        self.held_out = None
+        if len(self.store.split("held_out").lengths):
+            self.held_out = HeldOut(config, self.store, self.engine)
+        self.monitor = None
+        if dist.get_rank() == 0:
+            output_dir = Path(config.output_dir)
+            text = configuration.dump(config)
+            self.monitor = Monitor(output_dir, self.step, config.train.steps, text)
+            (output_dir / "config.yaml").write_text(text)
+            self._introduce(found, passed_over)
+
+    def run(self) -> None:
+        """Trains, evaluates and saves; ends at train.steps or when asked to stop."""
+        config = self.config
+        saved = self.step if self.step else None
+        quality: dict[str, float] = {}
+        stopping = False
+        while self.step < config.train.steps and not stopping:
+            stopping = self._train_step()
+            ended = self.step == config.train.steps
+            every = config.evaluation.every
+            if not stopping and (ended or (every and self.step % every == 0)):
+                quality = self._evaluate()
+            if stopping or ended or self.step % config.train.save_every == 0:
+                self._save()
+                saved = self.step
+        if saved is None or saved != self.step:
+            self._save()
+        if stopping:
+            self._say(f"stopped as asked at step {self.step}; the same command goes on from there")
+        elif self.held_out and not quality:
+            quality = self._evaluate()
+        sample = self._sample()
+        if self.monitor and not stopping:
+            self.monitor.close()
+            report(self.config, self.store, self.step, quality, sample, self.monitor.console)
+        elif self.monitor:
+            self.monitor.close()
+
+    def _train_step(self) -> bool:
+        """One step; whether the run was asked to stop."""
+        config, engine = self.config, self.engine
+        begin = time.perf_counter()
+        waited, seconds = engine.waiting_seconds, dict(engine.seconds)
+        plan = self.lanes.next_plan()
+        factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
+        set_learning_rate(engine.optimizer, factor)
+        loss_sum = engine.train_step(self._reader(plan), plan.num_tokens)
+        asked = torch.tensor(float(self.stop.requested), dtype=torch.float64, device=engine.device)
+        loss_sum, asked = engine.all_sum(torch.stack((loss_sum, asked))).tolist()
+        self.step += 1
+        self.tokens += plan.num_tokens
+        if engine.skipped_in_a_row >= config.train.max_skipped_steps:
+            raise RunError(
+                f"the gradient was not finite in {engine.skipped_in_a_row} steps in a row "
+                f"(train.max_skipped_steps); the last good checkpoint is kept: lower "
+                "optimizer.learning_rate, or look at the data near step "
+                f"{self.step}"
+            )
+        if self.monitor:
+            elapsed = time.perf_counter() - begin
+            loss = loss_sum / plan.num_tokens
+            speed = plan.num_tokens / elapsed
+            metrics = {
+                "train/loss": loss,
+                "train/perplexity": math.exp(min(loss, 700)),
+                "train/bits_per_byte": loss / math.log(2) / self._bytes_per_token(),
+                "train/gradient_norm": engine.gradient_norm,
+                "train/skipped_steps": engine.skipped_steps,
+                "train/tokens": self.tokens,
+                "train/epoch": self.lanes.epoch,
+                "speed/tokens_per_second": speed,
+                "seconds/step": elapsed,
+                "seconds/waiting_for_stages": engine.waiting_seconds - waited,
+            }
+            for phase, total in engine.seconds.items():
+                metrics[f"seconds/{phase}"] = total - seconds[phase]
+            for group in engine.optimizer.param_groups:
+                metrics[f"learning_rate/{group['name']}"] = group["lr"]
+            peak = device_peak_flops(engine.device, config.train.dtype)
+            if peak:
+                flops = training_flops_per_token(config.model) * speed
+                metrics["speed/model_flops_utilisation"] = flops / (peak * dist.get_world_size())
+            log = self.step % config.train.log_every == 0
+            self.monitor.step(self.step, metrics, log)
+        return asked > 0
+
+    def _reader(self, plan: Plan):
+        split, n = self.store.split("train"), self.config.model.segment_length
+
+        def read(micro_batch: int) -> Windows:
+            return read_windows(split, plan, self.engine.lanes_of(micro_batch), n)
+
+        return read
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out quality with and without memory, and what the memory looks like."""
+        quality: dict[str, float] = {}
+        if self.held_out:
+            for name, memory in (("held_out", True), ("held_out_without_memory", False)):
+                for key, value in self.held_out.evaluate(memory)._asdict().items():
+                    quality[f"{name}/{key}"] = value
+        gates, norms = self._describe_memory()
+        sample = self._sample()
+        if self.monitor:
+            self.monitor.record(self.step, quality | norms)
+            self.monitor.gates(self.step, gates)
+            if sample:
+                self.monitor.text(self.step, "sample", sample)
+            if quality:
+                self.monitor.say(
+                    f"step {self.step}: held-out bits per byte "
+                    f"{quality['held_out/bits_per_byte']:.4f} with memory, "
+                    f"{quality['held_out_without_memory/bits_per_byte']:.4f} without"
+                )
+        return quality
+
+    def _describe_memory(self) -> tuple[np.ndarray, dict[str, float]]:
+        """Gates of all layers [layers, heads], and the mean norm of each layer's memory."""
+        engine = self.engine
+        gates, norms = {}, {}
+        for block, layer in zip(engine.module.block_range, engine.module.blocks, strict=True):
+            gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
+        for block in engine.memories.blocks:
+            memory = engine.memories.stacked(block)
+            norms[block] = float(memory.kv.norm(dim=(-2, -1)).mean())
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (gates, norms))
+        all_gates: dict[int, list[float]] = {}
+        all_norms: dict[int, list[float]] = {}
+        for rank_gates, rank_norms in gathered:
+            all_gates |= rank_gates
+            for block, norm in rank_norms.items():
+                all_norms.setdefault(block, []).append(norm)
+        table = np.array([all_gates[block] for block in sorted(all_gates)])
+        means = {
+            f"memory/norm_of_block_{block:03d}": float(np.mean(all_norms[block]))
+            for block in sorted(all_norms)
+        }
+        return table, means
+
+    def _sample(self) -> str:
+        """Text written by the model as it is now; empty if none is wanted."""
+        settings = self.config.evaluation
+        if not settings.sample_tokens:
+            return ""
+        tokenizer = self.store.tokenizer
+        prompt = [tokenizer.bos_id, *tokenizer.encode(settings.sample_prompt)]
+        tokens = generate(self.engine, prompt, settings.sample_tokens, 0.8, self.step)
+        return settings.sample_prompt + tokenizer.decode(tokens)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped_steps": self.engine.skipped_steps,
+            "lanes": self.lanes.state(),
+            "store": self.store.fingerprint,
+        }
+        directory = checkpoint.save(self.engine, self.config, state)
+        if self.monitor:
+            checkpoint.delete_universal(self.config)
+        self._say(f"step {self.step}: saved {directory}")
+
+    def _bytes_per_token(self) -> float:
+        sizes = self.store.manifest["splits"]["train"]
+        return sizes["bytes"] / sizes["tokens"]
+
+    def _introduce(self, found: Path | None, passed_over: list[str]) -> None:
+        config, engine = self.config, self.engine
+        self._say(
+            f"model: {count_parameters(config.model) / 1e6:.1f} M parameters, "
+            f"{config.model.num_layers} layers, segments of {config.model.segment_length} tokens, windows of "
+            f"{config.train.window_segments} segments, {config.train.batch_size} lanes"
+        )
+        self._say(
+            f"layout: {engine.num_stages} pipeline stages x {engine.dp_world_size} data-parallel, "
+            f"{engine.micro_batches} micro-batches of {config.train.micro_batch_size} lanes in "
+            f"{config.train.chunks} chunks, memories {config.parallel.memory_transport}, "
+            f"{config.train.dtype}, ZeRO {config.parallel.zero_stage}"
+        )
+        self._say(describe(config.model, engine.module.bounds))
+        for message in passed_over:
+            self._say(message)
+        self._say(f"resumed from {found} at step {self.step}" if found else "starting at step 0")
+
+    def _say(self, message: str) -> None:
+        if self.monitor:
+            self.monitor.say(message)
+
+
+def with_vocabulary(config: RunConfig, store: Store) -> RunConfig:
+    """The config with model.vocab_size taken from the store where it is 0.
+
+    Raises:
+        UserError: it is given and too small for the store's tokenizer.
+    """
+    needed = store.tokenizer.vocab_size
+    given = config.model.vocab_size
+    if given and given < needed:
+        raise UserError(
+            f"model.vocab_size ({given}) must be at least {needed}, the tokens of data.store "
+            f"{store.path}; 0 takes it from there"
+        )
+    model = config.model.model_copy(update={"vocab_size": given or needed})
+    return config.model_copy(update={"model": model})
+
+
+def _set_threads(config: RunConfig) -> None:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    torch.set_num_threads(config.train.threads or max(1, cores // local))

@@ -1,0 +1,205 @@
+"""Infini-attention against its specification: outputs, final memory and every gradient."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from infini_ds.kernels.infini_attention import LayerMemory, infini_attention, parallel, reference
+from infini_ds.kernels.infini_attention.reference import (
+    delta_damping,
+    infini_attention_reference,
+    sigma,
+)
+from infini_ds.layout import Layout
+
+DIM = 16
+NAMES = ("out", "kv", "norm", *(f"gradient of {name}" for name in ("q", "k", "v", "incoming kv",
+         "incoming norm", "beta", "w")))  # fmt: skip
+
+# starts and lengths of 2 lanes; a length above 0 stands for that share of a segment.
+LAYOUTS = {
+    "carried memory": ([[0, 0, 0, 0]] * 2, [[1, 1, 1, 1]] * 2),
+    "empty memory": ([[1, 0, 0, 0]] * 2, [[1, 1, 1, 1]] * 2),
+    "mid-window starts": ([[0, 0, 1, 0], [1, 0, 0, 1]], [[1, 1, 1, 1]] * 2),
+    "padding": ([[0, 0, 1, 1], [0, 1, 0, 0]], [[1, 0.4, 0.2, 1], [0.6, 1, 1, 0.5]]),
+    "segments without tokens": ([[0, 1, 0, 1], [1, 0, 0, 0]], [[0, 1, 0, 1], [0, 0, 0, 0]]),
+    "one segment": ([[0], [1]], [[1], [0.5]]),
+}
+
+
+class Result(NamedTuple):
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+def make_layout(name: str, n: int) -> Layout:
+    starts, shares = LAYOUTS[name]
+    lengths = (torch.tensor(shares) * n).ceil().int()
+    return Layout(torch.tensor(starts, dtype=torch.bool), lengths)
+
+
+def make_inputs(layout: Layout, n: int, group: int, gated: bool) -> list[Tensor]:
+    """q, k, v, incoming kv and norm, beta, and w if gated; exact in bf16 but for the memory."""
+    torch.manual_seed(n)
+    batch, segments = layout.starts.shape
+    kv_heads = 2
+    shape = (batch, segments, n, kv_heads)
+    q = torch.randn(*shape[:3], group * kv_heads, DIM)
+    k, v = torch.randn(*shape, DIM), torch.randn(*shape, DIM)
+    stored_k, stored_v = sigma(torch.randn(2, kv_heads, n, DIM)), torch.randn(2, kv_heads, n, DIM)
+    beta = torch.randn(group * kv_heads)
+    w = [torch.rand(shape).bfloat16().float()] if gated else []
+    exact = [x.bfloat16().float() for x in (q, k, v)]
+    return [*exact, stored_k.mT @ stored_v, stored_k.sum(-2), beta.bfloat16().float(), *w]
+
+
+def compute(function, inputs: list[Tensor], layout: Layout, rule: str, dtype, state) -> Result:
+    dtypes = (dtype, dtype, dtype, state, state, state, dtype)
+    leaves = [
+        x.to(kind).requires_grad_() for x, kind in zip(inputs, dtypes[: len(inputs)], strict=True)
+    ]
+    q, k, v, kv, norm, beta, *gate = leaves
+    w = gate[0] if gate else None
+    n = q.shape[2]
+    angle = torch.arange(n)[:, None] * 10.0 ** -torch.arange(DIM // 2)
+    rotary = angle.cos().to(state), angle.sin().to(state)
+    out, memory = function(q, k, v, w, LayerMemory(kv, norm), layout, beta, rule, rotary)
+    torch.manual_seed(1)
+    outputs = [out, memory.kv, memory.norm]
+    upstream = [torch.randn(x.shape).bfloat16().to(x.dtype) for x in outputs]
+    torch.autograd.backward(outputs, upstream)
+    return Result(outputs, [leaf.grad for leaf in leaves])
+
+
+def error_ratio(expected: Tensor, actual: Tensor) -> float:
+    expected, actual = expected.double(), actual.double()
+    scale = expected.norm()
+    return ((expected - actual).norm() / scale if scale > 0 else actual.norm()).item()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize("n", [7, 63])
+@pytest.mark.parametrize(("group", "gated"), [(1, False), (3, True)], ids=["mha", "gqa-gated"])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_infini_attention_matches_reference(rule, group, gated, n, layout_name, precision):
+    layout = make_layout(layout_name, n)
+    inputs = make_inputs(layout, n, group, gated)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    expected = compute(
+        infini_attention_reference, inputs, layout, rule, torch.float64, torch.float64
+    )
+    actual = compute(infini_attention, inputs, layout, rule, dtype, torch.float32)
+    limits = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 8e-3)}[precision]
+    for expected_part, actual_part, limit in zip(expected, actual, limits, strict=True):
+        names = NAMES[:3] if expected_part is expected.outputs else NAMES[3:]
+        for name, want, have in zip(names, expected_part, actual_part, strict=False):
+            assert error_ratio(want, have) <= limit, name
+
+
+def test_memory_stays_fp32_in_bf16_computation():
+    layout = make_layout("carried memory", 7)
+    result = compute(
+        infini_attention, make_inputs(layout, 7, 1, False), layout, "linear",
+        torch.bfloat16, torch.float32,
+    )  # fmt: skip
+    assert [x.dtype for x in result.outputs] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_segment_sums_are_accumulated_in_fp32():
+    """4,096 equal writes: a sum rounded to bf16 on the way would stop growing at 256."""
+    n = 4096
+    layout = Layout(torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), n, dtype=torch.int32))
+    q = torch.zeros(1, 1, n, 1, 2, dtype=torch.bfloat16)
+    v = torch.full_like(q, 1 + 2**-7)
+    _, memory = infini_attention(
+        q, q, v, None, LayerMemory.empty(1, 1, 2), layout, torch.zeros(1), "linear",
+        (torch.ones(n, 1), torch.zeros(n, 1)),
+    )  # fmt: skip
+    torch.testing.assert_close(memory.norm, torch.full((1, 1, 2), float(n)))
+    torch.testing.assert_close(memory.kv, torch.full((1, 1, 2, 2), n * (1 + 2**-7)))
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_inputs_without_gradient_get_none(rule):
+    """Memories of a window's start have none, and frozen projections may have none either."""
+    layout = make_layout("mid-window starts", 7)
+    q, k, v, kv, norm, beta = make_inputs(layout, 7, 1, False)
+    rotary = torch.ones(7, DIM // 2), torch.zeros(7, DIM // 2)
+    for chosen in (q, k, v, beta):
+        chosen.requires_grad_()
+        out, memory = infini_attention(
+            q, k, v, None, LayerMemory(kv, norm), layout, beta, rule, rotary
+        )
+        (out.sum() + memory.kv.sum() + memory.norm.sum()).backward()
+        assert chosen.grad is not None
+        assert chosen.grad.isfinite().all()
+        chosen.requires_grad_(False).grad = None
+
+
+class Writes(NamedTuple):
+    """What the segments of one document write, [1, n, kv_heads, d] each."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: list[int]
+
+
+def memory_norms(function, writes: Writes) -> list[tuple[float, float]]:
+    """Spectral norm of the memory after each segment, and the sum of norms that bounds it."""
+    memory = LayerMemory.empty(1, 1, DIM)
+    n = writes.k[0].shape[1]
+    rotary = torch.ones(n, DIM // 2), torch.zeros(n, DIM // 2)
+    norms = []
+    for k, v, length in zip(*writes, strict=True):
+        layout = Layout(torch.zeros(1, 1, dtype=torch.bool), torch.tensor([[length]]))
+        before = torch.linalg.matrix_norm(memory.kv, 2).item()
+        q = k[:, None]
+        _, memory = function(
+            q, k[:, None], v[:, None], None, memory, layout, torch.zeros(1), "delta", rotary
+        )
+        valid = (torch.arange(n) < length)[:, None]
+        added = (sigma(k[0, :, 0]) * valid).mT @ v[0, :, 0]
+        bound = before + torch.linalg.matrix_norm(added, 2).item()
+        norms.append((torch.linalg.matrix_norm(memory.kv, 2).item(), bound))
+    return norms
+
+
+def repetitive_writes(lengths: list[int], n: int) -> Writes:
+    """Segments whose keys look alike, so that each reads back what was stored over and over."""
+    torch.manual_seed(0)
+    base = torch.randn(1, 1, 1, DIM)
+    keys = [base + 0.3 * torch.randn(1, n, 1, DIM) for _ in lengths]
+    return Writes(keys, [torch.randn(1, n, 1, DIM) for _ in lengths], lengths)
+
+
+@pytest.mark.parametrize(
+    "function", [infini_attention_reference, infini_attention], ids=["reference", "parallel"]
+)
+def test_delta_guard_bounds_memory_after_short_first_segment(function, monkeypatch):
+    writes = repetitive_writes([2, 64, 64, 64], n=64)
+    assert all(norm <= bound * (1 + 1e-5) for norm, bound in memory_norms(function, writes))
+
+    def undamped(sigma_k, weighted_k, norm, added_norm):
+        return torch.ones(norm.shape[:-1])
+
+    monkeypatch.setattr(reference, "delta_damping", undamped)
+    monkeypatch.setattr(parallel, "delta_damping", undamped)
+    amplified = max(norm / bound for norm, bound in memory_norms(function, writes))
+    assert amplified > 2, "the case no longer shows what the guard is for"
+
+
+def test_delta_guard_is_exactly_one_for_equal_segments():
+    torch.manual_seed(0)
+    k = sigma(torch.randn(8, 4, 2, 64, DIM))  # [batch, segments, kv_heads, n, d]
+    added = k.sum(-2)
+    for s in range(1, 4):
+        damping = delta_damping(k[:, s], k[:, s], added[:, :s].sum(1), added[:, s])
+        assert torch.equal(damping, torch.ones_like(damping))
+
+
+def test_delta_guard_is_zero_where_nothing_is_stored():
+    k = sigma(torch.randn(1, 1, 8, DIM))
+    assert delta_damping(k, k, torch.zeros(1, 1, DIM), k.sum(-2)).item() == 0

@@ -1,0 +1,43 @@
+"""Small models whose predictions are spread out enough to tell mistakes from noise."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from infini_ds.config import ModelConfig
+from infini_ds.model.transformer import InfiniTransformer
+
+MODEL = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    segment_length=8,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., InfiniTransformer]:
+    def make(activation_checkpointing="none", **changes) -> InfiniTransformer:
+        config = ModelConfig(**(MODEL.model_dump() | changes))
+        return InfiniTransformer(config, activation_checkpointing=activation_checkpointing)
+
+    return make
+
+
+@pytest.fixture(params=["linear", "delta"])
+def rule(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_tokens() -> Callable[..., torch.Tensor]:
+    def make(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(MODEL.vocab_size, (batch, length), generator=generator)
+
+    return make

@@ -1,0 +1,50 @@
+"""A document's memory as a file."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from infini_ds.errors import UserError
+from infini_ds.model.memory import Memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("length", [5, 16, 21])
+def test_load_gives_back_what_was_saved(make_model, make_tokens, tmp_path, length, dtype):
+    model = make_model().to(dtype)
+    memory = model(make_tokens(2, length)).memory
+    path = tmp_path / "memory.safetensors"
+    memory.save(path)
+    loaded = Memory.load(path)
+    assert loaded.lengths == memory.lengths
+    for name in ("kv", "norm", "keys", "values"):
+        saved = getattr(memory, name)
+        assert getattr(loaded, name).dtype == saved.dtype
+        assert torch.equal(getattr(loaded, name), saved), name
+    more = make_tokens(2, 9, seed=1)
+    with torch.no_grad():
+        assert torch.equal(model(more, memory).logits, model(more, loaded).logits)
+
+
+def test_file_is_small_when_no_segment_is_open(make_model, make_tokens, tmp_path):
+    path = tmp_path / "memory.safetensors"
+    memory = make_model()(make_tokens(1, 16)).memory
+    memory.save(path)
+    assert path.stat().st_size < 4 * (memory.kv.numel() + memory.norm.numel()) + 1000
+
+
+def test_missing_file_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        Memory.load(tmp_path / "none.safetensors")
+
+
+def test_file_of_another_kind_is_the_users_mistake(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"kv": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a memory file"):
+        Memory.load(path)
+    path.write_text("a text")
+    with pytest.raises(UserError, match="cannot be read"):
+        Memory.load(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        Memory.load(tmp_path)
