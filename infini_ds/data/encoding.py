@@ -146,4 +146,4 @@ def _take_in(connection: Connection, batches: queue.SimpleQueue) -> None:
         while True:
             batches.put(connection.recv())
     except (EOFError, OSError):
-        pass
+        os._exit(0)
