@@ -27,10 +27,13 @@ def exit_code(command: Callable[[], None]) -> int:
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
-    # All ranks of a run fail together, with the same message.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"infini-ds: {error}", file=sys.stderr, flush=True)
+def _fail(error: UserError | RunError, code: int) -> int:
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    # A mistake of the user is the same on all ranks; what ends a run may be known to one alone.
+    if code == 2 and rank != "0":
+        return code
+    where = f" rank {rank}" if code == 1 and world != "1" else ""
+    print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
     return code
 
 

@@ -150,6 +150,8 @@ class DataConfig(Settings):
     """The running Python's own library sources and help topics, local files, or a hub dataset."""
     files: list[str] = []
     """`files`: paths, globs: .txt (a document each), .jsonl, .parquet, plain, .gz or .zst."""
+    document_separator: str = ""
+    """`files`: a new document begins wherever a .txt has this; empty: one .txt, one document."""
     dataset: str = ""
     """`huggingface`: dataset name or local directory."""
     dataset_config: str = ""

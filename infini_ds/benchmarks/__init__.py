@@ -1,0 +1,1 @@
+"""What `infini-ds bench NAME` runs."""

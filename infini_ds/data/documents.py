@@ -139,7 +139,7 @@ class Corpus:
                 else:
                     with path.open("rb") as raw, _decompressed(raw, path) as content:
                         if kind == "text":
-                            yield str(path), content.read()
+                            yield from self._text_records(path, content.read())
                         else:
                             for record in self._json_records(path, content):
                                 self.done_bytes = before + raw.tell()
@@ -147,6 +147,19 @@ class Corpus:
             except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
                 raise UserError(f"data.files {path}: cannot be read ({_one_line(error)})") from None
             self.done_bytes = before + path.stat().st_size
+
+    def _text_records(self, path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+        separator = self._config.document_separator.encode()
+        if not separator:
+            yield str(path), content
+            return
+        begin, number = 0, 0
+        while begin < len(content):
+            end = content.find(separator, begin + 1)
+            end = len(content) if end < 0 else end
+            number += 1
+            yield f"{path} part {number}", content[begin:end]
+            begin = end
 
     def _json_records(self, path: Path, lines: IO[bytes]) -> Iterator[tuple[str, Any]]:
         field = self._config.text_field

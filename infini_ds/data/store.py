@@ -45,7 +45,7 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     """
     names = {
         "python-stdlib": [],
-        "files": ["files", "text_field"],
+        "files": ["files", "document_separator", "text_field"],
         "huggingface": ["dataset", "dataset_config", "dataset_split", "text_field"],
     }[config.source]
     settings = {

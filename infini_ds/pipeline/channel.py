@@ -9,8 +9,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from infini_ds.errors import RunError
 
-class WaitError(RuntimeError):
+
+class WaitError(RunError):
     """Another process did not answer within train.timeout, or is gone."""
 
 
@@ -21,13 +23,13 @@ class Channel:
     ranks strictly in order, so opposite directions in one group could wait for each other.
     """
 
-    def __init__(
-        self, name: str, peer: int, group: dist.ProcessGroup, timeout: float, ahead: int
-    ):
+    def __init__(self, name: str, peer: int, group: dist.ProcessGroup, timeout: float, ahead: int):
         self.name = name
         self.peer = peer
         self.seconds = 0.0
         """Time spent waiting so far."""
+        self.sent_bytes = 0
+        """Size of all messages sent so far."""
         self._group = group
         self._timeout = timeout
         self._ahead = ahead
@@ -40,6 +42,7 @@ class Channel:
         """Starts to send; the message is kept until it has left."""
         self._sends = [(work, kept) for work, kept in self._sends if not work.is_completed()]
         self._sends.append((self._start(dist.isend, message), message))
+        self.sent_bytes += message.nbytes
 
     def expect(self, sizes: list[int]) -> None:
         """Messages of these sizes in bytes will come; up to `ahead` of them are under way early."""

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -144,19 +145,22 @@ class InfiniEngine(PipelineEngine):
         """Time this rank has waited for other stages so far."""
         return sum(channel.seconds for channel in self._channels)
 
-    def hop_bytes(self) -> dict[str, int]:
-        """Bytes that leave this stage for one window of one micro-batch, by direction."""
-        chunks = self._train.chunks
-        sizes = dict.fromkeys(("forward", "backward", "return"), 0)
-        for chunk in range(chunks):
-            if not self.is_last_stage():
-                riding = len(self._riding(self.stage_id, chunk))
-                sizes["forward"] += self._wire.payload_bytes(riding)
-            if not self.is_first_stage():
-                sizes["backward"] += self._wire.gradient_bytes()
-        if self._transport.returns and self.is_pipe_parallel and self.is_last_stage():
-            sizes["return"] = self._wire.memories_bytes(self._model.num_layers)
-        return sizes
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to other stages so far."""
+        return sum(channel.sent_bytes for channel in self._channels)
+
+    def step_bytes(self) -> int:
+        """What this stage sends in a training step, by the formula in `Wire`."""
+        chunks, total = self._train.chunks, 0
+        if not self.is_last_stage():
+            riding = [len(self._riding(self.stage_id, chunk)) for chunk in range(chunks)]
+            total += sum(self._wire.payload_bytes(memories) for memories in riding)
+        if not self.is_first_stage():
+            total += chunks * self._wire.gradient_bytes()
+            if self.is_last_stage() and self._transport.returns:
+                total += self._wire.memories_bytes(self._model.num_layers)
+        return self.micro_batches * total
 
     # The schedule
 
@@ -287,7 +291,8 @@ class InfiniEngine(PipelineEngine):
         self._channels: list[Channel] = []
         for ranks in pipelines:
             # Each direction has its own group; every rank takes part in making all of them.
-            groups = [dist.new_group(ranks) for _ in range(3)]
+            limit = timedelta(seconds=self._train.timeout)
+            groups = [dist.new_group(ranks, timeout=limit) for _ in range(3)]
             if self.global_rank not in ranks:
                 continue
             for step, name in ((1, "next"), (-1, "previous")):

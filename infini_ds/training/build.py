@@ -1,6 +1,7 @@
 """Builds the engine of a run on this process: the only place that starts DeepSpeed."""
 
 import contextlib
+import io
 import os
 from datetime import timedelta
 
@@ -51,7 +52,8 @@ def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:
     world = comm.get_world_size()
     stages = config.parallel.resolve_stages(world, config.model.num_layers)
     data = config.data_parallel_size(world)
-    with contextlib.redirect_stdout(None):  # DeepSpeed prints a line for each layer
+    # DeepSpeed prints a line for each layer. Building an operator flushes what it prints to.
+    with contextlib.redirect_stdout(io.StringIO()):
         module = InfiniPipeline(
             config.model, stages, config.seed, config.train.activation_checkpointing
         )

@@ -41,12 +41,8 @@ def pretrain(config: RunConfig) -> None:
     stop = StopRequest()
     _set_threads(config)
     start_distributed(config.train.timeout)
-    try:
-        trainer = Trainer(config, stop)
-        trainer.run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    Trainer(config, stop).run()
+    dist.destroy_process_group()  # not after a failure: it would wait for the other processes
 
 
 class Trainer:
@@ -256,8 +252,8 @@ class Trainer:
         config, engine = self.config, self.engine
         self._say(
             f"model: {count_parameters(config.model) / 1e6:.1f} M parameters, "
-            f"{config.model.num_layers} layers, segments of {config.model.segment_length} tokens, windows of "
-            f"{config.train.window_segments} segments, {config.train.batch_size} lanes"
+            f"{config.model.num_layers} layers, {config.train.batch_size} lanes, windows of "
+            f"{config.train.window_segments} segments of {config.model.segment_length} tokens"
         )
         self._say(
             f"layout: {engine.num_stages} pipeline stages x {engine.dp_world_size} data-parallel, "

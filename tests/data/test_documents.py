@@ -192,3 +192,12 @@ def test_corpus_refuses_a_dataset_that_is_not_there(tmp_path):
     config = DataConfig(source="huggingface", dataset=str(tmp_path / "none"), store="")
     with pytest.raises(UserError, match=r"^data\.dataset .*none"):
         texts(Corpus(config))
+
+
+def test_corpus_splits_a_text_file_at_the_document_separator(tmp_path):
+    path = tmp_path / "pages.txt"
+    path.write_text("head<page>one<page>two")
+    config = DataConfig(
+        source="files", files=[str(path)], document_separator="<page>", store=str(tmp_path / "s")
+    )
+    assert [document.text for document in Corpus(config)] == ["head", "<page>one", "<page>two"]

@@ -1,0 +1,41 @@
+# `make pretrain` and `make test` do everything on a machine that has Python and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STEPS := 200
+# Where a finished run has left its report, train for as many steps again.
+DONE = $(shell sed -n 's/.*"step": \([0-9]*\).*/\1/p' runs/quickstart/report.json 2>/dev/null)
+
+.PHONY: pretrain test test-slow lint format clean
+
+# A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
+pretrain: $(VENV)/installed
+	$(BIN)/infini-ds prepare configs/quickstart.yaml
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning \
+	  --num_accelerators 2 launch/pretrain.sh configs/quickstart.yaml \
+	  train.steps=$$(( $(STEPS) + $(or $(DONE),0) ))
+
+test: $(VENV)/installed lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs stores build *.egg-info
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	touch $@

@@ -1,0 +1,152 @@
+"""What carrying the memories costs beside leaving them where they are.
+
+Two engines in the same processes, one of each transport, make training steps in turn on the same
+windows. Bytes that a stage sends in a step, for each of its micro-batches (see pipeline.payload,
+`Wire`, for the exact sizes; each term is rounded up to 16 bytes):
+
+    to the next stage        per chunk: batch x length x hidden_size x bytes of the dtype
+                             + batch x segments x 8 for the layout
+                             carried: + per layer, once a window:
+                               batch x kv_heads x (head_dim + 1) x head_dim x 4
+    to the previous stage    per chunk: batch x length x hidden_size x bytes of the dtype
+    last stage to the first  carried: the memories of all layers, once a window
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from infini_ds import config as configuration
+from infini_ds.config import RunConfig
+from infini_ds.data.windows import Windows
+from infini_ds.errors import RunError
+from infini_ds.layout import Layout
+
+TIME_LIMIT = 900.0
+"""Seconds that the whole benchmark may take."""
+
+
+def run(processes: int, steps: int, json_path: str | None) -> None:
+    """Starts the processes, or is one of them if a launcher has started this one.
+
+    Args:
+        processes: pipeline stages.
+        steps: timed steps of each transport.
+        json_path: where to write the figures as well.
+    """
+    if "RANK" in os.environ:
+        measure(steps, json_path)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "infini_ds.cli", "bench", "transport"]
+    command += ["--steps", str(steps), *(["--json", json_path] if json_path else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        code = subprocess.run(command, env=environment, timeout=TIME_LIMIT, check=False).returncode
+    except subprocess.TimeoutExpired:
+        raise RunError(f"bench transport: not done after {TIME_LIMIT:g} s") from None
+    if code:
+        raise RunError(f"bench transport: a process failed with exit code {code}")
+
+
+def measure(steps: int, json_path: str | None) -> None:
+    """One process of the benchmark."""
+    from infini_ds.training.build import build_engine, start_distributed
+
+    start_distributed(120)
+    transports = ("carried", "resident")
+    engines = {name: build_engine(_config(name, dist.get_world_size())) for name in transports}
+    seconds: dict[str, list[float]] = {name: [] for name in transports}
+    sent: dict[str, int] = {}
+    for step in range(steps + 1):
+        for name, engine in engines.items():
+            before = engine.sent_bytes
+            dist.barrier()
+            begin = time.perf_counter()
+            windows, tokens = _windows(_config(name, dist.get_world_size()), step)
+            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], tokens)
+            dist.barrier()
+            if step:  # the first one warms up
+                seconds[name].append(time.perf_counter() - begin)
+            sent[name] = engine.sent_bytes - before
+    formula = {name: engine.step_bytes() for name, engine in engines.items()}
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (sent, formula))
+    if dist.get_rank() == 0:
+        _print(_config("carried", dist.get_world_size()), seconds, gathered, json_path)
+    dist.destroy_process_group()
+
+
+def _print(
+    config: RunConfig, seconds: dict[str, list[float]], gathered: list, json_path: str | None
+) -> None:
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    stages = len(gathered)
+    model, train = config.model, config.train
+    table = Table(
+        title=f"{stages} stages, {model.num_layers} layers of {model.num_heads} heads of "
+        f"{model.head_dim}, hidden {model.hidden_size}, {train.batch_size} lanes of "
+        f"{train.window_segments} segments of {model.segment_length}, {train.dtype}"
+    )
+    for column in ("", "carried", "resident", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(title: str, carried: float, resident: float, form: str) -> None:
+        ratio = f"{carried / resident:.2f}" if resident else "-"
+        table.add_row(title, form.format(carried), form.format(resident), ratio)
+
+    row("step, milliseconds (median)", *(1e3 * medians[name] for name in medians), "{:,.1f}")
+    for stage, (sent, formula) in enumerate(gathered):
+        row(f"bytes a step sent by stage {stage}", *sent.values(), "{:,}")
+        row("  by the formula", *formula.values(), "{:,}")
+    Console().print(table)
+    if json_path:
+        figures = {
+            "stages": stages,
+            "seconds": medians,
+            "sent_bytes": [sent for sent, _ in gathered],
+            "formula_bytes": [formula for _, formula in gathered],
+        }
+        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _config(transport: str, stages: int) -> RunConfig:
+    return configuration.parse(
+        {
+            "output_dir": "unused",
+            "model": {
+                "vocab_size": 4096,
+                "hidden_size": 256,
+                "num_layers": max(4, stages),
+                "num_heads": 4,
+                "head_dim": 64,
+                "segment_length": 256,
+            },
+            "data": {"store": "unused"},
+            "train": {"steps": 1, "batch_size": 4, "window_segments": 4},
+            "parallel": {"pipeline_stages": stages, "memory_transport": transport},
+        },
+        "of bench transport",
+    )
+
+
+def _windows(config: RunConfig, step: int) -> tuple[list[Windows], int]:
+    """The same random windows for both transports, one for each micro-batch."""
+    train, model = config.train, config.model
+    length = train.window_segments * model.segment_length
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(model.vocab_size, (train.batch_size, 1, length + 1), generator=generator)
+    shape = (1, train.window_segments)
+    starts = torch.zeros(shape, dtype=torch.bool)
+    lengths = torch.full(shape, model.segment_length, dtype=torch.int32)
+    windows = [Windows(row[:, :-1], row[:, 1:], Layout(starts, lengths)) for row in tokens]
+    return windows, train.batch_size * length

@@ -1,0 +1,34 @@
+"""Rotary positions as one operation that keeps only its tables for the backward pass."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in two halves; x [..., n, heads, d]; cos and sin [..., n, d / 2]."""
+    return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same without a gradient; cos and sin [..., n, heads or 1, d / 2], of x's type."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in (cos, sin))
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return rotated(gradient, cos, -sin), None, None

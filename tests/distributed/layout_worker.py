@@ -1,0 +1,123 @@
+"""One rank of a layout: trains a few steps and writes what came out.
+
+    python layout_worker.py CASES.json FOLDER
+
+A case is a dict of overrides such as {"parallel.zero_stage": 1}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from infini_ds.config import RunConfig, parse
+from infini_ds.data.windows import IGNORED, Windows
+from infini_ds.layout import Layout
+from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
+
+STEPS = 5
+LANES = 4
+SEGMENTS = 4
+LENGTH = 8
+VOCABULARY = 61
+
+
+def config_of(case: dict) -> RunConfig:
+    """A model just large enough for four stages, whose predictions are spread out."""
+    tree: dict = {
+        "output_dir": "unused",
+        "seed": 3,
+        "model": {
+            "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 4, "num_heads": 4,
+            "head_dim": 8, "segment_length": LENGTH, "initializer_range": 0.2, "gate_init": 0.5,
+        },
+        "data": {"store": "unused"},
+        "train": {
+            "steps": 20, "batch_size": LANES, "window_segments": SEGMENTS, "dtype": "fp32",
+            "loss_chunk_tokens": 13, "timeout": 60.0,
+        },
+        "optimizer": {
+            "learning_rate": 1e-3, "eps": 1e-5, "warmup_steps": 2, "gradient_clipping": 0.5,
+            "gate_learning_rate_multiplier": 3.0,
+        },
+        "parallel": {},
+    }  # fmt: skip
+    for name, value in case.items():
+        section, _, key = name.partition(".")
+        tree[section][key] = value
+    return parse(tree, "of a layout")
+
+
+def windows_of(step: int) -> tuple[Windows, int]:
+    """Windows of all lanes, with padding and documents that start inside, and their tokens."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (LANES, SEGMENTS)
+    tokens = torch.randint(VOCABULARY, (LANES, SEGMENTS * LENGTH), generator=generator)
+    labels = torch.randint(VOCABULARY, tokens.shape, generator=generator)
+    starts = torch.rand(shape, generator=generator) < 0.2
+    if step == 0:
+        starts[:, 0] = True
+    short = torch.rand(shape, generator=generator) < 0.3
+    lengths = torch.randint(1, LENGTH + 1, shape, generator=generator)
+    lengths = torch.where(short, lengths, LENGTH).int()
+    valid = (torch.arange(LENGTH) < lengths[..., None]).reshape(tokens.shape)
+    labels = labels.masked_fill(~valid, IGNORED)
+    return Windows(tokens, labels, Layout(starts, lengths)), int(valid.sum())
+
+
+def cut(windows: Windows, lanes: range) -> Windows:
+    """Some lanes of a batch of windows."""
+    part = slice(lanes.start, lanes.stop)
+    layout = Layout(*(tensor[part] for tensor in windows.layout))
+    return Windows(windows.tokens[part], windows.labels[part], layout)
+
+
+def train(config: RunConfig) -> dict:
+    """STEPS steps on this rank."""
+    from infini_ds.pipeline.module import single_process_name
+    from infini_ds.training.build import build_engine
+
+    engine = build_engine(config)
+    names = {single_process_name(n): p for n, p in engine.module.named_parameters()}
+    result: dict = {
+        "optimizer": type(engine.optimizer).__name__,
+        "stage": engine.stage_id,
+        "state_names": sorted(map(single_process_name, engine.module.state_dict())),
+        "initial": {name: parameter.detach().clone() for name, parameter in names.items()},
+        "losses": [],
+        "norms": [],
+    }
+    for step in range(STEPS):
+        windows, count = windows_of(step)
+
+        def read(micro_batch: int, windows: Windows = windows) -> Windows:
+            return cut(windows, engine.lanes_of(micro_batch))
+
+        factor = learning_rate_factor(step, config.train.steps, config.optimizer)
+        set_learning_rate(engine.optimizer, factor)
+        loss = engine.all_sum(engine.train_step(read, count))
+        result["losses"].append(float(loss) / count)
+        result["norms"].append(engine.gradient_norm)
+    result["weights"] = {name: parameter.detach() for name, parameter in names.items()}
+    result["memories"] = {
+        block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
+    }
+    result["first_lane"] = engine.lanes_of(0).start
+    return result
+
+
+def main() -> None:
+    from infini_ds.training.build import start_distributed
+
+    torch.set_num_threads(1)
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    start_distributed(60)
+    rank = torch.distributed.get_rank()
+    for name, case in cases.items():
+        torch.save(train(config_of(case)), folder / f"{name}.{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""One function, any layout: the engine beside a plain PyTorch loop on one process."""
+
+import functools
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_ds import InfiniTransformer
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.model.head import token_losses
+from infini_ds.training.optimizer import (
+    adamw,
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+)
+from tests.distributed import layout_worker
+from tests.distributed.layout_worker import LANES, LENGTH, STEPS, config_of, windows_of
+from tests.distributed.processes import run_ranks
+
+TOLERANCE = 1e-5
+
+# (pipeline, data, accumulation)
+LAYOUTS = [(1, 1, 4), (2, 1, 4), (1, 2, 2), (2, 2, 2), (3, 1, 4), (4, 1, 4)]
+
+FACTORS = {
+    "parallel.memory_transport": ("carried", "resident"),
+    "train.activation_checkpointing": ("none", "attention", "block"),
+    "model.memory_rule": ("linear", "delta"),
+    "model.tie_embeddings": (False, True),
+    "model.num_kv_heads": (4, 2),
+    "train.chunks": (1, 2, 4),
+    "parallel.zero_stage": (0, 1),
+    "optimizer.gradient_clipping": (0.5, 0.0),
+}
+
+# Each value of each factor at least once; every layout runs all of them.
+CHOICES = [
+    ("carried", "none", "linear", False, 2, 1, 0, 0.5),
+    ("resident", "attention", "delta", True, 4, 2, 1, 0.5),
+    ("carried", "block", "delta", True, 2, 4, 0, 0.5),
+    ("resident", "none", "linear", False, 2, 4, 1, 0.0),
+    ("carried", "attention", "delta", True, 2, 1, 0, 0.0),
+]
+
+
+def case_of(layout, choice) -> dict:
+    pipeline, data, accumulation = layout
+    micro = LANES // (data * accumulation)
+    own = {"parallel.pipeline_stages": pipeline, "train.micro_batch_size": micro}
+    return {**dict(zip(FACTORS, choice, strict=True)), **own}
+
+
+def name_of(layout, choice) -> str:
+    pipeline, data, accumulation = layout
+    transport, checkpointing, rule, tied, kv_heads, chunks, zero, clipping = choice
+    words = [
+        f"pipeline{pipeline}", f"data{data}", f"accumulation{accumulation}", transport,
+        f"checkpoint_{checkpointing}", rule, "tied" if tied else "untied", f"kv{kv_heads}",
+        f"chunks{chunks}", f"zero{zero}", "clipped" if clipping else "unclipped",
+    ]  # fmt: skip
+    return "-".join(words)
+
+
+def cases(layouts, choices) -> dict[str, tuple[int, dict]]:
+    """World size and settings by name."""
+    return {
+        name_of(layout, choice): (layout[0] * layout[1], case_of(layout, choice))
+        for layout, choice in itertools.product(layouts, choices)
+    }
+
+
+def sampled(layouts, count: int) -> dict[str, tuple[int, dict]]:
+    draw = random.Random(0)
+    everything = list(itertools.product(*FACTORS.values()))
+    found = {}
+    for layout in layouts:
+        found |= cases([layout], draw.sample(everything, count))
+    return found
+
+
+BF16 = {"train.dtype": "bf16", "train.chunks": 2, "model.memory_rule": "delta"}
+BF16_CASES = {
+    f"bf16-pipeline{pipeline}-data{data}-{transport}-zero{zero}{suffix}": (
+        pipeline * data,
+        {
+            **BF16,
+            "parallel.pipeline_stages": pipeline,
+            "parallel.memory_transport": transport,
+            "parallel.zero_stage": zero,
+            "model.tie_embeddings": tied,
+        },
+    )
+    for pipeline, data, transport, zero, tied, suffix in [
+        (1, 1, "resident", 1, False, ""),
+        (2, 1, "carried", 1, False, ""),
+        (2, 1, "carried", 1, False, "-again"),
+        (2, 1, "resident", 0, False, ""),
+        (1, 2, "carried", 1, False, ""),
+        (1, 2, "carried", 0, False, ""),
+        (1, 1, "resident", 1, True, "-tied"),
+        (2, 1, "carried", 1, True, "-tied"),
+        (2, 1, "carried", 0, True, "-tied"),
+    ]
+}
+# Several lanes a micro-batch, one with an odd number of lanes in memory messages.
+LARGER_MICRO_BATCHES = {
+    "pipeline2-two_lanes_a_micro_batch": (
+        2, {"parallel.pipeline_stages": 2, "train.micro_batch_size": 2, "train.chunks": 2},
+    ),
+    "pipeline2-four_lanes_a_micro_batch": (
+        2, {"parallel.pipeline_stages": 2, "train.micro_batch_size": 4, "train.chunks": 2},
+    ),
+    "data2-two_lanes_a_micro_batch": (
+        2, {"parallel.pipeline_stages": 1, "train.micro_batch_size": 2},
+    ),
+}  # fmt: skip
+FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES
+DEFAULT_CASES = FP32_CASES | BF16_CASES
+SLOW_CASES = sampled(LAYOUTS, 12)
+
+
+class Results:
+    """What each case gave, by rank; all cases of a set and world size are one launch."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def of(self, name: str, known: dict[str, tuple[int, dict]]) -> list[dict]:
+        world, _ = known[name]
+        mine = {other: case for other, (size, case) in known.items() if size == world}
+        folder = self._launch(world, json.dumps(mine))
+        return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)]
+
+    @functools.cache  # noqa: B019 - lives as long as the module's tests
+    def _launch(self, world: int, chosen: str) -> Path:
+        folder = self._folder / f"{len(list(self._folder.iterdir()))}_world{world}"
+        folder.mkdir()
+        (folder / "cases.json").write_text(chosen)
+        command = [sys.executable, layout_worker.__file__, folder / "cases.json", folder]
+        run_ranks(command, world, folder, limit=30 + 10 * len(json.loads(chosen)))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Results:
+    return Results(tmp_path_factory.mktemp("layouts"))
+
+
+@functools.cache
+def reference(settings: str) -> dict:
+    """The same steps with the model, optimizer and clipping of plain PyTorch, all lanes at once."""
+    config = config_of(json.loads(settings))
+    model = InfiniTransformer(config.model, seed=config.seed)
+    embedding = model.layers[0].weight
+    assert isinstance(embedding, torch.nn.Parameter)
+    groups = parameter_groups(model.named_parameters(), config.optimizer, embedding)
+    optimizer = adamw(groups, config.optimizer)
+    initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    shape = (LANES, config.model.kv_heads, config.model.head_dim)
+    memory = [LayerMemory.empty(*shape) for _ in range(config.model.num_layers)]
+    losses, norms = [], []
+    for step in range(STEPS):
+        windows, count = windows_of(step)
+        hidden, memory = model.read_window(windows.tokens, windows.layout, memory)
+        memory = [LayerMemory(*(tensor.detach() for tensor in layer)) for layer in memory]
+        loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
+        optimizer.zero_grad()
+        loss.backward()
+        limit = config.optimizer.gradient_clipping or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        factor = learning_rate_factor(step, config.train.steps, config.optimizer)
+        set_learning_rate(optimizer, factor)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        "losses": losses, "norms": norms, "weights": weights, "initial": initial, "memory": memory
+    }  # fmt: skip
+
+
+def expected_of(case: dict) -> dict:
+    """What the reference gives with those of a case's settings that are not of the layout."""
+    kept = ("model.", "optimizer.")
+    return reference(json.dumps({name: case[name] for name in case if name.startswith(kept)}))
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, of whole tensors."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def assert_as_reference(ranks: list[dict], expected: dict, tolerance: float) -> None:
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+        for name, weight in rank["weights"].items():
+            assert distance(weight, expected["weights"][name]) < tolerance, name
+        for block, memory in rank["memories"].items():
+            mine = slice(rank["first_lane"], rank["first_lane"] + len(memory["norm"]))
+            for part, tensor in expected["memory"][block]._asdict().items():
+                assert distance(memory[part], tensor[mine]) < tolerance, f"{part} of block {block}"
+    held = {block for rank in ranks for block in rank["memories"]}
+    assert held == set(range(len(expected["memory"])))
+
+
+@pytest.mark.parametrize("name", FP32_CASES)
+def test_training_agrees_with_plain_pytorch(results, name):
+    expected = expected_of(FP32_CASES[name][1])
+    assert expected["norms"][0] > 0.5, "clipping must be active"
+    assert_as_reference(results.of(name, DEFAULT_CASES), expected, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_training_agrees_with_plain_pytorch_in_sampled_combinations(results, name):
+    expected = expected_of(SLOW_CASES[name][1])
+    assert_as_reference(results.of(name, SLOW_CASES), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", DEFAULT_CASES)
+def test_initial_weights_are_those_of_one_process(results, name):
+    case = DEFAULT_CASES[name][1]
+    dtype = torch.bfloat16 if case.get("train.dtype") == "bf16" else torch.float32
+    expected = expected_of(case)["initial"]
+    seen = set()
+    for rank in results.of(name, DEFAULT_CASES):
+        for parameter, weight in rank["initial"].items():
+            assert torch.equal(weight, expected[parameter].to(dtype)), parameter
+            seen.add(parameter)
+    assert seen == set(expected)
+
+
+@pytest.mark.parametrize("name", DEFAULT_CASES)
+def test_module_state_is_weights_under_the_names_of_one_process(results, name):
+    """No memory among it: a buffer would be saved once for all data-parallel ranks."""
+    ranks = results.of(name, DEFAULT_CASES)
+    expected = expected_of(DEFAULT_CASES[name][1])["weights"]
+    assert {state for rank in ranks for state in rank["state_names"]} == set(expected)
+    by_stage = {rank["stage"]: rank["state_names"] for rank in ranks}
+    for first, second in itertools.combinations(by_stage.values(), 2):
+        assert set(first) & set(second) <= {"layers.0.weight"}, "only a tied weight is in two stages"
+
+
+@pytest.mark.parametrize("name", BF16_CASES)
+def test_bf16_is_close_to_plain_fp32(results, name):
+    expected = expected_of(BF16_CASES[name][1])
+    ranks = results.of(name, DEFAULT_CASES)
+    assert {rank["optimizer"] for rank in ranks} == {"BF16_Optimizer"}
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=5e-3)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=3e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in BF16_CASES if "-again" not in name])
+def test_bf16_agrees_with_one_process(results, name):
+    tied = "-tied" if name.endswith("-tied") else ""
+    alone = f"bf16-pipeline1-data1-resident-zero1{tied}"
+    (expected,) = results.of(alone, DEFAULT_CASES)
+    for rank in results.of(name, DEFAULT_CASES):
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-2)
+        for parameter, weight in rank["weights"].items():
+            assert distance(weight, expected["weights"][parameter]) < 1e-2, parameter
+
+
+def test_bf16_repeated_in_the_same_layout_is_identical(results):
+    name = "bf16-pipeline2-data1-carried-zero1"
+    pairs = zip(results.of(name, DEFAULT_CASES), results.of(f"{name}-again", DEFAULT_CASES))
+    for first, again in pairs:
+        assert first["losses"] == again["losses"]
+        assert first["norms"] == again["norms"]
+        for parameter, weight in first["weights"].items():
+            assert torch.equal(weight, again["weights"][parameter]), parameter
+        for block, memory in first["memories"].items():
+            for part, tensor in memory.items():
+                assert torch.equal(tensor, again["memories"][block][part]), (block, part)
+
+
+OFFLOADED = {
+    f"{dtype}-data2{suffix}": (
+        2, {"train.dtype": dtype, "parallel.pipeline_stages": 1, "parallel.offload_optimizer": on}
+    )
+    for dtype in ("fp32", "bf16")
+    for on, suffix in ((False, ""), (True, "-offloaded"))
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", TOLERANCE), ("bf16", 2e-3)])
+def test_offloaded_optimizer_agrees_with_the_one_on_the_device(results, dtype, tolerance):
+    name = f"{dtype}-data2"
+    pairs = zip(results.of(name, OFFLOADED), results.of(f"{name}-offloaded", OFFLOADED))
+    for expected, offloaded in pairs:
+        assert offloaded["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+        assert offloaded["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+        for parameter, weight in offloaded["weights"].items():
+            assert distance(weight, expected["weights"][parameter]) < 2 * tolerance, parameter

@@ -1,0 +1,77 @@
+"""Two ranks with a channel between them: python channel_worker.py MODE.
+
+Rank 0 receives and writes what happened to RESULT as JSON.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from infini_ds.pipeline.channel import Channel, WaitError
+from infini_ds.training.build import start_distributed
+
+SIZES = [16, 48, 1, 1_000_000, 32, 5]
+LIMIT = 2.0
+
+
+def message_of(index: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randint(256, (SIZES[index],), generator=generator, dtype=torch.uint8)
+
+
+def receive(channel: Channel) -> dict:
+    """What the receiver of `orderly` sees."""
+    channel.expect(SIZES[:4])
+    same = [torch.equal(channel.receive(), message_of(index)) for index in range(4)]
+    channel.expect(SIZES[4:])
+    same += [torch.equal(channel.receive(), message_of(index)) for index in range(4, len(SIZES))]
+    return {"same": same, "seconds": channel.seconds}
+
+
+def wait_in_vain(channel: Channel) -> dict:
+    channel.expect([16])
+    begin = time.monotonic()
+    try:
+        channel.receive()
+    except WaitError as error:
+        return {"error": str(error), "waited": time.monotonic() - begin}
+    return {"error": None}
+
+
+def main() -> None:
+    mode, result = sys.argv[1], Path(sys.argv[2])
+    start_distributed(60)
+    group = dist.new_group([0, 1])
+    assert isinstance(group, dist.ProcessGroup)
+    rank = dist.get_rank()
+    channel = Channel("gradients of stage 1", 1 - rank, group, LIMIT, 2)
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        if mode == "orderly":
+            for index in range(len(SIZES)):
+                channel.send(message_of(index))
+            channel.flush()
+        elif mode == "dead":
+            store.set("dying", "")
+            os._exit(0)
+        store.wait(["finished"])
+        store.set("acknowledged", "")
+    else:
+        if mode == "dead":
+            store.wait(["dying"])
+        outcome = receive(channel) if mode == "orderly" else wait_in_vain(channel)
+        result.write_text(json.dumps(outcome))
+        store.set("finished", "")
+        if mode != "dead":
+            store.wait(["acknowledged"])  # the store lives in this process
+    # A group whose wait was given up cannot be closed in order.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

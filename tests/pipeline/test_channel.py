@@ -1,0 +1,37 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import run_ranks
+
+WORKER = Path(__file__).with_name("channel_worker.py")
+LIMIT = 2.0  # the worker's train.timeout
+
+
+@pytest.fixture
+def outcome(tmp_path):
+    def run(mode: str) -> dict:
+        result = tmp_path / "result.json"
+        run_ranks([sys.executable, str(WORKER), mode, str(result)], 2, tmp_path, limit=90)
+        return json.loads(result.read_text())
+
+    return run
+
+
+def test_receive_gives_messages_of_any_size_in_the_order_they_were_sent(outcome):
+    seen = outcome("orderly")
+    assert seen["same"] == [True] * 6
+    assert seen["seconds"] > 0
+
+
+@pytest.mark.parametrize("peer", ["silent", "dead"])
+def test_receive_gives_up_within_the_limit_and_names_what_and_whom(outcome, peer):
+    seen = outcome(peer)
+    assert seen["error"].startswith("waited for gradients of stage 1 of rank 1")
+    assert "train.timeout = 2 s" in seen["error"]
+    assert "\n" not in seen["error"]
+    assert seen["waited"] < LIMIT + 3
+    if peer == "silent":
+        assert seen["waited"] > LIMIT - 0.5
