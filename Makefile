@@ -7,7 +7,7 @@ STEPS := 200
 # Where a finished run has left its report, train for as many steps again.
 DONE = $(shell sed -n 's/.*"step": \([0-9]*\).*/\1/p' runs/quickstart/report.json 2>/dev/null)
 
-.PHONY: pretrain test test-slow lint format clean
+.PHONY: pretrain test test-slow lint format docs clean
 
 # A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
 pretrain: $(VENV)/installed
@@ -30,6 +30,13 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes the configuration reference into the README.
+docs: $(VENV)/installed
+	$(BIN)/infini-ds config > README.reference
+	sed -i -e '/^<!-- configuration reference -->/,/^<!-- end of/{//!d}' \
+	  -e '/^<!-- configuration reference -->/r README.reference' README.md
+	rm README.reference
 
 clean:
 	rm -rf $(VENV) runs stores build *.egg-info

@@ -99,7 +99,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _bench_peer(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import peer
 
-    peer.run(_integers(options.segments), options.repeats, options.dtype, options.json)
+    peer.run(options.json, _integers(options.segments), options.repeats, options.dtype)
 
 
 def _bench_transport(options: argparse.Namespace) -> None:

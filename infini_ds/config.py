@@ -353,7 +353,7 @@ class RunConfig(Settings):
     seed: int = 0
     """Seed of the initial weights and of the order of documents."""
     resume: bool = True
-    """Go on from the newest valid checkpoint in output_dir, if there is one."""
+    """Go on from the newest valid checkpoint in output_dir; false: refuse if there is one."""
     model: ModelConfig
     """The Infini-Transformer itself."""
     data: DataConfig
@@ -486,7 +486,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{path} is required"
     if first["type"] == "value_error":
-        return f"{path + ': ' if path else ''}{first['ctx']['error']}"
+        return f"{path + ': ' if path else ''}{first.get('ctx', {})['error']}"
     return f"{path}: {first['msg'].lower()}, got {first['input']!r}"
 
 

@@ -100,14 +100,16 @@ def _print(
     for column in ("", "carried", "resident", "ratio"):
         table.add_column(column, justify="right" if column else "left")
 
-    def row(title: str, carried: float, resident: float, form: str) -> None:
+    def row(title: str, values: dict[str, float] | dict[str, int], form: str) -> None:
+        carried, resident = values["carried"], values["resident"]
         ratio = f"{carried / resident:.2f}" if resident else "-"
         table.add_row(title, form.format(carried), form.format(resident), ratio)
 
-    row("step, milliseconds (median)", *(1e3 * medians[name] for name in medians), "{:,.1f}")
+    milliseconds = {name: 1e3 * seconds for name, seconds in medians.items()}
+    row("step, milliseconds (median)", milliseconds, "{:,.1f}")
     for stage, (sent, formula) in enumerate(gathered):
-        row(f"bytes a step sent by stage {stage}", *sent.values(), "{:,}")
-        row("  by the formula", *formula.values(), "{:,}")
+        row(f"bytes a step sent by stage {stage}", sent, "{:,}")
+        row("  by the formula", formula, "{:,}")
     Console().print(table)
     if json_path:
         figures = {

@@ -271,6 +271,7 @@ class InfiniEngine(PipelineEngine):
     def _finish_window(self, micro_batch: int, memories: LaneMemory) -> None:
         """Memories are data from here on: kept here, or sent back to the first stage."""
         passing = self._passing.pop(micro_batch)
+        self._windows.pop(micro_batch, None)
         if not (self._transport.returns and self.is_pipe_parallel):
             memories.put(micro_batch, passing)
         elif self.is_last_stage():
@@ -310,7 +311,7 @@ class InfiniEngine(PipelineEngine):
                 ahead = self.micro_batches
                 self._return = self._open("returned memories", other, groups[2], ahead)
 
-    def _open(self, name: str, peer: int, group: dist.ProcessGroup, ahead: int) -> Channel:
+    def _open(self, name: str, peer: int, group, ahead: int) -> Channel:
         channel = Channel(name, peer, group, self._train.timeout, ahead)
         self._channels.append(channel)
         return channel
@@ -344,7 +345,7 @@ class InfiniEngine(PipelineEngine):
         """
         if isinstance(self.optimizer, BF16_Optimizer):
             return True
-        norms = torch.stack(torch._foreach_norm([_gradient(p) for p in self.module.parameters()]))
+        norms = torch.stack([_gradient(p).norm() for p in self.module.parameters()])
         broken = (~norms.isfinite()).any().float()
         return float(self.all_sum(broken)) == 0
 
@@ -358,7 +359,11 @@ class InfiniEngine(PipelineEngine):
             self._global_grad_norm = float("inf")
             self.skipped_steps += 1
             self.global_steps += 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped_steps > before else 0
+        if self.skipped_steps > before:
+            self.skipped_in_a_row += 1
+            self.memories.clear_broken()
+        else:
+            self.skipped_in_a_row = 0
 
     def _do_optimizer_sanity_check(self, basic_optimizer):
         if self.bfloat16_enabled() and not self.zero_optimization():
@@ -398,7 +403,8 @@ class InfiniEngine(PipelineEngine):
         self._global_grad_norm = get_global_norm_of_tensors(owned, mpu=self.mpu)
         limit = self.gradient_clipping()
         if limit and self._global_grad_norm > limit:
-            torch._foreach_mul_([p.grad for p in parameters], limit / self._global_grad_norm)
+            for parameter in parameters:
+                _gradient(parameter).mul_(limit / self._global_grad_norm)
 
     def _clock(self, phase: str, begin: float) -> float:
         now = time.perf_counter()

@@ -55,7 +55,7 @@ def _read(
     """Tokens [1, t] through this stage, from the previous stage to the next."""
     module = engine.module
     if engine.is_first_stage():
-        hidden = torch.nn.functional.embedding(tokens, module.embedding)  # type: ignore[arg-type]
+        hidden = torch.nn.functional.embedding(tokens, module.embedding)
     else:
         hidden = engine.receive_hidden((1, tokens.shape[1], module.config.hidden_size), dtype)
     hidden, memory = extend(module.blocks, hidden, memory)

@@ -41,6 +41,15 @@ class LaneMemory:
             for block in self.blocks
         }
 
+    def clear_broken(self) -> None:
+        """Empties the memories that are not finite; they would spoil the rest of a document."""
+        for held in self.by_micro_batch:
+            for block, (kv, norm) in held.items():
+                fine = kv.isfinite().all((-2, -1)) & norm.isfinite().all(-1)  # [lanes, kv_heads]
+                held[block] = LayerMemory(
+                    kv.masked_fill(~fine[..., None, None], 0), norm.masked_fill(~fine[..., None], 0)
+                )
+
     def stacked(self, block: int) -> LayerMemory:
         """One block's memories of all this rank's lanes, in the order of lanes."""
         memories = [held[block] for held in self.by_micro_batch]

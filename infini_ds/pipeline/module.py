@@ -57,7 +57,7 @@ class InfiniPipeline(PipelineModule):
         return [layer for layer in self.forward_funcs if isinstance(layer, Block)]
 
     @property
-    def embedding(self) -> nn.Parameter | None:
+    def embedding(self) -> Tensor | None:
         """The embedding's weight, where this stage has it."""
         tied = TIED_KEY in self.tied_modules
         layer = self.tied_modules[TIED_KEY] if tied else self.forward_funcs[0]

@@ -30,6 +30,7 @@ def start_distributed(timeout: float) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     logger.setLevel("WARNING")
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # A communication operator for inference that DeepSpeed would compile at the first start, for a
     # minute, and behind a lock that a killed process leaves for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,6 +1,7 @@
 """What rank 0 shows and writes: one live line, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -62,7 +63,9 @@ class Monitor:
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Numbers of a step, to metrics.jsonl and TensorBoard."""
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON knows no infinity.
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 

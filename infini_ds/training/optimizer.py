@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infini_ds.config import OptimizerConfig
 
@@ -12,7 +12,7 @@ from infini_ds.config import OptimizerConfig
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
-    embedding: nn.Parameter | None = None,
+    embedding: Tensor | None = None,
 ) -> list[dict]:
     """Groups with their own decay and learning rate; empty ones are left out.
 

@@ -63,7 +63,12 @@ class Trainer:
         self.config, self.stop = config, stop
         self.step = 0
         self.tokens = 0
-        found, passed_over = checkpoint.find(config) if config.resume else (None, [])
+        found, passed_over = checkpoint.find(config)
+        if found and not config.resume:
+            raise UserError(
+                f"output_dir {config.output_dir}: has checkpoints of another run, and resume is "
+                "false; choose another output_dir"
+            )
         load_from, state = None, None
         if found:
             with together():
@@ -290,5 +295,5 @@ def with_vocabulary(config: RunConfig, store: Store) -> RunConfig:
 
 def _set_threads(config: RunConfig) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity()))
     torch.set_num_threads(config.train.threads or max(1, cores // local))

@@ -1,0 +1,27 @@
+"""The README says what the code says."""
+
+import re
+from pathlib import Path
+
+from infini_ds import config
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_configuration_reference_in_the_readme_is_that_of_the_code():
+    section = re.search(
+        r"<!-- configuration reference -->\n(.*)<!-- end of", README.read_text(), re.DOTALL
+    )
+    assert section
+    assert section[1] == config.reference(), "run `make docs`"
+
+
+def test_python_example_in_the_readme_runs_as_shown(tmp_path, monkeypatch):
+    example = re.search(r"### From Python\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert example
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example[1], names)
+    assert names["text"].shape == (1, 32)
+    assert names["out"].logits.shape == (1, 1300, 256)
+    assert (tmp_path / "book.safetensors").exists()
