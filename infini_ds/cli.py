@@ -12,7 +12,11 @@ from infini_ds.errors import RunError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code: 0, 1 if a run could not go on, 2 for the user's mistakes."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if others:  # argparse takes overrides only as far as the first option
+        if "overrides" not in options or any(other.startswith("-") for other in others):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.overrides += others
     return exit_code(lambda: options.run(options))
 
 
@@ -91,6 +95,10 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _pretrain(options: argparse.Namespace) -> None:
     config = configuration.load(options.config, options.overrides)
+    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    from infini_ds.data.opening import open_data
+
+    open_data(config)
     from infini_ds.training.trainer import pretrain
 
     pretrain(config)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PEER = "infini-transformer-pytorch"
-WINDOW_TOKENS = 8192
 CHECK_SEGMENTS = 2
 """Segments of the fp32 loss that must be equal; more would add to the measured peak."""
 CONTESTANTS = {"peer": PEER, "ours": "ours", "checkpointed": "ours, checkpointing blocks"}
@@ -45,14 +44,16 @@ def run(
     segments: Sequence[int] = (512, 1024, 2048),
     repeats: int = 5,
     dtype: Dtype = "bf16",
+    window_tokens: int = 8192,
 ) -> list[dict[str, Any]]:
     """Measures, prints a table, and writes the same figures to `json_path` if one is given.
 
     Args:
         json_path: where to write the rows.
-        segments: segment lengths; each must divide 8,192.
+        segments: segment lengths; each must divide the window.
         repeats: timed steps of each contestant; the median counts.
         dtype: of weights and computation, on both sides.
+        window_tokens: tokens of a step.
 
     Returns:
         One row a segment length.
@@ -63,25 +64,27 @@ def run(
     if importlib.util.find_spec("infini_transformer_pytorch") is None:
         raise UserError(f"bench peer: {PEER} is missing: pip install 'infini-ds[test]'")
     for segment in segments:
-        if segment < 1 or WINDOW_TOKENS % segment:
-            raise UserError(f"bench peer: segments ({segment}) must divide {WINDOW_TOKENS}")
+        if segment < 1 or window_tokens % segment:
+            raise UserError(f"bench peer: segments ({segment}) must divide {window_tokens}")
     if repeats < 1:
         raise UserError(f"bench peer: repeats ({repeats}) must be at least 1")
     if dtype not in ("bf16", "fp32"):
         raise UserError(f"bench peer: dtype ({dtype}) must be bf16 or fp32")
-    rows = [_measure(segment, repeats, dtype) for segment in segments]
+    rows = [_measure(segment, repeats, dtype, window_tokens) for segment in segments]
     _print(rows)
     if json_path:
         Path(json_path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
 
 
-def _measure(segment: int, repeats: int, dtype: Dtype) -> dict[str, Any]:
+def _measure(segment: int, repeats: int, dtype: Dtype, window_tokens: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name in CONTESTANTS:
         connection, other = context.Pipe()
-        process = context.Process(target=_work, args=(other, name, segment, dtype), daemon=True)
+        process = context.Process(
+            target=_work, args=(other, name, segment, dtype, window_tokens), daemon=True
+        )
         process.start()
         other.close()
         workers[name] = process, connection
@@ -104,8 +107,9 @@ def _measure(segment: int, repeats: int, dtype: Dtype) -> dict[str, Any]:
         for process, connection in workers.values():
             connection.close()
             process.join()
-    speed = {name: WINDOW_TOKENS / statistics.median(times) for name, times in seconds.items()}
+    speed = {name: window_tokens / statistics.median(times) for name, times in seconds.items()}
     row: dict[str, Any] = {"segment": segment, "dtype": dtype, "repeats": repeats}
+    row["window_tokens"] = window_tokens
     row |= {f"{name}_tokens_per_second": value for name, value in speed.items()}
     row |= {f"{name}_peak_mib": value for name, value in peaks.items()}
     for name in ("ours", "checkpointed"):
@@ -117,7 +121,9 @@ def _measure(segment: int, repeats: int, dtype: Dtype) -> dict[str, Any]:
     return row
 
 
-def _work(connection: Connection, name: str, segment: int, dtype: Dtype) -> None:
+def _work(
+    connection: Connection, name: str, segment: int, dtype: Dtype, window_tokens: int
+) -> None:
     """One contestant: sends the fp32 loss of a short text, then a result for each step asked."""
     import torch
 
@@ -125,9 +131,9 @@ def _work(connection: Connection, name: str, segment: int, dtype: Dtype) -> None
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     loss_of, model = (_build_peer if name == "peer" else _build_ours)(name, segment)
-    tokens = torch.randint(256, (1, WINDOW_TOKENS + 1), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(256, (1, window_tokens + 1), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        connection.send(float(loss_of(tokens[:, : CHECK_SEGMENTS * segment + 1], False)))
+        connection.send(loss_of(tokens[:, : CHECK_SEGMENTS * segment + 1], False).item())
     model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     while True:
         try:
@@ -136,10 +142,10 @@ def _work(connection: Connection, name: str, segment: int, dtype: Dtype) -> None
             return
         model.zero_grad()
         start = time.perf_counter()
-        loss = loss_of(tokens, True)
+        loss = loss_of(tokens, True).detach()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        connection.send((seconds, float(loss), peak))
+        connection.send((seconds, loss.item(), peak))
 
 
 def _peer_model():
@@ -196,7 +202,7 @@ def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tenso
 def _print(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     table = Table(
-        title=f"one step through {WINDOW_TOKENS:,} tokens, {first['dtype']}, one CPU thread, "
+        title=f"one step through {first['window_tokens']:,} tokens, {first['dtype']}, one CPU thread, "
         f"median of {first['repeats']}",
         caption="ratios are to the peer: more speed and less memory are better",
     )

@@ -142,16 +142,21 @@ class Store:
         """`train` or `held_out`."""
         return self._splits[name]
 
-    def unigram_bits_per_byte(self) -> float:
+    def unigram_bits_per_byte(self, documents: int | None = None) -> float:
         """What a model that only knows how frequent tokens are needs for the held-out text.
 
         Cross-entropy of the held-out tokens (all but BOS) under the train frequencies plus one, in
         bits, over the bytes of text they stand for.
 
+        Args:
+            documents: only of so many held-out documents, the first ones; all by default.
+
         Raises:
             UserError: there is no held-out text.
         """
-        held_out = count_tokens(self.split("held_out").data, self.tokenizer)
+        split = self.split("held_out")
+        end = split.offsets[-1 if documents is None else documents]
+        held_out = count_tokens(split.data[:end], self.tokenizer)
         text_bytes = int(held_out @ self.tokenizer.token_bytes)
         if not text_bytes:
             raise UserError(

@@ -38,6 +38,9 @@ class HeldOut:
             config.train.batch_size,
             config.evaluation.max_segments,
         )
+        documents = 1 + max(int(plan.documents.max()) for plan in self._plans)
+        self.unigram_bits_per_byte = store.unigram_bits_per_byte(documents)
+        """Of the tokenizer's unigram baseline on the documents that are read."""
 
     def evaluate(self, memory: bool) -> Quality:
         """Reads all documents; to be called on all ranks together.

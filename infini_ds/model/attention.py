@@ -7,12 +7,9 @@ from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
-from infini_ds.kernels.infini_attention.parallel import (
-    memory_read,
-    memory_scan,
-    mix,
-    rotate,
-)
+from infini_ds.kernels.infini_attention.memory_read import read_and_mix
+from infini_ds.kernels.infini_attention.parallel import memory_scan
+from infini_ds.kernels.local_attention import rotate
 from infini_ds.layout import Layout
 from infini_ds.model.rotary import rotary_table
 
@@ -85,7 +82,7 @@ class InfiniAttention(nn.Module):
         )
         states = LayerMemory(memory.kv[:, None], memory.norm[:, None])
         a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
-        out = mix(a_dot, memory_read(q[:, None], states), states, self.beta)
+        out = read_and_mix(a_dot, q[:, None], states, self.beta)
         return self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)")), keys, values
 
     def close(self, memory: LayerMemory, keys: Tensor, values: Tensor) -> LayerMemory:

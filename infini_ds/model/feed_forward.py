@@ -1,7 +1,9 @@
 """The gated feed-forward: SwiGLU or GEGLU (Shazeer 2020)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from infini_ds.config import ModelConfig
 
@@ -12,11 +14,40 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.mlp_size
-        self.activation = {"silu": F.silu, "gelu": F.gelu}[config.hidden_act]
+        self.hidden_act = config.hidden_act
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, length, hidden_size] to the same."""
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        gate_up = self.gate_up_proj(hidden)
+        return self.down_proj(_Gated.apply(gate_up, self.hidden_act))  # type: ignore[arg-type]
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up, keeping only the two: act(gate) is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate_up, hidden_act):
+        ctx.save_for_backward(gate_up)
+        ctx.hidden_act = hidden_act
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _ACTIVATIONS[hidden_act](gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.mul(gradient, _ACTIVATIONS[ctx.hidden_act](gate), out=d_up)
+        _DERIVATIVES[ctx.hidden_act](gradient * up, gate, grad_input=d_gate)
+        return d_gate_up, None
+
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+_DERIVATIVES = {
+    "silu": torch.ops.aten.silu_backward.grad_input,
+    "gelu": torch.ops.aten.gelu_backward.grad_input,
+}

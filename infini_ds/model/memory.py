@@ -86,13 +86,12 @@ class Memory:
     @classmethod
     def concatenate(cls, memories: list["Memory"]) -> "Memory":
         """One memory whose batch is that of all of them, in order."""
-        return cls(
-            *(
-                torch.cat([getattr(memory, name) for memory in memories], dim=1)
-                for name in ("kv", "norm", "keys", "values")
-            ),
-            tuple(length for memory in memories for length in memory.lengths),
-        )
+        tensors = {
+            name: torch.cat([getattr(memory, name) for memory in memories], dim=1)
+            for name in ("kv", "norm", "keys", "values")
+        }
+        lengths = tuple(length for memory in memories for length in memory.lengths)
+        return cls(**tensors, lengths=lengths)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file; only the used part of the open segment is stored."""

@@ -10,8 +10,10 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
+from torch.distributed import DistError
 
 from infini_ds.config import RunConfig
+from infini_ds.errors import RunError
 from infini_ds.pipeline.engine import InfiniEngine
 from infini_ds.pipeline.module import InfiniPipeline
 from infini_ds.training.deepspeed_config import deepspeed_config
@@ -23,6 +25,9 @@ def start_distributed(timeout: float) -> None:
 
     Args:
         timeout: seconds that anyone waits for anyone.
+
+    Raises:
+        RunError: not all of them came.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
@@ -34,11 +39,17 @@ def start_distributed(timeout: float) -> None:
     # A communication operator for inference that DeepSpeed would compile at the first start, for a
     # minute, and behind a lock that a killed process leaves for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        timeout=timedelta(seconds=timeout),
-        verbose=False,
-    )
+    try:
+        comm.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            timeout=timedelta(seconds=timeout),
+            verbose=False,
+        )
+    except DistError as error:
+        raise RunError(
+            f"the {os.environ['WORLD_SIZE']} processes did not find each other within "
+            f"train.timeout = {timeout:g} s: {' '.join(str(error).split())}"
+        ) from None
 
 
 def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:

@@ -12,6 +12,7 @@ documents of seed and step, and nothing draws from a global random state.
 """
 
 import contextlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -144,11 +145,41 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int
 
 def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
     """Loads weights and optimizer states from `load_from`, memories from `directory`."""
+    groups = engine.optimizer.param_groups
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    if load_from != directory:
+        _allow_empty_shards(engine.optimizer)
     with contextlib.redirect_stdout(None):
         path, _ = engine.load_checkpoint(str(load_from.parent), tag=load_from.name)
+    # The config's learning rates and decay hold, not those of when the checkpoint was written.
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     if path is None:
         raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
     _load_memories(engine, directory / "memory")
+
+
+def _allow_empty_shards(optimizer: Any) -> None:
+    """Lets a universal form be loaded where a group is too small to be on every rank.
+
+    DeepSpeed takes the step from a group's first parameter, and a rank that has none, such as one
+    of many that share a few gates, fails.
+    """
+    load_all = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
+
+    def load_held(name: str, folder: str) -> None:
+        groups, inner = getattr(optimizer, name), optimizer.optimizer
+        everything = inner.param_groups
+        held = [any(p._hp_mapping is not None for p in group) for group in groups]
+        setattr(optimizer, name, list(itertools.compress(groups, held)))
+        inner.param_groups = list(itertools.compress(everything, held))
+        try:
+            load_all(name, folder)
+        finally:
+            setattr(optimizer, name, groups)
+            inner.param_groups = everything
+
+    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_held
 
 
 def delete_universal(config: RunConfig) -> None:

@@ -7,23 +7,16 @@ from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import RunConfig
-from infini_ds.data.store import Store
 from infini_ds.training.checkpoint import directory_of
 
 
 def report(
-    config: RunConfig,
-    store: Store,
-    step: int,
-    quality: dict[str, float],
-    sample: str,
-    console: Console,
+    config: RunConfig, step: int, quality: dict[str, float], sample: str, console: Console
 ) -> None:
     """Prints it, and writes the figures to report.json in the run's directory."""
     figures = {"step": step, **quality}
     if quality:
-        baseline = store.unigram_bits_per_byte()
-        figures["unigram/bits_per_byte"] = baseline
+        baseline = quality["held_out_unigram/bits_per_byte"]
         table = Table(title=f"held-out documents after {step} steps")
         for column in ("", "bits per byte", "below unigram", "perplexity"):
             table.add_column(column, justify="left" if not column else "right")

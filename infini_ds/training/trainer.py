@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
-from infini_ds.data.lanes import Lanes, Plan
+from infini_ds.data.lanes import Plan
+from infini_ds.data.opening import open_data
 from infini_ds.data.store import Store
 from infini_ds.data.windows import Windows, read_windows
 from infini_ds.errors import RunError, UserError
@@ -51,15 +52,8 @@ class Trainer:
     def __init__(self, config: RunConfig, stop: StopRequest):
         with together():
             config.data_parallel_size(dist.get_world_size())
-            self.store = Store.open(config.data.store, config.data)
+            self.store, self.lanes = open_data(config)
             config = with_vocabulary(config, self.store)
-            self.lanes = Lanes(
-                self.store.split("train").lengths,
-                config.model.segment_length,
-                config.train.window_segments,
-                config.train.batch_size,
-                config.seed,
-            )
         self.config, self.stop = config, stop
         self.step = 0
         self.tokens = 0
@@ -108,7 +102,9 @@ class Trainer:
             every = config.evaluation.every
             if not stopping and (ended or (every and self.step % every == 0)):
                 quality = self._evaluate()
-            if stopping or ended or self.step % config.train.save_every == 0:
+            # A step that was skipped may have left memories that are not finite.
+            due = self.step % config.train.save_every == 0 and not self.engine.skipped_in_a_row
+            if stopping or ended or due:
                 self._save()
                 saved = self.step
         if saved is None or saved != self.step:
@@ -120,7 +116,7 @@ class Trainer:
         sample = self._sample()
         if self.monitor and not stopping:
             self.monitor.close()
-            report(self.config, self.store, self.step, quality, sample, self.monitor.console)
+            report(self.config, self.step, quality, sample, self.monitor.console)
         elif self.monitor:
             self.monitor.close()
 
@@ -187,6 +183,8 @@ class Trainer:
             for name, memory in (("held_out", True), ("held_out_without_memory", False)):
                 for key, value in self.held_out.evaluate(memory)._asdict().items():
                     quality[f"{name}/{key}"] = value
+            baseline = self.held_out.unigram_bits_per_byte
+            quality["held_out_unigram/bits_per_byte"] = baseline
         gates, norms = self._describe_memory()
         sample = self._sample()
         if self.monitor:

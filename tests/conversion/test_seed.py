@@ -11,6 +11,8 @@ from infini_ds.model.transformer import InfiniTransformer
 
 seed_library = pytest.importorskip("infini_transformer_pytorch")
 
+torch.set_num_threads(1)  # the models are too small for more
+
 N, HEAD_DIM = 16, 16
 
 

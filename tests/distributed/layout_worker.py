@@ -103,6 +103,7 @@ def train(config: RunConfig) -> dict:
     result["memories"] = {
         block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
     }
+    result["sent_bytes"], result["step_bytes"] = engine.sent_bytes, engine.step_bytes()
     result["first_lane"] = engine.lanes_of(0).start
     return result
 

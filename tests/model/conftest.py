@@ -8,6 +8,8 @@ import torch
 from infini_ds.config import ModelConfig
 from infini_ds.model.transformer import InfiniTransformer
 
+torch.set_num_threads(1)  # the models are too small for more
+
 MODEL = ModelConfig(
     vocab_size=61,
     hidden_size=32,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_ds.model.generation import _sample
+from infini_ds.model.generation import sample
 
 N = 8
 
@@ -96,7 +96,7 @@ def drawn(probabilities, **settings):
     """The share of each token in many draws."""
     logits = torch.tensor(probabilities).log().expand(20_000, -1)
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | settings
-    tokens = _sample(logits, generator=torch.Generator().manual_seed(0), **settings)
+    tokens = sample(logits, generator=torch.Generator().manual_seed(0), **settings)
     return tokens.bincount(minlength=len(probabilities)) / len(tokens)
 
 

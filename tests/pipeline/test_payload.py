@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ SHAPES = {
 
 
 def wire(shape, dtype):
-    sizes = dict(SHAPES[shape])
+    sizes: dict[str, Any] = dict(SHAPES[shape])
     batch, segments = sizes.pop("batch"), sizes.pop("segments")
     config = ModelConfig(vocab_size=7, num_layers=5, num_heads=6, num_kv_heads=3, **sizes)
     return Wire(config, batch, segments, dtype, CPU)

@@ -26,9 +26,7 @@ class TestTrainSchedule:
             assert (set(forwards), set(backwards)) == expected
             assert len(schedule) == 2 * len(units)
 
-    def test_goes_backward_after_the_whole_window_went_forward(
-        self, stages, micro_batches, chunks
-    ):
+    def test_goes_backward_after_the_whole_window_went_forward(self, stages, micro_batches, chunks):
         for schedule in schedules(stages, micro_batches, chunks):
             done = set()
             for unit in schedule:

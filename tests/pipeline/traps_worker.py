@@ -16,8 +16,8 @@ from infini_ds.pipeline.engine import InfiniEngine
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.optimizer import set_learning_rate
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from layout_worker import config_of, cut, windows_of
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.distributed.layout_worker import config_of, cut, windows_of
 
 KINDS = {
     "fp32_zero0": ("fp32", 0),

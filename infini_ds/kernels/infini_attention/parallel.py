@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.reference import delta_damping
+from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
+from infini_ds.kernels.local_attention import local_attention
 from infini_ds.layout import Layout
 
 
@@ -30,34 +33,7 @@ def infini_attention_parallel(
     """See `infini_attention_reference`: same arguments, same results."""
     a_dot = local_attention(q, k, v, rotary)
     states, final = memory_scan(k, v, w, memory, layout, rule)
-    return mix(a_dot, memory_read(q, states), states, beta), final
-
-
-def mix(a_dot: Tensor, a_mem: Tensor, states: LayerMemory, beta: Tensor) -> Tensor:
-    """eq. (6), and A_dot alone where the memory is empty; all [batch, segments, n, heads, d]."""
-    group = a_dot.shape[3] // states.norm.shape[2]
-    written = (states.norm.sum(-1) > 0).repeat_interleave(group, dim=2)  # [batch, segments, heads]
-    gate = (beta.float().sigmoid() * written).to(a_dot.dtype)[:, :, None, :, None]
-    return torch.lerp(a_dot, a_mem, gate)
-
-
-def local_attention(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Causal softmax attention inside each segment: [batch, segments, n, heads, d]."""
-    batch, _, _, heads, _ = q.shape
-    group = heads // k.shape[3]
-    q, k = rotate(q, *rotary), rotate(k, *rotary)
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=3) for x in (k, v))
-    q, k, v = (rearrange(x, "b s n h d -> (b s) h n d") for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return rearrange(out, "(b s) h n d -> b s n h d", b=batch)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in two halves; x [..., n, heads, d]; cos and sin [..., n, d / 2]."""
-    cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in (cos, sin))
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return read_and_mix(a_dot, q, states, beta), final
 
 
 def memory_scan(
@@ -75,16 +51,14 @@ def memory_scan(
     """
     n = k.shape[2]
     valid = torch.arange(n, device=k.device) < layout.lengths[..., None]  # [batch, segments, n]
-    weight = valid[..., None].float()
+    weight = valid[..., None].float().expand(k.shape[:-1])
     if w is not None:
         weight = weight * w.float()
-    sigma_k = F.elu(k.float()) + 1
-    weighted_k = rearrange(sigma_k * weight[..., None], "b s n h k -> b s h k n")
-    v = rearrange(v.float(), "b s n h v -> b s h n v")
-    added = LayerMemory(weighted_k @ v, weighted_k.sum(-1))
+    added = segment_sums(k, v, weight)
     if rule == "linear":
         return scan_linear(added, memory, layout.starts)
-    sigma_k = rearrange(sigma_k, "b s n h k -> b s h n k")
+    sigma_k = rearrange(F.elu(k.float()) + 1, "b s n h k -> b s h n k")
+    weighted_k = (sigma_k * rearrange(weight, "b s n h -> b s h n 1")).mT
     return scan_delta(sigma_k, weighted_k, added, memory, layout.starts)
 
 
@@ -135,13 +109,3 @@ def scan_delta(
         LayerMemory(torch.stack(before, dim=1), norms.norm),
         LayerMemory(kv, final_norm.norm),
     )
-
-
-def memory_read(q: Tensor, states: LayerMemory) -> Tensor:
-    """eq. (3): [batch, segments, n, heads, d]; queries of a group read one memory."""
-    kv_heads = states.norm.shape[2]
-    sigma_q = rearrange(F.elu(q) + 1, "b s n (h g) d -> b s h (g n) d", h=kv_heads)
-    numerator = sigma_q @ states.kv.to(q.dtype)
-    denominator = sigma_q @ states.norm.to(q.dtype)[..., None]
-    read = numerator / denominator.clamp(min=EPSILON)
-    return rearrange(read, "b s h (g n) d -> b s n (h g) d", n=q.shape[2])

@@ -1,4 +1,9 @@
-"""Local attention for training on a CPU: PyTorch's forward, a faster backward.
+"""Local attention for training on a CPU: PyTorch's forward pass, a backward pass of our own.
+
+PyTorch's own backward pass multiplies small pieces far below what the core can do. Here one head
+of one segment is worked on at a time, so that tiles of scores stay in the core's cache and each
+product is large. On one core of an AMD EPYC (Zen 4) in bf16, 8,192 tokens, 8 heads of 128, in
+alternation with PyTorch's on a busy machine: SPEEDS.
 """
 
 import math
@@ -22,16 +27,14 @@ def local_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tenso
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cos, sin):
-        tables = [table.to(q.dtype)[:, None] for table in (cos, sin)]
         group = q.shape[3] // k.shape[3]
-        local_q, local_k, local_v = rotated(q, *tables), rotated(k, *tables), v
+        local_q, local_k, local_v = (rearrange(x, "b s n h d -> (b s) h n d") for x in (q, k, v))
+        local_q, local_k = (_turned_heads(x, cos, sin) for x in (local_q, local_k))
         if group > 1:
-            local_k, local_v = (x.repeat_interleave(group, dim=3) for x in (local_k, local_v))
+            local_k, local_v = (x.repeat_interleave(group, dim=1) for x in (local_k, local_v))
         # What scaled_dot_product_attention calls, which does not return its log-sum-exp.
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(rearrange(x, "b s n h d -> (b s) h n d") for x in (local_q, local_k, local_v)),
-            dropout_p=0.0,
-            is_causal=True,
+            local_q, local_k, local_v, dropout_p=0.0, is_causal=True
         )
         out = rearrange(out, "(b s) h n d -> b s n h d", b=q.shape[0])
         ctx.save_for_backward(q, k, v, out, log_sum, cos, sin)
@@ -48,9 +51,7 @@ class _LocalAttention(torch.autograd.Function):
         q, out, gradient, all_dq = (
             rearrange(x, "b s n h d -> (b s) h n d") for x in (q, out, gradient, dq)
         )
-        k, v, all_dk, all_dv = (
-            rearrange(x, "b s n h d -> (b s) h n d") for x in (k, v, dk, dv)
-        )
+        k, v, all_dk, all_dv = (rearrange(x, "b s n h d -> (b s) h n d") for x in (k, v, dk, dv))
         for segment in range(k.shape[0]):
             for kv_head in range(k.shape[1]):
                 at = segment, kv_head
@@ -73,6 +74,15 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated(x.float(), cos, sin).to(x.dtype)
 
 
+def _turned_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of all heads, [batch x segments, heads, n, d]."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    for segment in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            out[segment, head] = _turned(x[segment, head], cos, sin)
+    return out
+
+
 def _head_backward(
     q: Tensor,
     k: Tensor,
@@ -93,7 +103,11 @@ def _head_backward(
     # Powers of two are quicker to take than powers of e.
     fp32_q, fp32_k = q.float() * (d**-0.5 * math.log2(math.e)), k.float()
     offset = -math.log2(math.e) * log_sum
-    mean = (gradient * out).sum(dim=-1, dtype=torch.float32).neg_().to(q.dtype)
+    # Where attention is sharp, d_scores is a small difference of large numbers: what rounding
+    # takes from the mean is subtracted too.
+    exact_mean = (gradient.float() * out).sum(dim=-1).neg_()
+    mean = exact_mean.to(q.dtype)
+    rest = (exact_mean - mean).to(q.dtype)
     future = torch.full((TILE, TILE), float("-inf")).tril(-1)  # [keys, queries]
     dq = torch.zeros(q.shape)
     for start in range(0, n, TILE):
@@ -104,7 +118,7 @@ def _head_backward(
         weights = scores.exp2_().to(q.dtype)  # [keys, queries]
         dv[keys] += weights @ gradient[rows]
         d_scores = torch.addmm(mean[rows], v[keys], gradient[rows].T)
-        d_scores *= weights
+        d_scores.add_(rest[rows]).mul_(weights)
         dk[keys] += (d_scores @ q[rows]).float().mul_(d**-0.5)
         dq[rows] += d_scores.T @ k[keys]
     return dq.mul_(d**-0.5)

@@ -1,0 +1,98 @@
+"""The read of the memory and its mix with local attention, as one operation.
+
+Kept for the backward pass are queries, local output and memories, which exist anyway; feature
+maps and reads are computed again.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infini_ds.kernels.infini_attention.segment_sums import Part, parts, sigma
+from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
+
+
+def read_and_mix(a_dot: Tensor, q: Tensor, states: LayerMemory, beta: Tensor) -> Tensor:
+    """eq. (3) and (6), and A_dot alone where the memory is empty.
+
+    Args:
+        a_dot, q: [batch, segments, n, heads, d]; queries of a group read one memory.
+        states: before each segment, kv [batch, segments, kv_heads, d, d] and norm.
+        beta: [heads].
+
+    Returns:
+        [batch, segments, n, heads, d].
+    """
+    group = q.shape[3] // states.norm.shape[2]
+    written = (states.norm.sum(-1) > 0).repeat_interleave(group, dim=2)  # [batch, segments, heads]
+    gate = beta.float().sigmoid() * written
+    flat = (x.flatten(0, 1) for x in (a_dot, q, *states, gate))
+    return _ReadAndMix.apply(*flat).view(q.shape)  # type: ignore[union-attr]
+
+
+class _ReadAndMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a_dot, q, kv, norm, gate):
+        ctx.save_for_backward(a_dot, q, kv, norm, gate)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for part in parts(*q.shape[:2], kv.shape[1], q.device):
+            read = _Read(part, q, kv, norm, gate)
+            numerator = read.sigma_q.to(q.dtype) @ read.kv
+            mixed = torch.addcmul(
+                numerator.mul_((read.gate / read.denominator).to(q.dtype)),
+                read.rows(a_dot),
+                (1 - read.gate).to(q.dtype),
+            )
+            read.rows(out).copy_(mixed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        a_dot, q, kv, norm, gate = ctx.saved_tensors
+        d_dot, dq, d_kv, d_norm, d_gate = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a_dot, q, kv, norm, gate)
+        )
+        for part in parts(*q.shape[:2], kv.shape[1], q.device):
+            read = _Read(part, q, kv, norm, gate)
+            d_out = read.rows(gradient)  # [s, h, g, n, d]
+            share = read.gate / read.denominator  # [s, h, g, n, 1]
+            d_sigma = (d_out @ read.kv.mT).float()  # of the numerator alone, times share below
+            along_read = (d_sigma * read.sigma_q).sum(dim=-1, keepdim=True) / read.denominator
+            along_local = (d_out * read.rows(a_dot)).sum(dim=(-2, -1), dtype=torch.float32)
+            read.per_head(d_gate).copy_(along_read.sum(dim=(-2, -1)) - along_local)
+            read.rows(d_dot).copy_(d_out * (1 - read.gate).to(q.dtype))
+            # [s, h, d, g n] @ [s, h, g n, d] -> [s, h, d, d]
+            d_kv[part] = _joined((read.sigma_q * share).to(q.dtype)).mT @ _joined(d_out)
+            d_denominator = along_read.mul_(share).neg_()
+            d_norm[part] = (_joined(read.sigma_q).mT @ _joined(d_denominator))[..., 0]
+            d_sigma.mul_(share).addcmul_(d_denominator, norm[part][:, :, None, None])
+            read.rows(dq).copy_(d_sigma.mul_(read.sigma_q.clamp_(max=1)))
+        return d_dot, dq, d_kv, d_norm, d_gate
+
+
+class _Read:
+    """What eq. (3) needs of one part: key-value heads h, each with its g query heads."""
+
+    def __init__(self, part: Part, q: Tensor, kv: Tensor, norm: Tensor, gate: Tensor):
+        self.part = part
+        self.group = q.shape[2] // kv.shape[1]
+        self.kv = kv[part][:, :, None].to(q.dtype)
+        self.gate = self.per_head(gate)[..., None, None]
+        self.sigma_q = sigma(self.rows(q))
+        self.denominator = self.sigma_q @ norm[part][:, :, None, :, None]
+        self.denominator.clamp_(min=EPSILON)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A view of x [segments, n, heads, d], [s, h, g, n, d]."""
+        own = x.unflatten(2, (-1, self.group))[self.part.segments, :, self.part.heads]
+        return rearrange(own, "s n h g d -> s h g n d")
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """A view of x [segments, heads], [s, h, g]."""
+        return x.unflatten(1, (-1, self.group))[self.part]
+
+
+def _joined(x: Tensor) -> Tensor:
+    return x.flatten(2, 3)  # [s, h, g n, d]

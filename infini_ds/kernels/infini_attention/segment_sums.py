@@ -1,0 +1,98 @@
+"""What each segment adds to the memory, with a backward pass that keeps only keys and values."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infini_ds.kernels.infini_attention.state import LayerMemory
+
+CACHED_TOKENS = 512
+"""Of one head: some fp32 copies of them fit into a core's own cache (1 MiB at 128 channels)."""
+
+
+def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> LayerMemory:
+    """Sums over the tokens of each segment, eq. (4), in fp32.
+
+    Args:
+        k, v: [batch, segments, n, kv_heads, d].
+        weight: [batch, segments, n, kv_heads] fp32, 0 on padding.
+
+    Returns:
+        kv [batch, segments, kv_heads, d, d], norm [batch, segments, kv_heads, d].
+    """
+    flat = (x.flatten(0, 1) for x in (k, v, weight))
+    kv, norm = _SegmentSums.apply(*flat)  # type: ignore[misc]
+    batch, segments = k.shape[:2]
+    return LayerMemory(kv.unflatten(0, (batch, segments)), norm.unflatten(0, (batch, segments)))
+
+
+class Part(NamedTuple):
+    """Segments (batch and segments flattened) and key-value heads that are worked on together."""
+
+    segments: slice
+    heads: slice
+
+
+def parts(segments: int, n: int, kv_heads: int, device: torch.device) -> list[Part]:
+    """All at once, but on a CPU about as many tokens of one head as its own cache holds."""
+    if device.type != "cpu":
+        return [Part(slice(0, segments), slice(0, kv_heads))]
+    step = max(1, CACHED_TOKENS // n)
+    return [
+        Part(slice(start, start + step), slice(head, head + 1))
+        for start in range(0, segments, step)
+        for head in range(kv_heads)
+    ]
+
+
+def sigma(x: Tensor) -> Tensor:
+    """The feature map of the memory in fp32; its derivative is min(sigma(x), 1)."""
+    return F.elu(x.float()).add_(1)
+
+
+class _SegmentSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k, v, weight):
+        ctx.save_for_backward(k, v, weight)
+        segments, n, kv_heads, d = k.shape
+        kv = torch.empty(segments, kv_heads, d, d, device=k.device)
+        norm = torch.empty(segments, kv_heads, d, device=k.device)
+        for part in parts(segments, n, kv_heads, k.device):
+            own_k, own_v, own_weight = (_rows(x, part) for x in (k, v, weight[..., None]))
+            weighted_k = sigma(own_k).mul_(own_weight)
+            # [s, h, d, n] @ [s, h, n, d] -> [s, h, d, d]
+            kv[part] = weighted_k.mT @ own_v.float()
+            norm[part] = weighted_k.sum(dim=-2)
+        return kv, norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_kv, d_norm):
+        k, v, weight = ctx.saved_tensors
+        segments, n, kv_heads, _ = k.shape
+        dk, dv, d_weight = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, weight)
+        )
+        for part in parts(segments, n, kv_heads, k.device):
+            own_k, own_v, own_weight = (_rows(x, part) for x in (k, v, weight[..., None]))
+            sigma_k = sigma(own_k)  # [s, h, n, d]
+            own_d_kv = d_kv[part].to(k.dtype)
+            _rows(dv, part).copy_((sigma_k * own_weight).to(k.dtype) @ own_d_kv)
+            d_weighted = (own_v @ own_d_kv.mT).float()
+            d_weighted += d_norm[part].unsqueeze(-2)
+            if ctx.needs_input_grad[2]:
+                _rows(d_weight[..., None], part).copy_(
+                    (d_weighted * sigma_k).sum(dim=-1, keepdim=True)
+                )
+            d_weighted *= own_weight
+            _rows(dk, part).copy_(d_weighted.mul_(sigma_k.clamp_(max=1)))
+        return dk, dv, d_weight if ctx.needs_input_grad[2] else None
+
+
+def _rows(x: Tensor, part: Part) -> Tensor:
+    """A view of one part, [segments, heads, n, d]."""
+    return rearrange(x[part.segments, :, part.heads], "s n h d -> s h n d")

@@ -1,0 +1,311 @@
+"""Whole runs through launch/pretrain.sh: resumed, moved, killed, stopped, broken."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import SCRIPT, Run
+from tests.distributed.processes import Process, Processes, free_port
+
+STEPS = 16
+START = 60
+"""Seconds that anything may take to start."""
+END = 30
+"""Seconds in which processes must end when another one has."""
+
+
+def copied(run: Run, folder: Path, data, **settings) -> Run:
+    """A run whose output directory begins as that of another one."""
+    copy = Run(folder, data, **settings)
+    shutil.copytree(run.output, copy.output)
+    return copy
+
+
+def without_checkpoints_after(run: Run, step: int) -> Run:
+    for directory in (run.output / "checkpoints").glob("step_*"):
+        if int(directory.name.rpartition("_")[2]) > step:
+            shutil.rmtree(directory)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data) -> Run:
+    """bf16 through two stages, from the first step to the last."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"), data)
+    run.finish(2)
+    assert sorted(run.losses) == list(range(1, STEPS + 1))
+    return run
+
+
+class TestExactResume:
+    def test_run_stopped_twice_equals_the_undisturbed_one(self, tmp_path, data, undisturbed):
+        run = Run(tmp_path, data)
+        for number, after, rank in ((signal.SIGTERM, 3, 0), (signal.SIGUSR1, 8, 1)):
+            with run.start(2) as ranks:
+                ranks.wait_until(lambda: len(run.losses) >= after, START, f"step {after}")  # noqa: B023
+                ranks.all[rank].send(number)
+                assert ranks.wait(END) == [0, 0], ranks.outputs()
+                stopped = max(run.losses)
+                assert f"stopped as asked at step {stopped}" in ranks.all[0].output
+            assert after <= stopped < STEPS
+            assert (run.checkpoint(stopped) / "manifest.json").exists()
+        output = run.finish(2)
+        assert f"resumed from {run.checkpoint(stopped)} at step {stopped}" in output
+        assert run.losses == undisturbed.losses
+        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+    def test_finished_run_started_again_changes_nothing(self, tmp_path, data, undisturbed):
+        run = copied(undisturbed, tmp_path, data)
+        run.finish(2)
+        assert run.losses == undisturbed.losses
+        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[:-1])
+
+
+def test_damaged_checkpoints_are_passed_over_with_the_reason(tmp_path, data, undisturbed):
+    run = copied(undisturbed, tmp_path, data)
+    flipped, truncated, unfinished = (run.checkpoint(step) for step in (STEPS, 15, 10))
+    layer = next(flipped.glob("layer_*"))
+    damage(layer, "flipped")
+    memory = next((truncated / "memory").iterdir())
+    damage(memory, "truncated")
+    size = memory.stat().st_size
+    (unfinished / "manifest.json").unlink()
+
+    output = run.finish(2)
+    for directory, reason in (
+        (flipped, f"{layer.name} does not have its checksum"),
+        (unfinished, "it was not finished (no manifest.json)"),
+        (truncated, f"memory/{memory.name} has {size} bytes, not {size + 1}"),
+    ):
+        assert f"checkpoint {directory}: passed over, {reason}" in output
+    assert f"resumed from {run.checkpoint(5)} at step 5" in output
+    assert run.losses == undisturbed.losses
+    assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+class TestKilledRank:
+    @pytest.mark.parametrize("rank", [0, 1])
+    @pytest.mark.parametrize(
+        ("when", "save_every"), [("between_saves", 5), ("during_a_save", 2)], ids=lambda v: str(v)
+    )
+    def test_costs_only_the_steps_since_the_last_save(
+        self, tmp_path, data, undisturbed, when, save_every, rank
+    ):
+        run = Run(tmp_path, data, train__save_every=save_every)
+        with run.start(2) as ranks:
+            ranks.wait_until(lambda: len(run.losses) >= 6, START, "step 6")
+            if when == "during_a_save":
+                # One of the frequent saves is caught halfway.
+                ranks.wait_until(lambda: run.unfinished_save, START, "a save")
+            ranks.all[rank].send(signal.SIGKILL)
+            codes = ranks.wait(END)
+            assert codes[rank] == -signal.SIGKILL
+            assert codes[1 - rank] > 0, ranks.outputs()
+        saved = max(int(p.parent.name[5:]) for p in run.output.glob("checkpoints/*/manifest.json"))
+        assert saved >= max(run.losses) - save_every
+        output = run.finish(2)
+        assert f"at step {saved}\n" in output
+        assert run.losses == undisturbed.losses
+        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+FP32 = {
+    "train__dtype": "fp32", "train__steps": 8, "train__save_every": 4, "train__chunks": 1,
+    "optimizer__eps": 1e-5, "optimizer__learning_rate": 1e-3,
+}  # fmt: skip
+TIED = {**FP32, "model__tie_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, data):
+    """Finished fp32 runs, by layout and tying."""
+    runs: dict = {}
+
+    def of(pipeline: int, data_parallel: int, tied: bool) -> Run:
+        key = pipeline, data_parallel, tied
+        if key not in runs:
+            settings = {**(TIED if tied else FP32), "parallel__pipeline_stages": pipeline}
+            runs[key] = Run(tmp_path_factory.mktemp("source"), data, **settings)
+            runs[key].finish(pipeline * data_parallel)
+        return runs[key]
+
+    return of
+
+
+class TestResumeInAnotherLayout:
+    @pytest.mark.parametrize(
+        ("before", "after", "tied", "changes"),
+        [
+            pytest.param((2, 1), (1, 1), False, [], id="pipeline2_to_1"),
+            pytest.param((2, 1), (2, 2), False, [], id="pipeline2_to_2x2"),
+            pytest.param((1, 1), (2, 1), False, ["train.chunks=2"], id="pipeline1_to_2_in_chunks"),
+            pytest.param(
+                (1, 1), (1, 2), False, ["train.micro_batch_size=2"], id="data1_to_2_larger_batches"
+            ),
+            pytest.param((2, 1), (1, 1), True, [], id="tied_pipeline2_to_1"),
+            pytest.param(
+                (2, 1), (2, 2), True, ["parallel.memory_transport=resident"],
+                id="tied_pipeline2_to_2x2_resident",
+            ),
+        ],
+    )  # fmt: skip
+    def test_goes_on_with_the_same_losses(
+        self, tmp_path, data, source, before, after, tied, changes
+    ):
+        original = source(*before, tied)
+        run = copied(original, tmp_path, data, **(TIED if tied else FP32))
+        without_checkpoints_after(run, 4)
+        output = run.finish(after[0] * after[1], f"parallel.pipeline_stages={after[0]}", *changes)
+        assert "at step 4\n" in output
+        assert f"layout: {after[0]} pipeline stages x {after[1]} data-parallel" in output
+        for step in range(5, 9):
+            assert run.losses[step] == pytest.approx(original.losses[step], rel=1e-5)
+            norms = (r.metrics[step]["train/gradient_norm"] for r in (run, original))
+            assert next(norms) == pytest.approx(next(norms), rel=1e-5)
+        assert not list(run.output.glob("checkpoints/universal_*"))
+
+    def test_transport_may_change_in_the_same_layout(self, tmp_path, data, source):
+        original = source(2, 1, False)
+        run = copied(original, tmp_path, data, **FP32)
+        without_checkpoints_after(run, 4)
+        run.finish(2, "parallel.memory_transport=resident")
+        assert run.losses == pytest.approx(original.losses, rel=1e-6)
+
+    def test_without_zero_in_fp32_says_what_to_do(self, tmp_path, data):
+        run = Run(tmp_path, data, **{**FP32, "parallel__zero_stage": 0, "train__steps": 2})
+        run.finish(1)
+        with run.start(2, "train.steps=4", "parallel.pipeline_stages=2") as ranks:
+            assert ranks.wait(START) == [2, 2]
+            (line,) = error_lines(ranks)
+        assert "pipeline degree 1 and data-parallel degree 1" in line
+        assert "can only be resumed in that layout" in line
+
+    def test_setting_that_must_not_change_is_named(self, tmp_path, data, source):
+        run = copied(source(1, 1, False), tmp_path, data, **FP32)
+        with run.start(1, "train.window_segments=4") as ranks:
+            assert ranks.wait(START) == [2]
+            (line,) = error_lines(ranks)
+        assert "train.window_segments (4) must be 2, as in checkpoint" in line
+
+
+def error_lines(ranks: Processes) -> list[str]:
+    """Lines of errors that a user is shown; there is no traceback."""
+    outputs = [process.output for process in ranks.all]
+    assert not any("Traceback" in output for output in outputs), ranks.outputs()
+    return [
+        line for output in outputs for line in output.splitlines() if line.startswith("infini-ds")
+    ]
+
+
+class TestRankFailingAloneAtStart:
+    def start(self, tmp_path, data, spoil) -> Processes:
+        """Two ranks with working directories of their own; rank 1's store is spoilt."""
+        directories = [tmp_path / name for name in ("own0", "own1")]
+        for directory in directories:
+            shutil.copytree(data.store, directory / "store")
+        spoil(directories[1] / "store")
+        run = Run(tmp_path / "run", data.model_copy(update={"store": "store"}))
+        return run.start(2, directories=directories)
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            pytest.param(shutil.rmtree, "data.store store: not found", id="missing_store"),
+            pytest.param(
+                lambda store: damage(store / "train.tokens", "flipped"),
+                "data.store store/train.tokens: is damaged",
+                id="corrupt_store",
+            ),
+        ],
+    )
+    def test_ends_all_ranks_with_one_line(self, tmp_path, data, spoil, message):
+        with self.start(tmp_path, data, spoil) as ranks:
+            assert ranks.wait(START) == [2, 2]
+            (line,) = error_lines(ranks)
+        assert message in line
+        assert line.endswith("(rank 1)")
+
+    def test_rank_that_never_comes_does_not_hang_the_other(self, tmp_path, data):
+        run = Run(tmp_path, data, train__timeout=5.0)
+        with run.start(2) as ranks:
+            ranks.all[1].kill_group()
+            assert ranks.wait(START) == [1, -signal.SIGKILL]
+            (line,) = error_lines(ranks)
+        assert "the 2 processes did not find each other within train.timeout = 5 s" in line
+
+
+class TestGradientsThatAreNotFinite:
+    def test_stop_the_run_and_leave_the_checkpoint(self, tmp_path, data, undisturbed):
+        run = copied(undisturbed, tmp_path, data)
+        # The first step makes the weights useless, every one after it is skipped.
+        overrides = ["optimizer.learning_rate=1e30", "train.max_skipped_steps=3"]
+        overrides += ["train.steps=60", "train.save_every=2", "train.keep_last=1"]
+        with run.start(2, *overrides) as ranks:
+            assert ranks.wait(START) == [1, 1], ranks.outputs()
+            lines = error_lines(ranks)
+        assert lines
+        for line in lines:
+            assert "the gradient was not finite in 3 steps in a row" in line
+            assert "optimizer.learning_rate" in line
+        skipped = [run.metrics[step]["train/skipped_steps"] for step in (17, 18, 19)]
+        assert skipped == [0, 1, 2]
+        # The config's learning rate counts, not the one of when the checkpoint was written.
+        assert run.metrics[STEPS + 1]["learning_rate/weights"] > 1e28
+        assert max(run.losses) == 19, "the step that ends the run is not written"
+        assert max(run.output.glob("checkpoints/step_*")) == run.checkpoint(STEPS)
+        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+        assert "passed over" not in ranks.all[0].output
+
+
+def launch(command: list[str], folder: Path) -> Processes:
+    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return Processes([Process(command, folder / "launch.log", env, folder)])
+
+
+class TestLaunchers:
+    @pytest.mark.parametrize(
+        ("launcher", "processes"),
+        [
+            pytest.param(["deepspeed", "--num_accelerators", "2"], 2, id="deepspeed"),
+            pytest.param(["bash"], None, id="bash"),
+            pytest.param(["torchrun", "--nproc-per-node", "2"], 2, id="torchrun"),
+            pytest.param(["python"], 1, id="python"),
+        ],
+    )
+    def test_pretrain_script_starts(self, tmp_path, data, launcher, processes):
+        run = Run(tmp_path, data, train__steps=2)
+        port = str(free_port())
+        options = {"deepspeed": ["--master_port", port], "torchrun": ["--master-port", port]}
+        command = [*launcher, *options.get(launcher[0], []), str(SCRIPT), str(run.config)]
+        with launch(command, tmp_path) as ended:
+            assert ended.wait(120) == [0], ended.outputs()
+            output = ended.all[0].output
+        assert sorted(run.losses) == [1, 2]
+        found = re.search(r"layout: (\d) pipeline stages x (\d) data-parallel", output)
+        assert found, output
+        world = int(found[1]) * int(found[2])
+        assert processes in (None, world)
+
+    def test_mistake_in_the_config_is_one_line_with_code_2(self, tmp_path, data):
+        run = Run(tmp_path, data)
+        command = [*run.command("train.stepz=1")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START)
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == [
+            f"infini-ds: config {run.config}: unknown setting train.stepz; did you mean steps?"
+        ]

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from infini_ds.config import ModelConfig
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.pipeline.lane_memory import LaneMemory
+
+CONFIG = ModelConfig(vocab_size=7, hidden_size=8, num_layers=4, num_heads=2, head_dim=4)
+LANES = 2
+
+
+def held(micro_batches=3) -> LaneMemory:
+    return LaneMemory(CONFIG, micro_batches, LANES, range(1, 3), torch.device("cpu"))
+
+
+def memory(lanes: int) -> LayerMemory:
+    return LayerMemory(torch.randn(lanes, 2, 4, 4), torch.rand(lanes, 2, 4))
+
+
+def test_lanes_begin_with_nothing_read():
+    for block in (1, 2):
+        stacked = held().stacked(block)
+        assert stacked.kv.shape == (6, 2, 4, 4)
+        assert stacked.kv.dtype == torch.float32
+        assert not stacked.kv.any()
+        assert not stacked.norm.any()
+
+
+def test_put_keeps_the_held_blocks_of_a_micro_batch_alone():
+    lanes = held()
+    window = {block: memory(LANES) for block in range(4)}
+    lanes.put(1, window)
+    assert set(lanes.get(1)) == {1, 2}
+    for block in (1, 2):
+        assert torch.equal(lanes.get(1)[block].kv, window[block].kv)
+        assert not lanes.get(0)[block].kv.any()
+
+
+def test_put_cuts_the_gradient():
+    lanes = held()
+    window = {b: LayerMemory(*(t.requires_grad_() * 1 for t in memory(LANES))) for b in (1, 2)}
+    lanes.put(0, window)
+    assert not any(tensor.requires_grad for tensor in lanes.get(0)[1])
+
+
+def test_get_gives_a_dict_that_may_be_changed():
+    lanes = held()
+    lanes.get(0).clear()
+    assert set(lanes.get(0)) == {1, 2}
+
+
+def test_load_is_the_inverse_of_stacked():
+    lanes, wanted = held(), memory(6)
+    lanes.load(2, wanted)
+    for part, expected in zip(lanes.stacked(2), wanted, strict=True):
+        assert torch.equal(part, expected)
+    for micro_batch in range(3):
+        rows = slice(LANES * micro_batch, LANES * (micro_batch + 1))
+        assert torch.equal(lanes.get(micro_batch)[2].norm, wanted.norm[rows])
+    assert not lanes.stacked(1).kv.any()
+
+
+def test_load_keeps_no_view_of_what_was_loaded():
+    lanes, wanted = held(), memory(6)
+    lanes.load(1, wanted)
+    wanted.kv.zero_()
+    assert lanes.stacked(1).kv.any()
+
+
+def test_load_refuses_another_number_of_lanes():
+    with pytest.raises(ValueError, match="argument"):
+        held().load(1, memory(1))

@@ -1,0 +1,319 @@
+"""Mistakes are one line that names the setting or the file, with exit code 2."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infini_ds import cli
+from infini_ds.config import DataConfig, TokenizerConfig
+from infini_ds.data.prepare import prepare
+from infini_ds.errors import RunError, UserError
+
+COMMAND = Path(sys.executable).with_name("infini-ds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("cli")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("one document of a few words\n" * 20)
+    config = DataConfig(
+        source="files",
+        files=[str(corpus)],
+        store=str(folder / "store"),
+        held_out_fraction=0.0,
+        tokenizer=TokenizerConfig(kind="bytes"),
+    )
+    prepare(config, workers=1)
+    return config
+
+
+@pytest.fixture
+def config(tmp_path, data) -> Path:
+    """A run on a store of its own."""
+    shutil.copytree(data.store, tmp_path / "store")
+    tree = {
+        "output_dir": str(tmp_path / "output"),
+        "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": 8},
+        "data": {**data.model_dump(), "store": str(tmp_path / "store")},
+        "train": {"steps": 1, "batch_size": 1, "window_segments": 2},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(*arguments, limit=60.0) -> subprocess.CompletedProcess:
+    command = [str(COMMAND), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+
+
+MISTAKES = [
+    pytest.param("train.stepz=3", "unknown setting train.stepz; did you mean steps?", id="key"),
+    pytest.param("train.steps=few", "train.steps: input should be a valid integer", id="type"),
+    pytest.param("train.chunks=3", "window_segments (2) must be a multiple of chunks", id="value"),
+    pytest.param("train.steps", "must look like key.path=value", id="override"),
+]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "prepare"])
+@pytest.mark.parametrize(("override", "message"), MISTAKES)
+def test_mistake_in_the_config_is_one_line_with_code_2(config, capsys, command, override, message):
+    assert cli.main([command, str(config), override]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("infini-ds: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("command", ["pretrain", "prepare"])
+def test_missing_config_is_named(tmp_path, capsys, command):
+    path = tmp_path / "none.yaml"
+    assert cli.main([command, str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"infini-ds: config {path}: cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "prepare"])
+def test_mistake_in_the_config_is_told_before_torch_is_imported(config, command):
+    code = (
+        "import sys; from infini_ds.cli import main; "
+        f"code = main([{command!r}, {str(config)!r}, 'train.stepz=3']); "
+        "print(code, *(name for name in ('torch', 'deepspeed') if name in sys.modules))"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 5
+    assert done.stdout.split() == ["2"]
+
+
+def test_command_exits_with_the_code_and_no_traceback(tmp_path):
+    done = run("pretrain", tmp_path / "none.yaml", limit=5)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+# What only the start of a run can tell: (what happens to the store, overrides, message).
+RUN_MISTAKES = {
+    "missing_store": (shutil.rmtree, [], "data.store {store}: not found; run `infini-ds prepare"),
+    "empty_store": (
+        lambda store: (store / "manifest.json").unlink(),
+        [], "data.store {store}: has no valid manifest.json",
+    ),
+    "flipped_store": (
+        lambda store: flip(store / "train.tokens"),
+        [], "data.store {store}/train.tokens: is damaged (wrong checksum)",
+    ),
+    "cut_store": (
+        lambda store: cut(store / "train.tokens"),
+        [], "data.store {store}/train.tokens: has",
+    ),
+    "other_tokenizer": (
+        None, ["data.tokenizer.kind=sentencepiece"],
+        "data.tokenizer.kind is 'sentencepiece', but data.store {store} was made with 'bytes'",
+    ),
+    "missing_tokenizer_model": (
+        None, ["data.tokenizer.kind=sentencepiece", "data.tokenizer.model=none.model"],
+        "none.model",
+    ),
+    "small_vocabulary": (
+        None, ["model.vocab_size=100"],
+        "model.vocab_size (100) must be at least 258, the tokens of data.store {store}",
+    ),
+    "window_longer_than_the_store": (
+        None, ["train.window_segments=999"],
+        "train.window_segments (999) x train.batch_size (1) = 999 segments a step, but data.store",
+    ),
+    "stages_that_do_not_divide": (
+        None, ["parallel.pipeline_stages=2"],
+        "parallel.pipeline_stages (2) must divide the number of processes (1)",
+    ),
+    "batch_that_does_not_divide": (
+        None, ["train.micro_batch_size=2", "train.batch_size=3"],
+        "batch_size (3) must be a multiple of micro_batch_size (2)",
+    ),
+}  # fmt: skip
+
+# All of them in one process: the imports take longer than anything they tell.
+EACH = """
+import contextlib, io, json, sys, time
+from infini_ds.cli import main
+results = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    error, began = io.StringIO(), time.monotonic()
+    with contextlib.redirect_stderr(error):
+        code = main(arguments)
+    results[name] = [code, error.getvalue(), time.monotonic() - began]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, data):
+    """Exit code, standard error, seconds and store of each of RUN_MISTAKES."""
+    arguments, stores = {}, {}
+    for name, (spoil, overrides, _) in RUN_MISTAKES.items():
+        folder = tmp_path_factory.mktemp(name)
+        stores[name] = store = folder / "store"
+        shutil.copytree(data.store, store)
+        if spoil:
+            spoil(store)
+        tree = {
+            "output_dir": str(folder / "output"),
+            "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "segment_length": 8},
+            "data": {**data.model_dump(), "store": str(store)},
+            "train": {"steps": 1, "batch_size": 1, "window_segments": 2},
+        }
+        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+        arguments[name] = ["pretrain", str(folder / "run.yaml"), *overrides]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(arguments)],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    return {name: (*result, stores[name]) for name, result in results.items()}
+
+
+@pytest.mark.parametrize("name", RUN_MISTAKES)
+def test_mistake_that_only_the_start_can_tell_is_one_line_with_code_2(outcomes, name):
+    code, error, _, store = outcomes[name]
+    assert code == 2
+    (line,) = error.splitlines()
+    assert line.startswith("infini-ds: ")
+    assert RUN_MISTAKES[name][2].format(store=store) in line
+
+
+def test_mistakes_are_told_quickly_once_the_imports_are_done(outcomes):
+    assert max(seconds for _, _, seconds, _ in list(outcomes.values())[1:]) < 5
+
+
+def test_corrupt_store_ends_a_process_with_one_line_and_code_2(config):
+    flip(config.parent / "store" / "train.tokens")
+    done = run("pretrain", config)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("infini-ds"))
+    assert "train.tokens: is damaged (wrong checksum)" in line
+
+
+def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):
+    """The path of every command."""
+    yield path
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from parsers(inner, (*path, name))
+
+
+COMMANDS = list(parsers(cli._parser()))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "infini-ds")
+def test_help_of(path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*path, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: infini-ds")
+    for other in COMMANDS:
+        if other[:-1] == path and other:
+            assert other[-1] in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["pretrian", "x"], ["pretrain"], ["bench"], ["bench", "peer", "--dtype=int"]],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)  # fmt: skip
+def test_command_that_does_not_exist_or_is_incomplete_has_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_bench_names_what_must_be_integers(capsys):
+    assert cli.main(["bench", "peer", "--segments", "512,x"]) == 2
+    assert "'512,x': must be integers" in capsys.readouterr().err
+
+
+def test_config_prints_the_reference(capsys):
+    assert cli.main(["config"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("`output_dir`", "`model.hidden_size`", "`data.tokenizer.kind`", "`train.chunks`"):
+        assert f"| {name} |" in shown
+
+
+def test_overrides_may_come_after_options(config, capsys):
+    arguments = ["prepare", str(config), "train.steps=2", "--force", "data.max_documents=1"]
+    assert cli.main(arguments) == 0
+    assert "documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["prepare", "{config}", "--force", "--forse"], ["config", "train.steps=2"]],
+    ids=["option", "override_of_a_command_without_config"],
+)
+def test_unknown_argument_is_named(config, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([argument.format(config=config) for argument in arguments])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("wrong"), 2), (RunError("gone"), 1), (None, 0)], ids=str
+)
+def test_exit_code_of(error, code, capsys):
+    def command():
+        if error:
+            raise error
+
+    assert cli.exit_code(command) == code
+    assert capsys.readouterr().err == (f"infini-ds: {error}\n" if error else "")
+
+
+def test_exit_code_leaves_the_bugs_alone():
+    def command():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        cli.exit_code(command)
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "shown"),
+    [
+        pytest.param(UserError("wrong"), "0", "infini-ds: wrong\n", id="mistake_on_rank_0"),
+        pytest.param(UserError("wrong"), "1", "", id="mistake_on_rank_1_is_told_by_rank_0"),
+        pytest.param(RunError("gone"), "1", "infini-ds rank 1: gone\n", id="failure_on_rank_1"),
+    ],
+)
+def test_ranks_tell_each_error_once(monkeypatch, capsys, error, rank, shown):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def command():
+        raise error
+
+    cli.exit_code(command)
+    assert capsys.readouterr().err == shown

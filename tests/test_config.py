@@ -1,0 +1,227 @@
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from infini_ds import config as configuration
+from infini_ds.config import RunConfig, dump, load, parse, reference
+from infini_ds.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+TREE = {
+    "output_dir": "runs/test",
+    "model": {"hidden_size": 64, "num_layers": 4, "num_heads": 2},
+    "data": {"store": "stores/test"},
+    "train": {"steps": 10, "batch_size": 8},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+def message_of(file, *overrides) -> str:
+    with pytest.raises(UserError) as caught:
+        load(file, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+class TestShippedConfig:
+    def test_loads(self, path):
+        assert load(path).train.steps > 0
+
+    def test_can_run_on_one_process_and_on_several(self, path):
+        config = load(path)
+        stages = config.parallel.pipeline_stages
+        world = 1 if stages == "auto" else stages
+        assert config.data_parallel_size(world) == 1
+
+    def test_says_what_it_is_for(self, path):
+        assert path.read_text().startswith("# ")
+
+
+def test_the_required_configs_are_shipped():
+    names = {path.stem for path in CONFIGS}
+    assert {"quickstart", "enwik8", "pg19", "infini_150m", "infini_1b"} <= names
+
+
+def test_infini_1b_has_the_paper_s_sizes():
+    (path,) = (path for path in CONFIGS if path.stem == "infini_1b")
+    config = load(path)
+    model = config.model
+    sizes = (model.num_layers, model.num_heads, model.head_dim, model.hidden_size)
+    assert sizes == (12, 8, 128, 1024)
+    assert (model.mlp_size, model.segment_length) == (4096, 2048)
+    assert config.train.window_segments == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown setting train.stepz; did you mean steps?"),
+        ("modle.hidden_size=3", "unknown setting modle; did you mean model?"),
+        ("model.rope_scaling.factr=2.0", "unknown setting model.rope_scaling.factr; did you mean"),
+        ("train.qqqqqq=3", "unknown setting train.qqqqqq; known: steps, batch_size"),
+        ("train.steps=many", "train.steps: input should be a valid integer, got 'many'"),
+        ("train.steps=1.5", "train.steps: input should be a valid integer, got 1.5"),
+        ("train.steps=true", "train.steps: input should be a valid integer, got True"),
+        ("train.steps=", "train.steps: input should be a valid integer, got None"),
+        ("train.dtype=fp16", "train.dtype: input should be 'bf16' or 'fp32', got 'fp16'"),
+        ("train=3", "train: input should be a valid dictionary"),
+        ("train.steps=0", "train: steps (0) must be at least 1"),
+        ("train.batch_size=-1", "train: batch_size (-1) must be at least 1"),
+        ("train.chunks=2", "train: window_segments (1) must be a multiple of chunks (2)"),
+        ("train.micro_batch_size=3", "train: batch_size (8) must be a multiple of micro_batch"),
+        ("train.timeout=0", "train: timeout (0.0) must be above 0 seconds"),
+        ("model.num_kv_heads=3", "num_heads (2) must be a multiple of num_kv_heads (3)"),
+        ("model.head_dim=7", "model: head_dim (7) must be even"),
+        ("model.memory_rule=deltas", "model.memory_rule: input should be 'linear' or 'delta'"),
+        ("optimizer.learning_rate=0", "optimizer: learning_rate (0.0) must be above 0"),
+        ("parallel.zero_stage=2", "parallel.zero_stage: input should be 0 or 1, got 2"),
+        ("parallel.pipeline_stages=0", "pipeline_stages (0) must be at least 1"),
+        ("data.source=files", "data: files must name at least one path"),
+        ("data.held_out_fraction=1", "data: held_out_fraction (1.0) must be in [0, 1)"),
+        ("train.steps", "override 'train.steps': must look like key.path=value"),
+        ("=3", "override '=3': must look like key.path=value"),
+        ("output_dir.x=3", "override 'output_dir.x=3': output_dir is a value, not a section"),
+        ("train.steps=[", "override 'train.steps=[': "),
+    ],
+    ids=lambda value: value if "=" in value else "",
+)
+def test_load_names_what_is_wrong_with(file, override, message):
+    assert message in message_of(file, override)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param("a: [", "not valid YAML", id="broken_yaml"),
+        pytest.param("- 1", "must be a mapping of settings, is list", id="a_list"),
+        pytest.param("", "must be a mapping of settings, is NoneType", id="empty"),
+        pytest.param(
+            "output_dir: x\noutput_dir: y\n", "'output_dir' is given twice", id="repeated"
+        ),
+        pytest.param("output_dir: x\n", "model is required", id="missing_section"),
+    ],
+)
+def test_load_names_what_is_wrong_with_a_file(file, content, message):
+    file.write_text(content)
+    found = message_of(file)
+    assert message in found
+    assert str(file) in found
+
+
+def test_load_names_a_file_that_is_missing(tmp_path):
+    path = tmp_path / "none.yaml"
+    assert message_of(path) == f"config {path}: cannot be read (No such file or directory)"
+
+
+def test_load_names_a_file_that_is_not_text(file):
+    file.write_bytes(b"\xff\xfe\x00")
+    assert f"config {file}: not valid YAML" in message_of(file)
+
+
+def test_overrides_replace_values_and_make_sections(file):
+    config = load(file, ["train.steps=20", "optimizer.learning_rate=3e-4", "seed=7"])
+    assert (config.train.steps, config.optimizer.learning_rate, config.seed) == (20, 3e-4, 7)
+    assert config.train.batch_size == 8
+
+
+def test_overrides_are_yaml(file):
+    config = load(
+        file, ["data.source=files", "data.files=[a.txt, b.txt]", "model.rope_scaling=null"]
+    )
+    assert config.data.files == ["a.txt", "b.txt"]
+    assert config.model.rope_scaling is None
+
+
+def test_overrides_later_ones_win(file):
+    assert load(file, ["train.steps=20", "train.steps=30"]).train.steps == 30
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "0.0003", "+3e-04"])
+def test_numbers_are_read_as_people_write_them(file, text):
+    assert load(file, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 3e-4
+
+
+def test_dump_reads_back_as_the_same_config(file, tmp_path):
+    config = load(file, ["model.rope_scaling.factor=8.0"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def sections(prefix: str, section: type[BaseModel]):
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *typing.get_args(field.annotation))
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if inner:
+            yield from sections(f"{prefix}{name}.", inner[0])
+        else:
+            yield f"{prefix}{name}", field
+
+
+FIELDS = dict(sections("", RunConfig))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_reference_has_a_row_for(name):
+    rows = [line for line in reference().splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
+    description = FIELDS[name].description
+    assert description
+    assert description in rows[0]
+
+
+def test_reference_is_tables_of_four_columns():
+    rows = [line for line in reference().splitlines() if line.startswith("|")]
+    assert {row.replace("\\|", "").count("|") for row in rows} == {5}
+
+
+def test_settings_cannot_be_changed_later(file):
+    with pytest.raises(Exception, match="frozen"):
+        load(file).train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "world", "expected"),
+    [("auto", 1, 1), ("auto", 2, 2), ("auto", 3, 3), ("auto", 4, 4), ("auto", 8, 4), ("auto", 6, 3),
+     ("auto", 5, 1), (2, 2, 2), (2, 8, 2), (1, 3, 1)],
+)  # fmt: skip
+def test_resolve_stages(stages, world, expected):
+    config = parse({**TREE, "parallel": {"pipeline_stages": stages}}, "of a test")
+    assert config.parallel.resolve_stages(world, num_layers=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "world", "message"),
+    [
+        (2, 3, "parallel.pipeline_stages (2) must divide the number of processes (3)"),
+        (5, 5, "parallel.pipeline_stages (5) must not exceed model.num_layers (4)"),
+        (1, 3, "train.batch_size (8) must be a multiple of train.micro_batch_size (1) x"),
+    ],
+)
+def test_processes_that_do_not_fit_are_told(stages, world, message):
+    config = parse({**TREE, "parallel": {"pipeline_stages": stages}}, "of a test")
+    with pytest.raises(UserError) as caught:
+        config.data_parallel_size(world)
+    assert message in str(caught.value)
+
+
+def test_config_module_needs_neither_torch_nor_deepspeed():
+    code = f"import sys, {configuration.__name__}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    assert configuration.__name__ in modules
+    assert not modules & {"torch", "deepspeed", "numpy"}

@@ -1,0 +1,138 @@
+"""DeepSpeed takes any key in silence: each of ours must be one that it reads."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import engine as pipe_engine
+
+from infini_ds.config import RunConfig, parse
+from infini_ds.training.deepspeed_config import deepspeed_config
+
+
+def run_config(**sections) -> RunConfig:
+    tree: dict[str, Any] = {
+        "output_dir": "unused",
+        "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 2},
+        "data": {"store": "unused"},
+        "train": {"steps": 1, "batch_size": 12, "micro_batch_size": 2},
+        "parallel": {"zero_stage": 1},
+    }
+    for name, settings in sections.items():
+        tree[name] = tree.get(name, {}) | settings
+    return parse(tree, "of a test")
+
+
+def parsed(tree: dict) -> dict:
+    """Everything that DeepSpeed has understood of a dict."""
+    config = DeepSpeedConfig(copy.deepcopy(tree))
+    seen = {}
+    for name, value in vars(config).items():
+        text = repr(value.model_dump() if hasattr(value, "model_dump") else value)
+        if name != "_param_dict" and " object at " not in text:
+            seen[name] = text
+    return seen
+
+
+def changed(tree: dict, path: tuple[str, ...], value: Any) -> dict:
+    tree = copy.deepcopy(tree)
+    node = tree
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+    node[path[-1]] = value
+    return tree
+
+
+def leaves(tree: dict, path: tuple[str, ...] = ()):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name)
+
+
+OFFLOADED = {"parallel": {"offload_optimizer": True}}
+BASE = deepspeed_config(run_config(**OFFLOADED), 1, universal=False)
+OTHERS = {
+    "steps_per_print": 7,
+    "gradient_clipping": 0.25,
+    "data_types.grad_accum_dtype": "bf16",
+    "bf16.enabled": False,
+    "zero_optimization.stage": 0,
+    "zero_optimization.contiguous_gradients": True,
+    "zero_optimization.reduce_bucket_size": 11,
+    "zero_optimization.allgather_bucket_size": 11,
+    "zero_optimization.offload_optimizer.device": "none",
+    "zero_optimization.offload_optimizer.pin_memory": True,
+    "checkpoint.load_universal": True,
+    "zero_allow_untested_optimizer": False,
+}
+# These three must fit each other, and are read back below.
+BATCH = {
+    "train_batch_size": 12,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 6,
+}
+PIPELINE = ("use_reentrant", "activation_checkpoint_interval")
+
+
+def test_every_key_is_looked_at_below():
+    keys = {".".join(path) for path in leaves(BASE)}
+    assert keys == {*OTHERS, *BATCH, *(f"pipeline.{name}" for name in PIPELINE)}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_key_changes_what_deepspeed_understands(key):
+    assert parsed(changed(BASE, tuple(key.split(".")), OTHERS[key])) != parsed(BASE)
+
+
+def test_misspelt_key_would_be_noticed():
+    assert parsed(changed(BASE, ("gradient_cliping",), 0.25)) == parsed(BASE)
+
+
+@pytest.mark.parametrize("key", PIPELINE)
+def test_pipeline_key_is_read_by_the_engine(key):
+    source = inspect.getsource(pipe_engine)
+    assert f"pipeline['{key}']" in source or f"pipeline.get('{key}'" in source
+
+
+@pytest.mark.parametrize("data", [1, 2, 3], ids=lambda n: f"data{n}")
+def test_batch_is_divided_over_data_parallel_ranks(data):
+    tree = deepspeed_config(run_config(), data, universal=False)
+    sizes = {name: tree[name] for name in BATCH}
+    assert sizes == {**BATCH, "gradient_accumulation_steps": 6 // data}
+
+
+def test_batch_is_what_deepspeed_understands():
+    config = DeepSpeedConfig(copy.deepcopy(BASE))
+    assert {name: getattr(config, name) for name in BATCH} == BATCH
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "expected"),
+    [
+        ({"train": {"dtype": "bf16"}}, "bf16.enabled", True),
+        ({"train": {"dtype": "fp32"}}, "bf16.enabled", False),
+        ({"parallel": {"zero_stage": 0}}, "zero_optimization.stage", 0),
+        ({"optimizer": {"gradient_clipping": 0.0}}, "gradient_clipping", 0.0),
+        (OFFLOADED, "zero_optimization.offload_optimizer.device", "cpu"),
+    ],
+    ids=str,
+)
+def test_setting_reaches_its_key(sections, key, expected):
+    node = deepspeed_config(run_config(**sections), 1, universal=False)
+    for name in key.split("."):
+        node = node[name]
+    assert node == expected
+
+
+def test_universal_checkpoint_is_asked_for():
+    config = DeepSpeedConfig(deepspeed_config(run_config(), 1, universal=True))
+    assert config.load_universal_checkpoint
+
+
+def test_gradients_are_summed_in_fp32():
+    config = DeepSpeedConfig(copy.deepcopy(BASE))
+    assert config.grad_accum_dtype == "fp32"

@@ -1,0 +1,105 @@
+import hashlib
+import json
+
+import pytest
+
+from infini_ds.training import manifest
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "memory" / "block.safetensors").write_bytes(bytes(range(256)))
+    files = {
+        name: {"size": (tmp_path / name).stat().st_size, "sha256": manifest.sha256(tmp_path / name)}
+        for name in manifest.files_of(tmp_path)
+    }
+    manifest.write(tmp_path, files)
+    return tmp_path
+
+
+def test_read_gives_what_was_written(checkpoint):
+    files = manifest.read(checkpoint)
+    assert list(files) == ["memory/block.safetensors", "state.json"]
+    assert files["state.json"]["size"] == 2
+    expected = hashlib.sha256(bytes(range(256))).hexdigest()
+    assert files["memory/block.safetensors"]["sha256"] == expected
+
+
+def test_files_of_leaves_out_the_manifest_and_its_draft(checkpoint):
+    (checkpoint / "manifest.json.partial").write_text("")
+    assert manifest.files_of(checkpoint) == ["memory/block.safetensors", "state.json"]
+
+
+def test_write_leaves_no_draft(checkpoint):
+    assert not list(checkpoint.glob("*.partial"))
+
+
+def test_sha256_changes_with_one_bit(checkpoint):
+    file = checkpoint / "memory" / "block.safetensors"
+    before = manifest.sha256(file)
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    assert manifest.sha256(file) != before
+
+
+def remove_manifest(folder):
+    (folder / manifest.NAME).unlink()
+
+
+def cut_manifest(folder):
+    path = folder / manifest.NAME
+    path.write_text(path.read_text()[:-20])
+
+
+def empty_manifest(folder):
+    (folder / manifest.NAME).write_text("")
+
+
+def manifest_without_files(folder):
+    (folder / manifest.NAME).write_text('{"format": 1}')
+
+
+def manifest_that_is_a_list(folder):
+    (folder / manifest.NAME).write_text("[]")
+
+
+def manifest_of_another_format(folder):
+    content = json.loads((folder / manifest.NAME).read_text())
+    (folder / manifest.NAME).write_text(json.dumps(content | {"format": 99}))
+
+
+def remove_file(folder):
+    (folder / "state.json").unlink()
+
+
+def cut_file(folder):
+    file = folder / "memory" / "block.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lengthen_file(folder):
+    (folder / "state.json").write_text("{}\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_manifest, r"not finished \(no manifest.json\)"),
+        (cut_manifest, "manifest.json cannot be read"),
+        (empty_manifest, "manifest.json cannot be read"),
+        (manifest_without_files, "manifest.json cannot be read"),
+        (manifest_that_is_a_list, "manifest.json cannot be read"),
+        (manifest_of_another_format, "manifest.json is of format 99, not 1"),
+        (remove_file, "state.json is missing"),
+        (cut_file, "memory/block.safetensors has 255 bytes, not 256"),
+        (lengthen_file, "state.json has 3 bytes, not 2"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_read_names_what_is_wrong(checkpoint, damage, message):
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        manifest.read(checkpoint)

@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from infini_ds.training.monitor import Monitor, _duration
+
+
+def metrics(loss=1.5, skipped=0):
+    return {
+        "train/loss": loss,
+        "train/skipped_steps": skipped,
+        "speed/tokens_per_second": 1234.5,
+        "learning_rate/gates": 1e-3,
+    }
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(folder, first, steps, last=10, **changes):
+    monitor = Monitor(folder, first, last, "seed: 0")
+    for step in steps:
+        monitor.step(step, metrics(**changes), log=True)
+    monitor.close()
+
+
+def test_metrics_have_a_line_for_each_step(tmp_path):
+    run(tmp_path, 0, [1, 2, 3])
+    assert records(tmp_path) == [{"step": step, **metrics()} for step in (1, 2, 3)]
+
+
+def test_metrics_are_written_at_once(tmp_path):
+    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor.step(1, metrics(), log=True)
+    assert len(records(tmp_path)) == 1
+    monitor.close()
+
+
+def test_steps_that_are_not_logged_are_not_written(tmp_path):
+    monitor = Monitor(tmp_path, 0, 10, "")
+    for step in range(1, 7):
+        monitor.step(step, metrics(), log=step % 3 == 0)
+    monitor.close()
+    assert [record["step"] for record in records(tmp_path)] == [3, 6]
+
+
+def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path):
+    run(tmp_path, 0, [1, 2, 3, 4], loss=1.0)
+    run(tmp_path, 2, [3, 4, 5], loss=2.0)
+    found = [(record["step"], record["train/loss"]) for record in records(tmp_path)]
+    assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_resuming_drops_a_line_that_was_cut_off(tmp_path):
+    run(tmp_path, 0, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    run(tmp_path, 2, [3])
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+@pytest.fixture
+def board(tmp_path):
+    monitor = Monitor(tmp_path, 0, 10, "seed: 17")
+    monitor.step(1, metrics(), log=True)
+    monitor.record(1, {"held_out/bits_per_byte": 2.5, "memory/norm_of_block_000": 0.5})
+    monitor.gates(1, np.array([[0.1, 0.9], [0.5, 0.5]]))
+    monitor.text(1, "sample", "def f():\n    return 1")
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_board_has_every_number(board):
+    expected = {**metrics(), "held_out/bits_per_byte": 2.5, "memory/norm_of_block_000": 0.5}
+    assert set(board.Tags()["scalars"]) == set(expected)
+    for name, value in expected.items():
+        (event,) = board.Scalars(name)
+        assert (event.step, event.value) == (1, pytest.approx(value))
+
+
+def test_board_has_the_gates_as_histogram_and_image(board):
+    assert board.Tags()["histograms"] == ["memory/gate"]
+    (image,) = board.Images("memory/gate_by_layer_and_head")
+    assert (image.width, image.height) == (32, 32)
+
+
+def test_board_has_the_sample_and_the_config(board):
+    (sample,) = board.Tensors("sample/text_summary")
+    assert "def f():\n    return 1" in sample.tensor_proto.string_val[0].decode()
+    (config,) = board.Tensors("config/text_summary")
+    assert "seed: 17" in config.tensor_proto.string_val[0].decode()
+
+
+def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
+    run(tmp_path, 0, [1, 2, 3, 4], loss=1.0)
+    run(tmp_path, 2, [3, 4], loss=2.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_line_shows_step_loss_speed_and_skipped_steps(tmp_path, capsys):
+    run(tmp_path, 0, [10], skipped=3)
+    line = capsys.readouterr().out
+    for part in ("step 10/10", "loss 1.5000", "1,234 tokens/s", "left", "3 steps skipped"):
+        assert part in line
+
+
+def test_line_says_nothing_of_skipped_steps_when_there_are_none(tmp_path, capsys):
+    run(tmp_path, 0, [10])
+    assert "skipped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3599.6, "1:00:00"), (7384, "2:03:04")]
+)
+def test_duration_is_written_as(seconds, text):
+    assert _duration(seconds) == text

@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from infini_ds.config import parse
+from infini_ds.training.report import report
+
+
+QUALITY = {
+    "held_out/loss": 1.1,
+    "held_out/perplexity": 3.25,
+    "held_out/bits_per_byte": 2.0,
+    "held_out_without_memory/loss": 1.4,
+    "held_out_without_memory/perplexity": 4.5,
+    "held_out_without_memory/bits_per_byte": 3.0,
+    "held_out_unigram/bits_per_byte": 4.0,
+}
+
+
+@pytest.fixture
+def write(tmp_path, capsys):
+    def run(quality, sample="") -> tuple[str, dict]:
+        config = parse(
+            {
+                "output_dir": str(tmp_path),
+                "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1},
+                "data": {"store": "unused"},
+                "train": {"steps": 70, "batch_size": 1},
+            },
+            "of a test",
+        )
+        report(config, 70, quality, sample, Console(width=200))
+        return capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+
+    return run
+
+
+def test_report_sets_quality_beside_the_baseline(write):
+    shown, _ = write(QUALITY)
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
+    assert "4.0000" in rows["tokenizer unigram baseline"]
+    for part in ("2.0000", "50.0%", "3.25"):
+        assert part in rows["model, with memory"]
+    for part in ("3.0000", "25.0%", "4.50"):
+        assert part in rows["model, memory ablated"]
+
+
+def test_report_writes_the_same_figures_to_a_file(write):
+    _, figures = write(QUALITY)
+    assert figures == {"step": 70, **QUALITY}
+
+
+def test_report_says_what_to_type_next(write, tmp_path):
+    shown, _ = write(QUALITY)
+    assert f"tensorboard --logdir {Path(tmp_path) / 'tensorboard'}" in shown
+    assert str(tmp_path / "checkpoints" / "step_00000070") in shown
+    assert "train.steps=140" in shown
+
+
+def test_report_shows_the_sample_as_it_is(write):
+    shown, _ = write(QUALITY, sample="x = [bold]1[/bold]")
+    assert "x = [bold]1[/bold]" in shown
+
+
+def test_report_without_held_out_documents_has_no_table(write):
+    shown, figures = write({})
+    assert "bits per byte" not in shown
+    assert figures == {"step": 70}
