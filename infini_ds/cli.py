@@ -95,13 +95,22 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _pretrain(options: argparse.Namespace) -> None:
     config = configuration.load(options.config, options.overrides)
-    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
-    from infini_ds.data.opening import open_data
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config.data_parallel_size(world)
+    if world == 1:  # what one of several ranks finds alone, it must tell the others
+        from infini_ds.data.opening import open_data
 
-    open_data(config)
+        open_data(config)
     from infini_ds.training.trainer import pretrain
 
-    pretrain(config)
+    try:
+        pretrain(config)
+    except RunError as error:
+        code = _fail(error, 1)
+        sys.stdout.flush()
+        # Other ranks may be gone, so the process group cannot be closed, and an open one's threads
+        # may abort the interpreter's own exit.
+        os._exit(code)
 
 
 def _bench_peer(options: argparse.Namespace) -> None:

@@ -206,13 +206,26 @@ def test_mistakes_are_told_quickly_once_the_imports_are_done(outcomes):
     assert max(seconds for _, _, seconds, _ in list(outcomes.values())[1:]) < 5
 
 
-def test_corrupt_store_ends_a_process_with_one_line_and_code_2(config):
-    flip(config.parent / "store" / "train.tokens")
-    done = run("pretrain", config)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr + done.stdout
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("infini-ds"))
-    assert "train.tokens: is damaged (wrong checksum)" in line
+@pytest.mark.parametrize(
+    "mistake", ["corrupt_store", "window_longer_than_the_store", "stages_that_do_not_divide"]
+)
+def test_mistake_of_a_single_process_is_told_before_torch_is_imported(config, mistake):
+    overrides = {
+        "window_longer_than_the_store": ["train.window_segments=999"],
+        "stages_that_do_not_divide": ["parallel.pipeline_stages=2"],
+    }
+    if mistake == "corrupt_store":
+        flip(config.parent / "store" / "train.tokens")
+    arguments = ["pretrain", str(config), *overrides.get(mistake, [])]
+    code = (
+        f"import sys; from infini_ds.cli import main; code = main({arguments!r}); "
+        "print(code, *(name for name in ('torch', 'deepspeed') if name in sys.modules))"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 5
+    assert done.stdout.split() == ["2"]
+    assert len(done.stderr.splitlines()) == 1
 
 
 def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):

@@ -202,8 +202,8 @@ def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tenso
 def _print(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     table = Table(
-        title=f"one step through {first['window_tokens']:,} tokens, {first['dtype']}, one CPU thread, "
-        f"median of {first['repeats']}",
+        title=f"one step through {first['window_tokens']:,} tokens, {first['dtype']}, "
+        f"one CPU thread, median of {first['repeats']}",
         caption="ratios are to the peer: more speed and less memory are better",
     )
     table.add_column("segment", justify="right")

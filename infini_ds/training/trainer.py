@@ -42,7 +42,11 @@ def pretrain(config: RunConfig) -> None:
     stop = StopRequest()
     _set_threads(config)
     start_distributed(config.train.timeout)
-    Trainer(config, stop).run()
+    try:
+        Trainer(config, stop).run()
+    except UserError:  # on all ranks together, as is this; without it the exit may abort
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after a failure: it would wait for the other processes
 
 

@@ -115,7 +115,7 @@ class TestKilledRank:
             ranks.all[rank].send(signal.SIGKILL)
             codes = ranks.wait(END)
             assert codes[rank] == -signal.SIGKILL
-            assert codes[1 - rank] > 0, ranks.outputs()
+            assert codes[1 - rank] != 0, ranks.outputs()
         saved = max(int(p.parent.name[5:]) for p in run.output.glob("checkpoints/*/manifest.json"))
         assert saved >= max(run.losses) - save_every
         output = run.finish(2)
@@ -190,7 +190,7 @@ class TestResumeInAnotherLayout:
         run = Run(tmp_path, data, **{**FP32, "parallel__zero_stage": 0, "train__steps": 2})
         run.finish(1)
         with run.start(2, "train.steps=4", "parallel.pipeline_stages=2") as ranks:
-            assert ranks.wait(START) == [2, 2]
+            assert ranks.wait(START) == [2, 2], ranks.outputs()
             (line,) = error_lines(ranks)
         assert "pipeline degree 1 and data-parallel degree 1" in line
         assert "can only be resumed in that layout" in line
@@ -198,7 +198,7 @@ class TestResumeInAnotherLayout:
     def test_setting_that_must_not_change_is_named(self, tmp_path, data, source):
         run = copied(source(1, 1, False), tmp_path, data, **FP32)
         with run.start(1, "train.window_segments=4") as ranks:
-            assert ranks.wait(START) == [2]
+            assert ranks.wait(START) == [2], ranks.outputs()
             (line,) = error_lines(ranks)
         assert "train.window_segments (4) must be 2, as in checkpoint" in line
 
@@ -235,7 +235,7 @@ class TestRankFailingAloneAtStart:
     )
     def test_ends_all_ranks_with_one_line(self, tmp_path, data, spoil, message):
         with self.start(tmp_path, data, spoil) as ranks:
-            assert ranks.wait(START) == [2, 2]
+            assert ranks.wait(START) == [2, 2], ranks.outputs()
             (line,) = error_lines(ranks)
         assert message in line
         assert line.endswith("(rank 1)")
@@ -244,7 +244,7 @@ class TestRankFailingAloneAtStart:
         run = Run(tmp_path, data, train__timeout=5.0)
         with run.start(2) as ranks:
             ranks.all[1].kill_group()
-            assert ranks.wait(START) == [1, -signal.SIGKILL]
+            assert ranks.wait(START) == [1, -signal.SIGKILL], ranks.outputs()
             (line,) = error_lines(ranks)
         assert "the 2 processes did not find each other within train.timeout = 5 s" in line
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infini_ds.config import ModelConfig
+from infini_ds.model.block import Checkpointing
 from infini_ds.model.transformer import InfiniTransformer
 
 torch.set_num_threads(1)  # the models are too small for more
@@ -24,7 +25,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture
 def make_model() -> Callable[..., InfiniTransformer]:
-    def make(activation_checkpointing="none", **changes) -> InfiniTransformer:
+    def make(activation_checkpointing: Checkpointing = "none", **changes) -> InfiniTransformer:
         config = ModelConfig(**(MODEL.model_dump() | changes))
         return InfiniTransformer(config, activation_checkpointing=activation_checkpointing)
 

@@ -29,16 +29,15 @@ def test_rotary_table_equals_transformers(name):
         hidden_size=64, num_layers=1, num_heads=1, head_dim=64, segment_length=512,
         rope_theta=500000.0, rope_scaling=scaling,
     )  # fmt: skip
-    theirs = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=64,
-            num_attention_heads=1,
-            head_dim=64,
-            rope_theta=500000.0,
-            max_position_embeddings=8192,
-            rope_scaling=scaling and scaling.model_dump(),
-        )
-    )
+    settings = {
+        "hidden_size": 64,
+        "num_attention_heads": 1,
+        "head_dim": 64,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
+        "rope_scaling": scaling and scaling.model_dump(),
+    }
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**settings))
     cos, sin = theirs(torch.zeros(1), torch.arange(512)[None])
     our_cos, our_sin = rotary_table(config, "cpu")
     # Theirs multiplies positions and frequencies in fp32: angles near 512 are off by about 3e-5.

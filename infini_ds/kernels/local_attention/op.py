@@ -20,8 +20,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tenso
     Returns:
         [batch, segments, n, heads, d].
     """
-    # Many small products: more threads than one have too little to do in each.
-    if q.is_cpu and torch.get_num_threads() == 1 and torch.is_grad_enabled():
+    if q.is_cpu and torch.get_num_threads() == 1:
         return local_attention_cpu(q, k, v, *rotary)
     group = q.shape[3] // k.shape[3]
     q, k = rotate(q, *rotary), rotate(k, *rotary)
