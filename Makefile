@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STEPS := 250
+STEPS := 180
 # Where a finished run has left its report, train for as many steps again.
 DONE = $(shell sed -n 's/.*"step": \([0-9]*\).*/\1/p' runs/quickstart/report.json 2>/dev/null)
 
@@ -43,6 +43,6 @@ clean:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	touch $@

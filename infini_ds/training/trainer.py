@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from infini_ds import config as configuration
+from infini_ds.allocator import keep_freed_memory
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan
 from infini_ds.data.opening import open_data
@@ -41,6 +42,7 @@ def pretrain(config: RunConfig) -> None:
     """
     stop = StopRequest()
     _set_threads(config)
+    keep_freed_memory()
     start_distributed(config.train.timeout)
     try:
         Trainer(config, stop).run()
@@ -61,6 +63,8 @@ class Trainer:
         self.config, self.stop = config, stop
         self.step = 0
         self.tokens = 0
+        self.evaluated = False
+        self.sample = ""
         found, passed_over = checkpoint.find(config)
         if found and not config.resume:
             raise UserError(
@@ -115,14 +119,12 @@ class Trainer:
             self._save()
         if stopping:
             self._say(f"stopped as asked at step {self.step}; the same command goes on from there")
-        elif self.held_out and not quality:
+        elif not self.evaluated:
             quality = self._evaluate()
-        sample = self._sample()
-        if self.monitor and not stopping:
+        if self.monitor:
             self.monitor.close()
-            report(self.config, self.step, quality, sample, self.monitor.console)
-        elif self.monitor:
-            self.monitor.close()
+            if not stopping:
+                report(config, self.step, quality, self.sample, self.monitor.console)
 
     def _train_step(self) -> bool:
         """One step; whether the run was asked to stop."""
@@ -190,12 +192,13 @@ class Trainer:
             baseline = self.held_out.unigram_bits_per_byte
             quality["held_out_unigram/bits_per_byte"] = baseline
         gates, norms = self._describe_memory()
-        sample = self._sample()
+        self.sample = self._write_sample()
+        self.evaluated = self.step == self.config.train.steps
         if self.monitor:
             self.monitor.record(self.step, quality | norms)
             self.monitor.gates(self.step, gates)
-            if sample:
-                self.monitor.text(self.step, "sample", sample)
+            if self.sample:
+                self.monitor.text(self.step, "sample", self.sample)
             if quality:
                 self.monitor.say(
                     f"step {self.step}: held-out bits per byte "
@@ -228,7 +231,7 @@ class Trainer:
         }
         return table, means
 
-    def _sample(self) -> str:
+    def _write_sample(self) -> str:
         """Text written by the model as it is now; empty if none is wanted."""
         settings = self.config.evaluation
         if not settings.sample_tokens:

@@ -7,7 +7,6 @@ from rich.console import Console
 from infini_ds.config import parse
 from infini_ds.training.report import report
 
-
 QUALITY = {
     "held_out/loss": 1.1,
     "held_out/perplexity": 3.25,

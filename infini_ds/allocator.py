@@ -1,0 +1,23 @@
+"""How freed memory is kept, for training on a CPU."""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MMAP_THRESHOLD_MAX = 32 * 2**20
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed blocks in the process instead of giving them back to the system at once.
+
+    By default glibc returns large blocks when they are freed, and each new one costs a page fault
+    for every 4 KiB: 9 % of a training step on one core (bf16, segments of 512; nothing at 2048,
+    where blocks are larger than glibc can keep). Does nothing where there is no glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
