@@ -35,6 +35,12 @@ def _require_at_least(section: Settings, name: str, least: int) -> None:
         raise ValueError(f"{name} ({getattr(section, name)}) must be at least {least}")
 
 
+def _require_lengths(section: "PasskeyConfig | CurriculumConfig", least: int) -> None:
+    lengths = section.segments
+    if not lengths or lengths[0] < least or lengths != sorted(set(lengths)):
+        raise ValueError(f"segments ({lengths}) must be growing numbers of at least {least}")
+
+
 class RopeScaling(Settings):
     """How rotary frequencies are changed for models pretrained with scaled positions."""
 
@@ -48,6 +54,26 @@ class RopeScaling(Settings):
     """`llama3`: wavelengths below original_max_position_embeddings / this are left alone."""
     original_max_position_embeddings: int = 8192
     """`llama3`: the context length of the model before scaling."""
+
+
+class MemoryConfig(Settings):
+    """What the model learns about writing into its memories, beyond the paper."""
+
+    write_gate: bool = False
+    """Each token decides how much of it is written into the memory of each key-value head."""
+    write_penalty: float = 0.0
+    """Added to the loss: this x the sum over layers of the mean write weight (with write_gate)."""
+    short_conv: bool = False
+    """Queries, keys and values see the 3 tokens before them: a causal convolution, 0 at start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MemoryConfig":
+        _require_at_least(self, "write_penalty", 0)
+        if self.write_penalty and not self.write_gate:
+            raise ValueError(
+                f"write_penalty ({self.write_penalty}) must be 0 when write_gate is false"
+            )
+        return self
 
 
 class ModelConfig(Settings):
@@ -71,6 +97,8 @@ class ModelConfig(Settings):
     """Tokens of one segment (n): local attention stays inside it, the memory spans all of them."""
     memory_rule: Literal["linear", "delta"] = "linear"
     """How a segment is written into the memory: eq. (4) of the paper, or the delta rule (5)."""
+    memory: MemoryConfig = MemoryConfig()
+    """What the model learns about writing into its memories, beyond the paper."""
     hidden_act: Literal["silu", "gelu"] = "silu"
     """Gate of the feed-forward: `silu` is SwiGLU, `gelu` is GEGLU."""
     rope_theta: float = 10000.0
@@ -143,11 +171,37 @@ class TokenizerConfig(Settings):
         return self
 
 
+class PasskeyConfig(Settings):
+    """Documents that hide a pass key in filler and ask for it in their last segment."""
+
+    segment_length: int = 2048
+    """Tokens of a segment, the same as model.segment_length: a document is whole segments."""
+    segments: list[int] = [2, 4, 8, 16]
+    """Lengths of the documents, in segments."""
+    documents: int = 1000
+    """Documents of each length."""
+    digits: int = 5
+    """Digits of a pass key."""
+    keys: int = 1
+    """Pass keys in a document; several have names, and one of them is asked for."""
+    filler: Literal["standard", "noise", "text"] = "standard"
+    """The sentences of Mohtashami & Jaggi (2023) over and over, random letters, or real text."""
+    text_files: list[str] = []
+    """`filler: text`: paths, globs as in data.files; empty: the sources of `python-stdlib`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PasskeyConfig":
+        for name in ("segment_length", "documents", "digits", "keys"):
+            _require_at_least(self, name, 1)
+        _require_lengths(self, least=2)
+        return self
+
+
 class DataConfig(Settings):
     """Where documents come from, and the token store made of them."""
 
-    source: Literal["python-stdlib", "files", "huggingface"] = "python-stdlib"
-    """The running Python's own library sources and help topics, local files, or a hub dataset."""
+    source: Literal["python-stdlib", "files", "huggingface", "passkey"] = "python-stdlib"
+    """The running Python's own library sources, local files, a hub dataset, or made pass keys."""
     files: list[str] = []
     """`files`: paths, globs: .txt (a document each), .jsonl, .parquet, plain, .gz or .zst."""
     document_separator: str = ""
@@ -162,6 +216,8 @@ class DataConfig(Settings):
     """`huggingface`: read as a stream instead of downloading everything first."""
     text_field: str = "text"
     """Field that holds a document's text, in .jsonl, .parquet and datasets."""
+    weighted_field: str = ""
+    """Instead of text_field: a list of [text, weight] or {text, weight}, weights of the loss."""
     max_documents: int = 0
     """Stop after this many documents; 0 means all."""
     held_out_fraction: float = 0.02
@@ -170,6 +226,13 @@ class DataConfig(Settings):
     """Directory of the memory-mapped token store that `infini-ds prepare` writes."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """What turns text into token ids."""
+    passkey: PasskeyConfig = PasskeyConfig()
+    """`passkey`: the documents that are made."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the store has a weight for each token."""
+        return self.source == "passkey" or self.weighted_field != ""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -177,6 +240,10 @@ class DataConfig(Settings):
             raise ValueError("files must name at least one path or glob when source is files")
         if self.source == "huggingface" and not self.dataset:
             raise ValueError("dataset must be named when source is huggingface")
+        if self.source == "passkey" and self.tokenizer.kind != "bytes":
+            raise ValueError("tokenizer.kind must be bytes when source is passkey")
+        if self.weighted_field and self.source not in ("files", "huggingface"):
+            raise ValueError("weighted_field must be empty unless source is files or huggingface")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction ({self.held_out_fraction}) must be in [0, 1)")
         _require_at_least(self, "max_documents", 0)
@@ -197,7 +264,7 @@ class OptimizerConfig(Settings):
     decay_steps: int = 0
     """`wsd`: steps of the final decay; 0 means a fifth of train.steps."""
     weight_decay: float = 0.1
-    """Decay of matrices; norms, biases, embeddings and gates have none."""
+    """Decay of matrices; norms, biases, embeddings, gates and short convolutions have none."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -219,6 +286,29 @@ class OptimizerConfig(Settings):
             raise ValueError(
                 f"min_learning_rate_ratio ({self.min_learning_rate_ratio}) must be in [0, 1]"
             )
+        return self
+
+
+class CurriculumConfig(Settings):
+    """Documents of growing lengths, the next one when the answers to this one are right."""
+
+    segments: list[int] = [2, 4, 8, 16]
+    """Lengths of the documents, in segments, one after another; each divides the window."""
+    advance_at: float = 0.9
+    """Share of answers that must be right, over `window` steps, before the next length begins."""
+    window: int = 20
+    """Steps at a length over which the share of right answers is taken."""
+    review: float = 0.5
+    """Share of the steps that read documents of the earlier lengths, in turn."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CurriculumConfig":
+        _require_lengths(self, least=1)
+        _require_at_least(self, "window", 1)
+        if not 0 < self.advance_at <= 1:
+            raise ValueError(f"advance_at ({self.advance_at}) must be above 0 and at most 1")
+        if not 0 <= self.review < 1:
+            raise ValueError(f"review ({self.review}) must be in [0, 1)")
         return self
 
 
@@ -253,6 +343,8 @@ class TrainConfig(Settings):
     """Seconds that any process waits for another before it gives up and says for what."""
     threads: int = 0
     """CPU threads a process; 0 means the machine's cores divided among its local processes."""
+    curriculum: CurriculumConfig | None = None
+    """Documents of growing lengths; by default all documents are read in one random order."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -282,6 +374,12 @@ class TrainConfig(Settings):
             )
         if self.timeout <= 0:
             raise ValueError(f"timeout ({self.timeout}) must be above 0 seconds")
+        for length in self.curriculum.segments if self.curriculum else []:
+            if self.window_segments % length:
+                raise ValueError(
+                    f"window_segments ({self.window_segments}) must be a multiple of each of "
+                    f"curriculum.segments, is not of {length}"
+                )
         return self
 
 
@@ -366,6 +464,15 @@ class RunConfig(Settings):
     """Layout over processes."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation on held-out documents."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        made, read = self.data.passkey.segment_length, self.model.segment_length
+        if self.data.source == "passkey" and made != read:
+            raise ValueError(
+                f"data.passkey.segment_length ({made}) must be model.segment_length ({read})"
+            )
+        return self
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel degree for this many processes.

@@ -86,12 +86,32 @@ def test_infini_1b_has_the_paper_s_sizes():
         ("train.timeout=0", "train: timeout (0.0) must be above 0 seconds"),
         ("model.num_kv_heads=3", "num_heads (2) must be a multiple of num_kv_heads (3)"),
         ("model.head_dim=7", "model: head_dim (7) must be even"),
+        ("model.memory.write_gat=true", "unknown setting model.memory.write_gat; did you mean"),
+        ("model.memory.write_penalty=-1", "model.memory: write_penalty (-1.0) must be at least 0"),
+        (
+            "model.memory.write_penalty=0.1",
+            "model.memory: write_penalty (0.1) must be 0 when write_gate is false",
+        ),
         ("model.memory_rule=deltas", "model.memory_rule: input should be 'linear' or 'delta'"),
         ("optimizer.learning_rate=0", "optimizer: learning_rate (0.0) must be above 0"),
         ("parallel.zero_stage=2", "parallel.zero_stage: input should be 0 or 1, got 2"),
         ("parallel.pipeline_stages=0", "pipeline_stages (0) must be at least 1"),
         ("data.source=files", "data: files must name at least one path"),
         ("data.held_out_fraction=1", "data: held_out_fraction (1.0) must be in [0, 1)"),
+        ("data.weighted_field=x", "data: weighted_field must be empty unless source is files or"),
+        ("data.source=passkey", "data: tokenizer.kind must be bytes when source is passkey"),
+        ("data.passkey.filler=real", "passkey.filler: input should be 'standard', 'noise' or"),
+        ("data.passkey.digits=0", "data.passkey: digits (0) must be at least 1"),
+        ("data.passkey.segments=[]", "data.passkey: segments ([]) must be growing numbers of at"),
+        ("data.passkey.segments=[1, 2]", "segments ([1, 2]) must be growing numbers of at least 2"),
+        ("data.passkey.segments=[4, 2]", "segments ([4, 2]) must be growing numbers of at least 2"),
+        ("data.passkey.segments=[2, 2]", "segments ([2, 2]) must be growing numbers of at least 2"),
+        ("train.curriculum.segments=[0]", "segments ([0]) must be growing numbers of at least 1"),
+        ("train.curriculum.segments=[1, 3]", "of curriculum.segments, is not of 3"),
+        ("train.curriculum.advance_at=0", "advance_at (0.0) must be above 0 and at most 1"),
+        ("train.curriculum.advance_at=1.1", "advance_at (1.1) must be above 0 and at most 1"),
+        ("train.curriculum.window=0", "train.curriculum: window (0) must be at least 1"),
+        ("train.curriculum.review=1", "train.curriculum: review (1.0) must be in [0, 1)"),
         ("train.steps", "override 'train.steps': must look like key.path=value"),
         ("=3", "override '=3': must look like key.path=value"),
         ("output_dir.x=3", "override 'output_dir.x=3': output_dir is a value, not a section"),
@@ -144,6 +164,23 @@ def test_overrides_are_yaml(file):
     )
     assert config.data.files == ["a.txt", "b.txt"]
     assert config.model.rope_scaling is None
+
+
+def test_passkey_documents_have_the_segments_of_the_model(file):
+    passkey = ["data.source=passkey", "data.tokenizer.kind=bytes", "model.segment_length=128"]
+    message = "data.passkey.segment_length (2048) must be model.segment_length (128)"
+    assert message in message_of(file, *passkey)
+    config = load(file, [*passkey, "data.passkey.segment_length=128"])
+    assert config.data.weighted
+
+
+def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):
+    assert load(file).train.curriculum is None
+    config = load(file, ["train.window_segments=16", "train.curriculum={}"])
+    assert config.train.curriculum
+    assert config.train.curriculum.segments == [2, 4, 8, 16]
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml") == config
 
 
 def test_overrides_later_ones_win(file):

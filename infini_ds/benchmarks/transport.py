@@ -60,6 +60,7 @@ def run(processes: int, steps: int, json_path: str | None) -> None:
 
 def measure(steps: int, json_path: str | None) -> None:
     """One process of the benchmark."""
+    from infini_ds.pipeline.engine import StepSize
     from infini_ds.training.build import build_engine, start_distributed
 
     start_distributed(120)
@@ -73,7 +74,8 @@ def measure(steps: int, json_path: str | None) -> None:
             dist.barrier()
             begin = time.perf_counter()
             windows, tokens = _windows(_config(name, dist.get_world_size()), step)
-            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], tokens)
+            size = StepSize(tokens, tokens)
+            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size)
             dist.barrier()
             if step:  # the first one warms up
                 seconds[name].append(time.perf_counter() - begin)
@@ -150,5 +152,6 @@ def _windows(config: RunConfig, step: int) -> tuple[list[Windows], int]:
     shape = (1, train.window_segments)
     starts = torch.zeros(shape, dtype=torch.bool)
     lengths = torch.full(shape, model.segment_length, dtype=torch.int32)
-    windows = [Windows(row[:, :-1], row[:, 1:], Layout(starts, lengths)) for row in tokens]
+    layout, weights = Layout(starts, lengths), torch.ones(1, length)
+    windows = [Windows(row[:, :-1], row[:, 1:], layout, weights) for row in tokens]
     return windows, train.batch_size * length

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import sysconfig
 import zlib
@@ -22,12 +23,23 @@ _PARQUET_ROWS = 64
 _READ_BYTES = 1 << 20
 
 
+class Span(NamedTuple):
+    """A part of a document that is encoded on its own, so that no token reaches across its ends."""
+
+    characters: int
+    """How long it is; may be 0."""
+    weight: float
+    """Of its tokens in the loss, at least 0. That of the last part is the end of text's too."""
+
+
 class Document(NamedTuple):
     """One training text."""
 
     name: str
     """Where it comes from, for messages: a path, with a line or row where there are several."""
     text: str
+    spans: tuple[Span, ...] = ()
+    """Its parts, one after another, where the corpus has weights."""
 
 
 class Skipped:
@@ -88,28 +100,38 @@ class Corpus:
         for name, value in self._records():
             if left == 0:
                 return
-            text = self._text_of(name, value)
-            if text is not None:
+            document = self._document_of(name, value)
+            if document:
                 left -= 1
-                yield Document(name, text)
+                yield document
 
-    def _text_of(self, name: str, value: Any) -> str | None:
-        """The text of a record, or None where it is skipped."""
+    def _document_of(self, name: str, value: Any) -> Document | None:
+        """The document of a record, or None where it is skipped."""
+        weighted = self._config.weighted
+        pieces = _pieces_of(value) if weighted else [(value, 1.0)]
         try:
-            if isinstance(value, bytes):
-                value = value.decode("utf-8")
-            elif isinstance(value, str):
-                value.encode("utf-8")  # JSON may hold half a surrogate pair, which is no text
+            texts = [_checked_text(text) for text, _ in pieces]
         except UnicodeError:
             self.skipped.add("invalid UTF-8", name)
             return None
-        if not isinstance(value, str):
-            self.skipped.add("field is not text", name)
+        except TypeError:
+            reason = "field is not text or weighted pieces" if weighted else "field is not text"
+            self.skipped.add(reason, name)
             return None
-        if not value:
+        text = "".join(texts)
+        if not text:
             self.skipped.add("empty", name)
             return None
-        return value
+        if not weighted:
+            return Document(name, text)
+        weights = [weight for _, weight in pieces]
+        if not all(_is_weight(weight) for weight in weights):
+            self.skipped.add("weight is not a number of at least 0", name)
+            return None
+        if not any(weights):
+            self.skipped.add("all weights are 0", name)
+            return None
+        return Document(name, text, tuple(map(Span, map(len, texts), weights)))
 
     def _records(self) -> Iterator[tuple[str, Any]]:
         if self._config.source == "python-stdlib":
@@ -137,7 +159,7 @@ class Corpus:
                 if kind == "parquet":
                     yield from self._parquet_records(path)
                 else:
-                    with path.open("rb") as raw, _decompressed(raw, path) as content:
+                    with path.open("rb") as raw, decompressed(raw, path) as content:
                         if kind == "text":
                             yield from self._text_records(path, content.read())
                         else:
@@ -162,7 +184,7 @@ class Corpus:
             begin = end
 
     def _json_records(self, path: Path, lines: IO[bytes]) -> Iterator[tuple[str, Any]]:
-        field = self._config.text_field
+        _, field = _field_of(self._config)
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
@@ -176,43 +198,83 @@ class Corpus:
                 self.skipped.add("invalid JSON", name)
                 continue
             if not isinstance(record, dict) or field not in record:
-                raise _missing_field(f"data.files {name}", field, record)
+                raise _missing_field(f"data.files {name}", self._config, record)
             yield name, record[field]
 
     def _parquet_records(self, path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         import pyarrow.parquet
 
-        field = self._config.text_field
+        setting, field = _field_of(self._config)
+        # As bytes: one row of invalid UTF-8 must not end the whole file.
+        kind: Any = pyarrow.large_binary()
+        if self._config.weighted:
+            piece = [("text", pyarrow.large_binary()), ("weight", pyarrow.float64())]
+            kind = pyarrow.large_list(pyarrow.struct(piece))
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
                 if field not in schema.names:
-                    raise _missing_field(f"data.files {path}", field, dict.fromkeys(schema.names))
+                    record = dict.fromkeys(schema.names)
+                    raise _missing_field(f"data.files {path}", self._config, record)
                 number = 0
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                    # As bytes: one row of invalid UTF-8 must not end the whole file.
-                    for value in batch.column(0).cast(pyarrow.large_binary()):
+                    for value in batch.column(0).cast(kind):
                         number += 1
                         yield f"{path} row {number}", value.as_py()
         except pyarrow.ArrowException as error:
+            content = "lists of {text, weight}" if self._config.weighted else "text"
             raise UserError(
-                f"data.files {path}: cannot be read as parquet with text in data.text_field "
+                f"data.files {path}: cannot be read as parquet with {content} in {setting} "
                 f"{field!r} ({_one_line(error)})"
             ) from None
 
     def _dataset_records(self) -> Iterator[tuple[str, Any]]:
-        field = self._config.text_field
+        _, field = _field_of(self._config)
         name = f"data.dataset {self._config.dataset}"
         try:
             for number, record in enumerate(_load_dataset(self._config), start=1):
                 if field not in record:
-                    raise _missing_field(name, field, record)
+                    raise _missing_field(name, self._config, record)
                 yield f"{self._config.dataset} record {number}", record[field]
         except UserError:
             raise
         except Exception as error:  # a loader's errors are of any kind: missing, offline, format
             raise UserError(f"{name}: {_one_line(error)}") from None
+
+
+def _pieces_of(value: Any) -> list[tuple[Any, Any]]:
+    """The (text, weight) pairs of a record, unchecked; its text has to be checked."""
+    if not isinstance(value, list):
+        return [(value, 1.0)]
+    pieces = []
+    for piece in value:
+        if isinstance(piece, dict):
+            piece = piece.get("text"), piece.get("weight")
+        if not isinstance(piece, (list, tuple)) or len(piece) != 2:
+            return [(None, 1.0)]
+        pieces.append(tuple(piece))
+    return pieces
+
+
+def _checked_text(value: Any) -> str:
+    """Text as it is or as UTF-8.
+
+    Raises:
+        UnicodeError: it is not valid.
+        TypeError: it is something else.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode("utf-8")  # JSON may hold half a surrogate pair, which is no text
+    return value
+
+
+def _is_weight(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def _load_dataset(config: DataConfig):
@@ -278,7 +340,7 @@ def _kind_of(path: Path) -> str:
     )
 
 
-def _decompressed(raw: io.BufferedReader, path: Path) -> Any:
+def decompressed(raw: io.BufferedReader, path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
@@ -317,11 +379,19 @@ class _ZstdReader(io.RawIOBase):
         return size
 
 
-def _missing_field(where: str, field: str, record: Any) -> UserError:
+def _field_of(config: DataConfig) -> tuple[str, str]:
+    """The setting that names the field of a document, and the field."""
+    if config.weighted_field:
+        return "data.weighted_field", config.weighted_field
+    return "data.text_field", config.text_field
+
+
+def _missing_field(where: str, config: DataConfig, record: Any) -> UserError:
+    setting, field = _field_of(config)
     has = (
         f"its fields are {', '.join(map(str, record))}" if isinstance(record, dict) else "no fields"
     )
-    return UserError(f"{where}: has no data.text_field {field!r} ({has})")
+    return UserError(f"{where}: has no {setting} {field!r} ({has})")
 
 
 def _one_line(error: Exception) -> str:

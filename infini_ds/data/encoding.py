@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from infini_ds.data.documents import Corpus, Document
+from infini_ds.data.documents import Corpus, Document, Span
 from infini_ds.data.store import token_dtype
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
@@ -42,16 +42,27 @@ class Encoded(NamedTuple):
     """Bytes of its text."""
     draw: float
     """In [0, 1), from the text's hash: below held_out_fraction the document is held out."""
+    weights: np.ndarray | None = None
+    """float32 [tokens]: weight of each token in the loss (0 for BOS), where the corpus has any."""
 
 
-def encode(tokenizer: Tokenizer, text: str) -> Encoded:
-    """Encodes one document."""
-    ids = tokenizer.encode_array(text)
-    tokens = np.empty(len(ids) + 2, dtype=token_dtype(tokenizer.vocab_size))
-    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Encoded:
+    """Encodes one document, part by part where it has parts."""
+    parts = []
+    begin = 0
+    for characters, _ in spans or (Span(len(text), 1.0),):
+        parts.append(tokenizer.encode_array(text[begin : begin + characters]))
+        begin += characters
+    tokens = np.empty(sum(map(len, parts)) + 2, dtype=token_dtype(tokenizer.vocab_size))
+    tokens[0], tokens[-1] = tokenizer.bos_id, tokenizer.eos_id
+    np.concatenate(parts, out=tokens[1:-1], casting="unsafe")
+    weights = None
+    if spans:
+        of_part = np.array([0, *(weight for _, weight in spans), spans[-1].weight], np.float32)
+        weights = np.repeat(of_part, [1, *map(len, parts), 1])
     content = text.encode()
     draw = int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
-    return Encoded(tokens, len(content), draw)
+    return Encoded(tokens, len(content), draw, weights)
 
 
 def encoded_batches(
@@ -65,7 +76,7 @@ def encoded_batches(
     if workers == 1:
         tokenizer = load_tokenizer(kind, model)
         for batch in _batches(corpus):
-            yield [encode(tokenizer, text) for _, text in batch]
+            yield [encode(tokenizer, text, spans) for _, text, spans in batch]
         return
     # Batches go round the workers, so the oldest one under way is always the next in order.
     under_way: deque[tuple[str, Connection]] = deque()
@@ -77,7 +88,7 @@ def encoded_batches(
             if len(under_way) == workers * _BATCHES_PER_WORKER:
                 yield _receive(*under_way.popleft())
             under_way.append((batch[0].name, connections[number % workers]))
-            _send([text for _, text in batch], *under_way[-1])
+            _send(batch, *under_way[-1])
         while under_way:
             yield _receive(*under_way.popleft())
 
@@ -95,9 +106,9 @@ def _batches(corpus: Corpus) -> Iterator[list[Document]]:
         yield batch
 
 
-def _send(texts: list[str], name: str, connection: Connection) -> None:
+def _send(batch: list[Document], name: str, connection: Connection) -> None:
     try:
-        connection.send(texts)
+        connection.send(batch)
     except OSError:
         raise _killed(name) from None
 
@@ -133,11 +144,11 @@ def _worker(kind: str, model: str | Path) -> Iterator[Connection]:
 
 def _work(connection: Connection, kind: str, model: str | Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
-    batches: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    batches: queue.SimpleQueue[list[Document]] = queue.SimpleQueue()
     threading.Thread(target=_take_in, args=(connection, batches), daemon=True).start()
     tokenizer = load_tokenizer(kind, model)
     while True:
-        connection.send([encode(tokenizer, text) for text in batches.get()])
+        connection.send([encode(tokenizer, text, spans) for _, text, spans in batches.get()])
 
 
 def _take_in(connection: Connection, batches: queue.SimpleQueue) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from infini_ds.data.document_queue import DocumentQueue
 from infini_ds.errors import UserError
 
 
@@ -77,33 +78,11 @@ class Lanes:
     def _rewind(self) -> None:
         self.step = 0
         self._slot = 0
-        self._queue_epoch = 0
-        self._queue_next = 0
-        self._order = self._order_of(0)
+        self._queue = DocumentQueue(len(self.segments), self.seed)
         # Per lane: its document, the slot where that started and the first slot after it.
         self._documents = np.full(self.batch_size, -1, dtype=np.int64)
         self._starts = np.zeros(self.batch_size, dtype=np.int64)
         self._ends = np.zeros(self.batch_size, dtype=np.int64)
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        # NumPy promises the raw stream of a bit generator for good, but not that of `permutation`.
-        # A seed's two's complement makes negative ones valid too.
-        source = np.random.Philox(np.random.SeedSequence([self.seed & (2**64 - 1), epoch]))
-        return np.argsort(source.random_raw(len(self.segments)), kind="stable")
-
-    def _take(self, count: int) -> np.ndarray:
-        """The next `count` documents of the queue: int64 [count]."""
-        parts = []
-        while count:
-            if self._queue_next == len(self._order):
-                self._queue_epoch += 1
-                self._queue_next = 0
-                self._order = self._order_of(self._queue_epoch)
-            part = self._order[self._queue_next : self._queue_next + count]
-            self._queue_next += len(part)
-            count -= len(part)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @property
     def epoch(self) -> float:
@@ -118,7 +97,7 @@ class Lanes:
         for column in range(self.window_segments):
             free = np.flatnonzero(self._ends == self._slot)
             if len(free):
-                taken = self._take(len(free))
+                taken = self._queue.take(len(free))
                 self._documents[free] = taken
                 self._starts[free] = self._slot
                 self._ends[free] = self._slot + self.segments[taken]
@@ -142,14 +121,10 @@ class Lanes:
         documents = [-1] * batch
         starts = [0] * batch
         while heap[0] < limit:
-            if self._queue_next == len(self._order):
-                self._queue_epoch += 1
-                self._queue_next = 0
-                self._order = self._order_of(self._queue_epoch)
-            order = self._order.tolist()
-            durations = (self.segments[self._order] * batch).tolist()
+            order = self._queue.rest()
+            durations = (self.segments[order] * batch).tolist()
             taken = 0
-            for document, duration in zip(order, durations, strict=True):
+            for document, duration in zip(order.tolist(), durations, strict=True):
                 first = heap[0]
                 if first >= limit:
                     break
@@ -158,7 +133,7 @@ class Lanes:
                 documents[lane] = document
                 starts[lane] = first // batch
                 taken += 1
-            self._queue_next += taken
+            self._queue.next += taken
         self._documents = np.array(documents, dtype=np.int64)
         self._starts = np.array(starts, dtype=np.int64)
         self._ends = np.empty(batch, dtype=np.int64)
@@ -175,8 +150,8 @@ class Lanes:
             "num_tokens": int(self.positions.sum()),
             "step": self.step,
             "slot": self._slot,
-            "epoch": self._queue_epoch,
-            "next": self._queue_next,
+            "epoch": self._queue.epoch,
+            "next": self._queue.next,
             "documents": self._documents.tolist(),
             "segments": (self._slot - self._starts).tolist(),
         }
@@ -187,28 +162,37 @@ class Lanes:
         Raises:
             UserError: the state is of another batch size, seed, segment length or corpus.
         """
-        mine = self.state()
-        for name, setting in (
-            ("batch_size", "train.batch_size"),
-            ("seed", "seed"),
-            ("segment_length", "model.segment_length"),
-            ("num_documents", "data.store: documents"),
-            ("num_tokens", "data.store: tokens"),
-        ):
-            if state[name] != mine[name]:
-                raise UserError(
-                    f"{setting} ({mine[name]}) must be {state[name]}, as when the run was saved; "
-                    "change it back, or start a new run with another output_dir"
-                )
+        check_same_run(self.state(), state)
         self.step = state["step"]
         self._slot = state["slot"]
-        self._queue_epoch = state["epoch"]
-        self._queue_next = state["next"]
-        self._order = self._order_of(self._queue_epoch)
+        self._queue.go_to(state["epoch"], state["next"])
         self._documents = np.array(state["documents"], dtype=np.int64)
         self._starts = self._slot - np.array(state["segments"], dtype=np.int64)
         # Before the first step no lane has a document, and all are free at slot 0.
         self._ends = self._starts + np.where(self._documents < 0, 0, self.segments[self._documents])
+
+
+def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Compares what two states of lanes say of their runs.
+
+    Raises:
+        UserError: the saved one is of another batch size, seed, segment length, corpus or
+            curriculum.
+    """
+    for name, setting in (
+        ("curriculum", "train.curriculum.segments"),
+        ("batch_size", "train.batch_size"),
+        ("seed", "seed"),
+        ("segment_length", "model.segment_length"),
+        ("num_documents", "data.store: documents"),
+        ("num_tokens", "data.store: tokens"),
+    ):
+        have, had = mine.get(name), saved.get(name)  # without a curriculum there is none of it
+        if have != had:
+            raise UserError(
+                f"{setting} ({have}) must be {had}, as when the run was saved; change it back, or "
+                "start a new run with another output_dir"
+            )
 
 
 def held_out_plans(

@@ -25,6 +25,7 @@ from rich.table import Table
 from infini_ds.config import DataConfig
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
+from infini_ds.data.passkey import PasskeyCorpus
 from infini_ds.data.progress import CorpusProgress
 from infini_ds.data.store import (
     COUNTS,
@@ -32,6 +33,7 @@ from infini_ds.data.store import (
     MANIFEST,
     MODEL,
     SPLITS,
+    WEIGHT_DTYPE,
     Store,
     content_settings,
     count_tokens,
@@ -78,7 +80,7 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
 def _write_store(config: DataConfig, path: Path, workers: int, console: Console) -> None:
     began = time.monotonic()
     settings = content_settings(config)
-    corpus = Corpus(config)
+    corpus = _corpus_of(config)
     model = path / MODEL if config.tokenizer.kind == "sentencepiece" else None
     if model and config.tokenizer.model:
         shutil.copyfile(config.tokenizer.model, model)
@@ -91,7 +93,9 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
 
     dtype = token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
-        train, held_out = (stack.enter_context(_SplitWriter(path, name, dtype)) for name in SPLITS)
+        train, held_out = (
+            stack.enter_context(_SplitWriter(path, name, dtype, config.weighted)) for name in SPLITS
+        )
         progress = stack.enter_context(CorpusProgress(console, "tokenising", corpus.total_bytes))
         for batch in encoded_batches(corpus, config.tokenizer.kind, model or "", workers):
             for document in batch:
@@ -133,19 +137,22 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
 class _SplitWriter:
     """Appends documents to the files of one split. A context manager."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, weighted: bool):
         self.name = name
         self.text_bytes = 0
         self._dtype = dtype
         self._offsets = array("q", [0])
         self._offsets_file = folder / f"{name}.offsets.npy"
         self._tokens_file = (folder / f"{name}.tokens").open("wb")
+        self._weights_file = (folder / f"{name}.weights").open("wb") if weighted else None
 
     def __enter__(self) -> "_SplitWriter":
         return self
 
     def __exit__(self, *_) -> None:
         self._tokens_file.close()
+        if self._weights_file:
+            self._weights_file.close()
         np.save(self._offsets_file, np.array(self._offsets, dtype=np.int64))
 
     @property
@@ -154,6 +161,8 @@ class _SplitWriter:
 
     def add(self, document: Encoded) -> None:
         self._tokens_file.write(document.tokens.astype(self._dtype, copy=False).data)
+        if self._weights_file and document.weights is not None:
+            self._weights_file.write(document.weights.astype(WEIGHT_DTYPE, copy=False).data)
         self._offsets.append(self._offsets[-1] + len(document.tokens))
         self.text_bytes += document.text_bytes
 
@@ -165,6 +174,10 @@ class _SplitWriter:
         }
 
 
+def _corpus_of(config: DataConfig) -> Corpus:
+    return PasskeyCorpus(config) if config.source == "passkey" else Corpus(config)
+
+
 def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
@@ -174,12 +187,13 @@ def _cores() -> int:
 
 def _check_unchanged(store: Store, config: DataConfig) -> None:
     try:
-        snapshot = Corpus(config).snapshot
+        snapshot = _corpus_of(config).snapshot
     except UserError:
         return  # a finished store may be used where its sources are not
     if snapshot != store.manifest["source"]["snapshot"]:
+        setting = "data.passkey.text_files" if config.source == "passkey" else "data.files"
         raise UserError(
-            f"data.files: files have changed since data.store {store.path} was made; run "
+            f"{setting}: files have changed since data.store {store.path} was made; run "
             "`infini-ds prepare CONFIG --force`, or name another data.store"
         )
 
@@ -189,7 +203,9 @@ def _check_replaceable(path: Path) -> None:
     if not path.exists():
         return
     known = {MANIFEST, MODEL, COUNTS}
-    known.update(f"{name}{end}" for name in SPLITS for end in (".tokens", ".offsets.npy"))
+    known.update(
+        f"{name}{end}" for name in SPLITS for end in (".tokens", ".weights", ".offsets.npy")
+    )
     if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
         raise UserError(
             f"data.store {path}: is there and is not a token store; name another directory"
@@ -249,6 +265,8 @@ def _describe(config: DataConfig) -> str:
         return f"standard library of Python {platform.python_version()}"
     if config.source == "huggingface":
         return f"{config.dataset} {config.dataset_config} {config.dataset_split}"
+    if config.source == "passkey":
+        return f"pass keys in {config.passkey.filler} filler"
     return ", ".join(config.files)
 
 

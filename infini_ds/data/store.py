@@ -4,6 +4,7 @@
 |---|---|
 | `manifest.json` | what the store was made from, sizes and checksums of all other files |
 | `SPLIT.tokens` | BOS, tokens, EOS of each document; uint16, or uint32 for large vocabularies |
+| `SPLIT.weights` | float32, weight of each token in the loss; only where the corpus has weights |
 | `SPLIT.offsets.npy` | int64 [documents + 1]: where each document begins in SPLIT.tokens |
 | `train.counts.npy` | int64 [vocab]: how often each token occurs in train, BOS not counted |
 | `tokenizer.model` | the sentencepiece model, unless the tokenizer is plain bytes |
@@ -27,6 +28,7 @@ MANIFEST = "manifest.json"
 MODEL = "tokenizer.model"
 COUNTS = "train.counts.npy"
 SPLITS = ("train", "held_out")
+WEIGHT_DTYPE = np.dtype("<f4")
 # Larger files are not read whole at every start; `verify` does it.
 _CHECKED_ON_OPEN = 256 << 20
 _COUNTED_AT_ONCE = 1 << 24
@@ -43,15 +45,20 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     Raises:
         UserError: the given tokenizer model cannot be read.
     """
+    field = "weighted_field" if config.weighted_field else "text_field"
     names = {
         "python-stdlib": [],
-        "files": ["files", "document_separator", "text_field"],
-        "huggingface": ["dataset", "dataset_config", "dataset_split", "text_field"],
+        "files": ["files", "document_separator", field],
+        "huggingface": ["dataset", "dataset_config", "dataset_split", field],
+        "passkey": [],
     }[config.source]
     settings = {
         f"data.{name}": getattr(config, name)
         for name in ("source", *names, "max_documents", "held_out_fraction")
     }
+    if config.source == "passkey":
+        for name, value in config.passkey.model_dump().items():
+            settings[f"data.passkey.{name}"] = value
     tokenizer = config.tokenizer
     settings["data.tokenizer.kind"] = tokenizer.kind
     if tokenizer.kind == "sentencepiece":
@@ -72,10 +79,13 @@ class Split:
         offsets: int64 [documents + 1], where each document begins in `data`.
         lengths: int64 [documents], tokens of each document, BOS and EOS included.
         data: uint16 or uint32 [tokens], memory-mapped.
+        weights: float32 [tokens], memory-mapped: weight of each token in the loss, where it is the
+            label. None where all have weight 1.
     """
 
-    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+    def __init__(self, data: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None):
         self.data = data
+        self.weights = weights
         self.offsets = offsets
         self.lengths = np.diff(offsets)
 
@@ -93,13 +103,17 @@ class Store:
         self.manifest = manifest
         model = path / MODEL if manifest["tokenizer"]["kind"] == "sentencepiece" else ""
         self.tokenizer: Tokenizer = load_tokenizer(manifest["tokenizer"]["kind"], model)
-        dtype = token_dtype(self.tokenizer.vocab_size)
-        self._splits = {
-            name: Split(
-                mapped(path / f"{name}.tokens", dtype), np.load(path / f"{name}.offsets.npy")
-            )
-            for name in SPLITS
-        }
+        self._splits = {name: self._open_split(name) for name in SPLITS}
+
+    def _open_split(self, name: str) -> Split:
+        weights = None
+        if f"{name}.weights" in self.manifest["files"]:
+            weights = mapped(self.path / f"{name}.weights", WEIGHT_DTYPE)
+        return Split(
+            mapped(self.path / f"{name}.tokens", token_dtype(self.tokenizer.vocab_size)),
+            np.load(self.path / f"{name}.offsets.npy"),
+            weights,
+        )
 
     @classmethod
     def open(cls, path: str | Path, config: DataConfig | None = None) -> "Store":
@@ -177,7 +191,7 @@ def count_tokens(data: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Tokens of a file, memory-mapped."""
+    """Numbers of a file, memory-mapped."""
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

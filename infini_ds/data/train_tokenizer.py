@@ -33,7 +33,7 @@ def sample_text(documents: Iterable[Document], budget: int, read_limit: int = 0)
     kept_bytes = 0
     distance = 1
     number = 0
-    for _, text in documents:
+    for _, text, _ in documents:
         for begin in range(0, len(text), _BLOCK_CHARACTERS):
             if number % distance == 0:
                 block = text[begin : begin + _BLOCK_CHARACTERS]

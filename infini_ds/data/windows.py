@@ -1,5 +1,6 @@
-"""Tokens and labels of a plan's windows."""
+"""Tokens, labels and weights of a plan's windows."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from infini_ds.data.lanes import Plan
 from infini_ds.data.store import Split
 from infini_ds.layout import Layout
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a position without a loss, as in PyTorch's cross-entropy."""
 
 
@@ -22,6 +23,8 @@ class Windows(NamedTuple):
     labels: Tensor
     """int64: the next token of the document, across segments' ends too; -100 on padding."""
     layout: Layout
+    weights: Tensor
+    """fp32: weight of each label in the loss; 0 on padding."""
 
 
 def read_windows(split: Split, plan: Plan, lanes: slice | range, segment_length: int) -> Windows:
@@ -31,11 +34,48 @@ def read_windows(split: Split, plan: Plan, lanes: slice | range, segment_length:
     # One token more than a segment, for the last label: [batch, segments, segment_length + 1].
     # Where a segment is padded this reaches beyond its document, and is masked below.
     index = first[..., None] + np.arange(segment_length + 1)
-    tokens = split.data[np.minimum(index, len(split.data) - 1)].astype(np.int64)
+    index = np.minimum(index, len(split.data) - 1)
+    tokens = split.data[index].astype(np.int64)
     valid = np.arange(segment_length) < lengths[..., None]
+    weights = valid.astype(np.float32)
+    if split.weights is not None:
+        weights *= split.weights[index[..., 1:]]
     shape = (len(lengths), -1)
     return Windows(
         torch.from_numpy(np.where(valid, tokens[..., :-1], 0).reshape(shape)),
-        torch.from_numpy(np.where(valid, tokens[..., 1:], IGNORED).reshape(shape)),
+        torch.from_numpy(np.where(valid, tokens[..., 1:], IGNORE_INDEX).reshape(shape)),
         Layout(torch.from_numpy(starts.copy()), torch.from_numpy(lengths.copy())),
+        torch.from_numpy(weights.reshape(shape)),
     )
+
+
+def total_weight(split: Split, plan: Plan) -> float:
+    """Sum of the weights of all labels of a plan, over all lanes; reads no tokens."""
+    if split.weights is None:
+        return float(plan.num_tokens)
+    begins = split.offsets[plan.documents] + plan.offsets + 1  # of the labels
+    return sum(
+        float(split.weights[begin : begin + length].sum(dtype=np.float64))
+        for begin, length in zip(begins.flat, plan.lengths.flat, strict=True)
+    )
+
+
+def answers_right(losses: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+    """How many answers a model gives right while it is trained, and how many there are.
+
+    An answer is the labels of a segment whose weight is above 1. It is right where each of them has
+    a probability above 1/2, so that greedy decoding would give it.
+
+    Args:
+        losses, weights: [lanes, tokens], of whole segments.
+        layout: of the segments.
+
+    Returns:
+        [2], fp64.
+    """
+    segments = layout.starts.shape[1]
+    answer = (weights > 1).unflatten(1, (segments, -1))
+    wrong = (losses.unflatten(1, (segments, -1)) >= math.log(2)) & answer
+    answered = answer.any(dim=-1)
+    right = answered & ~wrong.any(dim=-1)
+    return torch.stack((right.sum(), answered.sum())).double()

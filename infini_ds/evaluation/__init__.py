@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss with its memory on and ablated."""
+"""What a model is worth: held-out loss and pass keys found, with its memory on and ablated."""

@@ -11,7 +11,10 @@ from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
 from infini_ds.layout import Layout
+from infini_ds.model.memory import OpenSegment
 from infini_ds.model.rotary import rotary_table
+from infini_ds.model.short_conv import TAPS, ShortConv
+from infini_ds.model.write_gate import WriteGate, WriteStats, write_stats
 
 
 class InfiniAttention(nn.Module):
@@ -28,46 +31,67 @@ class InfiniAttention(nn.Module):
             config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
         self.beta = nn.Parameter(torch.full((config.num_heads,), config.gate_init))
+        channels = heads * config.head_dim
+        self.short_conv = ShortConv(channels) if config.memory.short_conv else None
+        self.write_gate = WriteGate(config) if config.memory.write_gate else None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, hidden: Tensor, layout: Layout, memory: LayerMemory
-    ) -> tuple[Tensor, LayerMemory]:
+    ) -> tuple[Tensor, LayerMemory, WriteStats | None]:
         """Whole segments at once.
 
         hidden [batch, segments x n, hidden_size], where n is segment_length, or anything shorter
-        for a single segment. Returns the same shape, and the memory after the last segment.
+        for a single segment. Returns the same shape, the memory after the last segment, and
+        statistics of what was written, None without a write gate.
         """
-        segments = layout.starts.shape[1]
-        q, k, v = self._project(hidden)
-        q, k, v = (rearrange(x, "b (s n) h d -> b s n h d", s=segments) for x in (q, k, v))
+        hidden = rearrange(hidden, "b (s n) c -> b s n c", s=layout.starts.shape[1])
+        n = hidden.shape[2]
+        qkv = self._project(hidden)
+        if self.short_conv is not None:
+            nothing = qkv.new_zeros(*qkv.shape[:2], TAPS, *qkv.shape[3:])
+            qkv, _ = self.short_conv(qkv, nothing)
+        q, k, v = self._split(qkv)
+        w, stats = None, None
+        if self.write_gate is not None:
+            w = self.write_gate(hidden)
+            valid = torch.arange(n, device=hidden.device) < layout.lengths[..., None]
+            stats = write_stats(w, valid)
         cos, sin = self._rotary_table(hidden.device)
-        rotary = cos[: q.shape[2]], sin[: q.shape[2]]
         out, memory = infini_attention(
-            q, k, v, None, memory, layout, self.beta, self.config.memory_rule, rotary
+            q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
         )
-        return self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)")), memory
+        return self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)")), memory, stats
 
     def extend(
         self,
         hidden: Tensor,
         memory: LayerMemory,
-        keys: Tensor,
-        values: Tensor,
+        segment: OpenSegment,
         positions: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, OpenSegment, WriteStats | None]:
         """A few more tokens of a segment that is not full yet; nothing is written to the memory.
 
         Args:
             hidden: [batch, t, hidden_size].
             memory: as it was before the segment.
-            keys, values: [batch, n, kv_heads, d], the segment so far, before rotary.
+            segment: what was read of it so far.
             positions: [batch, t], places of the new tokens in the segment.
 
         Returns:
-            The output, and keys and values with the new tokens in place.
+            The output, the segment with the new tokens in place, and statistics of what will be
+            written of them, None without a write gate.
         """
-        q, k, v = self._project(hidden)
+        keys, values, weights, tail = segment
+        qkv = self._project(hidden)
+        if self.short_conv is not None:
+            qkv, tail = self.short_conv(qkv, tail)
+        q, k, v = self._split(qkv)
+        stats = None
+        if self.write_gate is not None:
+            w = self.write_gate(hidden)
+            weights = weights.scatter(1, positions[..., None].expand_as(w), w)
+            stats = write_stats(w, torch.ones_like(positions, dtype=torch.bool))
         index = positions[..., None, None].expand_as(k)
         keys, values = keys.scatter(1, index, k), values.scatter(1, index, v)
         used = int(positions.max()) + 1
@@ -83,22 +107,28 @@ class InfiniAttention(nn.Module):
         states = LayerMemory(memory.kv[:, None], memory.norm[:, None])
         a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
         out = read_and_mix(a_dot, q[:, None], states, self.beta)
-        return self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)")), keys, values
+        out = self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)"))
+        return out, OpenSegment(keys, values, weights, tail), stats
 
-    def close(self, memory: LayerMemory, keys: Tensor, values: Tensor) -> LayerMemory:
-        """Writes a full segment, keys and values [batch, n, kv_heads, d], into the memory."""
-        batch, n = keys.shape[:2]
+    def close(self, memory: LayerMemory, segment: OpenSegment) -> LayerMemory:
+        """Writes a full segment into the memory."""
+        keys, values = segment.keys[:, None], segment.values[:, None]
+        w = None if self.write_gate is None else segment.weights[:, None]
+        batch, _, n = keys.shape[:3]
         layout = Layout(
             torch.zeros(batch, 1, dtype=torch.bool, device=keys.device),
             torch.full((batch, 1), n, dtype=torch.int32, device=keys.device),
         )
-        rule = self.config.memory_rule
-        return memory_scan(keys[:, None], values[:, None], None, memory, layout, rule)[1]
+        return memory_scan(keys, values, w, memory, layout, self.config.memory_rule)[1]
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] to [..., heads + 2 kv_heads, d]."""
+        return self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Queries [..., heads, d], keys and values [..., kv_heads, d]."""
         heads, kv_heads = self.config.num_heads, self.config.kv_heads
-        qkv = rearrange(self.qkv_proj(hidden), "b t (h d) -> b t h d", d=self.config.head_dim)
-        return qkv.split((heads, kv_heads, kv_heads), dim=2)
+        return qkv.split((heads, kv_heads, kv_heads), dim=-2)
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].device != device:

@@ -10,6 +10,8 @@ from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.attention import InfiniAttention
 from infini_ds.model.feed_forward import FeedForward
+from infini_ds.model.memory import OpenSegment
+from infini_ds.model.write_gate import WriteStats
 
 Checkpointing = Literal["none", "attention", "block"]
 
@@ -31,27 +33,28 @@ class Block(nn.Module):
 
     def forward(
         self, hidden: Tensor, layout: Layout, memory: LayerMemory
-    ) -> tuple[Tensor, LayerMemory]:
-        """[batch, segments x n, hidden_size] to the same, and the memory after the last segment."""
+    ) -> tuple[Tensor, LayerMemory, WriteStats | None]:
+        """[batch, segments x n, hidden_size] to the same, the memory after the last segment, and
+        statistics of what was written, None without a write gate."""
         if self.activation_checkpointing == "block" and self.training:
             return _checkpoint(self._forward, hidden, layout, memory)
         return self._forward(hidden, layout, memory)
 
     def extend(
-        self, hidden: Tensor, memory: LayerMemory, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, hidden: Tensor, memory: LayerMemory, segment: OpenSegment, positions: Tensor
+    ) -> tuple[Tensor, OpenSegment, WriteStats | None]:
         """A few more tokens of an open segment, see InfiniAttention.extend."""
-        attended, keys, values = self.self_attn.extend(
-            self.input_layernorm(hidden), memory, keys, values, positions
+        attended, segment, stats = self.self_attn.extend(
+            self.input_layernorm(hidden), memory, segment, positions
         )
-        return self._feed_forward(hidden + attended), keys, values
+        return self._feed_forward(hidden + attended), segment, stats
 
     def _forward(self, hidden: Tensor, layout: Layout, memory: LayerMemory):
         if self.activation_checkpointing == "attention" and self.training:
-            attended, memory = _checkpoint(self._attend, hidden, layout, memory)
+            attended, memory, stats = _checkpoint(self._attend, hidden, layout, memory)
         else:
-            attended, memory = self._attend(hidden, layout, memory)
-        return self._feed_forward(hidden + attended), memory
+            attended, memory, stats = self._attend(hidden, layout, memory)
+        return self._feed_forward(hidden + attended), memory, stats
 
     def _attend(self, hidden: Tensor, layout: Layout, memory: LayerMemory):
         return self.self_attn(self.input_layernorm(hidden), layout, memory)

@@ -9,9 +9,12 @@ from torch import Tensor
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.block import Block
 from infini_ds.model.memory import Memory
+from infini_ds.model.write_gate import WriteStats
 
 
-def extend(blocks: Sequence[Block], hidden: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+def extend(
+    blocks: Sequence[Block], hidden: Tensor, memory: Memory
+) -> tuple[Tensor, Memory, list[WriteStats]]:
     """Reads tokens that fit into the open segment of every row, and compresses full segments.
 
     Args:
@@ -19,25 +22,20 @@ def extend(blocks: Sequence[Block], hidden: Tensor, memory: Memory) -> tuple[Ten
         hidden: [batch, t, hidden_size], before the first of them.
 
     Returns:
-        Hidden states after the last block, and the memory after the tokens.
+        Hidden states after the last block, the memory after the tokens, and statistics of what
+        each layer writes of them, empty without write gates.
     """
     t = hidden.shape[1]
     start = torch.tensor(memory.lengths, device=hidden.device)
     positions = start[:, None] + torch.arange(t, device=hidden.device)
-    keys, values = [], []
-    for index, (block, layer) in enumerate(zip(blocks, memory.layers(), strict=True)):
-        hidden, layer_keys, layer_values = block.extend(
-            hidden, layer, memory.keys[index], memory.values[index], positions
-        )
-        keys.append(layer_keys)
-        values.append(layer_values)
-    memory = replace(
-        memory,
-        keys=torch.stack(keys),
-        values=torch.stack(values),
-        lengths=tuple(length + t for length in memory.lengths),
-    )
-    return hidden, _close(blocks, memory)
+    segments, writes = [], []
+    for block, layer, segment in zip(blocks, memory.layers(), memory.segments(), strict=True):
+        hidden, segment, stats = block.extend(hidden, layer, segment, positions)
+        segments.append(segment)
+        if stats is not None:
+            writes.append(stats)
+    lengths = tuple(length + t for length in memory.lengths)
+    return hidden, _close(blocks, memory.with_segments(segments, lengths)), writes
 
 
 def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
@@ -47,8 +45,8 @@ def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
         return memory
     chosen = torch.tensor(full, device=memory.kv.device)
     layers = []
-    for index, (block, layer) in enumerate(zip(blocks, memory.layers(), strict=True)):
-        closed = block.self_attn.close(layer, memory.keys[index], memory.values[index])
+    for block, layer, segment in zip(blocks, memory.layers(), memory.segments(), strict=True):
+        closed = block.self_attn.close(layer, segment)
         layers.append(
             LayerMemory(
                 torch.where(chosen[:, None, None, None], closed.kv, layer.kv),
@@ -58,4 +56,6 @@ def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
     lengths = tuple(
         0 if is_full else length for is_full, length in zip(full, memory.lengths, strict=True)
     )
-    return replace(memory.with_layers(layers), lengths=lengths)
+    # The next segment's first tokens have none before them.
+    tail = memory.tail.masked_fill(chosen[:, None, None, None], 0)
+    return replace(memory.with_layers(layers), tail=tail, lengths=lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from infini_ds.model.transformer import InfiniTransformer
 
 
-@torch.no_grad()
 def generate(
     self: InfiniTransformer,
     prompt: Tensor | Sequence[Tensor],
@@ -25,7 +24,6 @@ def generate(
     stop_token: int | None = None,
     memory: Memory | None = None,
     generator: torch.Generator | None = None,
-    on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Continues each prompt.
 
@@ -41,7 +39,6 @@ def generate(
         stop_token: a row that wrote it is finished; the rest of it is filled with it.
         memory: of a document that the prompt goes on with.
         generator: source of the random numbers.
-        on_token: called with each new column [batch], as it is written.
 
     Returns:
         The new tokens, [batch, up to max_new_tokens].
@@ -49,31 +46,50 @@ def generate(
     Raises:
         ValueError: an empty prompt, or a setting out of its range.
     """
+    columns = stream(
+        self, prompt, max_new_tokens, temperature, top_p, top_k, stop_token, memory, generator
+    )
+    return torch.stack(list(columns), dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: InfiniTransformer,
+    prompt: Tensor | Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop_token: int | None = None,
+    memory: Memory | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Like `generate`, but gives each new column [batch] as it is written."""
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise ValueError(
             f"temperature ({temperature}) must be at least 0, top_p ({top_p}) in (0, 1], top_k "
             f"({top_k}) at least 0, max_new_tokens ({max_new_tokens}) at least 1"
         )
-    training = self.training
-    self.eval()
-    hidden, memory = _absorb(self, prompt, memory)
-    finished = torch.zeros(memory.batch, dtype=torch.bool, device=hidden.device)
-    written = []
-    while True:
-        logits = self.logits(hidden).float()  # [batch, vocab_size]
-        token = sample(logits, temperature, top_p, top_k, generator)
-        if stop_token is not None:
-            token = token.masked_fill(finished, stop_token)
-            finished |= token == stop_token
-        written.append(token)
-        if on_token:
-            on_token(token)
-        if len(written) == max_new_tokens or bool(finished.all()):
-            break
-        hidden, memory = self.read(token[:, None], memory)
-        hidden = hidden[:, -1]
-    self.train(training)
-    return torch.stack(written, dim=1)
+    training = model.training
+    model.eval()
+    try:
+        hidden, memory = _absorb(model, prompt, memory)
+        finished = torch.zeros(memory.batch, dtype=torch.bool, device=hidden.device)
+        written = 0
+        while True:
+            logits = model.logits(hidden).float()  # [batch, vocab_size]
+            token = sample(logits, temperature, top_p, top_k, generator)
+            if stop_token is not None:
+                token = token.masked_fill(finished, stop_token)
+                finished |= token == stop_token
+            yield token
+            written += 1
+            if written == max_new_tokens or bool(finished.all()):
+                break
+            hidden, memory = model.read(token[:, None], memory)
+            hidden = hidden[:, -1]
+    finally:
+        model.train(training)
 
 
 def _absorb(

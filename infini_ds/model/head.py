@@ -6,9 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_ds.config import ModelConfig
-
-IGNORE_INDEX = -100
-"""Label of positions that have no loss."""
+from infini_ds.data.windows import IGNORE_INDEX
 
 
 class Head(nn.Module):

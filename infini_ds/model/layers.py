@@ -9,6 +9,7 @@ from torch import nn
 from infini_ds.config import ModelConfig
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import Head
+from infini_ds.model.write_gate import INITIAL_DEVIATION
 
 
 class Embedding(nn.Embedding):
@@ -44,20 +45,27 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
     """Initial weights as a function of seed and place alone, whichever process builds the layer.
 
     Normal with initializer_range; projections that end a branch are divided by sqrt(2 L) so that
-    the residual stream does not grow with depth (GPT-2). Norms are 1, biases 0.
+    the residual stream does not grow with depth (GPT-2). Norms are 1, biases and convolutions 0.
+    Write gates have a deviation of their own, and are drawn last: all else is as without them.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-    for name, parameter in layer.named_parameters():
-        if parameter.dim() < 2:
-            continue  # norms, biases and gates are set where they are made
+    gates_last = sorted(layer.named_parameters(), key=lambda item: _is_write_gate(item[0]))
+    for name, parameter in gates_last:
+        if parameter.dim() < 2 or name.endswith("short_conv.weight"):
+            continue  # norms, biases, gates and convolutions are set where they are made
         ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
         scale = math.sqrt(2 * config.num_layers) if ends_branch else 1.0
+        deviation = INITIAL_DEVIATION if _is_write_gate(name) else config.initializer_range / scale
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
-        drawn.normal_(0, config.initializer_range / scale, generator=generator)
+        drawn.normal_(0, deviation, generator=generator)
         parameter.copy_(drawn)
     for name, parameter in layer.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
+
+
+def _is_write_gate(name: str) -> bool:
+    return name.endswith("write_gate.weight")
 
 
 def count_parameters(config: ModelConfig) -> int:

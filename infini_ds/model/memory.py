@@ -1,8 +1,10 @@
 """A document's memory across calls: compressive memories, and the segment still open."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,8 +14,22 @@ from torch import Tensor
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.model.short_conv import TAPS
 
-FORMAT = "infini_ds.memory.1"
+FORMAT = "infini_ds.memory.2"
+
+
+class OpenSegment(NamedTuple):
+    """What one layer keeps of the segment that is not full yet; see `Memory`."""
+
+    keys: Tensor
+    """[batch, segment_length, kv_heads, d]"""
+    values: Tensor
+    """[batch, segment_length, kv_heads, d]"""
+    weights: Tensor
+    """[batch, segment_length, kv_heads or 0] fp32"""
+    tail: Tensor
+    """[batch, 3 or 0, heads + 2 kv_heads, d]"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,7 @@ class Memory:
 
     Reading goes on exactly where it stopped, at any token: whole segments are compressed into
     `kv` and `norm`, and the keys and values of the segment that is not full yet are kept as
-    they are, never more than one segment of them.
+    they are, never more than one segment of them. Tensors of options that are off are empty.
     """
 
     kv: Tensor
@@ -33,6 +49,12 @@ class Memory:
     """[layers, batch, segment_length, kv_heads, d]: keys of the open segment, before rotary."""
     values: Tensor
     """[layers, batch, segment_length, kv_heads, d]: values of the open segment."""
+    weights: Tensor
+    """[layers, batch, segment_length, kv_heads] fp32: how much of each token will be written;
+    the last size is 0 without memory.write_gate."""
+    tail: Tensor
+    """[layers, batch, 3, heads + 2 kv_heads, d]: queries, keys and values of the open segment's
+    last tokens, before the convolution; none without memory.short_conv."""
     lengths: tuple[int, ...]
     """Tokens in the open segment of each row."""
 
@@ -45,18 +67,13 @@ class Memory:
         dtype: torch.dtype = torch.float32,
     ) -> "Memory":
         """The memory of documents of which nothing was read yet."""
-        shape = (config.num_layers, batch, config.segment_length, config.kv_heads, config.head_dim)
-        layers = [
-            LayerMemory.empty(batch, config.kv_heads, config.head_dim, device)
-            for _ in range(config.num_layers)
-        ]
-        return cls(
-            torch.stack([layer.kv for layer in layers]),
-            torch.stack([layer.norm for layer in layers]),
-            torch.zeros(shape, device=device, dtype=dtype),
-            torch.zeros(shape, device=device, dtype=dtype),
-            (0,) * batch,
-        )
+        tensors = {
+            name: torch.zeros(
+                shape, device=device, dtype=dtype if name in _COMPUTED else torch.float32
+            )
+            for name, shape in _shapes(config, batch).items()
+        }
+        return cls(**tensors, lengths=(0,) * batch)
 
     @property
     def batch(self) -> int:
@@ -75,6 +92,16 @@ class Memory:
             norm=torch.stack([layer.norm for layer in layers]),
         )
 
+    def segments(self) -> list[OpenSegment]:
+        """The open segment of each layer."""
+        parts = (self.keys, self.values, self.weights, self.tail)
+        return [OpenSegment(*tensors) for tensors in zip(*parts, strict=True)]
+
+    def with_segments(self, segments: list[OpenSegment], lengths: tuple[int, ...]) -> "Memory":
+        """The same compressive memories with other open segments."""
+        keys, values, weights, tail = map(torch.stack, zip(*segments, strict=True))
+        return replace(self, keys=keys, values=values, weights=weights, tail=tail, lengths=lengths)
+
     def detach(self) -> "Memory":
         """Cuts the gradient."""
         return self._map(Tensor.detach)
@@ -88,47 +115,67 @@ class Memory:
         """One memory whose batch is that of all of them, in order."""
         tensors = {
             name: torch.cat([getattr(memory, name) for memory in memories], dim=1)
-            for name in ("kv", "norm", "keys", "values")
+            for name in _TENSORS
         }
         lengths = tuple(length for memory in memories for length in memory.lengths)
         return cls(**tensors, lengths=lengths)
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file; only the used part of the open segment is stored."""
+    def save(self, path: str | Path, fingerprint: str | None = None) -> None:
+        """Writes one safetensors file; only the used part of the open segment is stored.
+
+        The file appears whole or not at all.
+
+        Args:
+            fingerprint: of the model that read the documents, see `model.fingerprint`.
+        """
         longest = max(self.lengths)
-        tensors = {
-            "kv": self.kv,
-            "norm": self.norm,
-            "keys": self.keys[:, :, :longest],
-            "values": self.values[:, :, :longest],
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {name: tensors[name][:, :, :longest] for name in _BY_TOKEN}
         metadata = {
             "format": FORMAT,
             "lengths": json.dumps(self.lengths),
             "segment_length": str(self.keys.shape[2]),
         }
+        if fingerprint is not None:
+            metadata["fingerprint"] = fingerprint
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, path, metadata)
+        partial = f"{path}.partial"
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Memory":
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        fingerprint: str | None = None,
+    ) -> "Memory":
         """Reads what `save` wrote.
 
+        Args:
+            fingerprint: of the model that is to go on with it; a file saved without one is taken.
+
         Raises:
-            UserError: the file is missing or is not a memory.
+            UserError: the file is missing, is not a memory, or is another model's.
         """
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"memory {path}: not a memory file written by Memory.save")
+                saved = metadata.get("fingerprint")
+                if fingerprint is not None and saved not in (None, fingerprint):
+                    raise UserError(
+                        f"memory {path}: is of another model (fingerprint {saved[:12]}, "
+                        f"this one has {fingerprint[:12]}); read the document with this one"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise UserError(f"memory {path}: no such file") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"memory {path}: cannot be read ({error})") from None
         segment_length = int(metadata["segment_length"])
-        for name in ("keys", "values"):
+        for name in _BY_TOKEN:
             used = tensors[name]
             whole = used.new_zeros(*used.shape[:2], segment_length, *used.shape[3:])
             whole[:, :, : used.shape[2]] = used
@@ -137,13 +184,39 @@ class Memory:
 
     def check(self, config: ModelConfig, batch: int) -> None:
         """Raises ValueError if this memory does not fit the model or the batch."""
-        kv_shape = (config.num_layers, batch, config.kv_heads, config.head_dim, config.head_dim)
+        shapes = _shapes(config, batch)
+        kv_shape = shapes["kv"]
         if tuple(self.kv.shape) != kv_shape or self.keys.shape[2] != config.segment_length:
             raise ValueError(
                 f"memory of shape {tuple(self.kv.shape)} and segment {self.keys.shape[2]} does not "
                 f"fit this model and batch: {kv_shape} and segment {config.segment_length}"
             )
+        for name, option in (("weights", "write_gate"), ("tail", "short_conv")):
+            if tuple(getattr(self, name).shape) != shapes[name]:
+                raise ValueError(
+                    f"memory with {name} of shape {tuple(getattr(self, name).shape)} does not fit "
+                    f"this model, whose memory.{option} is {getattr(config.memory, option)}: "
+                    f"{shapes[name]}"
+                )
 
     def _map(self, function) -> "Memory":
-        names = ("kv", "norm", "keys", "values")
-        return replace(self, **{name: function(getattr(self, name)) for name in names})
+        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+
+
+_TENSORS = ("kv", "norm", "keys", "values", "weights", "tail")
+_BY_TOKEN = ("keys", "values", "weights")  # only the open segment's tokens are of use
+_COMPUTED = ("keys", "values", "tail")  # in the compute dtype
+
+
+def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a memory's tensors."""
+    layers, n, d = config.num_layers, config.segment_length, config.head_dim
+    heads, kv_heads = config.num_heads, config.kv_heads
+    return {
+        "kv": (layers, batch, kv_heads, d, d),
+        "norm": (layers, batch, kv_heads, d),
+        "keys": (layers, batch, n, kv_heads, d),
+        "values": (layers, batch, n, kv_heads, d),
+        "weights": (layers, batch, n, kv_heads if config.memory.write_gate else 0),
+        "tail": (layers, batch, TAPS if config.memory.short_conv else 0, heads + 2 * kv_heads, d),
+    }

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
+from infini_ds.data.windows import IGNORE_INDEX
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import generate
-from infini_ds.model.head import IGNORE_INDEX, token_losses
+from infini_ds.model.head import token_losses
 from infini_ds.model.layers import initialize, layer_list
 from infini_ds.model.memory import Memory
+from infini_ds.model.write_gate import WriteStats
 
 WINDOW_SEGMENTS = 16
 """Whole segments that a call reads at once; longer inputs are read window by window."""
@@ -73,9 +75,15 @@ class InfiniTransformer(nn.Module):
 
     def read(self, tokens: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """Like calling the model, up to the final norm: hidden states [batch, length, hidden]."""
+        hidden, memory, _ = self._read(tokens, memory)
+        return hidden, memory
+
+    def _read(self, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Memory, Tensor]:
+        """What `read` returns, and the sum of all write weights, 0 without write gates."""
         memory = self._memory(tokens, memory)
         n = self.config.segment_length
         parts = []
+        mass = torch.zeros((), device=tokens.device)
         while tokens.shape[1]:
             longest = max(memory.lengths)
             segments = min(tokens.shape[1] // n, WINDOW_SEGMENTS) if longest == 0 else 0
@@ -83,19 +91,21 @@ class InfiniTransformer(nn.Module):
             piece, tokens = tokens[:, :take], tokens[:, take:]
             if segments:
                 layout = full_layout(piece.shape[0], segments, n, piece.device)
-                hidden, layers = self.read_window(piece, layout, memory.layers())
+                hidden, layers, writes = self.read_window(piece, layout, memory.layers())
                 memory = memory.with_layers(layers)
             else:
-                hidden, memory = extend(self.blocks, self.layers[0](piece), memory)  # type: ignore[arg-type]
+                hidden, memory, writes = extend(self.blocks, self.layers[0](piece), memory)  # type: ignore[arg-type]
                 hidden = self._final_norm(hidden)
             parts.append(hidden)
+            for stats in writes:
+                mass = mass + stats.mass
         if not parts:
             raise ValueError("tokens must have at least one column")
-        return torch.cat(parts, dim=1), memory
+        return torch.cat(parts, dim=1), memory, mass
 
     def read_window(
         self, tokens: Tensor, layout: Layout, memory: list[LayerMemory]
-    ) -> tuple[Tensor, list[LayerMemory]]:
+    ) -> tuple[Tensor, list[LayerMemory], list[WriteStats]]:
         """A window of whole segments, as in training.
 
         Args:
@@ -104,14 +114,17 @@ class InfiniTransformer(nn.Module):
             memory: of each layer, before the window.
 
         Returns:
-            Hidden states after the final norm, and the memory of each layer after the window.
+            Hidden states after the final norm, the memory of each layer after the window, and
+            statistics of what each layer wrote, empty without write gates.
         """
         hidden = self.layers[0](tokens)
-        after = []
+        after, writes = [], []
         for block, layer_memory in zip(self.blocks, memory, strict=True):
-            hidden, layer_memory = block(hidden, layout, layer_memory)
+            hidden, layer_memory, stats = block(hidden, layout, layer_memory)
             after.append(layer_memory)
-        return self._final_norm(hidden), after
+            if stats is not None:
+                writes.append(stats)
+        return self._final_norm(hidden), after, writes
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Projects hidden states to the vocabulary."""
@@ -128,6 +141,8 @@ class InfiniTransformer(nn.Module):
     ) -> Tensor:
         """Mean next-token loss of whole documents, backpropagated through all of their memory.
 
+        With memory.write_penalty, that times the sum over layers of the mean write weight is added.
+
         Args:
             tokens: [batch, length].
             labels: [batch, length - 1], what follows each token but the last; tokens[:, 1:] by
@@ -135,8 +150,9 @@ class InfiniTransformer(nn.Module):
             chunk_tokens: tokens whose logits exist at one time.
         """
         labels = tokens[:, 1:] if labels is None else labels
-        hidden, _ = self.read(tokens[:, :-1])
-        return self._loss_sum(hidden, labels, chunk_tokens) / (labels != IGNORE_INDEX).sum()
+        hidden, _, mass = self._read(tokens[:, :-1], None)
+        loss = self._loss_sum(hidden, labels, chunk_tokens) / (labels != IGNORE_INDEX).sum()
+        return loss + self._penalty(mass, labels.numel())
 
     def backward(
         self, tokens: Tensor, window_segments: int, labels: Tensor | None = None
@@ -152,7 +168,7 @@ class InfiniTransformer(nn.Module):
             labels: as in `loss`.
 
         Returns:
-            The mean loss, detached.
+            The loss, as in `loss`, detached.
         """
         labels = tokens[:, 1:] if labels is None else labels
         count = (labels != IGNORE_INDEX).sum()
@@ -162,8 +178,9 @@ class InfiniTransformer(nn.Module):
         for piece, targets in zip(
             tokens[:, :-1].split(width, 1), labels.split(width, 1), strict=True
         ):
-            hidden, memory = self.read(piece, memory)
+            hidden, memory, mass = self._read(piece, memory)
             loss = self._loss_sum(hidden, targets, 1024) / count
+            loss = loss + self._penalty(mass, labels.numel())
             loss.backward()
             total += loss.detach()
             memory = memory.detach()
@@ -173,6 +190,10 @@ class InfiniTransformer(nn.Module):
 
     def _loss_sum(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
         return token_losses(hidden, *self.head(), labels, chunk_tokens).sum()
+
+    def _penalty(self, mass: Tensor, tokens: int) -> Tensor:
+        """Of the sum of write weights over layers, heads and some or all of these tokens."""
+        return self.config.memory.write_penalty * mass / (tokens * self.config.kv_heads)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
         return self.layers[1 + self.config.num_layers](hidden)

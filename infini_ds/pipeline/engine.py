@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,10 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
 from infini_ds.config import ModelConfig, TrainConfig
-from infini_ds.data.windows import Windows
+from infini_ds.data.windows import Windows, answers_right
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.model.write_gate import WriteStats
 from infini_ds.pipeline.channel import Channel
 from infini_ds.pipeline.lane_memory import LaneMemory
 from infini_ds.pipeline.module import InfiniPipeline
@@ -32,6 +34,15 @@ from infini_ds.pipeline.transport import TRANSPORTS
 
 Reader = Callable[[int], Windows]
 """Gives this data-parallel rank's windows of a micro-batch; asked on the first and last stage."""
+
+
+class StepSize(NamedTuple):
+    """Of the whole global batch of a step: what its sums are divided by."""
+
+    loss_weight: float
+    """Sum of the weights of all losses: the number of valid tokens if each weighs 1."""
+    tokens: int
+    """Valid tokens."""
 
 
 @dataclass
@@ -46,6 +57,17 @@ class Unit:
     """Hidden states, or the summed loss on the last stage."""
     memory_out: list[Tensor]
     """kv and norm of each block after the chunk, flat."""
+    mass: Tensor | None
+    """Sum of this stage's write weights, if it has write gates."""
+
+
+class Scale(NamedTuple):
+    """Gradients of a step's outputs."""
+
+    loss: float
+    """Of the summed losses."""
+    mass: float
+    """Of the summed write weights: what the write penalty adds to the loss for each."""
 
 
 class InfiniEngine(PipelineEngine):
@@ -69,6 +91,11 @@ class InfiniEngine(PipelineEngine):
         self.memories = self.empty_memories()
         self.seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
         self.skipped_in_a_row = 0
+        self.write_totals = torch.zeros(
+            self._model.num_layers, 2, dtype=torch.float64, device=self.device
+        )
+        """Of the last training step: mass and zeros (see `WriteStats`) of every layer, summed over
+        this rank's lanes, 0 for layers of other stages and without write gates: see `all_sum`."""
 
     def empty_memories(self) -> LaneMemory:
         """For lanes that have read nothing: what this stage holds between windows."""
@@ -82,22 +109,30 @@ class InfiniEngine(PipelineEngine):
         first = (self.grid.get_data_parallel_id() * self.micro_batches + micro_batch) * lanes
         return range(first, first + lanes)
 
-    def train_step(self, read: Reader, num_tokens: int) -> Tensor:
+    def train_step(self, read: Reader, size: StepSize) -> Tensor:
         """Forward, backward and optimizer step on one window of every lane.
 
         Args:
             read: windows of each micro-batch.
-            num_tokens: valid tokens in the whole global batch; the loss is the sum over all of
-                them divided by this.
+            size: of the step; the loss is the weighted sum over all valid tokens divided by
+                its weight.
 
         Returns:
-            The sum of this rank's losses, fp64, 0 except on the last stage: see `all_sum`.
+            The weighted sum of this rank's losses, fp64, 0 except on the last stage: see `all_sum`.
         """
         begin = time.perf_counter()
         self.module.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.write_totals.zero_()
+        self.answers = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Of the last training step with a curriculum: right answers and all answers."""
         # Reductions average over data-parallel ranks.
-        scale = self.dp_world_size / num_tokens
+        scale = Scale(
+            self.dp_world_size / size.loss_weight,
+            self._model.memory.write_penalty
+            * self.dp_world_size
+            / (size.tokens * self._model.kv_heads),
+        )
         schedule = train_schedule(
             self.stage_id, self.num_stages, self.micro_batches, self._train.chunks
         )
@@ -169,7 +204,7 @@ class InfiniEngine(PipelineEngine):
         schedule: Iterable[Forward | Backward],
         read: Reader,
         memories: LaneMemory,
-        scale: float | None,
+        scale: Scale | None,
     ) -> None:
         self._units: dict[tuple[int, int], Unit] = {}
         self._windows: dict[int, Windows] = {}
@@ -200,8 +235,8 @@ class InfiniEngine(PipelineEngine):
                 self._windows[micro_batch] = _to_device(windows, self.device)
         passing = self._passing[micro_batch]
         if self.is_first_stage():
-            tokens, _, layout = self._cut(self._windows[micro_batch], chunk)
-            inputs = tokens
+            cut = self._cut(self._windows[micro_batch], chunk)
+            inputs, layout = cut.tokens, cut.layout
         else:
             payload = self._receive_payload(chunk)
             inputs, layout = payload.hidden.requires_grad_(training), payload.layout
@@ -215,11 +250,16 @@ class InfiniEngine(PipelineEngine):
                 LayerMemory(*(tensor.detach().requires_grad_() for tensor in layer))
                 for layer in memory
             ]
-        output, after = self.module(inputs, layout, memory)
+        output, after, writes = self.module(inputs, layout, memory)
         passing.update(zip(own, after, strict=True))
         if self.is_last_stage():
-            labels = self._cut(self._windows[micro_batch], chunk)[1]
-            output = self.module.losses(output, labels, self._train.loss_chunk_tokens).sum()
+            cut = self._cut(self._windows[micro_batch], chunk)
+            losses = self.module.losses(output, cut.labels, self._train.loss_chunk_tokens)
+            if training:
+                if self._train.curriculum:
+                    self.answers += answers_right(losses.detach(), cut.weights, layout)
+                losses = losses * cut.weights
+            output = losses.sum()
             self._loss_sum += output.detach()
         else:
             riding = self._riding(self.stage_id, chunk)
@@ -228,19 +268,23 @@ class InfiniEngine(PipelineEngine):
         if training:
             flat_in = [tensor for layer in memory for tensor in layer]
             flat_out = [tensor for layer in after for tensor in layer]
-            self._units[unit] = Unit(inputs, flat_in, output, flat_out)
+            mass = self._add_writes(writes) if writes else None
+            self._units[unit] = Unit(inputs, flat_in, output, flat_out, mass)
         if last:
             self._finish_window(micro_batch, memories)
 
-    def _backward(self, unit: Backward, scale: float) -> None:
+    def _backward(self, unit: Backward, scale: Scale) -> None:
         micro_batch, chunk = unit
         done = self._units.pop((micro_batch, chunk))
         if self.is_last_stage():
-            tensors, gradients = [done.output], [torch.full_like(done.output, scale)]
+            tensors, gradients = [done.output], [torch.full_like(done.output, scale.loss)]
         else:
             message = self._next_gradient.receive()
             gradient = message.view(self._wire.dtype)[: done.output.numel()]
             tensors, gradients = [done.output], [gradient.view_as(done.output)]
+        if done.mass is not None:
+            tensors.append(done.mass)
+            gradients.append(torch.full_like(done.mass, scale.mass))
         if chunk < self._train.chunks - 1:
             # The next chunk has left the gradients of the memory that this one handed on.
             for tensor, gradient in zip(done.memory_out, self._memory_gradients, strict=True):
@@ -254,6 +298,13 @@ class InfiniEngine(PipelineEngine):
             gradient = done.inputs.grad.contiguous().view(-1).view(torch.uint8)
             padding = self._wire.gradient_bytes() - gradient.numel()
             self._previous_gradient.send(torch.nn.functional.pad(gradient, (0, padding)))
+
+    def _add_writes(self, writes: list[WriteStats]) -> Tensor:
+        """Notes what this stage's blocks wrote; the sum of their masses, with gradient."""
+        table = torch.stack([torch.stack(stats) for stats in writes])  # [blocks, 2]
+        own = self.module.block_range
+        self.write_totals[own.start : own.stop] += table.detach()
+        return table[:, 0].sum()
 
     def _accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
         """One backward pass over all outputs of a unit, added to the fp32 sums."""
@@ -278,11 +329,12 @@ class InfiniEngine(PipelineEngine):
             everything = {block: _detach(passing[block]) for block in sorted(passing)}
             self._return.send(self._wire.pack_memories(everything))
 
-    def _cut(self, windows: Windows, chunk: int) -> tuple[Tensor, Tensor, Layout]:
-        tokens = windows.tokens.chunk(self._train.chunks, dim=1)[chunk]
-        labels = windows.labels.chunk(self._train.chunks, dim=1)[chunk]
-        layout = (part.chunk(self._train.chunks, dim=1)[chunk] for part in windows.layout)
-        return tokens, labels, Layout(*layout)
+    def _cut(self, windows: Windows, chunk: int) -> Windows:
+        tokens, labels, weights, *layout = (
+            part.chunk(self._train.chunks, dim=1)[chunk]
+            for part in (windows.tokens, windows.labels, windows.weights, *windows.layout)
+        )
+        return Windows(tokens, labels, Layout(*layout), weights)
 
     # Messages
 
@@ -427,4 +479,7 @@ def _detach(memory: LayerMemory) -> LayerMemory:
 
 def _to_device(windows: Windows, device: torch.device) -> Windows:
     layout = Layout(*(part.to(device) for part in windows.layout))
-    return Windows(windows.tokens.to(device), windows.labels.to(device), layout)
+    tokens, labels, weights = (
+        part.to(device) for part in (windows.tokens, windows.labels, windows.weights)
+    )
+    return Windows(tokens, labels, layout, weights)

@@ -58,7 +58,7 @@ def _read(
         hidden = torch.nn.functional.embedding(tokens, module.embedding)
     else:
         hidden = engine.receive_hidden((1, tokens.shape[1], module.config.hidden_size), dtype)
-    hidden, memory = extend(module.blocks, hidden, memory)
+    hidden, memory, _ = extend(module.blocks, hidden, memory)
     if engine.is_last_stage():
         hidden = module.final_norm(hidden)
     else:

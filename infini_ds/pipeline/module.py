@@ -10,6 +10,7 @@ from infini_ds.layout import Layout
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
+from infini_ds.model.write_gate import WriteStats
 from infini_ds.pipeline.balance import balance
 
 TIED_KEY = "embedding"
@@ -65,7 +66,7 @@ class InfiniPipeline(PipelineModule):
 
     def forward(
         self, inputs: Tensor, layout: Layout, memory: list[LayerMemory]
-    ) -> tuple[Tensor, list[LayerMemory]]:
+    ) -> tuple[Tensor, list[LayerMemory], list[WriteStats]]:
         """Runs this stage on a chunk; a pure function, like each of its layers.
 
         Args:
@@ -74,17 +75,20 @@ class InfiniPipeline(PipelineModule):
             memory: of each of this stage's blocks, before the chunk.
 
         Returns:
-            Hidden states (after the final norm on the last stage), and the memories after.
+            Hidden states (after the final norm on the last stage), the memories after, and
+            statistics of what each block wrote, empty without write gates.
         """
-        hidden, after = inputs, []
+        hidden, after, writes = inputs, [], []
         remaining = iter(memory)
         for layer in self.forward_funcs:
             if isinstance(layer, Block):
-                hidden, layer_memory = layer(hidden, layout, next(remaining))
+                hidden, layer_memory, stats = layer(hidden, layout, next(remaining))
                 after.append(layer_memory)
+                if stats is not None:
+                    writes.append(stats)
             elif not self._is_head(layer):
                 hidden = layer(hidden)
-        return hidden, after
+        return hidden, after, writes
 
     def losses(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
         """Last stage: the loss of each token, [batch, length], see token_losses."""

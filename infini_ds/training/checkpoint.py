@@ -26,7 +26,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from infini_ds.config import RunConfig, dump
+from infini_ds.config import RunConfig, dump, parse
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.pipeline.engine import InfiniEngine
@@ -99,7 +99,8 @@ def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: a setting that must not change has changed.
     """
-    saved = yaml.safe_load((directory / "config.yaml").read_text())
+    path = directory / "config.yaml"
+    saved = parse(yaml.safe_load(path.read_text()), str(path)).model_dump()
     mine = config.model_dump()
     for name in _fixed_settings(mine):
         section, _, key = name.rpartition(".")

@@ -1,9 +1,10 @@
 """The file that makes a directory a checkpoint: names, sizes and checksums, written last."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
+
+from infini_ds.data.store import sha256_of
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -19,7 +20,7 @@ def sha256(path: Path) -> str:
     """Checksum of a file; what was written is on disk when this returns."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def write(directory: Path, files: dict[str, dict]) -> None:

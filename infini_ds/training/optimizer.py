@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from infini_ds.config import OptimizerConfig
 
+_WITHOUT_DECAY = ("write_gate.weight", "short_conv.weight")
+
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -16,16 +18,16 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups with their own decay and learning rate; empty ones are left out.
 
-    `weights`: matrices, with decay. `no_decay`: norms, biases and the embedding. `gates`: the
-    memory gates (beta), without decay and with a learning rate of their own. A stage without
-    attention has no gates: DeepSpeed drops empty groups, and whatever was matched by position
-    would be mixed up, so a group is known by its name.
+    `weights`: matrices, with decay. `no_decay`: norms, biases, the embedding, write gates and
+    short convolutions. `gates`: the memory gates (beta), without decay and with a learning rate of
+    their own. A stage without attention has no gates: DeepSpeed drops empty groups, and whatever
+    was matched by position would be mixed up, so a group is known by its name.
     """
     members: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "gates": []}
     for name, parameter in named_parameters:
         if name.endswith(".beta"):
             members["gates"].append(parameter)
-        elif parameter.dim() < 2 or parameter is embedding:
+        elif parameter.dim() < 2 or parameter is embedding or name.endswith(_WITHOUT_DECAY):
             members["no_decay"].append(parameter)
         else:
             members["weights"].append(parameter)

@@ -13,15 +13,16 @@ import torch.distributed as dist
 from infini_ds import config as configuration
 from infini_ds.allocator import keep_freed_memory
 from infini_ds.config import RunConfig
+from infini_ds.data.curriculum import CurriculumLanes
 from infini_ds.data.lanes import Plan
-from infini_ds.data.opening import open_data
-from infini_ds.data.store import Store
-from infini_ds.data.windows import Windows, read_windows
+from infini_ds.data.opening import open_data, with_vocabulary
+from infini_ds.data.windows import Windows, read_windows, total_weight
 from infini_ds.errors import RunError, UserError
 from infini_ds.evaluation.held_out import HeldOut
 from infini_ds.model.flops import training_flops_per_token
 from infini_ds.model.layers import count_parameters
 from infini_ds.pipeline.balance import describe
+from infini_ds.pipeline.engine import StepSize
 from infini_ds.pipeline.generation import generate
 from infini_ds.training import checkpoint
 from infini_ds.training.build import build_engine, start_distributed
@@ -36,6 +37,8 @@ from infini_ds.training.startup import together
 def pretrain(config: RunConfig) -> None:
     """Trains until train.steps; goes on from the newest valid checkpoint if there is one.
 
+    The process group stays open when it returns: leave by os._exit.
+
     Raises:
         UserError: a setting or a file is wrong; the same on all ranks.
         RunError: the run cannot go on.
@@ -49,7 +52,7 @@ def pretrain(config: RunConfig) -> None:
     except UserError:  # on all ranks together, as is this; without it the exit may abort
         dist.destroy_process_group()
         raise
-    dist.destroy_process_group()  # not after a failure: it would wait for the other processes
+    dist.barrier()
 
 
 class Trainer:
@@ -134,9 +137,20 @@ class Trainer:
         plan = self.lanes.next_plan()
         factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
         set_learning_rate(engine.optimizer, factor)
-        loss_sum = engine.train_step(self._reader(plan), plan.num_tokens)
+        weight = total_weight(self.store.split("train"), plan)
+        # Without any weight there is no loss, whatever it is divided by.
+        size = StepSize(weight or 1.0, plan.num_tokens)
+        loss_sum = engine.train_step(self._reader(plan), size)
         asked = torch.tensor(float(self.stop.requested), dtype=torch.float64, device=engine.device)
-        loss_sum, asked = engine.all_sum(torch.stack((loss_sum, asked))).tolist()
+        sums = engine.all_sum(torch.stack((loss_sum, asked, *engine.answers)))
+        loss_sum, asked, right, answers = sums.tolist()
+        curriculum = {}
+        if isinstance(self.lanes, CurriculumLanes):
+            self.lanes.observe(right / answers)
+            curriculum = {
+                "train/exact_match": right / answers,
+                "train/curriculum_segments": self.lanes.level_segments,
+            }
         self.step += 1
         self.tokens += plan.num_tokens
         if engine.skipped_in_a_row >= config.train.max_skipped_steps:
@@ -146,9 +160,11 @@ class Trainer:
                 "optimizer.learning_rate, or look at the data near step "
                 f"{self.step}"
             )
+        log = self.step % config.train.log_every == 0
+        writes = self._describe_writes(size.tokens) if log else {}
         if self.monitor:
             elapsed = time.perf_counter() - begin
-            loss = loss_sum / plan.num_tokens
+            loss = loss_sum / size.loss_weight
             speed = plan.num_tokens / elapsed
             metrics = {
                 "train/loss": loss,
@@ -170,9 +186,21 @@ class Trainer:
             if peak:
                 flops = training_flops_per_token(config.model) * speed
                 metrics["speed/model_flops_utilisation"] = flops / (peak * dist.get_world_size())
-            log = self.step % config.train.log_every == 0
-            self.monitor.step(self.step, metrics, log)
+            self.monitor.step(self.step, metrics | writes | curriculum, log)
         return asked > 0
+
+    def _describe_writes(self, tokens: int) -> dict[str, float]:
+        """How much of the last step's tokens each layer wrote, and what that costs in the loss."""
+        memory = self.config.model.memory
+        if not memory.write_gate:
+            return {}
+        shares = self.engine.all_sum(self.engine.write_totals.clone())
+        shares /= tokens * self.config.model.kv_heads
+        metrics = {"train/write_penalty": memory.write_penalty * float(shares[:, 0].sum())}
+        for layer, (mass, zeros) in enumerate(shares.tolist()):
+            metrics[f"memory/write_mass/layer_{layer}"] = mass
+            metrics[f"memory/write_zeros/layer_{layer}"] = zeros
+        return metrics
 
     def _reader(self, plan: Plan):
         split, n = self.store.split("train"), self.config.model.segment_length
@@ -279,23 +307,6 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.monitor:
             self.monitor.say(message)
-
-
-def with_vocabulary(config: RunConfig, store: Store) -> RunConfig:
-    """The config with model.vocab_size taken from the store where it is 0.
-
-    Raises:
-        UserError: it is given and too small for the store's tokenizer.
-    """
-    needed = store.tokenizer.vocab_size
-    given = config.model.vocab_size
-    if given and given < needed:
-        raise UserError(
-            f"model.vocab_size ({given}) must be at least {needed}, the tokens of data.store "
-            f"{store.path}; 0 takes it from there"
-        )
-    model = config.model.model_copy(update={"vocab_size": given or needed})
-    return config.model_copy(update={"model": model})
 
 
 def _set_threads(config: RunConfig) -> None:

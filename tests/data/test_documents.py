@@ -30,7 +30,7 @@ def texts(corpus):
 def test_corpus_txt_is_one_document_with_its_line_ends(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(COMPRESS[ending]("one\r\ntwo é\n\n".encode()))
-    assert list(corpus_of(path)) == [(str(path), "one\r\ntwo é\n\n")]
+    assert list(corpus_of(path)) == [(str(path), "one\r\ntwo é\n\n", ())]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -128,6 +128,83 @@ def test_corpus_refuses_a_file_it_cannot_read(tmp_path, name, content, says):
     with pytest.raises(UserError, match=rf"^data\.files .*{says}") as caught:
         texts(corpus_of(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+PIECES = [["Is é a letter? ", 0], ["Yes.", 1.5]]
+WEIGHTED = ("Is é a letter? Yes.", ((15, 0), (4, 1.5)))
+
+
+def weighted(corpus):
+    return [(document.text, document.spans) for document in corpus]
+
+
+def test_corpus_jsonl_has_weighted_pieces(tmp_path):
+    path = tmp_path / "a.jsonl"
+    named = [{"text": text, "weight": weight} for text, weight in PIECES]
+    records = [PIECES, named, "plain", [["", 1], ["x", 2], ["", 0]]]
+    path.write_text("".join(json.dumps({"turns": record}) + "\n" for record in records))
+    (tmp_path / "b.txt").write_text("file")
+    corpus = corpus_of(path, tmp_path / "b.txt", weighted_field="turns")
+    assert weighted(corpus) == [
+        WEIGHTED,
+        WEIGHTED,
+        ("plain", ((5, 1),)),
+        ("x", ((0, 1), (1, 2), (0, 0))),
+        ("file", ((4, 1),)),
+    ]
+
+
+def test_corpus_parquet_has_weighted_pieces(tmp_path):
+    rows = [[{"text": text, "weight": weight} for text, weight in PIECES], None, []]
+    pyarrow.parquet.write_table(pyarrow.table({"turns": rows}), tmp_path / "a.parquet")
+    corpus = corpus_of(tmp_path / "a.parquet", weighted_field="turns")
+    assert weighted(corpus) == [WEIGHTED]
+    assert corpus.skipped.counts == {"field is not text or weighted pieces": 1, "empty": 1}
+
+
+def test_corpus_dataset_has_weighted_pieces(tmp_path):
+    rows = [[{"text": text, "weight": weight} for text, weight in PIECES]]
+    datasets.Dataset.from_dict({"turns": rows}).save_to_disk(tmp_path / "saved")
+    config = DataConfig(
+        source="huggingface", dataset=str(tmp_path / "saved"), weighted_field="turns", store=""
+    )
+    assert weighted(Corpus(config)) == [WEIGHTED]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (3, "field is not text or weighted pieces"),
+        (["x"], "field is not text or weighted pieces"),
+        ([["x"]], "field is not text or weighted pieces"),
+        ([[3, 1]], "field is not text or weighted pieces"),
+        ([{"body": "x", "weight": 1}], "field is not text or weighted pieces"),
+        ([["half \ud800 pair", 1]], "invalid UTF-8"),
+        ([["x", "1"]], "weight is not a number of at least 0"),
+        ([["x", True]], "weight is not a number of at least 0"),
+        ([["x", -1]], "weight is not a number of at least 0"),
+        ([["x", float("nan")]], "weight is not a number of at least 0"),
+        ([["x", float("inf")]], "weight is not a number of at least 0"),
+        ([{"text": "x"}], "weight is not a number of at least 0"),
+        ([["x", 0], ["y", 0.0]], "all weights are 0"),
+        ([], "empty"),
+        ([["", 1]], "empty"),
+    ],
+    ids=str,
+)
+def test_corpus_skips_pieces_that_are_not_weighted_text(tmp_path, record, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"turns": record}) + "\n")
+    corpus = corpus_of(path, weighted_field="turns")
+    assert texts(corpus) == []
+    assert corpus.skipped.counts == {reason: 1}
+
+
+@pytest.mark.parametrize("column", ["body", "turns"], ids=["missing", "texts"])
+def test_corpus_refuses_parquet_without_weighted_pieces(tmp_path, column):
+    pyarrow.parquet.write_table(pyarrow.table({column: ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: .*data\.weighted_field 'turns'"):
+        texts(corpus_of(tmp_path / "a.parquet", weighted_field="turns"))
 
 
 @pytest.mark.parametrize("column", ["body", "text"], ids=["missing", "numbers"])

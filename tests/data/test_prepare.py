@@ -106,6 +106,54 @@ def test_prepare_writes_the_same_with_one_and_two_workers(tmp_path, corpus, smal
     two.verify()
 
 
+def write_conversations(path, count):
+    """Records of a question without weight and an answer with weight 2."""
+    records = [{"turns": [[f"question {i} é?", 0], [f" answer {i}", 2]]} for i in range(count)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_prepare_stores_a_weight_for_each_token(tmp_path):
+    path = write_conversations(tmp_path / "a.jsonl", 60)
+    config = config_of(path, tmp_path / "store", BYTES)
+    config = config.model_copy(update={"weighted_field": "turns"})
+    store = prepare(config, workers=1)
+    for name in ("train", "held_out"):
+        split = store.split(name)
+        assert split.weights is not None
+        assert len(split.weights) == len(split.data)
+        for document, length in enumerate(split.lengths):
+            tokens = split.tokens(document, 0, int(length)).tolist()
+            weights = split.weights[split.offsets[document] : split.offsets[document + 1]]
+            answer = len(tokens) - 1 - store.tokenizer.decode(tokens)[::-1].index("rewsna ") - 7
+            assert weights.tolist() == [0] * answer + [2] * (len(tokens) - answer)
+    files = store.manifest["files"]
+    assert files["train.weights"]["size"] == 4 * len(store.split("train").data)
+    Store.open(tmp_path / "store", config)
+    (tmp_path / "store" / "train.weights").write_bytes(bytes(files["train.weights"]["size"]))
+    with pytest.raises(UserError, match=r"train\.weights: is damaged"):
+        Store.open(tmp_path / "store")
+    prepare(config, force=True, workers=1)
+
+
+def test_prepare_weights_are_the_same_with_one_and_two_workers(tmp_path, small_batches):
+    path = write_conversations(tmp_path / "a.jsonl", 60)
+    for name, workers in (("one", 1), ("two", 2)):
+        config = config_of(path, tmp_path / name)
+        tokenizer = TokenizerConfig(vocab_size=320)
+        prepare(
+            config.model_copy(update={"weighted_field": "turns", "tokenizer": tokenizer}),
+            workers=workers,
+        )
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_prepare_without_weights_stores_none(tmp_path, corpus):
+    store = prepare(config_of(corpus, tmp_path / "store", BYTES), workers=1)
+    assert store.split("train").weights is None
+    assert not list((tmp_path / "store").glob("*.weights"))
+
+
 def test_prepare_a_second_time_does_no_work(tmp_path, corpus, monkeypatch, capsys):
     config = config_of(corpus, tmp_path / "store")
     prepare(config, workers=1)

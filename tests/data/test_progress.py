@@ -1,4 +1,5 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -8,9 +9,10 @@ from infini_ds.data import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass between two looks at the clock: each look is 4 s later."""
-    ticks = iter(range(0, 10_000, 4))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
+    """A clock that stands still; the test moves its `now` on."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
 
 
 @pytest.mark.parametrize(("total", "left"), [(1000, True), (0, False)], ids=["known", "stream"])
@@ -18,6 +20,7 @@ def test_corpus_progress_prints_a_line_now_and_then_without_a_terminal(clock, to
     output = io.StringIO()
     with progress.CorpusProgress(Console(file=output), "tokenising", total) as shown:
         for step in range(1, 11):
+            clock.now += 4
             shown.update(step * 100, step, step * 1_000_000)
     lines = output.getvalue().splitlines()
     assert len(lines) == 3  # at 12, 24 and 36 s of 40 s

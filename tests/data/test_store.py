@@ -141,8 +141,9 @@ def test_verify_finds_damage_that_open_does_not_look_for(path, monkeypatch):
         ({"max_documents": 3}, "data.max_documents"),
         ({"held_out_fraction": 0.25}, "data.held_out_fraction"),
         ({"text_field": "body"}, "data.text_field"),
+        ({"weighted_field": "turns"}, "data.weighted_field"),
     ],
-    ids=["tokenizer", "files", "source", "max_documents", "held_out_fraction", "text_field"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_store_open_refuses_a_store_of_other_settings(path, prepared, change, setting):
     config = config_of(prepared, **change)

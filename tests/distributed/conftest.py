@@ -30,6 +30,7 @@ class Run:
             "model": {
                 "hidden_size": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16,
                 "segment_length": 16, "memory_rule": "delta", "initializer_range": 0.1,
+                "memory": {"write_gate": True, "write_penalty": 0.1, "short_conv": True},
             },
             "data": data.model_dump(),
             "train": {

@@ -9,10 +9,11 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from infini_ds.config import RunConfig, parse
-from infini_ds.data.windows import IGNORED, Windows
+from infini_ds.data.windows import IGNORE_INDEX, Windows
 from infini_ds.layout import Layout
 from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
 
@@ -21,6 +22,12 @@ LANES = 4
 SEGMENTS = 4
 LENGTH = 8
 VOCABULARY = 61
+PROMPT = [1, 2, 3]
+
+
+def spread_write_gates(patch: pytest.MonkeyPatch) -> None:
+    """Initial write weights from 0 to 1, both ends included, instead of about 0.5."""
+    patch.setattr("infini_ds.model.layers.INITIAL_DEVIATION", 0.6)
 
 
 def config_of(case: dict) -> RunConfig:
@@ -62,19 +69,21 @@ def windows_of(step: int) -> tuple[Windows, int]:
     lengths = torch.randint(1, LENGTH + 1, shape, generator=generator)
     lengths = torch.where(short, lengths, LENGTH).int()
     valid = (torch.arange(LENGTH) < lengths[..., None]).reshape(tokens.shape)
-    labels = labels.masked_fill(~valid, IGNORED)
-    return Windows(tokens, labels, Layout(starts, lengths)), int(valid.sum())
+    labels = labels.masked_fill(~valid, IGNORE_INDEX)
+    return Windows(tokens, labels, Layout(starts, lengths), valid.float()), int(valid.sum())
 
 
 def cut(windows: Windows, lanes: range) -> Windows:
     """Some lanes of a batch of windows."""
     part = slice(lanes.start, lanes.stop)
     layout = Layout(*(tensor[part] for tensor in windows.layout))
-    return Windows(windows.tokens[part], windows.labels[part], layout)
+    return Windows(windows.tokens[part], windows.labels[part], layout, windows.weights[part])
 
 
 def train(config: RunConfig) -> dict:
     """STEPS steps on this rank."""
+    from infini_ds.pipeline.engine import StepSize
+    from infini_ds.pipeline.generation import generate
     from infini_ds.pipeline.module import single_process_name
     from infini_ds.training.build import build_engine
 
@@ -87,6 +96,7 @@ def train(config: RunConfig) -> dict:
         "initial": {name: parameter.detach().clone() for name, parameter in names.items()},
         "losses": [],
         "norms": [],
+        "writes": [],
     }
     for step in range(STEPS):
         windows, count = windows_of(step)
@@ -96,14 +106,17 @@ def train(config: RunConfig) -> dict:
 
         factor = learning_rate_factor(step, config.train.steps, config.optimizer)
         set_learning_rate(engine.optimizer, factor)
-        loss = engine.all_sum(engine.train_step(read, count))
+        loss = engine.all_sum(engine.train_step(read, StepSize(count, count)))
         result["losses"].append(float(loss) / count)
         result["norms"].append(engine.gradient_norm)
+        result["writes"].append(engine.all_sum(engine.write_totals.clone()))
     result["weights"] = {name: parameter.detach() for name, parameter in names.items()}
     result["memories"] = {
         block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
     }
     result["sent_bytes"], result["step_bytes"] = engine.sent_bytes, engine.step_bytes()
+    if config.model.memory.write_gate:
+        result["text"] = generate(engine, PROMPT, 20, 0.0, 0)
     result["first_lane"] = engine.lanes_of(0).start
     return result
 
@@ -112,6 +125,7 @@ def main() -> None:
     from infini_ds.training.build import start_distributed
 
     torch.set_num_threads(1)
+    spread_write_gates(pytest.MonkeyPatch())
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     start_distributed(60)
     rank = torch.distributed.get_rank()

@@ -20,7 +20,14 @@ from infini_ds.training.optimizer import (
     set_learning_rate,
 )
 from tests.distributed import layout_worker
-from tests.distributed.layout_worker import LANES, STEPS, config_of, windows_of
+from tests.distributed.layout_worker import (
+    LANES,
+    PROMPT,
+    STEPS,
+    config_of,
+    spread_write_gates,
+    windows_of,
+)
 from tests.distributed.processes import run_ranks
 
 TOLERANCE = 1e-5
@@ -120,7 +127,30 @@ LARGER_MICRO_BATCHES = {
         2, {"parallel.pipeline_stages": 1, "train.micro_batch_size": 2},
     ),
 }  # fmt: skip
-FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES
+# What the model learns about writing, with hard zeros and ones among the write weights.
+WRITING = {
+    "model.memory": {"write_gate": True, "write_penalty": 0.3, "short_conv": True},
+    "train.chunks": 2,
+}
+WRITING_CASES = {
+    f"writing-pipeline2-data{data}-{transport}-{rule}": (
+        2 * data,
+        {
+            **WRITING,
+            "parallel.pipeline_stages": 2,
+            "parallel.memory_transport": transport,
+            "model.memory_rule": rule,
+            "train.activation_checkpointing": checkpointing,
+        },
+    )
+    for data, transport, rule, checkpointing in [
+        (1, "carried", "linear", "none"),
+        (1, "resident", "delta", "block"),
+        (2, "resident", "linear", "attention"),
+        (2, "carried", "delta", "none"),
+    ]
+}
+FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 SLOW_CASES = sampled(LAYOUTS, 12)
 
@@ -164,7 +194,9 @@ def results(tmp_path_factory) -> Results:
 def reference(settings: str) -> dict:
     """The same steps with the model, optimizer and clipping of plain PyTorch, all lanes at once."""
     config = config_of(json.loads(settings))
-    model = InfiniTransformer(config.model, seed=config.seed)
+    with pytest.MonkeyPatch.context() as patch:
+        spread_write_gates(patch)
+        model = InfiniTransformer(config.model, seed=config.seed)
     embedding = model.layers[0].weight
     assert isinstance(embedding, torch.nn.Parameter)
     groups = parameter_groups(model.named_parameters(), config.optimizer, embedding)
@@ -172,23 +204,27 @@ def reference(settings: str) -> dict:
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     shape = (LANES, config.model.kv_heads, config.model.head_dim)
     memory = [LayerMemory.empty(*shape) for _ in range(config.model.num_layers)]
-    losses, norms = [], []
+    losses, norms, writes = [], [], []
     for step in range(STEPS):
         windows, count = windows_of(step)
-        hidden, memory = model.read_window(windows.tokens, windows.layout, memory)
+        hidden, memory, stats = model.read_window(windows.tokens, windows.layout, memory)
         memory = [LayerMemory(*(tensor.detach() for tensor in layer)) for layer in memory]
         loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
+        means = [layer.mass / (count * config.model.kv_heads) for layer in stats]
         optimizer.zero_grad()
-        loss.backward()
+        (loss + config.model.memory.write_penalty * sum(means)).backward()
         limit = config.optimizer.gradient_clipping or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         factor = learning_rate_factor(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, factor)
         optimizer.step()
         losses.append(float(loss.detach()))
+        writes.append([[float(value.detach()) for value in layer] for layer in stats])
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    text = model.generate(torch.tensor([PROMPT]), 20, temperature=0)[0].tolist()
     return {
-        "losses": losses, "norms": norms, "weights": weights, "initial": initial, "memory": memory
+        "losses": losses, "norms": norms, "weights": weights, "initial": initial, "memory": memory,
+        "writes": writes, "text": text,
     }  # fmt: skip
 
 
@@ -223,6 +259,21 @@ def test_training_agrees_with_plain_pytorch(results, name):
     expected = expected_of(FP32_CASES[name][1])
     assert expected["norms"][0] > 0.5, "clipping must be active"
     assert_as_reference(results.of(name, DEFAULT_CASES), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", WRITING_CASES)
+def test_write_statistics_are_those_of_one_process(results, name):
+    expected = torch.tensor(expected_of(WRITING_CASES[name][1])["writes"], dtype=torch.float64)
+    assert expected[..., 1].sum() > 0, "some weights must be exactly 0"
+    for rank in results.of(name, DEFAULT_CASES):
+        torch.testing.assert_close(torch.stack(rank["writes"]), expected, rtol=TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("name", WRITING_CASES)
+def test_generated_text_is_that_of_one_process(results, name):
+    expected = expected_of(WRITING_CASES[name][1])["text"]
+    for rank in results.of(name, DEFAULT_CASES):
+        assert rank["text"] == expected
 
 
 @pytest.mark.slow

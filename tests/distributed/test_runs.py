@@ -60,6 +60,13 @@ class TestExactResume:
         assert run.losses == undisturbed.losses
         assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
 
+    def test_every_step_tells_how_much_each_layer_writes(self, undisturbed):
+        for metrics in undisturbed.metrics.values():
+            masses = [metrics[f"memory/write_mass/layer_{layer}"] for layer in range(2)]
+            assert all(0 < mass < 1 for mass in masses)
+            assert metrics["train/write_penalty"] == pytest.approx(0.1 * sum(masses))
+            assert all(0 <= metrics[f"memory/write_zeros/layer_{layer}"] < 1 for layer in range(2))
+
     def test_finished_run_started_again_changes_nothing(self, tmp_path, data, undisturbed):
         run = copied(undisturbed, tmp_path, data)
         run.finish(2)
@@ -126,9 +133,10 @@ class TestKilledRank:
 
 FP32 = {
     "train__dtype": "fp32", "train__steps": 8, "train__save_every": 4, "train__chunks": 1,
-    "optimizer__eps": 1e-5, "optimizer__learning_rate": 1e-3,
+    "optimizer__eps": 1e-5, "optimizer__learning_rate": 1e-3, "model__memory": {},
 }  # fmt: skip
-TIED = {**FP32, "model__tie_embeddings": True}
+WRITING = {"write_gate": True, "write_penalty": 0.1, "short_conv": True}
+TIED = {**FP32, "model__tie_embeddings": True, "model__memory": WRITING}
 
 
 @pytest.fixture(scope="module")

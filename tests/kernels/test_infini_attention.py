@@ -14,7 +14,7 @@ from infini_ds.kernels.infini_attention.reference import (
 )
 from infini_ds.layout import Layout
 
-torch.set_num_threads(1)  # where the CPU's own local attention is used
+torch.set_num_threads(1)
 
 DIM = 16
 NAMES = ("out", "kv", "norm", *(f"gradient of {name}" for name in ("q", "k", "v", "incoming kv",
@@ -98,7 +98,7 @@ def test_infini_attention_matches_reference(rule, group, gated, n, layout_name, 
         names = NAMES[:3] if expected_part is expected.outputs else NAMES[3:]
         for name, want, have in zip(names, expected_part, actual_part, strict=False):
             # A sum over all tokens whose terms largely cancel, in bf16 more than they round.
-            slack = 2 if name == "gradient of beta" else 1
+            slack = 3 if name == "gradient of beta" else 1
             assert error_ratio(want, have) <= slack * limit, name
 
 

@@ -54,7 +54,8 @@ def make_inputs(n, group, sharpness=1.0):
 @pytest.mark.parametrize("tile", [16, 128])
 @pytest.mark.parametrize("n", [1, 7, 16, 63, 100])
 def test_local_attention_matches_written_out(n, tile, group, precision, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", tile)
+    monkeypatch.setattr(cpu, "FORWARD_TILE", tile)
+    monkeypatch.setattr(cpu, "BACKWARD_TILE", tile)
     inputs = make_inputs(n, group)
     expected = compute(written_out, inputs, torch.float64, torch.float64)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -99,4 +100,4 @@ def test_long_attention_never_holds_a_score_matrix():
     q, k, v = (torch.randn(1, 1, n, 1, DIM, requires_grad=True) for _ in range(3))
     with Sizes():
         local_attention_cpu(q, k, v, torch.ones(n, 8), torch.zeros(n, 8)).sum().backward()
-    assert max(sizes) <= cpu.TILE * n
+    assert max(sizes) <= cpu.BACKWARD_TILE * n

@@ -23,13 +23,34 @@ MODEL = ModelConfig(
 )
 
 
+@torch.no_grad()
+def spread(model: InfiniTransformer) -> None:
+    """Write weights from 0 to 1, both ends included, and convolutions that do something."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "write_gate" in name or "short_conv" in name:
+            parameter.normal_(0, 0.5, generator=generator)
+
+
 @pytest.fixture
 def make_model() -> Callable[..., InfiniTransformer]:
     def make(activation_checkpointing: Checkpointing = "none", **changes) -> InfiniTransformer:
         config = ModelConfig(**(MODEL.model_dump() | changes))
-        return InfiniTransformer(config, activation_checkpointing=activation_checkpointing)
+        model = InfiniTransformer(config, activation_checkpointing=activation_checkpointing)
+        spread(model)
+        return model
 
     return make
+
+
+WRITING = {"write_gate": True, "write_penalty": 0.5, "short_conv": True}
+"""Everything on that the model can learn about writing."""
+
+
+@pytest.fixture(params=[{}, WRITING], ids=["plain", "writing"])
+def options(request) -> dict:
+    """Options of the memory, all off and all on."""
+    return request.param
 
 
 @pytest.fixture(params=["linear", "delta"])

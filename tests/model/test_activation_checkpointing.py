@@ -6,11 +6,11 @@ import torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["block", "attention"])
-def test_gradients_are_identical(make_model, make_tokens, rule, checkpointing, dtype):
+def test_gradients_are_identical(make_model, make_tokens, rule, options, checkpointing, dtype):
     tokens = make_tokens(2, 33)
     gradients = []
     for choice in ("none", checkpointing):
-        model = make_model(choice, memory_rule=rule).to(dtype).train()
+        model = make_model(choice, memory_rule=rule, memory=options).to(dtype).train()
         model.loss(tokens).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():

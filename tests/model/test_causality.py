@@ -14,7 +14,7 @@ def read(model, tokens, starts, lengths):
     layout = Layout(torch.tensor(starts, dtype=torch.bool), torch.tensor(lengths))
     memory = Memory.empty(model.config, tokens.shape[0])
     with torch.no_grad():
-        hidden, layers = model.read_window(tokens, layout, memory.layers())
+        hidden, layers, _ = model.read_window(tokens, layout, memory.layers())
     return hidden.unflatten(1, (SEGMENTS, N)), memory.with_layers(layers)
 
 
@@ -25,8 +25,8 @@ def change(tokens, where):
 
 
 @pytest.mark.parametrize("place", [0, 5, 8, 19, 31])
-def test_changed_token_changes_no_earlier_output(make_model, make_tokens, rule, place):
-    model, tokens = make_model(memory_rule=rule), make_tokens(1, SEGMENTS * N)
+def test_changed_token_changes_no_earlier_output(make_model, make_tokens, rule, options, place):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
     with torch.no_grad():
         before = model(tokens).logits
         after = model(change(tokens, (0, place))).logits
@@ -35,8 +35,8 @@ def test_changed_token_changes_no_earlier_output(make_model, make_tokens, rule, 
     assert different[place:].all(), "the memory must carry the change to every later token"
 
 
-def test_documents_of_one_lane_are_isolated_bitwise(make_model, make_tokens, rule):
-    model, tokens = make_model(memory_rule=rule), make_tokens(2, SEGMENTS * N)
+def test_documents_of_one_lane_are_isolated_bitwise(make_model, make_tokens, rule, options):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, SEGMENTS * N)
     starts, lengths = [[1, 0, 1, 0], [0, 0, 0, 1]], [[N] * 4] * 2
     hidden, memory = read(model, tokens, starts, lengths)
 
@@ -55,22 +55,22 @@ def test_documents_of_one_lane_are_isolated_bitwise(make_model, make_tokens, rul
     assert not torch.equal(memory.kv[:, 0], second_memory.kv[:, 0])
 
 
-def test_document_start_drops_carried_memory_bitwise(make_model, make_tokens, rule):
-    model, tokens = make_model(memory_rule=rule), make_tokens(1, SEGMENTS * N)
+def test_document_start_drops_carried_memory_bitwise(make_model, make_tokens, rule, options):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
     layout = Layout(torch.tensor([[True, False, False, False]]), torch.full((1, SEGMENTS), N))
     with torch.no_grad():
         carried = model(make_tokens(1, 2 * N, seed=1)).memory
         fresh = Memory.empty(model.config, 1)
-        hidden, layers = model.read_window(tokens, layout, fresh.layers())
-        other, other_layers = model.read_window(tokens, layout, carried.layers())
+        hidden, layers, _ = model.read_window(tokens, layout, fresh.layers())
+        other, other_layers, _ = model.read_window(tokens, layout, carried.layers())
     assert torch.equal(hidden, other)
     for layer, other_layer in zip(layers, other_layers, strict=True):
         assert torch.equal(layer.kv, other_layer.kv)
         assert torch.equal(layer.norm, other_layer.norm)
 
 
-def test_padding_changes_nothing_bitwise(make_model, make_tokens, rule):
-    model, tokens = make_model(memory_rule=rule), make_tokens(1, SEGMENTS * N)
+def test_padding_changes_nothing_bitwise(make_model, make_tokens, rule, options):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
     lengths = [[N, 3, N, 0]]
     hidden, memory = read(model, tokens, [[1, 0, 1, 1]], lengths)
     padding = torch.arange(N) >= torch.tensor(lengths[0])[:, None]  # [segments, n]
@@ -82,8 +82,8 @@ def test_padding_changes_nothing_bitwise(make_model, make_tokens, rule):
     assert torch.equal(memory.norm, other_memory.norm)
 
 
-def test_segment_without_tokens_leaves_memory_alone(make_model, make_tokens, rule):
-    model, tokens = make_model(memory_rule=rule), make_tokens(1, SEGMENTS * N)
+def test_segment_without_tokens_leaves_memory_alone(make_model, make_tokens, rule, options):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
     _, memory = read(model, tokens, [[0] * 4], [[N, N, 0, 0]])
     with torch.no_grad():
         expected = model(tokens[:, : 2 * N]).memory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_ds.model.generation import sample
+from infini_ds.model.generation import sample, stream
 
 N = 8
 
@@ -18,22 +18,22 @@ def greedy_by_full_forward(model, prompt, count):
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 20])
-def test_greedy_equals_argmax_of_full_forward(make_model, make_tokens, rule, length):
-    model, prompt = make_model(memory_rule=rule), make_tokens(2, length)
+def test_greedy_equals_argmax_of_full_forward(make_model, make_tokens, rule, options, length):
+    model, prompt = make_model(memory_rule=rule, memory=options), make_tokens(2, length)
     expected = greedy_by_full_forward(model, prompt, 2 * N + 3)
     assert torch.equal(model.generate(prompt, 2 * N + 3, temperature=0), expected)
 
 
-def test_ragged_prompts_equal_single_ones(make_model, make_tokens, rule):
-    model = make_model(memory_rule=rule)
+def test_ragged_prompts_equal_single_ones(make_model, make_tokens, rule, options):
+    model = make_model(memory_rule=rule, memory=options)
     prompts = [make_tokens(1, length, seed=length)[0] for length in (3, 8, 21)]
     together = model.generate(prompts, 20, temperature=0)
     for prompt, row in zip(prompts, together, strict=True):
         assert torch.equal(model.generate(prompt[None], 20, temperature=0)[0], row)
 
 
-def test_memory_continuation_equals_whole_prompt(make_model, make_tokens, rule):
-    model, prompt = make_model(memory_rule=rule), make_tokens(2, 27)
+def test_memory_continuation_equals_whole_prompt(make_model, make_tokens, rule, options):
+    model, prompt = make_model(memory_rule=rule, memory=options), make_tokens(2, 27)
     memory = model(prompt[:, :19]).memory.detach()
     expected = model.generate(prompt, 12, temperature=0)
     assert torch.equal(model.generate(prompt[:, 19:], 12, temperature=0, memory=memory), expected)
@@ -72,10 +72,24 @@ def test_stop_token_ends_a_row_and_then_the_whole(make_model, make_tokens):
     assert alone.shape == (1, first + 1)
 
 
-def test_on_token_sees_every_column(make_model, make_tokens):
-    columns = []
-    out = make_model().generate(make_tokens(2, 6), 5, on_token=columns.append)
-    assert torch.equal(torch.stack(columns, 1), out)
+def test_stream_gives_each_column_before_the_next_is_computed(make_model, make_tokens, monkeypatch):
+    model, prompt = make_model(), make_tokens(2, 6)
+    expected = model.generate(prompt, 5, temperature=0)
+    reads = []
+    read = model.read
+    monkeypatch.setattr(model, "read", lambda *given: reads.append(given) or read(*given))
+    for number, column in enumerate(stream(model, prompt, 5, temperature=0), start=1):
+        assert torch.equal(column, expected[:, number - 1])
+        assert len(reads) == number
+    assert number == 5
+
+
+def test_stream_that_is_given_up_restores_training_mode(make_model, make_tokens):
+    model = make_model().train()
+    columns = stream(model, make_tokens(1, 3), 5)
+    next(columns)
+    columns.close()
+    assert model.training
 
 
 def test_same_generator_same_text(make_model, make_tokens):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infini_ds.model.head import IGNORE_INDEX, token_losses
+from infini_ds.data.windows import IGNORE_INDEX
+from infini_ds.model.head import token_losses
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
@@ -64,8 +65,8 @@ def test_tied_head_is_the_embedding(make_model, make_tokens):
     assert untied.head()[0] is not untied.layers[0].weight
 
 
-def test_backward_over_one_window_equals_loss_backward(make_model, make_tokens, rule):
-    model, tokens = make_model(memory_rule=rule), make_tokens(2, 30)
+def test_backward_over_one_window_equals_loss_backward(make_model, make_tokens, rule, options):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, 30)
     loss = model.loss(tokens)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -75,7 +76,7 @@ def test_backward_over_one_window_equals_loss_backward(make_model, make_tokens, 
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_backward_over_short_windows_has_the_same_loss(make_model, make_tokens, rule):
-    model, tokens = make_model(memory_rule=rule), make_tokens(2, 30)
+def test_backward_over_short_windows_has_the_same_loss(make_model, make_tokens, rule, options):
+    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, 30)
     loss = model.loss(tokens).detach()
     torch.testing.assert_close(model.backward(tokens, window_segments=1), loss)

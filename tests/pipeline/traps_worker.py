@@ -12,7 +12,7 @@ import deepspeed
 import torch
 
 from infini_ds.pipeline import engine as engine_module
-from infini_ds.pipeline.engine import InfiniEngine
+from infini_ds.pipeline.engine import InfiniEngine, StepSize
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.optimizer import set_learning_rate
 
@@ -30,7 +30,8 @@ CHUNKS = 2
 
 def step(engine: InfiniEngine, number: int) -> None:
     windows, count = windows_of(number)
-    engine.train_step(lambda micro_batch: cut(windows, engine.lanes_of(micro_batch)), count)
+    size = StepSize(count, count)
+    engine.train_step(lambda micro_batch: cut(windows, engine.lanes_of(micro_batch)), size)
 
 
 def weights(engine: InfiniEngine) -> list[torch.Tensor]:
@@ -51,6 +52,7 @@ def look(dtype: str, zero_stage: int) -> dict:
             "train.chunks": CHUNKS,
             "train.activation_checkpointing": "block",
             "optimizer.gate_learning_rate_multiplier": 0.0,
+            "model.memory": {"write_gate": True, "write_penalty": 0.1, "short_conv": True},
         }
     )
     engine = build_engine(config)

@@ -56,6 +56,13 @@ def test_parameter_groups_are_by_kind(tied):
     assert ("layers.4.weight" in names_in(module, groups["weights"])) == (not tied)
 
 
+def test_write_gates_and_convolutions_have_no_decay_and_the_ordinary_learning_rate():
+    module = model(memory={"write_gate": True, "short_conv": True})
+    names = {n for n, _ in module.named_parameters() if "write_gate" in n or "short_conv" in n}
+    assert len(names) == 2 * 3
+    assert names <= names_in(module, groups_of(module)["no_decay"])
+
+
 def test_parameter_groups_hold_every_parameter_once():
     module = model(tie_embeddings=True)
     members = itertools.chain(*(group["params"] for group in groups_of(module).values()))

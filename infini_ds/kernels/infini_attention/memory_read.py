@@ -36,7 +36,7 @@ class _ReadAndMix(torch.autograd.Function):
     def forward(ctx, a_dot, q, kv, norm, gate):
         ctx.save_for_backward(a_dot, q, kv, norm, gate)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for part in parts(q.shape[0], q.shape[1], kv.shape[1], q.device):
+        for part in parts(q.shape[0], q.shape[1], kv.shape[1], kv.shape[2], q.device):
             read = _Read(part, q, kv, norm, gate)
             numerator = read.sigma_q.to(q.dtype) @ read.kv
             mixed = torch.addcmul(
@@ -54,7 +54,7 @@ class _ReadAndMix(torch.autograd.Function):
         d_dot, dq, d_kv, d_norm, d_gate = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a_dot, q, kv, norm, gate)
         )
-        for part in parts(q.shape[0], q.shape[1], kv.shape[1], q.device):
+        for part in parts(q.shape[0], q.shape[1], kv.shape[1], kv.shape[2], q.device):
             read = _Read(part, q, kv, norm, gate)
             d_out = read.rows(gradient)  # [s, h, g, n, d]
             share = read.gate / read.denominator  # [s, h, g, n, 1]

@@ -1,17 +1,17 @@
 """What each segment adds to the memory, with a backward pass that keeps only keys and values."""
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.state import LayerMemory
 
-CACHED_TOKENS = 512
-"""Of one head: some fp32 copies of them fit into a core's own cache (1 MiB at 128 channels)."""
+CACHED = 2**16
+"""Numbers worked on together: some fp32 copies of them fit into a core's own cache (1 MiB)."""
 
 
 def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> LayerMemory:
@@ -37,11 +37,11 @@ class Part(NamedTuple):
     heads: slice
 
 
-def parts(segments: int, n: int, kv_heads: int, device: torch.device) -> list[Part]:
-    """All at once, but on a CPU about as many tokens of one head as its own cache holds."""
+def parts(segments: int, n: int, kv_heads: int, d: int, device: torch.device) -> list[Part]:
+    """All at once, but on a CPU about as much of one head as its own cache holds."""
     if device.type != "cpu":
         return [Part(slice(0, segments), slice(0, kv_heads))]
-    step = max(1, CACHED_TOKENS // n)
+    step = max(1, CACHED // (n * d))
     return [
         Part(slice(start, start + step), slice(head, head + 1))
         for start in range(0, segments, step)
@@ -50,8 +50,12 @@ def parts(segments: int, n: int, kv_heads: int, device: torch.device) -> list[Pa
 
 
 def sigma(x: Tensor) -> Tensor:
-    """The feature map of the memory in fp32; its derivative is min(sigma(x), 1)."""
-    return F.elu(x.float()).add_(1)
+    """The feature map of the memory, elu + 1, in fp32; its derivative is min(sigma(x), 1).
+
+    By powers of two: on a CPU in half the time of PyTorch's elu. Not for use under autograd.
+    """
+    x = x.float()
+    return (x * math.log2(math.e)).clamp_(max=0).exp2_().add_(x.clamp(min=0))
 
 
 class _SegmentSums(torch.autograd.Function):
@@ -61,7 +65,7 @@ class _SegmentSums(torch.autograd.Function):
         segments, n, kv_heads, d = k.shape
         kv = torch.empty(segments, kv_heads, d, d, device=k.device)
         norm = torch.empty(segments, kv_heads, d, device=k.device)
-        for part in parts(segments, n, kv_heads, k.device):
+        for part in parts(segments, n, kv_heads, d, k.device):
             own_k, own_v, own_weight = (_rows(x, part) for x in (k, v, weight[..., None]))
             weighted_k = sigma(own_k).mul_(own_weight)
             # [s, h, d, n] @ [s, h, n, d] -> [s, h, d, d]
@@ -73,11 +77,11 @@ class _SegmentSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_kv, d_norm):
         k, v, weight = ctx.saved_tensors
-        segments, n, kv_heads, _ = k.shape
+        segments, n, kv_heads, d = k.shape
         dk, dv, d_weight = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, weight)
         )
-        for part in parts(segments, n, kv_heads, k.device):
+        for part in parts(segments, n, kv_heads, d, k.device):
             own_k, own_v, own_weight = (_rows(x, part) for x in (k, v, weight[..., None]))
             sigma_k = sigma(own_k)  # [s, h, n, d]
             own_d_kv = d_kv[part].to(k.dtype)

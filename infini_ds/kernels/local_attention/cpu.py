@@ -1,24 +1,28 @@
-"""Local attention for training on a CPU: PyTorch's forward pass, a backward pass of our own.
+"""Local attention for training on a CPU: one thread, one key-value head of one segment at a time.
 
-PyTorch's own backward pass multiplies pieces too small for the core's matrix units. Here one head
-of one segment is worked on at a time, so that tiles of scores stay in the core's cache and each
-product is large. Measured on one core (AMD EPYC, Zen 4) in bf16, 8,192 tokens, 8 heads of 128, in
-turns with PyTorch's own: forward and backward 0.68 s instead of 0.82 s at segments of 512, 1.36 s
-instead of 1.54 s at 2,048. More threads than one have too little to do in each product, so there
-PyTorch's own is used.
+PyTorch's own multiplies pieces too small for the core's matrix units. Here tiles of scores are as
+large as stays in the core's cache. More threads than one have too little to do in each product, so
+there PyTorch's own is used.
+
+Scores are in powers of two, which are quicker to take than powers of e: the factor
+log2(e) / sqrt(d) is in the queries, which are rounded once, after it. The rows of a group's queries
+are in order of position, [n x group, d], so that one product serves all heads of the group.
 """
 
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.local_attention.rotary import rotated
 
-TILE = 128
-"""Keys whose scores exist at one time."""
+FORWARD_TILE = 128
+"""Positions whose scores, fp32, exist at one time."""
+BACKWARD_TILE = 256
+"""Keys whose scores, of the operands' type, exist at one time."""
+TERMS = 2
+"""Numbers of the operands' type whose sum stands for one fp32 number."""
 
 
 def local_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,16 +33,13 @@ def local_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tenso
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cos, sin):
-        group = q.shape[3] // k.shape[3]
-        local_q, local_k, local_v = (rearrange(x, "b s n h d -> (b s) h n d") for x in (q, k, v))
-        local_q, local_k = (_turned_heads(x, cos, sin) for x in (local_q, local_k))
-        if group > 1:
-            local_k, local_v = (x.repeat_interleave(group, dim=1) for x in (local_k, local_v))
-        # What scaled_dot_product_attention calls, which does not return its log-sum-exp.
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            local_q, local_k, local_v, dropout_p=0.0, is_causal=True
-        )
-        out = rearrange(out, "(b s) h n d -> b s n h d", b=q.shape[0])
+        n, kv_heads = k.shape[2:4]
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        log_sum = torch.empty(*k.shape[:2], kv_heads, n * (q.shape[3] // kv_heads))
+        for at in _heads(k):
+            own_q, own_k, own_v, own_out = (_own(x, at, kv_heads) for x in (q, k, v, out))
+            log_sum[at] = _forward(own_q, own_k, own_v, own_out, cos, sin)
         ctx.save_for_backward(q, k, v, out, log_sum, cos, sin)
         return out
 
@@ -46,81 +47,120 @@ class _LocalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         q, k, v, out, log_sum, cos, sin = ctx.saved_tensors
-        group = q.shape[3] // k.shape[3]
+        kv_heads = k.shape[3]
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        # Views [batch x segments, heads, n, d] of one segment and head at a time: small enough
-        # for the core's own cache, where most of the gain over whole tensors comes from.
-        q, out, gradient, all_dq = (
-            rearrange(x, "b s n h d -> (b s) h n d") for x in (q, out, gradient, dq)
-        )
-        k, v, all_dk, all_dv = (rearrange(x, "b s n h d -> (b s) h n d") for x in (k, v, dk, dv))
-        for segment in range(k.shape[0]):
-            for kv_head in range(k.shape[1]):
-                at = segment, kv_head
-                head_k = _turned(k[at], cos, sin)
-                sum_dk, sum_dv = torch.zeros(head_k.shape), torch.zeros(head_k.shape)
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    at_q = segment, head
-                    head_dq = _head_backward(
-                        _turned(q[at_q], cos, sin), head_k, v[at], out[at_q], log_sum[at_q],
-                        gradient[at_q], sum_dk, sum_dv,
-                    )  # fmt: skip
-                    all_dq[at_q] = _turned(head_dq, cos, -sin)
-                all_dk[at] = _turned(sum_dk, cos, -sin)
-                all_dv[at] = sum_dv
+        for at in _heads(k):
+            own_q, own_k, own_v, own_out, own_gradient = (
+                _own(x, at, kv_heads) for x in (q, k, v, out, gradient)
+            )
+            values = _backward(own_q, own_k, own_v, own_out, own_gradient, log_sum[at], cos, sin)
+            for result, value in zip((dq, dk, dv), values, strict=True):
+                _own(result, at, kv_heads).copy_(value)
         return dq, dk, dv, None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of one head, [n, d], computed in fp32."""
-    return rotated(x.float(), cos, sin).to(x.dtype)
+def _heads(k: Tensor):
+    """Batch, segment and key-value head of each piece of work."""
+    return [
+        (b, s, h) for b in range(k.shape[0]) for s in range(k.shape[1]) for h in range(k.shape[3])
+    ]
 
 
-def _turned_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of all heads, [batch x segments, heads, n, d]."""
-    out = torch.empty(x.shape, dtype=x.dtype)
-    for segment in range(x.shape[0]):
-        for head in range(x.shape[1]):
-            out[segment, head] = _turned(x[segment, head], cos, sin)
-    return out
+def _own(x: Tensor, at: tuple[int, int, int], kv_heads: int) -> Tensor:
+    """A view of the heads of one piece of work, [n, group or 1, d]."""
+    group = x.shape[3] // kv_heads
+    return x[at[0], at[1], :, at[2] * group : (at[2] + 1) * group]
 
 
-def _head_backward(
+def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q [n, group, d], k and v [n, 1, d]; fills out, returns log2 of the sums [n x group]."""
+    n, group, d = q.shape
+    scale = d**-0.5 * math.log2(math.e)
+    queries = rotated(q.float(), cos * scale, sin * scale).to(q.dtype).float().flatten(0, 1)
+    keys = rotated(k.float(), cos, sin).to(k.dtype).float().flatten(0, 1)
+    values = v[:, 0].contiguous()
+    log_sum = torch.empty(n * group)
+    future = torch.full((FORWARD_TILE, FORWARD_TILE), float("-inf")).triu(1)
+    future = future.repeat_interleave(group, dim=0)
+    for start in range(0, n, FORWARD_TILE):
+        end = min(start + FORWARD_TILE, n)
+        rows = slice(start * group, end * group)
+        scores = queries[rows] @ keys[:end].T
+        scores[:, start:] += future[: len(scores), : end - start]
+        highest = scores.amax(dim=1, keepdim=True)
+        weights = scores.sub_(highest).exp2_()
+        total = weights.sum(dim=1, keepdim=True)
+        mixed = weights.div_(total).to(v.dtype) @ values[:end]
+        out[start:end] = mixed.view(end - start, group, d)
+        log_sum[rows] = total.log2_().add_(highest)[:, 0]
+    return log_sum
+
+
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    log_sum: Tensor,
     gradient: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:
-    """Gradient of q, fp32; those of k and v are added to dk and dv. q and k are after rotary.
+    log_sum: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q [n, group, d], k and v [n, 1, d].
 
-    log_sum [n], all others [n, d]. Scores are recomputed by tiles of keys against the queries
-    that see them, transposed: [keys, queries]. They are fp32, as in the forward pass; the weights
-    that they give, and what is multiplied with them, are of the operands' type.
+    Scores are computed again by tiles of keys against the queries that see them, transposed, and
+    rounded to the operands' type. What they lose by it grows with their size, so they come out of
+    the product small: less the logarithm of the row's sum, as more terms of the product, and plus
+    half of log2 of the keys in the row, so that an even row and a sharp one lose alike and no more
+    than the rounding of the weights. The gradient's rows are divided by the same power of two.
+    The mean that is subtracted from a weight's gradient is in the product too: where attention is
+    sharp, what is left is a small difference of large numbers.
     """
-    n, d = q.shape
-    # Powers of two are quicker to take than powers of e.
-    fp32_q, fp32_k = q.float() * (d**-0.5 * math.log2(math.e)), k.float()
-    offset = -math.log2(math.e) * log_sum
-    # Where attention is sharp, d_scores is a small difference of large numbers: what rounding
-    # takes from the mean is subtracted too.
-    exact_mean = (gradient.float() * out).sum(dim=-1).neg_()
-    mean = exact_mean.to(q.dtype)
-    rest = (exact_mean - mean).to(q.dtype)
-    future = torch.full((TILE, TILE), float("-inf")).tril(-1)  # [keys, queries]
-    dq = torch.zeros(q.shape)
-    for start in range(0, n, TILE):
-        width = min(TILE, n - start)
-        keys, rows = slice(start, start + width), slice(start, None)
-        scores = torch.addmm(offset[rows], fp32_k[keys], fp32_q[rows].T)
-        scores[:, :width] += future[:width, :width]
-        weights = scores.exp2_().to(q.dtype)  # [keys, queries]
-        dv[keys] += weights @ gradient[rows]
-        d_scores = torch.addmm(mean[rows], v[keys], gradient[rows].T)
-        d_scores.add_(rest[rows]).mul_(weights)
-        dk[keys] += (d_scores @ q[rows]).float().mul_(d**-0.5)
-        dq[rows] += d_scores.T @ k[keys]
-    return dq.mul_(d**-0.5)
+    n, group, d = q.shape
+    scale = d**-0.5 * math.log2(math.e)
+    shift = (torch.arange(1, n + 1).log2() / 2).round()[:, None].expand(n, group)
+    gradient = gradient.float() * torch.exp2(-shift)[..., None]
+    mean = (out.float() * gradient).sum(dim=-1)
+    queries = _with_terms(
+        rotated(q.float(), cos * scale, sin * scale), shift.flatten() - log_sum, q.dtype
+    )
+    gradients = _with_terms(gradient, -mean.flatten(), q.dtype)
+    keys = _with_ones(rotated(k.float(), cos, sin), k.dtype)
+    values = _with_ones(v, v.dtype)
+    future = torch.full((BACKWARD_TILE, BACKWARD_TILE), float("-inf"), dtype=q.dtype).tril(-1)
+    future = future.repeat_interleave(group, dim=1)  # [keys, queries]
+    dq = torch.zeros(n * group, d)
+    dk, dv = torch.empty(n, d, dtype=k.dtype), torch.empty(n, d, dtype=v.dtype)
+    for start in range(0, n, BACKWARD_TILE):
+        end = min(start + BACKWARD_TILE, n)
+        tile, rows = slice(start, end), slice(start * group, None)
+        diagonal = slice(0, (end - start) * group)
+        weights = keys[tile] @ queries[rows].T  # [keys, queries]
+        weights[:, diagonal] += future[: end - start, diagonal]
+        weights.exp2_()
+        torch.mm(weights, gradients[rows, :d], out=dv[tile])
+        d_scores = (values[tile] @ gradients[rows].T).mul_(weights)
+        torch.mm(d_scores, queries[rows, :d], out=dk[tile])
+        dq[rows] += d_scores.T @ keys[tile, :d]
+    dq = rotated(dq.view(n, group, d), cos * d**-0.5, sin * -(d**-0.5))
+    dk = rotated(dk.float().unsqueeze(1), cos * math.log(2), sin * -math.log(2))
+    return dq, dk, dv.unsqueeze(1)
+
+
+def _with_terms(x: Tensor, extra: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of x [n, group, d] and the terms of extra [n x group], for a product `_with_ones`."""
+    rows, d = len(extra), x.shape[-1]
+    out = torch.empty(rows, d + TERMS, dtype=dtype)
+    out[:, :d] = x.flatten(0, 1)
+    for term in range(d, d + TERMS):
+        out[:, term] = extra
+        extra = extra - out[:, term]
+    return out
+
+
+def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of x [n, 1, d] with ones where the other factor has its terms."""
+    n, _, d = x.shape
+    out = torch.ones(n, d + TERMS, dtype=dtype)
+    out[:, :d] = x[:, 0]
+    return out

@@ -8,6 +8,9 @@ from torch import Tensor
 from infini_ds.kernels.local_attention.cpu import local_attention_cpu
 from infini_ds.kernels.local_attention.rotary import rotate
 
+LONG = 512
+"""Segments from which on the tiled CPU path is the faster one; below it has too many pieces."""
+
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Causal softmax attention inside each segment, never with a whole score matrix.
@@ -20,7 +23,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tenso
     Returns:
         [batch, segments, n, heads, d].
     """
-    if q.is_cpu and torch.get_num_threads() == 1:
+    if q.is_cpu and torch.get_num_threads() == 1 and q.shape[2] >= LONG:
         return local_attention_cpu(q, k, v, *rotary)
     group = q.shape[3] // k.shape[3]
     q, k = rotate(q, *rotary), rotate(k, *rotary)

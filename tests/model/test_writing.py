@@ -1,0 +1,148 @@
+"""What the model learns about writing: gates, their penalty, and the short convolution."""
+
+import pytest
+import torch
+
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.layout import Layout
+from infini_ds.model.short_conv import TAPS, ShortConv
+from infini_ds.model.write_gate import write_stats
+
+N = 8
+PENALTY = 0.5  # of the tests' models
+
+
+def conv_with(weight) -> ShortConv:
+    conv = ShortConv(len(weight))
+    conv.weight.data = torch.tensor(weight)
+    return conv
+
+
+def test_convolution_adds_the_weighted_tokens_before():
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).view(1, 5, 1, 1)
+    conv = conv_with([[0.1, 0.01, 0.001]])
+    mixed, last = conv(x, torch.zeros(1, TAPS, 1, 1))
+    expected = [1.0, 2.1, 4.21, 8.421, 16.842]
+    torch.testing.assert_close(mixed.flatten(), torch.tensor(expected))
+    assert last.flatten().tolist() == [4.0, 8.0, 16.0]
+
+
+def test_convolution_has_taps_of_each_channel():
+    conv = conv_with([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0, 0, 0]])
+    x = torch.randn(2, 6, 2, 2)
+    mixed, _ = conv(x, torch.zeros(2, TAPS, 2, 2))
+    difference = (mixed - x).flatten(2)
+    for channel, back in enumerate((1, 2, 3)):
+        torch.testing.assert_close(
+            difference[:, back:, channel], x.flatten(2)[:, :-back, channel], rtol=1e-5, atol=1e-5
+        )
+        assert not difference[:, :back, channel].any()
+    assert not difference[..., 3].any()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+def test_convolution_in_two_pieces_equals_one(cut):
+    torch.manual_seed(0)
+    conv = conv_with(torch.randn(6, TAPS).tolist())
+    x, nothing = torch.randn(2, 7, 3, 2), torch.zeros(2, TAPS, 3, 2)
+    whole, end = conv(x, nothing)
+    first, last = conv(x[:, :cut], nothing)
+    second, last = conv(x[:, cut:], last)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole)
+    assert torch.equal(last, end)
+
+
+def test_options_at_their_start_change_nothing_but_the_share_that_is_written(
+    make_model, make_tokens, rule
+):
+    """With zero weights every gate is one half, and a read divides by what was written."""
+    plain = make_model(memory_rule=rule)
+    other = make_model(memory_rule=rule, memory={"write_gate": True, "short_conv": True})
+    for name, parameter in other.named_parameters():
+        if "write_gate" in name or "short_conv" in name:
+            parameter.data.zero_()
+    tokens = make_tokens(2, 2 * N)
+    with torch.no_grad():
+        expected, actual = plain(tokens), other(tokens)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.memory.norm, expected.memory.norm / 2)
+
+
+def window_of(make_tokens):
+    tokens = make_tokens(2, 3 * N)
+    lengths = torch.tensor([[N, 3, N], [5, N, 0]], dtype=torch.int32)
+    layout = Layout(torch.tensor([[True, False, True], [True, True, False]]), lengths)
+    return tokens, layout
+
+
+def gates_of(model, tokens, layout):
+    """Write weights of each layer [batch, length, kv_heads], and the layers' statistics."""
+    seen = []
+    for block in model.blocks:
+        block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2]))
+    memory = [LayerMemory.empty(2, 2, 8)] * 2
+    _, _, stats = model.read_window(tokens, layout, memory)
+    return [w.flatten(1, 2) for w in seen], stats
+
+
+def test_statistics_count_valid_tokens_alone(make_model, make_tokens, rule):
+    model = make_model(memory_rule=rule, memory={"write_gate": True})
+    tokens, layout = window_of(make_tokens)
+    gates, stats = gates_of(model, tokens, layout)
+    valid = (torch.arange(N) < layout.lengths[..., None]).flatten(1)
+    assert len(gates) == len(stats) == 2
+    for w, layer in zip(gates, stats, strict=True):
+        assert layer.mass.item() == pytest.approx(w[valid].sum().item(), rel=1e-6)
+        assert layer.zeros.item() == (w[valid] == 0).sum().item() > 0
+        assert layer.mass.requires_grad
+        assert not layer.zeros.requires_grad
+
+
+def test_padding_has_no_gradient_from_the_penalty():
+    w = torch.rand(2, 5, 3, requires_grad=True)
+    valid = torch.rand(2, 5) < 0.5
+    (gradient,) = torch.autograd.grad(write_stats(w, valid).mass, w)
+    assert torch.equal(gradient, valid[..., None].expand_as(w).float())
+
+
+def test_model_without_gates_has_no_statistics(make_model, make_tokens):
+    tokens, layout = window_of(make_tokens)
+    memory = [LayerMemory.empty(2, 2, 8)] * 2
+    _, _, stats = make_model().read_window(tokens, layout, memory)
+    assert stats == []
+
+
+def test_zero_gates_write_nothing(make_model, make_tokens, rule):
+    model = make_model(memory_rule=rule, memory={"write_gate": True})
+    for block in model.blocks:
+        block.self_attn.write_gate.bias.data.fill_(-100)
+    tokens = make_tokens(1, 2 * N)
+    with torch.no_grad():
+        whole, second = model(tokens), model(tokens[:, N:])
+    assert not whole.memory.norm.any()
+    assert torch.equal(whole.logits[:, N:], second.logits)
+
+
+@pytest.mark.parametrize("length", [3 * N + 1, 3 * N + 6])
+def test_loss_has_the_penalty_of_mean_write_weights(make_model, make_tokens, rule, length):
+    settings = {"write_gate": True, "short_conv": True}
+    penalised = make_model(memory_rule=rule, memory=settings | {"write_penalty": PENALTY})
+    free = make_model(memory_rule=rule, memory=settings)
+    tokens, seen = make_tokens(2, length), []
+    for block in free.blocks:
+        block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2].sum()))
+    expected = free.loss(tokens)
+    means = torch.stack(seen).sum() / (2 * (length - 1) * 2)  # of 2 rows and 2 key-value heads
+    torch.testing.assert_close(penalised.loss(tokens), expected + PENALTY * means)
+    gradient, free_gradient = (
+        torch.autograd.grad(loss, list(model.parameters()))
+        for loss, model in ((penalised.loss(tokens), penalised), (expected + PENALTY * means, free))
+    )
+    for one, other in zip(gradient, free_gradient, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gates_have_a_gradient_even_if_nothing_is_read(make_model, make_tokens):
+    model = make_model(memory={"write_gate": True})
+    model.loss(make_tokens(1, 5)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

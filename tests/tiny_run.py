@@ -1,0 +1,54 @@
+"""Checkpoints of tiny models that no training made: what load_run reads, and a little more."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from infini_ds import config as configuration
+from infini_ds.config import RunConfig
+from infini_ds.data.store import sha256_of
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.training import manifest
+
+
+def tiny_config(folder: Path, **model) -> RunConfig:
+    """Bytes, two layers, segments of 32, in a run at `folder`."""
+    tree = {
+        "output_dir": str(folder),
+        "model": {
+            "vocab_size": 258, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8,
+            "segment_length": 32, "initializer_range": 0.5, **model,
+        },
+        "data": {"store": str(folder / "store"), "tokenizer": {"kind": "bytes"}},
+        "train": {"steps": 9, "batch_size": 2, "dtype": "fp32"},
+    }  # fmt: skip
+    return configuration.parse(tree, "here")
+
+
+def write_checkpoint(config: RunConfig, step: int = 9, seed: int = 0) -> InfiniTransformer:
+    """Writes the initial model of a seed as the checkpoint of a step; the model."""
+    model = InfiniTransformer(config.model, seed).eval()
+    directory = Path(config.output_dir) / "checkpoints" / f"step_{step:08d}"
+    (directory / "memory").mkdir(parents=True)
+    for index, layer in enumerate(model.layers):
+        if next(layer.parameters(), None) is not None:
+            torch.save(layer.state_dict(), directory / f"layer_{index:02d}-model_states.pt")
+    save_file({"norm": torch.zeros(3)}, directory / "memory" / "block_000.lanes_00000.safetensors")
+    (directory / "rank_0_optim_states.pt").write_bytes(b"optimizer" * 9)
+    (directory / "config.yaml").write_text(configuration.dump(config))
+    state = {
+        "step": step, "tokens": 100 * step, "skipped_steps": 0,
+        "layout": {"pipeline": 2, "data": 1}, "store": "none",
+    }  # fmt: skip
+    (directory / "state.json").write_text(json.dumps(state))
+    files = {
+        name: {
+            "size": (directory / name).stat().st_size,
+            "sha256": sha256_of(directory / name),
+        }
+        for name in manifest.files_of(directory)
+    }
+    manifest.write(directory, files)
+    return model
