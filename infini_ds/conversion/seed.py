@@ -7,41 +7,150 @@ attention. Attention of the two has the same function when channels of queries a
 permuted together, and the memory's d_k axis with them.
 """
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from infini_ds.config import ModelConfig
+from infini_ds.conversion.pairs import Pair, same
+from infini_ds.errors import UserError
+
+# A buffer, the same in each of its models.
+ROTARY = r"layers\.\d+\.0\.rotary_emb\.freqs"
 
 
-def from_seed(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_seed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The seed library's state_dict as ours.
 
-    config must describe the same model: hidden_act "gelu", mlp_bias and head_bias true,
-    intermediate_size int(4 x hidden_size x 2 / 3), norm_eps tiny.
+    config must describe the same model, as `infer_config` gives it.
     """
+    return {pair.ours: pair.join([state[name] for name in pair.theirs]) for pair in table(config)}
+
+
+def to_seed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state_dict as the seed library's, for a config that `check_config` lets pass."""
+    theirs = {}
+    for pair in table(config):
+        theirs |= zip(pair.theirs, pair.split(state[pair.ours]), strict=True)
+    return theirs | rotary_buffers(config)
+
+
+def table(config: ModelConfig) -> list[Pair]:
+    """Its tensors and ours, layer by layer."""
     order = half_order(config.head_dim)
-    ours = {"layers.0.weight": state["token_emb.weight"]}
+    pairs = [same("layers.0.weight", "token_emb.weight")]
     for index in range(config.num_layers):
-        theirs, mine = f"layers.{index}", f"layers.{index + 1}"
-        q, k, v = state[f"{theirs}.0.to_qkv.weight"].chunk(3)
-        q, k = (_permute_heads(weight, order) for weight in (q, k))
-        ours |= {
-            f"{mine}.input_layernorm.weight": state[f"{theirs}.0.norm.gamma"],
-            f"{mine}.self_attn.qkv_proj.weight": torch.cat((q, k, v)),
-            f"{mine}.self_attn.o_proj.weight": state[f"{theirs}.0.to_out.weight"],
-            f"{mine}.self_attn.beta": -state[f"{theirs}.0.fastweight_mem.head_gates"],
-            f"{mine}.post_attention_layernorm.weight": state[f"{theirs}.1.norm.gamma"],
-            f"{mine}.mlp.down_proj.weight": state[f"{theirs}.1.proj_out.weight"],
-            f"{mine}.mlp.down_proj.bias": state[f"{theirs}.1.proj_out.bias"],
-        }
+        mine = f"layers.{index + 1}"
+        attention, feed_forward = f"layers.{index}.0", f"layers.{index}.1"
+        pairs += [
+            same(f"{mine}.input_layernorm.weight", f"{attention}.norm.gamma"),
+            _heads(f"{mine}.self_attn.qkv_proj.weight", f"{attention}.to_qkv.weight", order),
+            same(f"{mine}.self_attn.o_proj.weight", f"{attention}.to_out.weight"),
+            _negated(f"{mine}.self_attn.beta", f"{attention}.fastweight_mem.head_gates"),
+            same(f"{mine}.post_attention_layernorm.weight", f"{feed_forward}.norm.gamma"),
+        ]
         for kind in ("weight", "bias"):
-            up, gate = state[f"{theirs}.1.proj_in.{kind}"].chunk(2)
-            ours[f"{mine}.mlp.gate_up_proj.{kind}"] = torch.cat((gate, up))
+            pairs += [
+                _halves(f"{mine}.mlp.gate_up_proj.{kind}", f"{feed_forward}.proj_in.{kind}"),
+                same(f"{mine}.mlp.down_proj.{kind}", f"{feed_forward}.proj_out.{kind}"),
+            ]
     last = config.num_layers + 1
-    ours[f"layers.{last}.weight"] = state["norm.gamma"]
-    ours[f"layers.{last + 1}.weight"] = state["to_logits.weight"]
-    ours[f"layers.{last + 1}.bias"] = state["to_logits.bias"]
-    return ours
+    return [
+        *pairs,
+        same(f"layers.{last}.weight", "norm.gamma"),
+        same(f"layers.{last + 1}.weight", "to_logits.weight"),
+        same(f"layers.{last + 1}.bias", "to_logits.bias"),
+    ]
+
+
+def rotary_buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """The frequencies that each of its layers keeps, [head_dim / 2] fp32."""
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    return {
+        f"layers.{index}.0.rotary_emb.freqs": 1.0 / 10000.0**exponents
+        for index in range(config.num_layers)
+    }
+
+
+def infer_config(
+    shapes: Mapping[str, Tensor], origin: str, segment_length: int, memory_rule: str
+) -> ModelConfig:
+    """The config that its tensors ask for; they do not tell the segment length and the rule.
+
+    Raises:
+        UserError: it is not a state_dict of the library's InfiniTransformer.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in shapes:
+            raise UserError(
+                f"{origin}: has no {name}; it must be the state_dict of an InfiniTransformer of "
+                "infini-transformer-pytorch"
+            )
+        return shapes[name].shape
+
+    vocab_size, hidden_size = shape("token_emb.weight")
+    heads = shape("layers.0.0.fastweight_mem.head_gates")[0]
+    depth = {match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))}
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=len(depth),
+        num_heads=heads,
+        head_dim=shape("layers.0.0.to_qkv.weight")[0] // (3 * heads),
+        intermediate_size=shape("layers.0.1.proj_out.weight")[1],
+        segment_length=segment_length,
+        memory_rule=memory_rule,  # type: ignore[arg-type]
+        hidden_act="gelu",
+        mlp_bias=True,
+        head_bias=True,
+        norm_eps=1e-30,
+        gate_init=-10.0,
+    )
+
+
+def check_config(config: ModelConfig, origin: str) -> None:
+    """Whether the library can build this model.
+
+    Raises:
+        UserError: it cannot; names the setting.
+    """
+    needed = {
+        "hidden_act": "gelu", "mlp_bias": True, "head_bias": True, "attention_bias": False,
+        "attention_out_bias": False, "rope_theta": 10000.0, "rope_scaling": None,
+        "tie_embeddings": False,
+    }  # fmt: skip
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"{origin}: model.{name} ({getattr(config, name)}) must be {value} for the seed "
+                "library"
+            )
+    for name in ("write_gate", "short_conv"):
+        if getattr(config.memory, name):
+            raise UserError(
+                f"{origin}: model.memory.{name} must be false; the seed library has nothing like it"
+            )
+    if config.kv_heads != config.num_heads:
+        raise UserError(
+            f"{origin}: model.num_kv_heads ({config.kv_heads}) must be num_heads "
+            f"({config.num_heads}) for the seed library"
+        )
+
+
+def constructor(config: ModelConfig) -> str:
+    """How the library builds the model for these weights."""
+    width = ""
+    if int(4 * config.hidden_size * 2 / 3) != config.mlp_size:
+        # It rounds ff_mult x dim x 2 / 3 down; aimed at the middle, no rounding error matters.
+        width = f"ff_mult={3 * (config.mlp_size + 0.5) / (2 * config.hidden_size)!r}, "
+    return (
+        f"InfiniTransformer(num_tokens={config.vocab_size}, dim={config.hidden_size}, "
+        f"depth={config.num_layers}, dim_head={config.head_dim}, heads={config.num_heads}, "
+        f"{width}use_mem_delta_rule={config.memory_rule == 'delta'})"
+    )
 
 
 def half_order(head_dim: int) -> Tensor:
@@ -49,5 +158,30 @@ def half_order(head_dim: int) -> Tensor:
     return torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
 
 
+def _heads(ours: str, theirs: str, order: Tensor) -> Pair:
+    """Queries and keys with the channels of each head in our order, values as they are."""
+    back = order.argsort()
+
+    def ordered(weight: Tensor, order: Tensor) -> Tensor:
+        q, k, v = weight.chunk(3)
+        return torch.cat((_permute_heads(q, order), _permute_heads(k, order), v))
+
+    return Pair(ours, (theirs,), lambda t: ordered(t[0], order), lambda t: (ordered(t, back),))
+
+
+def _negated(ours: str, theirs: str) -> Pair:
+    return Pair(ours, (theirs,), lambda tensors: -tensors[0], lambda tensor: (-tensor,))
+
+
+def _halves(ours: str, theirs: str) -> Pair:
+    """The two halves of the rows in the other order."""
+
+    def swapped(weight: Tensor) -> Tensor:
+        first, second = weight.chunk(2)
+        return torch.cat((second, first))
+
+    return Pair(ours, (theirs,), lambda tensors: swapped(tensors[0]), lambda t: (swapped(t),))
+
+
 def _permute_heads(weight: Tensor, order: Tensor) -> Tensor:
-    return weight.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+    return weight.unflatten(0, (-1, len(order)))[:, order.to(weight.device)].flatten(0, 1)

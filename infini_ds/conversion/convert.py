@@ -1,0 +1,302 @@
+"""The conversions of `infini-ds convert`: each streams tensor by tensor, from disk to disk."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from infini_ds.config import ModelConfig
+from infini_ds.conversion import llama, seed
+from infini_ds.conversion.destination import destination
+from infini_ds.conversion.export import (
+    CONFIG,
+    METADATA_KEY,
+    SOURCE_CONFIG,
+    Model,
+    check_tensors,
+    config_text,
+    copy_tokenizer,
+    open_model,
+    parameters_of,
+)
+from infini_ds.conversion.pairs import Move, Pair
+from infini_ds.conversion.progress import BytesBar
+from infini_ds.conversion.weights import (
+    PickledWeights,
+    Renamed,
+    SafetensorsWeights,
+    Weights,
+)
+from infini_ds.conversion.writer import Plan
+from infini_ds.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all conversions are told."""
+
+    source: Path
+    target: Path
+    force: bool = False
+    """Replace the target if it exists."""
+    shard_bytes: int = 5_000_000_000
+    """Largest file of a directory, but for a tensor that is larger; 0: one file."""
+
+
+def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None) -> None:
+    """A run's weights as one file TARGET.safetensors, or as an export directory.
+
+    Args:
+        dtype: fp32 or bf16; by default as the run computes. fp32 of a bf16 run are the weights
+            that its optimizer keeps.
+        step: of the checkpoint, where the source is a run.
+
+    Raises:
+        UserError: the source cannot be read, or the target not written.
+    """
+    console = Console()
+    model = _open(task, step, console)
+    weights: Weights = model.weights
+    if dtype == "fp32" and model.checkpoint and _dtype_of(model) != torch.float32:
+        from infini_ds.conversion.masters import MasterWeights
+
+        weights = MasterWeights(model.checkpoint, weights.metas)
+    _write_model(task, model, weights, DTYPES.get(dtype or ""), console)
+
+
+def from_safetensors(task: Task) -> None:
+    """A file of our weights, or a directory of them, as an export directory.
+
+    Raises:
+        UserError: the source cannot be read or has no config, or the target cannot be written.
+    """
+    console = Console()
+    model = _open(task, None, console)
+    _write_model(task, model, model.weights, None, console)
+
+
+def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: str) -> None:
+    """A plain model of the Llama family as an export directory, to be pretrained further.
+
+    Args:
+        segment_length: how far local attention sees.
+        gate_init: beta of all gates; the memory's share of a head's output is sigmoid(beta).
+        memory_rule: linear or delta.
+
+    Raises:
+        UserError: the source cannot be read or has something that our model lacks, or the target
+            cannot be written.
+    """
+    console = Console()
+    path = task.source / "config.json"
+    tree = llama.read_config(path)
+    config = llama.from_config(tree, path, segment_length, gate_init, memory_rule)
+    longest = tree.get("max_position_embeddings")
+    if longest and segment_length > longest:
+        _warn(
+            console,
+            f"--segment-length ({segment_length}) is above max_position_embeddings ({longest}): "
+            "the model has not seen such positions",
+        )
+    weights = SafetensorsWeights(task.source)
+    ignored = [llama.ROTARY] + ([llama.HEAD] if config.tie_embeddings else [])
+    _drop(weights, ignored)
+    pairs = llama.table(config)
+    _check_theirs(pairs, config, weights, path)
+    dtype = weights.metas[pairs[0].theirs[0]].dtype
+
+    def gate(_: list[Tensor]) -> list[Tensor]:
+        return [torch.full((config.num_heads,), gate_init, dtype=dtype)]
+
+    moves = [pair.inward() for pair in pairs]
+    moves += [Move((), (name,), gate) for name in llama.gates(config)]
+    plan = Plan(moves, weights, task.shard_bytes)
+    with destination(task.target, task.source, task.force) as partial:
+        partial.mkdir()
+        _write_directory(plan, partial, console)
+        (partial / CONFIG).write_text(config_text(config))
+        shutil.copyfile(path, partial / SOURCE_CONFIG)
+        copy_tokenizer(task.source, partial)
+    _report(plan, task, console)
+
+
+def to_llama(task: Task, step: int | None = None) -> None:
+    """The plain model that is left of a model of ours without its memory.
+
+    Raises:
+        UserError: the source cannot be read, or is no plain model without its memory, or the
+            target cannot be written.
+    """
+    console = Console()
+    model = _open(task, step, console)
+    config, origin = model.config, model.weights.origin
+    beside = task.source / SOURCE_CONFIG
+    before = llama.read_config(beside) if beside.is_file() else None
+    tree = llama.to_config(config, origin, _dtype_of(model), before)
+    plan = Plan([p.outward() for p in llama.table(config)], model.weights, task.shard_bytes)
+    with destination(task.target, task.source, task.force) as partial:
+        partial.mkdir()
+        _write_directory(plan, partial, console)
+        (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+        copy_tokenizer(task.source, partial)
+    _report(plan, task, console)
+    shares = torch.cat([model.weights.read(name) for name in llama.gates(config)]).float().sigmoid()
+    lost = " and the write gates" if config.memory.write_gate else ""
+    _warn(
+        console,
+        f"the memory is lost, its gates{lost} are dropped: its share of the heads' outputs was "
+        f"{shares.mean():.1%} on average, {shares.max():.1%} at most; the plain model sees only "
+        f"its own context, and was trained on positions below {config.segment_length}",
+    )
+
+
+def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
+    """A state_dict of the seed library as an export directory.
+
+    Args:
+        segment_length, memory_rule: which the state_dict does not tell.
+
+    Raises:
+        UserError: the source cannot be read or is no such state_dict, or the target cannot be
+            written.
+    """
+    console = Console()
+    pickled = task.source.suffix in (".pt", ".pth", ".bin")
+    if not task.source.is_file():
+        raise UserError(f"{task.source}: no such file; name a .safetensors or .pt of a state_dict")
+    weights: Weights = PickledWeights(task.source) if pickled else SafetensorsWeights(task.source)
+    if weights.metas and all(name.startswith("model.") for name in weights.metas):
+        weights = Renamed(weights, "model.")  # of its InfiniTransformerWrapper
+    config = seed.infer_config(weights.metas, weights.origin, segment_length, memory_rule)
+    _drop(weights, [seed.ROTARY])
+    pairs = seed.table(config)
+    _check_theirs(pairs, config, weights, task.source)
+    plan = Plan([pair.inward() for pair in pairs], weights, task.shard_bytes)
+    with destination(task.target, task.source, task.force) as partial:
+        partial.mkdir()
+        _write_directory(plan, partial, console)
+        (partial / CONFIG).write_text(config_text(config))
+    _report(plan, task, console)
+
+
+def to_seed(task: Task, step: int | None = None) -> None:
+    """A model of ours as one file with the seed library's state_dict.
+
+    Raises:
+        UserError: the source cannot be read or is no model that the library can build, or the
+            target cannot be written.
+    """
+    console = Console()
+    _require_file(task)
+    model = _open(task, step, console)
+    config = model.config
+    seed.check_config(config, model.weights.origin)
+    moves = [pair.outward() for pair in seed.table(config)]
+    for name, buffer in seed.rotary_buffers(config).items():
+        moves.append(Move((), (name,), lambda _, buffer=buffer: (buffer,)))
+    plan = Plan(moves, model.weights)
+    with (
+        destination(task.target, task.source, task.force) as partial,
+        BytesBar(console, plan.bytes) as bar,
+    ):
+        plan.write_file(partial, {}, bar.done)
+    _report(plan, task, console)
+    console.print(f"  load it into {seed.constructor(config)}", highlight=False, soft_wrap=True)
+    if config.norm_eps > 1e-12:
+        _warn(
+            console,
+            f"model.norm_eps is {config.norm_eps}, the seed library's norms have none: outputs "
+            "differ slightly",
+        )
+
+
+def _open(task: Task, step: int | None, console: Console) -> Model:
+    model = open_model(task.source, step)
+    for note in model.notes:
+        _warn(console, note)
+    return model
+
+
+def _write_model(
+    task: Task, model: Model, weights: Weights, dtype: torch.dtype | None, console: Console
+) -> None:
+    """Our weights under our names, as a file or a directory."""
+
+    def keep(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+
+    one_file = task.target.suffix == ".safetensors"
+    moves = [Move((name,), (name,), keep) for name in parameters_of(model.config)]
+    plan = Plan(moves, weights, 0 if one_file else task.shard_bytes)
+    with destination(task.target, task.source, task.force) as partial:
+        text = config_text(model.config)
+        if one_file:
+            with BytesBar(console, plan.bytes) as bar:
+                plan.write_file(partial, {METADATA_KEY: text}, bar.done)
+        else:
+            partial.mkdir()
+            _write_directory(plan, partial, console)
+            (partial / CONFIG).write_text(text)
+            if model.checkpoint is None and task.source.is_dir():
+                copy_tokenizer(task.source, partial)
+                if (task.source / SOURCE_CONFIG).is_file():
+                    shutil.copyfile(task.source / SOURCE_CONFIG, partial / SOURCE_CONFIG)
+    _report(plan, task, console)
+
+
+def _require_file(task: Task) -> None:
+    if task.target.suffix != ".safetensors":
+        raise UserError(f"{task.target}: must be a file named .safetensors")
+
+
+def _dtype_of(model: Model) -> torch.dtype:
+    """Of the embedding, the first and largest of the weights."""
+    return model.weights.metas["layers.0.weight"].dtype
+
+
+def _drop(weights: Weights, patterns: list[str]) -> None:
+    """Forgets tensors that stand for nothing of ours."""
+    for name in list(weights.metas):
+        if any(re.fullmatch(pattern, name) for pattern in patterns):
+            del weights.metas[name]
+
+
+def _check_theirs(pairs: list[Pair], config: ModelConfig, weights: Weights, asked_by: Path) -> None:
+    """Whether the tensors are those that our model's are made of.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    ours = parameters_of(config)
+    expected: dict[str, Tensor] = {}
+    for pair in pairs:
+        expected |= zip(pair.theirs, pair.split(ours[pair.ours]), strict=True)
+    check_tensors(weights.metas, expected, weights.origin, asked_by.name)
+    for pair in pairs:
+        dtypes = {weights.metas[name].dtype for name in pair.theirs}
+        if len(dtypes) > 1:
+            raise UserError(f"{weights.origin}: {', '.join(pair.theirs)} must have one dtype")
+
+
+def _write_directory(plan: Plan, directory: Path, console: Console) -> None:
+    with BytesBar(console, plan.bytes) as bar:
+        plan.write_directory(directory, bar.done)
+
+
+def _report(plan: Plan, task: Task, console: Console) -> None:
+    console.print(
+        f"{task.target}: {plan.parameters:,} parameters, {plan.bytes / 1e6:,.1f} MB in "
+        f"{plan.files} file{'s' * (plan.files > 1)}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,267 @@
+"""Checkpoints of Hugging Face's LlamaForCausalLM, MistralForCausalLM and Qwen2ForCausalLM.
+
+The three differ in their biases and defaults alone. Their rotary pairs the two halves of a head,
+as ours does; only projections that we keep fused are apart.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from infini_ds.config import ModelConfig, RopeScaling
+from infini_ds.conversion.pairs import Pair, fused, same
+from infini_ds.errors import UserError
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+# What old checkpoints hold beside their parameters.
+ROTARY = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+HEAD = "lm_head.weight"
+
+
+def table(config: ModelConfig) -> list[Pair]:
+    """Their tensors and ours, layer by layer."""
+    q, kv = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    pairs = [same("layers.0.weight", "model.embed_tokens.weight")]
+    for index in range(config.num_layers):
+        mine, theirs = f"layers.{index + 1}", f"model.layers.{index}"
+        pairs += [
+            same(f"{mine}.{norm}.weight", f"{theirs}.{norm}.weight")
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+        for kind in _kinds(config.attention_bias):
+            names = [f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv"]
+            pairs.append(fused(f"{mine}.self_attn.qkv_proj.{kind}", names, (q, kv, kv)))
+        for kind in _kinds(config.attention_out_bias):
+            name = f"self_attn.o_proj.{kind}"
+            pairs.append(same(f"{mine}.{name}", f"{theirs}.{name}"))
+        for kind in _kinds(config.mlp_bias):
+            names = [f"{theirs}.mlp.{x}_proj.{kind}" for x in ("gate", "up")]
+            pairs.append(fused(f"{mine}.mlp.gate_up_proj.{kind}", names, (config.mlp_size,) * 2))
+            name = f"mlp.down_proj.{kind}"
+            pairs.append(same(f"{mine}.{name}", f"{theirs}.{name}"))
+    last = config.num_layers + 1
+    pairs.append(same(f"layers.{last}.weight", "model.norm.weight"))
+    if not config.tie_embeddings:
+        pairs.append(same(f"layers.{last + 1}.weight", HEAD))
+    return pairs
+
+
+def gates(config: ModelConfig) -> list[str]:
+    """Our parameters of the memory, that a plain model lacks."""
+    return [f"layers.{index + 1}.self_attn.beta" for index in range(config.num_layers)]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's config.json.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a local directory of a Hugging Face "
+            "checkpoint, downloaded with `hf download NAME --local-dir DIRECTORY`"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping of settings")
+    return tree
+
+
+def from_config(
+    tree: dict[str, Any], path: Path, segment_length: int, gate_init: float, memory_rule: str
+) -> ModelConfig:
+    """Our config of a plain model.
+
+    Args:
+        tree: its config.json.
+        path: of the config.json, for messages.
+
+    Raises:
+        UserError: the model has something that ours lacks; names the setting.
+    """
+    family = tree.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: model_type ({family}) must be one of {', '.join(ARCHITECTURES)}; what others "
+            "have (norms of queries and keys, experts, ...) has no counterpart here"
+        )
+    architecture = ARCHITECTURES[family]
+    if tree.get("architectures") not in (None, [architecture]):
+        raise UserError(f"{path}: architectures ({tree['architectures']}) must be [{architecture}]")
+    for name in ("quantization_config", "partial_rotary_factor"):
+        if tree.get(name) is not None:
+            raise UserError(f"{path}: {name} is not supported; it must be absent")
+    if tree.get("hidden_act", "silu") not in ("silu", "gelu"):
+        raise UserError(f"{path}: hidden_act ({tree['hidden_act']}) must be silu or gelu")
+    window = _sliding_window(tree)
+    if window is not None and segment_length > window:
+        raise UserError(
+            f"{path}: sliding_window ({window}) is below --segment-length ({segment_length}); "
+            f"local attention sees whole segments, so make --segment-length at most {window}"
+        )
+    for name in _REQUIRED.values():
+        if name not in tree:
+            raise UserError(f"{path}: {name} is missing")
+    heads = tree["num_attention_heads"]
+    if family == "llama":
+        bias = tree.get("attention_bias", False)
+        biases = (bias, bias, tree.get("mlp_bias", False))
+    else:
+        biases = (family == "qwen2", False, False)
+    theta, scaling = _rope(tree, path)
+    try:
+        return ModelConfig(
+            **{ours: tree[name] for ours, name in _REQUIRED.items()},
+            num_kv_heads=tree.get("num_key_value_heads") or heads,
+            head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
+            segment_length=segment_length,
+            memory_rule=memory_rule,  # type: ignore[arg-type]
+            hidden_act=tree.get("hidden_act", "silu"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=tree.get("tie_word_embeddings", False),
+            attention_bias=biases[0],
+            attention_out_bias=biases[1],
+            mlp_bias=biases[2],
+            gate_init=gate_init,
+            initializer_range=tree.get("initializer_range", 0.02),
+        )
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def to_config(
+    config: ModelConfig, origin: str, dtype: torch.dtype, source: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The config.json of the plain model that is left of ours without its memory.
+
+    Args:
+        config: of our model.
+        origin: what the model is from, for messages.
+        dtype: of the weights.
+        source: config.json of the plain model that ours began as, if it did; what ours does not
+            know, such as special tokens and the longest context, is taken from it.
+
+    Raises:
+        UserError: what is left is no model of the three families; names the setting.
+    """
+    if config.memory.short_conv:
+        raise UserError(
+            f"{origin}: model.memory.short_conv must be false; the convolution is a part of local "
+            "attention that plain models lack"
+        )
+    if config.head_bias:
+        raise UserError(f"{origin}: model.head_bias must be false; plain models have none")
+    if config.hidden_size % config.num_heads:
+        raise UserError(
+            f"{origin}: model.hidden_size ({config.hidden_size}) must be a multiple of num_heads "
+            f"({config.num_heads}) for {ARCHITECTURES['llama']}"
+        )
+    family = _family(config, origin)
+    if source and source["model_type"] == "mistral" and family == "llama":
+        family = "mistral"
+    rope = config.rope_scaling and config.rope_scaling.model_dump()
+    if rope and rope["rope_type"] == "linear":
+        rope = {name: rope[name] for name in ("rope_type", "factor")}
+    tree = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "max_position_embeddings": config.segment_length,
+        **(source or {}),
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **{name: getattr(config, ours) for ours, name in _REQUIRED.items()},
+        "intermediate_size": config.mlp_size,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_act": config.hidden_act,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if config.head_dim * config.num_heads != config.hidden_size:  # otherwise all infer it
+        tree["head_dim"] = config.head_dim
+    if family == "llama":
+        tree |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    elif family == "mistral":
+        tree.setdefault("sliding_window", 4096)
+    else:
+        tree.setdefault("use_sliding_window", False)
+    for name in ("rope_parameters", "dtype"):  # other words for what is set above
+        tree.pop(name, None)
+    return tree
+
+
+# Settings without a default of ours, by our name.
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def _kinds(bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
+
+
+def _sliding_window(tree: dict[str, Any]) -> int | None:
+    """How many tokens attention sees, itself included; None: all."""
+    if tree["model_type"] == "mistral" or tree.get("use_sliding_window"):
+        return tree.get("sliding_window", 4096)
+    return None
+
+
+def _rope(tree: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies, in the words of old and new checkpoints."""
+    section = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
+    settings = dict(tree.get(section) or {})
+    theta = settings.pop("rope_theta", tree.get("rope_theta", 10000.0))
+    kind = settings.pop("type", "default")
+    kind = settings.pop("rope_type", kind)
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"{path}: {section}.rope_type ({kind}) must be default, linear or llama3")
+    known = RopeScaling.model_fields if kind != "default" else ()
+    if unknown := settings.keys() - known:
+        raise UserError(f"{path}: {section}.{min(unknown)} is not supported with rope_type {kind}")
+    if kind == "default":
+        return theta, None
+    try:
+        return theta, RopeScaling(rope_type=kind, **settings)
+    except ValidationError as error:
+        raise UserError(f"{path}: {section}.{_explain(error)}") from None
+
+
+def _family(config: ModelConfig, origin: str) -> str:
+    """Which family has these biases."""
+    biases = (config.attention_bias, config.attention_out_bias)
+    if biases[0] == biases[1]:
+        return "llama"
+    if biases == (True, False) and not config.mlp_bias:
+        return "qwen2"
+    raise UserError(
+        f"{origin}: model.attention_bias ({biases[0]}), attention_out_bias ({biases[1]}) and "
+        f"mlp_bias ({config.mlp_bias}) are together in none of {', '.join(ARCHITECTURES.values())}"
+    )
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first.get("ctx", {})["error"])
+    name = str(first["loc"][0])
+    return f"{_REQUIRED.get(name, name)}: {first['msg'].lower()}, got {first['input']!r}"

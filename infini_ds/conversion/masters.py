@@ -1,0 +1,113 @@
+"""The fp32 weights that a run's optimizer keeps, out of DeepSpeed's files of its shards."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from infini_ds.data.store import sha256_of
+from infini_ds.errors import UserError
+from infini_ds.pipeline.module import single_process_name
+from infini_ds.training import manifest
+
+_SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+@dataclass
+class _Fragment:
+    """Where a parameter, or a part of it, lies in a shard; stands in for DeepSpeed's own."""
+
+    numel: int = 0
+    start: int = 0
+
+
+class _Unused:
+    """Stands in for DeepSpeed's objects that are stored beside the shards."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+
+class _Piece(NamedTuple):
+    file: Path
+    group: int
+    fragment: _Fragment
+
+
+class MasterWeights:
+    """fp32 weights of a checkpoint, each put together from the shards of all data-parallel ranks.
+
+    Args:
+        checkpoint: a run's checkpoint.
+        shapes: of the parameters, as meta tensors.
+
+    Raises:
+        UserError: the checkpoint has no such shards, or one is damaged.
+    """
+
+    def __init__(self, checkpoint: Path, shapes: dict[str, Tensor]):
+        self.origin = f"optimizer states of checkpoint {checkpoint}"
+        self.metas = {
+            name: torch.empty_like(meta, dtype=torch.float32) for name, meta in shapes.items()
+        }
+        self._pieces: dict[str, list[_Piece]] = {}
+        for file, stage in _shard_files(checkpoint):
+            mappings = _load(file)["param_slice_mappings"]
+            for group, mapping in enumerate(mappings):
+                for name, fragment in mapping.items():
+                    pieces = self._pieces.setdefault(single_process_name(name), [])
+                    # A tied weight is kept on the first and on the last stage alike.
+                    if not pieces or _stage(pieces[0].file) == stage:
+                        pieces.append(_Piece(file, group, fragment))
+        for name, meta in shapes.items():
+            found = sum(piece.fragment.numel for piece in self._pieces.get(name, ()))
+            if found != meta.numel():
+                raise UserError(f"{self.origin}: have {found} of {meta.numel()} numbers of {name}")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; see Weights."""
+        parts = []
+        for file, group, fragment in self._pieces[name]:
+            shard = _load(file)["single_partition_of_fp32_groups"][group]
+            parts.append(shard.narrow(0, fragment.start, fragment.numel))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.view(self.metas[name].shape)
+
+
+def _shard_files(checkpoint: Path) -> list[tuple[Path, int]]:
+    """Files of the optimizer's shards and their stages, in the order of the ranks."""
+    matches = [(_SHARD_FILE.fullmatch(file.name), file) for file in checkpoint.iterdir()]
+    found = [(int(match[2]), int(match[1]), file) for match, file in matches if match]
+    if not found:
+        raise UserError(
+            f"checkpoint {checkpoint}: has no fp32 weights of the optimizer; leave out --dtype fp32"
+        )
+    files = manifest.read(checkpoint)
+    for _, _, file in found:
+        if file.name not in files or sha256_of(file) != files[file.name]["sha256"]:
+            raise UserError(
+                f"checkpoint {checkpoint}: {file.name} does not have its checksum; choose another "
+                "step, or leave out --dtype fp32"
+            )
+    return [(file, stage) for stage, _, file in sorted(found)]
+
+
+def _stage(file: Path) -> int:
+    return int(_SHARD_FILE.fullmatch(file.name)[2])  # type: ignore[index]
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The optimizer's state, mapped; nothing of DeepSpeed's is run."""
+    with torch.serialization.safe_globals(_STAND_INS):
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return content["optimizer_state_dict"]
+
+
+_STAND_INS = [
+    (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Unused, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Unused, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]

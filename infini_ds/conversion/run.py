@@ -1,0 +1,146 @@
+"""The model of a run, out of its checkpoints, on one device and without DeepSpeed."""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infini_ds import config as configuration
+from infini_ds.config import RunConfig
+from infini_ds.data.store import Store, sha256_of
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.errors import UserError
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.training import manifest
+
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
+
+
+class LoadedRun(NamedTuple):
+    """What `load_run` returns."""
+
+    model: InfiniTransformer
+    """On the CPU, to evaluate; in the run's train.dtype, bf16 or fp32."""
+    config: RunConfig
+    """As the checkpoint has it."""
+    tokenizer: Tokenizer
+    """Of the run's data.store."""
+    checkpoint: Path
+    """The directory the weights are from, OUTPUT_DIR/checkpoints/step_XXXXXXXX."""
+    skipped: list[str]
+    """Newer checkpoints that were passed over, a line each with the reason."""
+
+    @property
+    def step(self) -> int:
+        """Training steps that made the weights."""
+        return _step_of(self.checkpoint)
+
+    @property
+    def directory(self) -> Path:
+        """The run's output directory."""
+        return self.checkpoint.parent.parent
+
+
+def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
+    """Loads the newest valid checkpoint of a run, or a given one.
+
+    Args:
+        path: output_dir of a run, or one directory of its checkpoints.
+        step: that of the checkpoint to take, where `path` is a run.
+
+    Raises:
+        UserError: there is no such run or no valid checkpoint, or the run's tokenizer is gone.
+    """
+    checkpoint, skipped = find_checkpoint(Path(path), step)
+    config = configuration.load(checkpoint / "config.yaml")
+    tokenizer = _tokenizer(checkpoint, config)
+    weights = read_weights(checkpoint)
+    with torch.device("meta"):
+        model = InfiniTransformer(config.model)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"checkpoint {checkpoint}: its weights do not fit this version's model "
+            f"({' '.join(str(error).split())})"
+        ) from None
+    return LoadedRun(model.eval(), config, tokenizer, checkpoint, skipped)
+
+
+def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
+    """The checkpoint to take, and what was passed over, a line each; see `load_run`."""
+    if not path.is_dir():
+        raise UserError(f"run {path}: no such directory; name the output_dir of a run")
+    if path.name.startswith("step_"):
+        if step not in (None, _step_of(path)):
+            raise UserError(f"run {path}: is a checkpoint; name its run to choose step {step}")
+        candidates = [path.resolve()]
+    else:
+        found = (path / "checkpoints").glob("step_*")
+        candidates = sorted((directory.resolve() for directory in found), reverse=True)
+        if step is not None:
+            steps = [_step_of(directory) for directory in candidates]
+            if step not in steps:
+                there = ", ".join(map(str, sorted(steps))) or "none"
+                raise UserError(f"run {path}: has no checkpoint of step {step}; there are: {there}")
+            candidates = [candidates[steps.index(step)]]
+    skipped = []
+    for directory in candidates:
+        problem = _problem(directory)
+        if problem is None:
+            return directory, skipped
+        skipped.append(f"checkpoint {directory}: passed over, {problem}")
+    if len(candidates) == 1:
+        raise UserError(f"checkpoint {candidates[0]}: cannot be used, {problem}")
+    what = f"none of its {len(candidates)} checkpoints is valid" if candidates else "no checkpoint"
+    raise UserError(f"run {path}: {what}; train it first with `infini-ds pretrain CONFIG`")
+
+
+def _problem(directory: Path) -> str | None:
+    """Why a checkpoint cannot be used, if it cannot. Only what is read here is checksummed."""
+    try:
+        files = manifest.read(directory)
+    except ValueError as error:
+        return str(error)
+    for file in (*layer_files(directory), directory / "config.yaml", directory / "state.json"):
+        if file.name not in files or sha256_of(file) != files[file.name]["sha256"]:
+            return f"{file.name} does not have its checksum"
+    return None
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Every parameter by its name in InfiniTransformer, mapped from its file."""
+    weights = {}
+    for file in layer_files(checkpoint):
+        index = int(file.name.split("-")[0].removeprefix("layer_"))
+        layer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # The second place of a tied weight has no file of its own.
+        weights |= {f"layers.{index}.{name}": weight for name, weight in layer.items()}
+    return weights
+
+
+def layer_files(checkpoint: Path) -> list[Path]:
+    """DeepSpeed's files of the weights, one a layer, whatever the number of stages."""
+    return sorted(file for file in checkpoint.iterdir() if _LAYER_FILE.fullmatch(file.name))
+
+
+def _step_of(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("step_")
+    if not digits.isdecimal():
+        raise UserError(f"checkpoint {checkpoint}: must be named step_ and a number")
+    return int(digits)
+
+
+def _tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
+    if config.data.tokenizer.kind == "bytes":
+        return load_tokenizer("bytes")
+    store = Store.open(config.data.store)
+    if store.fingerprint != json.loads((checkpoint / "state.json").read_text())["store"]:
+        raise UserError(
+            f"data.store {config.data.store}: is not what checkpoint {checkpoint} was trained on, "
+            "so its tokenizer may be another; put the run's store there"
+        )
+    return store.tokenizer

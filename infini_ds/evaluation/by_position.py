@@ -1,0 +1,109 @@
+"""Loss of whole documents by the position of the token in its document, on one device."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infini_ds.data.lanes import Plan
+from infini_ds.data.store import Split
+from infini_ds.data.windows import Windows, read_windows
+from infini_ds.layout import Layout
+from infini_ds.model.head import token_losses
+from infini_ds.model.memory import Memory
+from infini_ds.model.transformer import InfiniTransformer
+
+
+class Totals(NamedTuple):
+    """Sums over the tokens of each bin of positions. All are fp64 [bins]."""
+
+    loss: Tensor
+    """Nats."""
+    tokens: Tensor
+    bytes: Tensor
+    """Of the text that the tokens stand for."""
+
+
+@torch.no_grad()
+def read_documents(
+    model: InfiniTransformer,
+    split: Split,
+    plans: list[Plan],
+    bins: list[int],
+    memory: bool,
+    token_bytes: np.ndarray,
+    loss_chunk_tokens: int,
+    report: Callable[[Plan], None],
+) -> Totals:
+    """Reads documents and adds up their losses.
+
+    Args:
+        model: left in evaluation mode.
+        split: with the documents.
+        plans: of one pass over them, see `held_out_plans`.
+        bins: positions in a document at which bins begin; the first is 0.
+        memory: False: every segment reads an empty memory.
+        token_bytes: [vocab_size] bytes of text each token stands for.
+        loss_chunk_tokens: tokens whose logits exist at one time.
+        report: is told each window that has been read.
+    """
+    model.eval()
+    n, lanes = model.config.segment_length, len(plans[0].lengths)
+    parameter = next(model.parameters())
+    layers = Memory.empty(model.config, lanes, parameter.device, parameter.dtype).layers()
+    text_bytes = torch.from_numpy(token_bytes).double()
+    sums = torch.zeros(3, len(bins), dtype=torch.float64)
+    for plan in plans:
+        windows = windows_of(split, plan, n, memory)
+        layout = Layout(*(part.to(parameter.device) for part in windows.layout))
+        tokens, targets = (part.to(parameter.device) for part in (windows.tokens, windows.labels))
+        hidden, layers, _ = model.read_window(tokens, layout, layers)
+        losses = token_losses(hidden, *model.head(), targets, loss_chunk_tokens).cpu()
+        valid = windows.labels >= 0
+        positions = torch.from_numpy(plan.offsets[..., None] + np.arange(n)).flatten(1)
+        index = bin_of(positions[valid], bins)
+        labels = windows.labels[valid]
+        one = torch.ones(len(labels), dtype=torch.float64)
+        sums.index_add_(1, index, torch.stack((losses[valid].double(), one, text_bytes[labels])))
+        report(plan)
+    return Totals(*sums)
+
+
+def windows_of(split: Split, plan: Plan, segment_length: int, memory: bool) -> Windows:
+    """Windows of all lanes; without `memory` every segment starts a document."""
+    windows = read_windows(split, plan, range(len(plan.lengths)), segment_length)
+    if not memory:
+        windows.layout.starts.fill_(True)
+    return windows
+
+
+def position_bins(first: int, longest: int) -> list[int]:
+    """Where bins of positions begin: 0, first, 2 first, 4 first, ... as long as below `longest`."""
+    bins = [0]
+    while max(first, 2 * bins[-1]) < longest:
+        bins.append(max(first, 2 * bins[-1]))
+    return bins
+
+
+def bin_of(positions: Tensor, bins: list[int]) -> Tensor:
+    """Index of the bin of each position, both [tokens]."""
+    return torch.bucketize(positions, torch.tensor(bins[1:]), right=True)
+
+
+def means(totals: Totals) -> dict[str, Any]:
+    """Nats a token and bits per byte, of all tokens and of those of each bin."""
+    everything = _means(*(float(part.sum()) for part in totals))
+    parts = zip(*(part.tolist() for part in totals), strict=True)
+    return {**everything, "by_position": [_means(*part) for part in parts]}
+
+
+def _means(loss: float, tokens: float, text_bytes: float) -> dict[str, Any]:
+    bits = loss / math.log(2)
+    return {
+        "loss": loss / tokens if tokens else None,
+        "bits_per_byte": bits / text_bytes if text_bytes else None,
+        "tokens": int(tokens),
+    }

@@ -1,0 +1,118 @@
+"""`infini-ds evaluate`: what a run's model needs for documents, with its memory and without.
+
+The documents are the run's held-out ones, those of its own evaluation, or any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from infini_ds.config import RunConfig
+from infini_ds.conversion.run import LoadedRun, load_run
+from infini_ds.data.documents import Corpus
+from infini_ds.data.encoding import encode
+from infini_ds.data.lanes import Plan, held_out_plans
+from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds.data.store import Split, Store
+from infini_ds.errors import UserError
+from infini_ds.evaluation import documents_report as report
+from infini_ds.evaluation.by_position import means, position_bins, read_documents
+
+_CALL_TOKENS = 16384
+
+
+def run(
+    path: str,
+    step: int | None,
+    documents: Sequence[str],
+    json_path: str | None,
+    plot: str | None,
+) -> None:
+    """Evaluates a run's model and reports it.
+
+    Args:
+        path: output_dir of a run, or one directory of its checkpoints.
+        step: see `load_run`.
+        documents: files as in data.files; none: the held-out split of the run's store, as much of
+            it as the run's evaluation.max_segments.
+        json_path: where to write the figures as well.
+        plot: where to write the curve, by default evaluation.png of the run.
+
+    Raises:
+        UserError: there is no such model, or there are no documents.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    loaded = load_run(path, step)
+    for line in loaded.skipped:
+        console.print(line, style="yellow")
+    config, model = loaded.config, loaded.model
+    if documents:
+        split, skipped = _encoded(loaded, documents)
+        for line in skipped:
+            console.print(line, markup=False)
+        plans = _plans(split.lengths, config, max_segments=0)
+    else:
+        split = Store.open(config.data.store, config.data).split("held_out")
+        plans = _plans(split.lengths, config, config.evaluation.max_segments)
+    count = 1 + max(int(plan.documents.max()) for plan in plans)
+    bins = position_bins(config.model.segment_length, int(split.lengths[:count].max()) - 1)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = 2 * sum(plan.num_tokens for plan in plans)
+    results, done = {}, 0
+    with ReadingProgress(console, "evaluate", tokens, "tokens") as progress:
+
+        def read(plan: Plan) -> None:
+            nonlocal done
+            done += plan.num_tokens
+            progress.update(done, plan.num_tokens)
+
+        for name, memory in (("with_memory", True), ("ablated", False)):
+            totals = read_documents(
+                model, split, plans, bins, memory, loaded.tokenizer.token_bytes,
+                config.train.loss_chunk_tokens, read,
+            )  # fmt: skip
+            results[name] = means(totals)
+        rate = progress.tokens_per_second
+    setup = {
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.step,
+        "source": list(documents) or config.data.store,
+        "documents": count,
+        "segment_length": config.model.segment_length,
+        "tokens_per_second": rate,
+        "bins": bins,
+    }
+    figures = report.figures(setup, results)
+    plot_path = Path(plot) if plot else loaded.directory / "evaluation.png"
+    report.write(figures, loaded.directory / "tensorboard" / "evaluate", plot_path, json_path)
+    console.print(report.table(figures))
+    console.print(f"curve: {plot_path}")
+
+
+def _encoded(loaded: LoadedRun, files: Sequence[str]) -> tuple[Split, list[str]]:
+    """Documents of files as the run's config reads them, as tokens, and why some were skipped."""
+    settings = {"source": "files", "files": list(files), "max_documents": 0}
+    try:
+        corpus = Corpus(loaded.config.data.model_copy(update=settings))
+        encoded = [encode(loaded.tokenizer, text, spans).tokens for _, text, spans in corpus]
+    except UserError as error:
+        raise UserError(str(error).replace("data.files", "--documents", 1)) from None
+    if not encoded:
+        raise UserError(f"--documents {' '.join(files)}: no text in them")
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return Split(np.concatenate(encoded), offsets), corpus.skipped.lines()
+
+
+def _plans(lengths: np.ndarray, config: RunConfig, max_segments: int) -> list[Plan]:
+    """One pass over documents, in windows of bounded size."""
+    n = config.model.segment_length
+    window = max(1, min(config.train.window_segments, _CALL_TOKENS // n))
+    # With more lanes than this, most would wait for the one that reads the longest document.
+    lanes = int(lengths.sum() // max(lengths.max(initial=0), 1))
+    lanes = max(1, min(config.train.batch_size, lanes, _CALL_TOKENS // (window * n)))
+    return held_out_plans(lengths, n, window, lanes, max_segments)

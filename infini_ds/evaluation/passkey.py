@@ -1,0 +1,190 @@
+"""Pass-key retrieval: does a model find digits that it read many segments ago?
+
+Documents of growing length hide digits at some depth and ask for them at the end. The model reads
+them window by window with a memory of constant size and then writes the answer, greedily; right is
+only the whole answer. With its memory ablated it sees nothing but the last segment: the level of
+guessing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from infini_ds.conversion.run import load_run
+from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.evaluation import passkey_report as report
+from infini_ds.evaluation.passkey_progress import PasskeyProgress
+from infini_ds.evaluation.passkey_questions import Question, Questions
+from infini_ds.model.memory import Memory
+from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
+
+CALL_TOKENS = 16384
+"""Tokens that are read at one time, unless one segment of the batch has more."""
+_BATCH = 8
+
+
+class PasskeyOptions(NamedTuple):
+    """What is asked; None is the default."""
+
+    segments: list[int]
+    """Lengths of the documents, in segments."""
+    depths: int
+    """Parts of the room before the last segment in which the key is hidden."""
+    samples: int | None
+    """Documents of each length; by default fewer of the longer ones."""
+    filler: str | None
+    """As data.passkey.filler, by default that of the run's config."""
+    keys: int | None
+    """As data.passkey.keys, by default that of the run's config."""
+    batch: int | None
+    """Documents read together."""
+    seed: int
+    """Of the documents."""
+
+
+class Outcome(NamedTuple):
+    """One document's."""
+
+    segments: int
+    depth: int
+    """Which of the equal parts before the last segment the key was in, from 0."""
+    cut: bool
+    """The statement of the key was cut by a segment's end."""
+    right: bool
+    """The whole answer was."""
+    right_ablated: bool
+    """It was without the memory, too."""
+
+
+def run(
+    path: str, step: int | None, options: PasskeyOptions, json_path: str | None, plot: str | None
+) -> None:
+    """Measures a run's model and reports it.
+
+    Args:
+        path: output_dir of a run, or one directory of its checkpoints.
+        step: see `load_run`.
+        json_path: where to write the figures as well.
+        plot: where to write the heat map, by default passkey.png of the run.
+
+    Raises:
+        UserError: nothing can be measured with this run or these options.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    loaded = load_run(path, step)
+    for line in loaded.skipped:
+        console.print(line, style="yellow")
+    model, n = loaded.model, loaded.config.model.segment_length
+    changes = {"segment_length": n, "filler": options.filler, "keys": options.keys}
+    made = loaded.config.data.passkey.model_copy(
+        update={name: value for name, value in changes.items() if value is not None}
+    )
+    questions = Questions(made, loaded.tokenizer, options.depths, options.seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = dict.fromkeys(options.segments)
+    plan = [(segments, options.samples or default_samples(segments)) for segments in lengths]
+    batch = options.batch or max(1, min(_BATCH, CALL_TOKENS // n))
+    with PasskeyProgress(console, plan, n) as progress:
+        outcomes = measure(model, loaded.tokenizer, questions, plan, batch, progress)
+    setup = {
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.step,
+        "segment_length": n,
+        "depths": options.depths,
+        "filler": made.filler,
+        "keys": made.keys,
+        "digits": made.digits,
+        "seed": options.seed,
+        "tokens_per_second": progress.tokens_per_second,
+    }
+    figures = report.figures(outcomes, options.depths, setup)
+    plot_path = Path(plot) if plot else loaded.directory / "passkey.png"
+    report.write(figures, loaded.directory / "tensorboard" / "passkey", plot_path, json_path)
+    console.print(report.table(figures))
+    console.print(f"heat map: {plot_path}")
+
+
+def default_samples(segments: int) -> int:
+    """Documents of a length: 64, and from 512 segments on fewer, never less than 8."""
+    return max(8, min(64, 32768 // segments))
+
+
+def measure(
+    model: InfiniTransformer,
+    tokenizer: Tokenizer,
+    questions: Questions,
+    plan: list[tuple[int, int]],
+    batch: int,
+    progress: PasskeyProgress,
+) -> list[Outcome]:
+    """Asks all questions.
+
+    Args:
+        plan: lengths in segments, and documents of each.
+        batch: documents read together.
+
+    Raises:
+        UserError: the segments are too short for the keys or the question.
+    """
+    outcomes = []
+    for segments, samples in plan:
+        for begin in range(0, samples, batch):
+            numbers = range(begin, min(begin + batch, samples))
+            asked = [questions.make(segments, number, samples) for number in numbers]
+            right, ablated = (
+                _answers_right(model, tokenizer, asked, memory, progress.read)
+                for memory in (True, False)
+            )
+            for question, *rights in zip(asked, right, ablated, strict=True):
+                outcomes.append(Outcome(segments, question.depth, question.cut, *rights))
+            progress.answered(len(asked))
+    return outcomes
+
+
+def _answers_right(
+    model: InfiniTransformer,
+    tokenizer: Tokenizer,
+    asked: list[Question],
+    memory: bool,
+    on_read: Callable[[int], None],
+) -> list[bool]:
+    """Which of some questions of one length are answered right, with or without the memory."""
+    prompts = np.stack([question.prompt for question in asked])
+    n = model.config.segment_length
+    last = (prompts.shape[1] - 1) // n * n  # where the last segment begins
+    state = read(model, prompts[:, :last], on_read) if memory else None
+    device = next(model.parameters()).device
+    written = model.generate(
+        torch.from_numpy(prompts[:, last:].astype(np.int64)).to(device),
+        max_new_tokens=max(question.answer_tokens for question in asked),
+        temperature=0.0,
+        memory=state,
+    )
+    return [
+        tokenizer.decode(row[: question.answer_tokens]) == question.answer
+        for row, question in zip(written.tolist(), asked, strict=True)
+    ]
+
+
+@torch.no_grad()
+def read(
+    model: InfiniTransformer, tokens: np.ndarray, on_read: Callable[[int], None]
+) -> Memory | None:
+    """The memory after whole segments [batch, segments x n], read CALL_TOKENS at a time.
+
+    Args:
+        on_read: called with the number of tokens just read.
+    """
+    n = model.config.segment_length
+    device = next(model.parameters()).device
+    width = n * max(1, min(WINDOW_SEGMENTS, CALL_TOKENS // (len(tokens) * n)))
+    memory = None
+    for begin in range(0, tokens.shape[1], width):
+        window = tokens[:, begin : begin + width]
+        _, memory = model.read(torch.from_numpy(window.astype(np.int64)).to(device), memory)
+        on_read(window.size)
+    return memory

@@ -1,0 +1,43 @@
+"""Progress of a pass-key evaluation."""
+
+from rich.console import Console
+
+from infini_ds.data.progress import ProgressLine, time_left
+
+
+class PasskeyProgress(ProgressLine):
+    """Documents done, tokens a second and the time left.
+
+    Args:
+        plan: lengths in segments, and documents of each.
+        segment_length: tokens of a segment.
+    """
+
+    def __init__(self, console: Console, plan: list[tuple[int, int]], segment_length: int):
+        self._documents = sum(samples for _, samples in plan)
+        self._tokens = sum((segments - 1) * samples for segments, samples in plan) * segment_length
+        self._documents_done = self._tokens_done = 0
+        super().__init__(console, "", self._tokens, *time_left())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read since the beginning over the time that has passed."""
+        return self._tokens_done / self.seconds
+
+    def read(self, tokens: int) -> None:
+        """So many tokens more have been read."""
+        self._tokens_done += tokens
+        self._show()
+
+    def answered(self, documents: int) -> None:
+        """So many documents more are done."""
+        self._documents_done += documents
+        self._show()
+
+    def _show(self) -> None:
+        rate = self.tokens_per_second
+        line = (
+            f"passkey: {self._documents_done:,} of {self._documents:,} documents, "
+            f"{rate:,.0f} tokens/s"
+        )
+        self.show(self._tokens_done, line, (self._tokens - self._tokens_done) / rate)

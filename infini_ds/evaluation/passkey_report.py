@@ -1,0 +1,116 @@
+"""What a pass-key evaluation found: figures, table, heat map, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch.utils.tensorboard.writer import SummaryWriter
+
+if TYPE_CHECKING:
+    from infini_ds.evaluation.passkey import Outcome
+
+_SHARES = ("all", "whole", "cut", "ablated")
+
+
+def figures(outcomes: Sequence[Outcome], depths: int, setup: dict[str, Any]) -> dict[str, Any]:
+    """`setup` and, under "lengths", the shares of right answers, None where nothing was asked.
+
+    Each length has "segments", "samples", the share of "all", of "whole" keys, of those "cut" by a
+    segment's end and with the memory "ablated", and by_depth: share and samples of each part.
+    """
+    lengths = []
+    for segments in dict.fromkeys(outcome.segments for outcome in outcomes):
+        here = [outcome for outcome in outcomes if outcome.segments == segments]
+        by_depth = [[one for one in here if one.depth == depth] for depth in range(depths)]
+        lengths.append(
+            {
+                "segments": segments,
+                "samples": len(here),
+                "all": _share(one.right for one in here),
+                "whole": _share(one.right for one in here if not one.cut),
+                "cut": _share(one.right for one in here if one.cut),
+                "ablated": _share(one.right_ablated for one in here),
+                "by_depth": [_share(one.right for one in part) for part in by_depth],
+                "samples_by_depth": [len(part) for part in by_depth],
+            }
+        )
+    return {**setup, "lengths": lengths}
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """Percent of right answers: a row for each length, a column for each depth."""
+    result = Table(
+        title=f"pass key of {figures['digits']} digits found, percent, by depth of the key\n"
+        f"step {figures['step']}, segments of {figures['segment_length']} tokens, "
+        f"filler {figures['filler']}, {figures['keys']} key{'s' * (figures['keys'] > 1)}",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    names = [*_depth_names(figures["depths"]), *_SHARES, "n"]
+    result.add_column("segments", justify="right")
+    for name in names:
+        result.add_column(name, justify="right")
+    for length in figures["lengths"]:
+        shares = [*length["by_depth"], *(length[name] for name in _SHARES)]
+        result.add_row(f"{length['segments']:,}", *map(_percent, shares), f"{length['samples']:,}")
+    return result
+
+
+def write(
+    figures: dict[str, Any], tensorboard: Path, plot_path: Path, json_path: str | None
+) -> None:
+    """Writes the heat map, the TensorBoard events and, if it is asked for, the JSON."""
+    figure = _heat_map(figures)
+    figure.savefig(plot_path, format="png")
+    if json_path:
+        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    board = SummaryWriter(str(tensorboard))
+    step = figures["step"]
+    board.add_figure("passkey/by_length_and_depth", figure, step, close=False)
+    for length in figures["lengths"]:
+        for name in _SHARES:
+            tag = f"passkey/{name}/segments_{length['segments']}"
+            if length[name] is not None:
+                board.add_scalar(tag, length[name], step)
+    board.close()
+
+
+def _heat_map(figures: dict[str, Any]) -> Figure:
+    lengths = figures["lengths"]
+    names = _depth_names(figures["depths"])
+    shares = np.array([length["by_depth"] for length in lengths], dtype=float)  # None is nan
+    figure = Figure(figsize=(2 + 0.6 * len(names), 1.8 + 0.5 * len(lengths)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        if not np.isnan(share):
+            color = "black" if 0.2 < share < 0.8 else "white"  # readable on the map's dark ends
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(lengths)), [f"{length['segments']:,}" for length in lengths])
+    axes.set_xlabel("depth of the key in what is before the last segment, from")
+    axes.set_ylabel(f"segments of {figures['segment_length']}")
+    axes.set_title(f"pass key found, percent, step {figures['step']}", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _depth_names(depths: int) -> list[str]:
+    """Where each part begins."""
+    return [f"{100 * depth / depths:.0f}%" for depth in range(depths)]
+
+
+def _share(rights: Iterable[bool]) -> float | None:
+    counted = list(rights)
+    return sum(counted) / len(counted) if counted else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"

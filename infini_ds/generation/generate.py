@@ -1,0 +1,110 @@
+"""`infini-ds generate`: continues a prompt, and prints the text as it is written."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from infini_ds.conversion.run import load_run
+from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds.data.text_pieces import TextPieces
+from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.errors import UserError
+from infini_ds.generation.absorb import absorb
+from infini_ds.generation.text import text_of
+from infini_ds.model.fingerprint import fingerprint
+from infini_ds.model.generation import stream
+from infini_ds.model.memory import Memory
+from infini_ds.model.transformer import InfiniTransformer
+
+
+class GenerateOptions(NamedTuple):
+    """What is asked."""
+
+    prompt: str | None
+    """The prompt itself, or None where it is in `prompt_file`."""
+    prompt_file: str | None
+    """Text, plain, .gz or .zst."""
+    memory: str | None
+    """File of a document that the prompt goes on with."""
+    max_new_tokens: int
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    top_k: int
+    """0 means all."""
+    seed: int | None
+    """Of the sampling; None: another one each time."""
+    stop: str
+    """Text before which the answer ends, beside the end of text; empty: none."""
+
+
+def run(path: str, step: int | None, options: GenerateOptions) -> None:
+    """Prints the continuation on stdout, and progress on stderr.
+
+    Args:
+        path: output_dir of a run, or one directory of its checkpoints.
+        step: see `load_run`.
+
+    Raises:
+        UserError: there is no such model, the memory is another model's, or the prompt is empty.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    loaded = load_run(path, step)
+    for line in loaded.skipped:
+        console.print(line, style="yellow")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = loaded.model.to(device), loaded.tokenizer
+    memory = load_memory(options.memory, model) if options.memory else None
+    prompt = _tokens(tokenizer, options, begins=memory is None)
+    with ReadingProgress(console, "prompt", len(prompt), "tokens") as progress:
+        read = 0
+
+        def on_read(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            progress.update(read, tokens)
+
+        memory, rest = absorb(model, [prompt], memory, on_read)
+    generator = torch.Generator(device)
+    if options.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(options.seed)
+    columns = stream(
+        model, rest, options.max_new_tokens, options.temperature, options.top_p, options.top_k,
+        tokenizer.eos_id, memory, generator,
+    )  # fmt: skip
+    for part in text_of(tokenizer, map(int, columns), options.stop):
+        print(part, end="", flush=True)
+    print()
+
+
+def load_memory(path: str, model: InfiniTransformer) -> Memory:
+    """The memory of one document, on the model's device.
+
+    Raises:
+        UserError: it is missing, no memory, or not one of this model.
+    """
+    device = next(model.parameters()).device
+    memory = Memory.load(path, device, fingerprint(model))
+    try:
+        memory.check(model.config, 1)
+    except ValueError as error:
+        raise UserError(f"memory {path}: {error}") from None
+    return memory
+
+
+def _tokens(tokenizer: Tokenizer, options: GenerateOptions, begins: bool) -> np.ndarray:
+    """The prompt's tokens, after BOS where a document begins with it."""
+    text = options.prompt
+    if text is None:
+        assert options.prompt_file is not None
+        text = "".join(TextPieces(options.prompt_file))
+    tokens = tokenizer.encode_array(text)
+    if begins:
+        tokens = np.concatenate((np.array([tokenizer.bos_id], tokens.dtype), tokens))
+    if not len(tokens):
+        raise UserError("prompt: is empty; a memory needs something to go on with")
+    return tokens

@@ -1,0 +1,142 @@
+"""Figures of a run, a checkpoint, a store or a memory file, by what is on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from infini_ds import config as configuration
+from infini_ds.config import RunConfig
+from infini_ds.conversion.run import read_weights
+from infini_ds.data.store import SPLITS, sha256_of
+from infini_ds.errors import UserError
+from infini_ds.inspection.weights import gates, parameter_counts
+from infini_ds.model.memory import Memory
+from infini_ds.training.manifest import NAME
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a path is. "kind" and "path" are always there; the rest depends on the kind.
+
+    Damage is told under "problems", and what cannot be read because of it is None.
+
+    Raises:
+        UserError: it is none of the kinds.
+    """
+    if path.is_file():
+        return _memory(path)
+    if (path / "checkpoints").is_dir():
+        return _run(path)
+    if (path / "config.yaml").exists() and path.resolve().name.startswith("step_"):
+        return _checkpoint(path, problems_of(path))
+    if any((path / f"{split}.tokens").exists() for split in SPLITS):
+        return _store(path)
+    raise UserError(f"inspect {path}: is no run, checkpoint, store or memory file")
+
+
+def _run(path: Path) -> dict[str, Any]:
+    directories = sorted((path / "checkpoints").glob("step_*"))
+    problems = {directory.name: problems_of(directory) for directory in directories}
+    valid = [directory for directory in directories if not problems[directory.name]]
+    return {
+        "kind": "run",
+        "path": str(path),
+        "checkpoints": problems,
+        "newest_valid": _checkpoint(valid[-1], []) if valid else None,
+        "bytes": {"total": _size(path)},
+    }
+
+
+def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
+    state = _json(path / "state.json")
+    config: RunConfig | None = None
+    try:
+        config = configuration.load(path / "config.yaml")
+    except UserError as error:
+        problems = problems or [str(error)]
+    weights_are_whole = not any(problem.startswith(("layer_", NAME)) for problem in problems)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        **{name: state.get(name) for name in ("step", "tokens", "skipped_steps", "layout")},
+        "settings": None if config is None else config.model_dump(),
+        "parameters": None if config is None else parameter_counts(config.model),
+        "gates": gates(read_weights(path)) if weights_are_whole else None,
+        "bytes": {
+            "weights": sum(file.stat().st_size for file in path.glob("layer_*")),
+            "optimizer": sum(file.stat().st_size for file in path.glob("*optim_states.pt")),
+            "memories": _size(path / "memory"),
+            "total": _size(path),
+        },
+        "problems": problems,
+    }
+
+
+def _store(path: Path) -> dict[str, Any]:
+    manifest = _json(path / NAME)
+    return {
+        "kind": "store",
+        "path": str(path),
+        **{name: manifest.get(name) for name in ("tokenizer", "splits", "settings")},
+        "bytes": {"total": _size(path)},
+        "problems": problems_of(path),
+    }
+
+
+def _memory(path: Path) -> dict[str, Any]:
+    memory = Memory.load(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    layers, documents, kv_heads, head_dim = memory.norm.shape
+    return {
+        "kind": "memory",
+        "path": str(path),
+        "settings": {
+            "layers": layers,
+            "documents": documents,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "segment_length": memory.keys.shape[2],
+            "dtype": str(memory.keys.dtype).removeprefix("torch."),
+            "write_gate": memory.weights.shape[-1] > 0,
+            "short_conv": memory.tail.shape[2] > 0,
+        },
+        "fingerprint": metadata.get("fingerprint"),
+        "open_tokens": list(memory.lengths),
+        "norms": memory.kv.norm(dim=(-2, -1)).mean(dim=(1, 2)).tolist(),
+        "bytes": {"total": path.stat().st_size},
+    }
+
+
+def problems_of(directory: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint or a store, by their manifest's checksums."""
+    try:
+        files = json.loads((directory / NAME).read_text())["files"]
+    except FileNotFoundError:
+        return [f"{NAME} is missing: it was not finished"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{NAME} cannot be read ({' '.join(str(error).split())})"]
+    problems = []
+    for name, expected in files.items():
+        file = directory / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != expected["size"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes, not {expected['size']}")
+        elif sha256_of(file) != expected["sha256"]:
+            problems.append(f"{name} does not have its checksum")
+    return problems
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file says, nothing if it cannot be read."""
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

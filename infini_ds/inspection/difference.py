@@ -1,0 +1,60 @@
+"""How two things of one kind differ."""
+
+from pathlib import Path
+from typing import Any
+
+from infini_ds.conversion.run import read_weights
+from infini_ds.errors import UserError
+from infini_ds.inspection.weights import relative_changes
+
+_NOT_COMPARED = ("kind", "path", "gates", "bytes", "problems", "norms")
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What differs between two descriptions of `describe`; a run is its newest valid checkpoint.
+
+    Returns:
+        "settings": [before, after] of each that differs; and of two checkpoints of one shape
+        "changes", see `relative_changes`, None for all others.
+
+    Raises:
+        UserError: they are of different kinds.
+    """
+    before, after = _comparable(before), _comparable(after)
+    if before["kind"] != after["kind"]:
+        raise UserError(
+            f"--diff: {before['path']} is a {before['kind']}, {after['path']} a {after['kind']}"
+        )
+    one, other = (
+        _flat({name: value for name, value in each.items() if name not in _NOT_COMPARED})
+        for each in (before, after)
+    )
+    settings = {
+        name.removeprefix("settings."): [one.get(name), other.get(name)]
+        for name in dict.fromkeys((*one, *other))
+        if one.get(name) != other.get(name)
+    }
+    changes = None
+    if before["gates"] and after["gates"]:  # of checkpoints whose weights are whole
+        weights = (read_weights(Path(each["path"])) for each in (before, after))
+        changes = relative_changes(*weights, num_layers=len(before["gates"]))
+    return {"settings": settings, "changes": changes}
+
+
+def _comparable(figures: dict[str, Any]) -> dict[str, Any]:
+    if figures["kind"] != "run":
+        return {"gates": None, **figures}
+    if figures["newest_valid"] is None:
+        raise UserError(f"--diff: run {figures['path']} has no valid checkpoint")
+    return figures["newest_valid"]
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Every value by its path of names."""
+    flat = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": each for inner, each in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat

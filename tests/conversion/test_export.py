@@ -1,0 +1,243 @@
+"""A run's weights as safetensors: the same numbers, whole files, and no file that is not whole."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from infini_ds import cli
+from infini_ds.config import ModelConfig
+from infini_ds.conversion import convert
+from infini_ds.conversion.export import load_export
+from infini_ds.conversion.run import load_run
+from infini_ds.conversion.writer import Plan
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.training import manifest
+from tests.evaluation.conftest import RUNS
+
+
+def run(direction, source, target, *options) -> int:
+    return cli.main(["convert", direction, str(source), str(target), *map(str, options)])
+
+
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("size", ["5GB", "10KB"])
+@pytest.mark.parametrize("dtype", RUNS)
+def test_run_to_file_to_export_keeps_every_bit(saved, dtype, size, tmp_path):
+    output = saved[dtype] / "output"
+    expected = load_run(output)
+    assert run("to-safetensors", output, tmp_path / "one.safetensors") == 0
+    shards = ("--shard-size", size)
+    assert run("from-safetensors", tmp_path / "one.safetensors", tmp_path / "export", *shards) == 0
+    assert run("from-safetensors", tmp_path / "export", tmp_path / "again") == 0
+    for path in ("one.safetensors", "export", "again"):
+        model, config = load_export(tmp_path / path)
+        assert config == expected.config.model
+        assert_same(model.state_dict(), expected.model.state_dict())
+    assert_same(load_file(tmp_path / "one.safetensors"), expected.model.state_dict())
+    assert (tmp_path / "export" / "model.safetensors.index.json").exists() == (size == "10KB")
+
+
+def test_the_step_can_be_chosen_and_an_export_has_none(saved, tmp_path, capsys):
+    output = saved["bf16"] / "output"
+    assert run("to-safetensors", output, tmp_path / "a", "--step", 1) == 0
+    assert run("to-safetensors", output, tmp_path / "b", "--step", 7) == 2
+    assert "has no checkpoint of step 7; there are: 1, 2" in capsys.readouterr().err
+    assert run("to-safetensors", tmp_path / "a", tmp_path / "b", "--step", 1) == 2
+    assert "is not a run with checkpoints" in capsys.readouterr().err
+
+
+def test_another_dtype(saved, tmp_path):
+    output = saved["fp32"] / "output"
+    assert run("to-safetensors", output, tmp_path / "export", "--dtype", "bf16") == 0
+    expected = load_run(output).model.to(torch.bfloat16)
+    assert_same(load_export(tmp_path / "export")[0].state_dict(), expected.state_dict())
+
+
+def masters_of(config) -> dict[str, torch.Tensor]:
+    """What the optimizer of `saved` keeps: the weights that the engine was built with."""
+    model = InfiniTransformer(config.model, seed=config.seed)
+    return model.to(torch.bfloat16).float().state_dict()
+
+
+def test_fp32_of_a_bf16_run_are_the_weights_of_its_optimizer(saved, tmp_path):
+    output = saved["bf16"] / "output"
+    assert run("to-safetensors", output, tmp_path / "export", "--dtype", "fp32") == 0
+    expected = masters_of(load_run(output).config)
+    assert_same(load_export(tmp_path / "export")[0].state_dict(), expected)
+
+
+def test_shards_of_several_ranks_are_put_together(saved, tmp_path):
+    """One rank's file cut in the middle of every group, as two ranks would have it."""
+    checkpoint = shutil.copytree(
+        saved["bf16"] / "output" / "checkpoints" / "step_00000002", tmp_path / "step_00000002"
+    )
+    (file,) = checkpoint.glob("*optim_states.pt")
+    whole = torch.load(file, weights_only=False)
+    state = whole["optimizer_state_dict"]
+    groups, mappings = state["single_partition_of_fp32_groups"], state["param_slice_mappings"]
+    for rank in range(2):
+        parts, places = [], []
+        for group, mapping in zip(groups, mappings, strict=True):
+            middle = len(group) // 2
+            begin, end = (0, middle) if rank == 0 else (middle, len(group))
+            parts.append(group[begin:end].clone())
+            places.append({})
+            for name, place in mapping.items():
+                low, high = max(place.start, begin), min(place.start + place.numel, end)
+                if low < high:
+                    places[-1][name] = type(place)(numel=high - low, start=low - begin)
+        state |= {"single_partition_of_fp32_groups": parts, "param_slice_mappings": places}
+        torch.save(whole, checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    files = {
+        name: {
+            "size": (checkpoint / name).stat().st_size,
+            "sha256": manifest.sha256(checkpoint / name),
+        }
+        for name in manifest.files_of(checkpoint)
+    }
+    manifest.write(checkpoint, files)
+    assert run("to-safetensors", checkpoint, tmp_path / "export", "--dtype", "fp32") == 0
+    expected = masters_of(load_run(checkpoint).config)
+    assert_same(load_export(tmp_path / "export")[0].state_dict(), expected)
+
+
+def make_export(directory: Path) -> Path:
+    """A model of the dtypes bf16 and fp32 mixed, with tensors of odd sizes."""
+    config = ModelConfig(
+        vocab_size=11, hidden_size=5, num_layers=2, num_heads=3, head_dim=2, intermediate_size=7,
+    )  # fmt: skip
+    model = InfiniTransformer(config)
+    directory.mkdir()
+    state = {
+        name: tensor.to(torch.bfloat16) if "norm" in name else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(state, directory / "model.safetensors")
+    text = convert.config_text(config)
+    (directory / "config.yaml").write_text(text)
+    return directory
+
+
+def test_mixed_dtypes_are_aligned_in_the_file(tmp_path):
+    source = make_export(tmp_path / "source")
+    assert run("from-safetensors", source, tmp_path / "export") == 0
+    expected = load_file(source / "model.safetensors")
+    with safe_open(tmp_path / "export" / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert_same(tensors, expected)
+    for tensor in tensors.values():
+        assert tensor.data_ptr() % tensor.itemsize == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("target", ["export", "one.safetensors"])
+def test_interruption_leaves_nothing(target, error, tmp_path, monkeypatch, capsys):
+    source = make_export(tmp_path / "source")
+    produce = Plan._produce
+
+    def some(plan):
+        items = produce(plan)
+        for _ in range(3):
+            yield next(items)
+        assert list(tmp_path.glob(f"{target}*")) == [tmp_path / f"{target}.partial"]
+        raise error
+
+    monkeypatch.setattr(Plan, "_produce", some)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            run("to-safetensors", source, tmp_path / target)
+    else:
+        assert run("to-safetensors", source, tmp_path / target) == 2
+        assert "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.glob(f"{target}*"))
+    # What a killed one leaves is in nobody's way.
+    monkeypatch.setattr(Plan, "_produce", produce)
+    (tmp_path / f"{target}.partial").mkdir()
+    assert run("to-safetensors", source, tmp_path / target) == 0
+    load_export(tmp_path / target)
+
+
+@pytest.mark.parametrize("target", ["export", "one.safetensors"])
+def test_nothing_is_overwritten_without_force(target, tmp_path, capsys):
+    source = make_export(tmp_path / "source")
+    assert run("to-safetensors", source, tmp_path / target) == 0
+    assert run("to-safetensors", source, tmp_path / target) == 2
+    assert f"{target}: exists; choose another destination or add --force" in capsys.readouterr().err
+    assert run("to-safetensors", source, tmp_path / target, "--force") == 0
+
+
+def test_force_replaces_neither_the_source_nor_something_else(tmp_path, capsys):
+    source = make_export(tmp_path / "source")
+    for target in (source, tmp_path):
+        assert run("to-safetensors", source, target, "--force") == 2
+        assert "must not be the source itself or hold it" in capsys.readouterr().err
+    other = tmp_path / "documents"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    assert run("to-safetensors", source, other, "--force") == 2
+    assert "is no directory of weights, so it is not replaced" in capsys.readouterr().err
+    assert (other / "letter.txt").exists()
+
+
+def without_config(source: Path) -> None:
+    (source / "config.yaml").unlink()
+
+
+def other_config(source: Path) -> None:
+    path = source / "config.yaml"
+    path.write_text(path.read_text().replace("hidden_size: 5", "hidden_size: 6"))
+
+
+def unknown_setting(source: Path) -> None:
+    path = source / "config.yaml"
+    path.write_text(path.read_text().replace("norm_eps", "norm_epps"))
+
+
+MISTAKES = {
+    "no_config": (without_config, "has no config; put a config.yaml with the key `model` beside"),
+    "other_config": (other_config, "has shape [11, 5], but config.yaml asks for [11, 6]"),
+    "unknown": (unknown_setting, "unknown setting model.norm_epps; did you mean norm_eps?"),
+    "no_weights": (lambda source: (source / "model.safetensors").unlink(), "is neither an export"),
+    "no_source": (shutil.rmtree, "no such file or directory"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_line(name, tmp_path, capsys):
+    spoil, message = MISTAKES[name]
+    source = make_export(tmp_path / "source")
+    spoil(source)
+    assert run("from-safetensors", source, tmp_path / "export") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.glob("export*"))
+
+
+def test_shard_size_is_checked(tmp_path, capsys):
+    assert run("from-safetensors", tmp_path, tmp_path / "x", "--shard-size", "5") == 2
+    assert "--shard-size (5) must be a number with KB, MB or GB" in capsys.readouterr().err
+
+
+def test_a_model_with_a_convolution_is_no_plain_model(saved, tmp_path, capsys):
+    assert run("to-llama", saved["bf16"] / "output", tmp_path / "plain") == 2
+    assert "model.memory.short_conv must be false" in capsys.readouterr().err
+    # Biases on queries, keys and values alone are those of Qwen2.
+    assert run("to-llama", saved["fp32"] / "output", tmp_path / "plain") == 0
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    tokens = load_file(saved["fp32"] / "reference.safetensors")["tokens"][:, :64]
+    ours = load_run(saved["fp32"] / "output").model
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, ours(tokens).logits, rtol=1e-4, atol=1e-4)

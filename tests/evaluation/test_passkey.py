@@ -1,0 +1,206 @@
+"""The counting is right, and reading needs no more memory for longer documents."""
+
+import json
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from infini_ds import cli
+from infini_ds.config import ModelConfig, PasskeyConfig
+from infini_ds.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from infini_ds.errors import UserError
+from infini_ds.evaluation.passkey import CALL_TOKENS, Outcome, default_samples, measure, read
+from infini_ds.evaluation.passkey_questions import Questions
+from infini_ds.evaluation.passkey_report import figures
+from infini_ds.model.transformer import InfiniTransformer
+
+torch.set_num_threads(1)
+
+N = 64
+DEPTHS = 4
+
+
+def questions(tokenizer=None, n=N, **changes) -> Questions:
+    config = PasskeyConfig(segment_length=n, **changes)
+    return Questions(config, tokenizer or ByteTokenizer(), DEPTHS, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> SentencePieceTokenizer:
+    """A tokenizer with pieces of several characters."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    text = "The grass is green. The sky is blue. What is the pass key? Remember it. 71 20 435"
+    train_sentencepiece(iter([text, text.lower()] * 20), 320, path)
+    return SentencePieceTokenizer(path.read_bytes(), "made here")
+
+
+class Oracle(nn.Module):
+    """Keeps the text that it reads as its memory, and finds the key in it, if it looks."""
+
+    def __init__(self, tokenizer, looks: bool):
+        super().__init__()
+        self.tokenizer, self.looks = tokenizer, looks
+        self.config = SimpleNamespace(segment_length=N)
+        self.nothing = nn.Parameter(torch.zeros(()))
+        self.calls: list[int] = []
+
+    def read(self, tokens, memory):
+        self.calls.append(tokens.numel())
+        assert tokens.shape[1] % N == 0
+        return None, tokens if memory is None else torch.cat((memory, tokens), dim=1)
+
+    def generate(self, prompt, max_new_tokens, temperature, memory):
+        assert temperature == 0
+        assert prompt.shape[1] + max_new_tokens <= N
+        rows = prompt if memory is None else torch.cat((memory, prompt), dim=1)
+        written = []
+        for row in rows.tolist():
+            text = self.tokenizer.decode(row)
+            assert memory is None or row[0] == self.tokenizer.bos_id
+            (asked,) = re.findall(r"What is the (pass key[^?]*)\? The \1 is $", text)
+            found = re.findall(rf"The {asked} is (\d+)\. Remember", text)
+            answer = found[0] if self.looks and found else "00000"
+            ids = self.tokenizer.encode(answer)
+            written.append((ids + [0] * max_new_tokens)[:max_new_tokens])
+        return torch.tensor(written)
+
+
+class Progress:
+    def read(self, tokens: int) -> None: ...
+
+    def answered(self, documents: int) -> None: ...
+
+
+def outcomes_of(model, asked, plan, batch=3) -> list[Outcome]:
+    return measure(model, model.tokenizer, asked, plan, batch, Progress())
+
+
+class TestCounting:
+    @pytest.mark.parametrize("filler", ["standard", "noise"])
+    @pytest.mark.parametrize("keys", [1, 3])
+    @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+    def test_oracle_finds_every_key_but_only_with_its_memory(self, pieces, kind, keys, filler):
+        tokenizer = pieces if kind == "sentencepiece" else ByteTokenizer()
+        asked = questions(tokenizer, filler=filler, keys=keys)
+        outcomes = outcomes_of(Oracle(tokenizer, looks=True), asked, [(6, 10), (9, 4)])
+        assert Counter(outcome.segments for outcome in outcomes) == {6: 10, 9: 4}
+        assert all(outcome.right for outcome in outcomes)
+        assert not any(outcome.right_ablated for outcome in outcomes)
+
+    def test_model_that_does_not_look_finds_none(self):
+        outcomes = outcomes_of(Oracle(ByteTokenizer(), looks=False), questions(), [(5, 10)])
+        assert not any(outcome.right or outcome.right_ablated for outcome in outcomes)
+
+    def test_figures_count_each_kind_apart(self):
+        outcomes = [
+            Outcome(16, 0, cut=False, right=True, right_ablated=False),
+            Outcome(16, 0, cut=True, right=False, right_ablated=False),
+            Outcome(16, 2, cut=False, right=True, right_ablated=True),
+            Outcome(16, 2, cut=False, right=False, right_ablated=False),
+            Outcome(64, 1, cut=False, right=True, right_ablated=False),
+        ]
+        first, second = figures(outcomes, 3, {"step": 7})["lengths"]
+        assert first == {
+            "segments": 16, "samples": 4, "all": 0.5, "whole": 2 / 3, "cut": 0.0, "ablated": 0.25,
+            "by_depth": [0.5, None, 0.5], "samples_by_depth": [2, 0, 2],
+        }  # fmt: skip
+        assert (second["segments"], second["all"], second["cut"]) == (64, 1.0, None)
+
+
+def text_of(tokenizer, question) -> str:
+    return tokenizer.decode(question.prompt.tolist())
+
+
+class TestQuestions:
+    @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+    def test_key_is_at_its_depth_and_told_cut_or_whole(self, pieces, kind):
+        tokenizer = pieces if kind == "sentencepiece" else ByteTokenizer()
+        asked, samples, segments = questions(tokenizer), 40, 17
+        made = [asked.make(segments, number, samples) for number in range(samples)]
+        assert Counter(question.depth for question in made) == dict.fromkeys(range(DEPTHS), 10)
+        assert {question.cut for question in made} == {False, True}
+        for question in made:
+            assert len(question.prompt) == segments * N - 5
+            assert question.prompt[0] == tokenizer.bos_id
+            statement = f"The pass key is {question.answer}. Remember it."
+            text = text_of(tokenizer, question)
+            room = len(text) * (segments - 1) / segments - len(statement)
+            place = text.index(statement) / room * DEPTHS
+            assert question.depth - 0.2 < place < question.depth + 1.2
+            whole = [
+                f"{statement} {question.answer} is the pass key." in tokenizer.decode(part.tolist())
+                for part in np.split(question.prompt, range(N, segments * N, N))
+            ]
+            assert question.cut != any(whole)
+
+    def test_bytes_are_those_of_the_generator(self):
+        question = questions().make(5, 0, 1)
+        assert text_of(ByteTokenizer(), question).endswith("? The pass key is ")
+
+    def test_few_samples_are_spread_over_the_depths(self):
+        assert [questions().make(3, number, 2).depth for number in range(2)] == [1, 3]
+
+    def test_are_a_function_of_seed_length_and_number(self):
+        first, again, other = (questions().make(3, number, 9) for number in (0, 0, 1))
+        assert np.array_equal(first.prompt, again.prompt)
+        assert first.answer != other.answer
+
+    def test_segments_too_short_for_the_question_are_named(self, pieces):
+        with pytest.raises(UserError, match="segment_length"):
+            questions(n=16).make(3, 0, 1)
+        with pytest.raises(UserError, match="segment_length"):
+            questions(pieces, n=8).make(3, 0, 1)
+
+
+def test_defaults_ask_less_of_long_documents():
+    assert [default_samples(n) for n in (16, 256, 1024, 8192)] == [64, 64, 32, 8]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_tokens_of_a_call_are_bounded_whatever_the_length(batch):
+    model = Oracle(ByteTokenizer(), looks=True)
+    outcomes = outcomes_of(model, questions(), [(900, 5)], batch=batch)
+    assert all(outcome.right for outcome in outcomes)
+    assert max(model.calls) <= CALL_TOKENS
+    assert sum(model.calls) == 5 * 899 * N
+
+
+def test_answers_of_a_model_are_those_of_reading_all_at_once():
+    config = ModelConfig(
+        vocab_size=258, hidden_size=16, num_layers=2, num_heads=2, head_dim=8, segment_length=N,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model, asked = InfiniTransformer(config).eval(), questions()
+    made = [asked.make(20, number, 2) for number in range(2)]
+    prompts = np.stack([question.prompt for question in made])
+    memory = read(model, prompts[:, : 19 * N], lambda _: None)
+    written = model.generate(
+        torch.tensor(prompts[:, 19 * N :].astype(np.int64)), 5, temperature=0.0, memory=memory
+    )
+    whole = model.generate(torch.tensor(prompts.astype(np.int64)), 5, temperature=0.0)
+    assert torch.equal(written, whole)
+
+
+def test_command_reports_in_every_form(run, tmp_path, capsys):
+    arguments = ["passkey", str(run), "--segments", "3,5", "--samples", "4", "--depths", "2"]
+    arguments += ["--json", str(tmp_path / "figures.json"), "--step", "1"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "pass key of 5 digits found, percent" in shown
+    for name in ("segments", "all", "whole", "cut", "ablated"):
+        assert name in shown
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert [length["segments"] for length in report["lengths"]] == [3, 5]
+    assert report["step"] == 1
+    assert [length["samples_by_depth"] for length in report["lengths"]] == [[2, 2], [2, 2]]
+    assert (run / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(run / "tensorboard" / "passkey")).Reload()
+    assert events.Tags()["images"] == ["passkey/by_length_and_depth"]
+    (event,) = events.Scalars("passkey/all/segments_5")
+    assert (event.step, event.value) == (1, report["lengths"][1]["all"])
