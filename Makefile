@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STEPS := 250
+SEEDS := 0
 # Where a finished run has left its report, train for as many steps again.
 DONE = $(shell sed -n 's/.*"step": \([0-9]*\).*/\1/p' runs/quickstart/report.json 2>/dev/null)
 
-.PHONY: pretrain test test-slow lint format docs clean
+.PHONY: pretrain passkey test test-slow lint format docs clean
 
 # A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
 pretrain: $(VENV)/installed
@@ -15,6 +16,16 @@ pretrain: $(VENV)/installed
 	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning \
 	  --num_accelerators 2 launch/pretrain.sh configs/quickstart.yaml \
 	  train.steps=$$(( $(STEPS) + $(or $(DONE),0) ))
+
+# Trains a model to keep pass keys and asks it for them, up to 1,048,576 bytes later, for each seed.
+passkey: $(VENV)/installed
+	$(BIN)/infini-ds prepare configs/passkey.yaml
+	for seed in $(SEEDS); do \
+	  DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning \
+	    --num_accelerators 2 launch/pretrain.sh configs/passkey.yaml \
+	    seed=$$seed output_dir=runs/passkey/seed_$$seed \
+	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
+	done
 
 test: $(VENV)/installed lint
 	$(BIN)/pytest -m "not slow"

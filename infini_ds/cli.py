@@ -1,11 +1,15 @@
 """The command line: `infini-ds COMMAND ...`; one clear line and exit code 2 for mistakes."""
 
 import argparse
+import math
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from infini_ds import config as configuration
+from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.errors import RunError, UserError
 
 
@@ -54,6 +58,86 @@ def _parser() -> argparse.ArgumentParser:
         commands, "pretrain", "train on this process; launch/pretrain.sh starts several", _pretrain
     )
 
+    passkey = commands.add_parser(
+        "passkey", help="can a run's model find digits that it read long ago"
+    )
+    passkey.add_argument(
+        "directory", metavar="RUN", help="output_dir of a run, or one of its checkpoints"
+    )
+    passkey.add_argument("--segments", default="16,64,256,1024,8192", help="lengths of documents")
+    passkey.add_argument("--depths", type=int, default=10, help="places where the key is hidden")
+    passkey.add_argument("--samples", type=int, help="documents of each length (64, long ones 8)")
+    passkey.add_argument("--filler", help="standard, noise or text (the run's data.passkey.filler)")
+    passkey.add_argument("--keys", type=int, help="keys in each (the run's data.passkey.keys)")
+    passkey.add_argument("--batch", type=int, help="documents read together (8)")
+    passkey.add_argument("--seed", type=int, default=0, help="of the documents")
+    passkey.add_argument("--json", metavar="FILE", help="write the figures as well")
+    passkey.add_argument("--plot", metavar="FILE", help="the heat map (RUN/passkey.png)")
+    passkey.add_argument("--step", type=int, help="of the checkpoint (the newest valid one)")
+    passkey.set_defaults(run=_passkey)
+
+    _add_convert(commands)
+
+    generate = _with_run(commands, "generate", "continue a prompt with a run's model", _generate)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="of any length")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="the same from a file (also .gz, .zst)"
+    )
+    generate.add_argument(
+        "--memory", metavar="FILE", help="of a document that the prompt goes on with, by memorize"
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=256, help="at most so many (%(default)s)"
+    )
+    heat = generate.add_mutually_exclusive_group()
+    heat.add_argument("--temperature", type=float, default=1.0, help="of sampling (%(default)s)")
+    heat.add_argument(
+        "--greedy", dest="temperature", action="store_const", const=0.0,
+        help="always the likeliest token",
+    )  # fmt: skip
+    generate.add_argument(
+        "--top-p", type=float, default=1.0,
+        help="sample among the likeliest tokens that together have this probability (%(default)s)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--top-k", type=int, default=0, help="sample among so many tokens (%(default)s: all)"
+    )
+    generate.add_argument("--seed", type=int, help="of the sampling (another one each time)")
+    generate.add_argument("--stop", metavar="TEXT", default="", help="end before this text")
+
+    memorize = _with_run(
+        commands, "memorize", "read a document and keep the model's memory of it", _memorize
+    )
+    memorize.add_argument(
+        "document", metavar="FILE", help="UTF-8 text of any length, plain, .gz or .zst"
+    )
+    memorize.add_argument(
+        "-o", "--output", metavar="FILE", required=True, help="the memory, for generate --memory"
+    )
+    memorize.add_argument("--force", action="store_true", help="replace an existing file")
+
+    evaluate = _with_run(
+        commands,
+        "evaluate",
+        "loss of documents by position, with the memory and ablated",
+        _evaluate,
+    )
+    evaluate.add_argument(
+        "--documents", metavar="FILE", nargs="+", default=[],
+        help="files or globs as in data.files (the run's held-out documents)",
+    )  # fmt: skip
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures as well")
+    evaluate.add_argument("--plot", metavar="FILE", help="the curve (RUN/evaluation.png)")
+
+    inspect = commands.add_parser(
+        "inspect", help="what a run, checkpoint, store or memory file is, and whether it is whole"
+    )
+    inspect.add_argument("path", metavar="PATH", help="of one of these")
+    inspect.add_argument("--diff", metavar="OTHER", help="say how another one differs from it")
+    inspect.add_argument("--json", metavar="FILE", help="write the figures as well")
+    inspect.set_defaults(run=_inspect)
+
     shown = commands.add_parser("config", help="print the reference of all settings, as Markdown")
     shown.set_defaults(run=lambda options: print(configuration.reference(), end=""))
 
@@ -70,6 +154,20 @@ def _parser() -> argparse.ArgumentParser:
     transport.add_argument("--steps", type=int, default=10, help="timed steps of each")
     transport.add_argument("--json", metavar="FILE", help="write the figures as well")
     transport.set_defaults(run=_bench_transport)
+    quality = _with_config(
+        names, "quality", "what the memory is worth in bits per byte of held-out text",
+        _bench_quality,
+    )  # fmt: skip
+    quality.add_argument("--steps", type=int, help="of each run (the config's train.steps)")
+    quality.add_argument("--seeds", default="0,1", help="of weights and order of documents")
+    quality.add_argument(
+        "--variants", metavar="NAMES", default=",".join(VARIANTS), help="default: %(default)s"
+    )
+    quality.add_argument("--json", metavar="FILE", help="write the figures as well")
+    quality.add_argument(
+        "--plot", metavar="FILE", default="quality.png",
+        help="bits per byte by position in the document (%(default)s)",
+    )  # fmt: skip
     return parser
 
 
@@ -79,6 +177,61 @@ def _with_config(commands, name: str, about: str, run) -> argparse.ArgumentParse
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's"
     )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser("convert", help="weights to and from other forms")
+    directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    for name, source, target, about in _CONVERSIONS:
+        parser = directions.add_parser(name, help=about, description=about)
+        parser.add_argument("source", metavar="SOURCE", help=source)
+        parser.add_argument("destination", metavar="DESTINATION", help=target)
+        parser.add_argument("--force", action="store_true", help="replace the destination")
+        if name != "to-seed":
+            parser.add_argument(
+                "--shard-size", default="5GB", metavar="SIZE",
+                help="largest file of a directory, such as 500MB (%(default)s)",
+            )  # fmt: skip
+        if name.startswith("to-"):
+            parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest)")
+        if name == "to-safetensors":
+            parser.add_argument(
+                "--dtype", choices=("fp32", "bf16"),
+                help="default: as stored; fp32 of a bf16 run are its optimizer's weights",
+            )  # fmt: skip
+        if name in ("from-llama", "from-seed"):
+            parser.add_argument(
+                "--segment-length", type=int, default=2048, help="tokens (%(default)s)"
+            )
+            parser.add_argument("--memory-rule", choices=("linear", "delta"), default="linear")
+        if name == "from-llama":
+            parser.add_argument(
+                "--gate-init", type=float, default=-4.0,
+                help="beta of all gates: the memory's share is sigmoid(beta) (%(default)s, 1.8%%)",
+            )  # fmt: skip
+        parser.set_defaults(run=_convert)
+
+
+_MODEL = "an export, a run's output_dir, or one of its checkpoints"
+_EXPORT = "directory of the export to make"
+_CONVERSIONS = (
+    ("from-seed", "state_dict (.safetensors or .pt)", _EXPORT, "from infini-transformer-pytorch"),
+    ("to-seed", _MODEL, "file to make (.safetensors)", "to infini-transformer-pytorch"),
+    ("from-llama", "directory of a checkpoint", _EXPORT, "from Hugging Face Llama, Mistral, Qwen2"),
+    ("to-llama", _MODEL, "directory to make", "to Hugging Face Llama or Qwen2, without memory"),
+    ("to-safetensors", _MODEL, "file (.safetensors) or export to make", "one file of a run"),
+    ("from-safetensors", "file or directory with our weights", _EXPORT, "to an export"),
+)
+
+
+def _with_run(commands, name: str, about: str, run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about, description=about)
+    parser.add_argument(
+        "directory", metavar="RUN", help="output_dir of a run, or one of its checkpoints"
+    )
+    parser.add_argument("--step", type=int, help="of the checkpoint (the newest valid one)")
     parser.set_defaults(run=run)
     return parser
 
@@ -103,14 +256,114 @@ def _pretrain(options: argparse.Namespace) -> None:
         open_data(config)
     from infini_ds.training.trainer import pretrain
 
+    code = 0
     try:
         pretrain(config)
     except RunError as error:
         code = _fail(error, 1)
-        sys.stdout.flush()
-        # Other ranks may be gone, so the process group cannot be closed, and an open one's threads
-        # may abort the interpreter's own exit.
-        os._exit(code)
+    sys.stdout.flush()
+    # After an error other ranks may be gone, so the process group cannot be closed; and once in
+    # some hundred runs its threads abort a process that closes it or exits with it.
+    os._exit(code)
+
+
+def _passkey(options: argparse.Namespace) -> None:
+    segments = _integers(options.segments)
+    if min(segments) < 2:
+        raise UserError(f"--segments ({options.segments}): must each be at least 2")
+    for name in ("depths", "samples", "keys", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} ({value}) must be at least 1")
+    if options.seed < 0:
+        raise UserError(f"--seed ({options.seed}) must be at least 0")
+    fillers = typing.get_args(configuration.PasskeyConfig.model_fields["filler"].annotation)
+    if options.filler not in (None, *fillers):
+        raise UserError(f"--filler ({options.filler}) must be one of {', '.join(fillers)}")
+    _check_directories(options, "json", "plot")
+    from infini_ds.evaluation import passkey
+
+    asked = passkey.PasskeyOptions(
+        segments, options.depths, options.samples, options.filler, options.keys, options.batch,
+        options.seed,
+    )  # fmt: skip
+    passkey.run(options.directory, options.step, asked, options.json, options.plot)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    name = options.direction
+    if getattr(options, "segment_length", 1) < 1:
+        raise UserError(f"--segment-length ({options.segment_length}) must be at least 1")
+    size = _bytes("--shard-size", options.shard_size) if name != "to-seed" else 0
+    from infini_ds.conversion import convert
+
+    task = convert.Task(Path(options.source), Path(options.destination), options.force, size)
+    if name == "from-seed":
+        convert.from_seed(task, options.segment_length, options.memory_rule)
+    elif name == "to-seed":
+        convert.to_seed(task, options.step)
+    elif name == "from-llama":
+        convert.from_llama(task, options.segment_length, options.gate_init, options.memory_rule)
+    elif name == "to-llama":
+        convert.to_llama(task, options.step)
+    elif name == "to-safetensors":
+        convert.to_safetensors(task, options.dtype, options.step)
+    else:
+        convert.from_safetensors(task)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    for name, good in (
+        ("max_new_tokens", options.max_new_tokens >= 1),
+        ("temperature", 0 <= options.temperature < math.inf),
+        ("top_p", 0 < options.top_p <= 1),
+        ("top_k", options.top_k >= 0),
+        ("seed", options.seed is None or 0 <= options.seed < 2**63),
+    ):
+        if not good:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} ({getattr(options, name)}) is out of range")
+    for name in ("prompt_file", "memory"):
+        path = getattr(options, name)
+        if path and not Path(path).is_file():
+            raise UserError(f"--{name.replace('_', '-')} {path}: no such file")
+    from infini_ds.generation import generate
+
+    asked = generate.GenerateOptions(
+        options.prompt, options.prompt_file, options.memory, options.max_new_tokens,
+        options.temperature, options.top_p, options.top_k, options.seed, options.stop,
+    )  # fmt: skip
+    generate.run(options.directory, options.step, asked)
+
+
+def _memorize(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if not Path(options.document).is_file():
+        raise UserError(f"document {options.document}: no such file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: its directory does not exist")
+    if output.is_dir() or (output.exists() and not options.force):
+        raise UserError(f"--output {output}: exists already; --force replaces a file")
+    from infini_ds.generation import memorize
+
+    memorize.run(options.directory, options.step, options.document, options.output)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _check_directories(options, "json", "plot")
+    from infini_ds.evaluation import documents
+
+    documents.run(options.directory, options.step, options.documents, options.json, options.plot)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    _check_directories(options, "json")
+    for path in filter(None, (options.path, options.diff)):
+        if not Path(path).exists():
+            raise UserError(f"inspect {path}: no such file or directory")
+    from infini_ds.inspection import command
+
+    command.run(options.path, options.diff, options.json)
 
 
 def _bench_peer(options: argparse.Namespace) -> None:
@@ -123,6 +376,34 @@ def _bench_transport(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import transport
 
     transport.run(options.processes, options.steps, options.json)
+
+
+def _bench_quality(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    if options.steps is not None:
+        overrides.append(f"train.steps={options.steps}")
+    config = configuration.load(options.config, overrides)
+    seeds = _integers(options.seeds)
+    from infini_ds.benchmarks import quality
+
+    quality.run(config, options.variants.split(","), seeds, options.json, options.plot)
+
+
+def _bytes(option: str, text: str) -> int:
+    """A size such as 500MB or 5GB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if not number.isdecimal() or unit not in units or int(number) < 1:
+        raise UserError(f"{option} ({text}) must be a number with KB, MB or GB, such as 5GB")
+    return int(number) * units[unit]
+
+
+def _check_directories(options: argparse.Namespace, *names: str) -> None:
+    """Files of these options can be written where they are wanted."""
+    for name in names:
+        path = getattr(options, name)
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"--{name} {path}: its directory does not exist")
 
 
 def _integers(text: str) -> list[int]:

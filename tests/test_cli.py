@@ -84,15 +84,20 @@ def test_missing_config_is_named(tmp_path, capsys, command):
 
 @pytest.mark.parametrize("command", ["pretrain", "prepare"])
 def test_mistake_in_the_config_is_told_before_torch_is_imported(config, command):
+    told_without_torch(command, str(config), "train.stepz=3")
+
+
+def told_without_torch(*arguments: str) -> None:
+    """The command ends at once with code 2 and one line, and nothing heavy was imported."""
     code = (
-        "import sys; from infini_ds.cli import main; "
-        f"code = main([{command!r}, {str(config)!r}, 'train.stepz=3']); "
+        f"import sys; from infini_ds.cli import main; code = main({arguments!r}); "
         "print(code, *(name for name in ('torch', 'deepspeed') if name in sys.modules))"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 5
     assert done.stdout.split() == ["2"]
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_command_exits_with_the_code_and_no_traceback(tmp_path):
@@ -216,16 +221,7 @@ def test_mistake_of_a_single_process_is_told_before_torch_is_imported(config, mi
     }
     if mistake == "corrupt_store":
         flip(config.parent / "store" / "train.tokens")
-    arguments = ["pretrain", str(config), *overrides.get(mistake, [])]
-    code = (
-        f"import sys; from infini_ds.cli import main; code = main({arguments!r}); "
-        "print(code, *(name for name in ('torch', 'deepspeed') if name in sys.modules))"
-    )
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 5
-    assert done.stdout.split() == ["2"]
-    assert len(done.stderr.splitlines()) == 1
+    told_without_torch("pretrain", str(config), *overrides.get(mistake, []))
 
 
 def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):
@@ -253,7 +249,11 @@ def test_help_of(path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["pretrian", "x"], ["pretrain"], ["bench"], ["bench", "peer", "--dtype=int"]],
+    "arguments",
+    [
+        [], ["pretrian", "x"], ["pretrain"], ["bench"], ["bench", "quality"],
+        ["bench", "peer", "--dtype=int"],
+    ],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )  # fmt: skip
 def test_command_that_does_not_exist_or_is_incomplete_has_code_2(arguments, capsys):
@@ -266,6 +266,36 @@ def test_command_that_does_not_exist_or_is_incomplete_has_code_2(arguments, caps
 def test_bench_names_what_must_be_integers(capsys):
     assert cli.main(["bench", "peer", "--segments", "512,x"]) == 2
     assert "'512,x': must be integers" in capsys.readouterr().err
+
+
+PASSKEY_MISTAKES = {
+    "no_such_run": ([], "run {run}: no such directory; name the output_dir of a run"),
+    "segments_not_integers": (["--segments=16,x"], "'16,x': must be integers"),
+    "segments_too_few": (["--segments=16,1"], "--segments (16,1): must each be at least 2"),
+    "samples": (["--samples=0"], "--samples (0) must be at least 1"),
+    "depths": (["--depths=0"], "--depths (0) must be at least 1"),
+    "filler": (["--filler=sand"], "--filler (sand) must be one of standard, noise, text"),
+    "json": (["--json={run}/a.json"], "--json {run}/a.json: its directory does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", PASSKEY_MISTAKES)
+def test_mistake_in_passkey_is_one_line_with_code_2(tmp_path, capsys, name):
+    arguments, message = PASSKEY_MISTAKES[name]
+    run = tmp_path / "none"
+    assert cli.main(["passkey", str(run), *(each.format(run=run) for each in arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("infini-ds: ")
+    assert message.format(run=run) in line
+
+
+def test_passkey_of_a_run_without_a_valid_checkpoint_is_one_line_with_code_2(tmp_path, capsys):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert cli.main(["passkey", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step_00000001: cannot be used, it was not finished (no manifest.json)" in line
 
 
 def test_config_prints_the_reference(capsys):

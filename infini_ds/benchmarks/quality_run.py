@@ -1,0 +1,153 @@
+"""One variant with one seed, in a process of its own: trained, then read through held-out text."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from infini_ds.allocator import keep_freed_memory
+from infini_ds.benchmarks.quality_variants import VARIANTS
+from infini_ds.config import RunConfig
+from infini_ds.data.lanes import Plan, held_out_plans
+from infini_ds.data.opening import open_data
+from infini_ds.data.store import Store
+from infini_ds.evaluation.by_position import means, read_documents, windows_of
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.model.head import token_losses
+from infini_ds.model.layers import count_parameters
+from infini_ds.model.memory import Memory
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.training.optimizer import (
+    adamw,
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+)
+
+STEP_COST = 3
+"""Forward and backward pass through a position, in forward passes."""
+
+
+class Job(NamedTuple):
+    """What one process does."""
+
+    variant: str
+    config: RunConfig
+    """Of the variant, with its seed and the store's vocabulary."""
+    documents: int
+    """The first held-out documents are read, so many of them."""
+    bins: list[int]
+    """Positions in a document at which the bins of the evaluation begin; the first is 0."""
+
+
+class Progress(NamedTuple):
+    """How far a job is."""
+
+    share: float
+    """Of its work, 0 to 1."""
+    step: int
+    """Training steps done."""
+    loss: float
+    """Of the last one, nats a token."""
+    tokens: int
+    """Valid tokens read since the last report, in training or in evaluation."""
+
+
+def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
+    """Trains and evaluates; the figures of one run, see `quality.run`."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    store, _ = open_data(job.config)
+    on_and_ablated = (True, False) if VARIANTS[job.variant].memory else (False,)
+    plans = evaluation_plans(job.config, store, job.documents)
+    step_cost = STEP_COST * job.config.train.batch_size
+    read_cost = sum(len(plan.lengths) for plan in plans) * len(on_and_ablated)
+    work = job.config.train.steps * step_cost + read_cost
+    done, step, loss = 0, 0, math.nan
+
+    def trained(step_loss: float, tokens: int) -> None:
+        nonlocal done, step, loss
+        done, step, loss = done + step_cost, step + 1, step_loss
+        report(Progress(done / work, step, loss, tokens))
+
+    def read(plan: Plan) -> None:
+        nonlocal done
+        done += len(plan.lengths)
+        report(Progress(done / work, step, loss, plan.num_tokens))
+
+    model, figures = train(job, trained)
+    for memory in on_and_ablated:
+        totals = read_documents(
+            model, store.split("held_out"), plans, job.bins, memory, store.tokenizer.token_bytes,
+            job.config.train.loss_chunk_tokens, read,
+        )  # fmt: skip
+        ablated = not memory and VARIANTS[job.variant].memory
+        figures["ablated" if ablated else "held_out"] = means(totals)
+    return {"seed": job.config.seed, "parameters": count_parameters(job.config.model), **figures}
+
+
+def train(
+    job: Job, report: Callable[[float, int], None]
+) -> tuple[InfiniTransformer, dict[str, Any]]:
+    """Trains in fp32 from the initial weights, backpropagating through each window.
+
+    Args:
+        job: its config says how long and on what.
+        report: is told the loss and the valid tokens of every step.
+
+    Returns:
+        The model, and what the training was. A step whose gradient is not finite is skipped, and
+        the lanes' memories are emptied.
+    """
+    config, began = job.config, time.perf_counter()
+    store, lanes = open_data(config)
+    model = InfiniTransformer(config.model, config.seed, config.train.activation_checkpointing)
+    embedding: Tensor = model.layers[0].weight  # type: ignore[assignment]
+    groups = parameter_groups(model.named_parameters(), config.optimizer, embedding)
+    optimizer = adamw(groups, config.optimizer)
+    empty = Memory.empty(config.model, config.train.batch_size).layers()
+    memory, tokens, skipped, loss = empty, 0, 0, math.nan
+    for step in range(config.train.steps):
+        factor = learning_rate_factor(step, config.train.steps, config.optimizer)
+        set_learning_rate(optimizer, factor)
+        plan = lanes.next_plan()
+        windows = windows_of(
+            store.split("train"), plan, config.model.segment_length, VARIANTS[job.variant].memory
+        )
+        hidden, memory, writes = model.read_window(windows.tokens, windows.layout, memory)
+        losses = token_losses(hidden, *model.head(), windows.labels, config.train.loss_chunk_tokens)
+        mean = (losses * windows.weights).sum() / (windows.weights.sum().item() or 1.0)
+        mass = sum(stats.mass for stats in writes)
+        penalty = config.model.memory.write_penalty * mass
+        penalty = penalty / (plan.num_tokens * config.model.kv_heads)
+        optimizer.zero_grad()
+        (mean + penalty).backward()
+        limit = config.optimizer.gradient_clipping or math.inf
+        memory = [LayerMemory(layer.kv.detach(), layer.norm.detach()) for layer in memory]
+        if torch.nn.utils.clip_grad_norm_(model.parameters(), limit).isfinite():
+            optimizer.step()
+        else:
+            memory, skipped = empty, skipped + 1
+        tokens += plan.num_tokens
+        loss = mean.item()
+        report(loss, plan.num_tokens)
+    width = config.train.window_segments * config.model.segment_length
+    return model, {
+        "train_positions": config.train.steps * config.train.batch_size * width,
+        "train_tokens": tokens,
+        "train_loss": loss,
+        "skipped_steps": skipped,
+        "train_seconds": time.perf_counter() - began,
+    }
+
+
+def evaluation_plans(config: RunConfig, store: Store, documents: int) -> list[Plan]:
+    """A pass over the first held-out documents, each read once."""
+    lengths = store.split("held_out").lengths[:documents]
+    # With more lanes than this, most would wait for the one that reads the longest document.
+    lanes = min(config.train.batch_size, int(lengths.sum() // lengths.max()))
+    n, window = config.model.segment_length, config.train.window_segments
+    return held_out_plans(lengths, n, window, lanes, max_segments=0)

@@ -1,0 +1,47 @@
+"""What `infini-ds bench quality` compares: a line each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from infini_ds.config import MemoryConfig, RunConfig
+
+WRITE_PENALTY = 0.01
+"""Of a variant with a write gate, where the config has no model.memory.write_penalty."""
+
+
+class Variant(NamedTuple):
+    """How a variant differs from the linear memory."""
+
+    changes: Callable[[RunConfig], dict[str, Any]]
+    """Settings of the model that are not the linear memory's, given the config."""
+    memory: bool = True
+    """False: every segment starts empty, in training and in evaluation."""
+
+
+VARIANTS = {
+    "segments-only": Variant(lambda _: {}, memory=False),
+    "linear": Variant(lambda _: {}),
+    "delta": Variant(lambda _: {"memory_rule": "delta"}),
+    "linear-write-gate": Variant(lambda config: {"memory": _write_gate(config)}),
+    # What a Transformer of the window's length does.
+    "full-attention": Variant(lambda config: {"segment_length": _window(config)}, memory=False),
+}
+
+
+def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
+    """The config of one run: all variants read as many positions in a step."""
+    linear = {"memory_rule": "linear", "memory": MemoryConfig()}
+    changes = linear | VARIANTS[name].changes(config)
+    model = config.model.model_copy(update=changes)
+    segments = _window(config) // model.segment_length
+    train = config.train.model_copy(update={"window_segments": segments})
+    return config.model_copy(update={"model": model, "train": train, "seed": seed})
+
+
+def _window(config: RunConfig) -> int:
+    return config.train.window_segments * config.model.segment_length
+
+
+def _write_gate(config: RunConfig) -> MemoryConfig:
+    penalty = config.model.memory.write_penalty or WRITE_PENALTY
+    return MemoryConfig(write_gate=True, write_penalty=penalty)
