@@ -325,8 +325,8 @@ class TrainConfig(Settings):
     """Segments of a window (K): how far gradients flow back through the memory."""
     chunks: int = 1
     """Parts into which a window is cut on its way through the pipeline: shorter bubbles."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Compute type; memories, gradients' sums and optimizer states are fp32 in any case."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type; `auto`: bf16 where the devices have it. Memories and sums are fp32 always."""
     activation_checkpointing: Literal["none", "attention", "block"] = "none"
     """What is computed again in the backward pass instead of being kept."""
     loss_chunk_tokens: int = 1024

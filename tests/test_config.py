@@ -77,7 +77,7 @@ def test_infini_1b_has_the_paper_s_sizes():
         ("train.steps=1.5", "train.steps: input should be a valid integer, got 1.5"),
         ("train.steps=true", "train.steps: input should be a valid integer, got True"),
         ("train.steps=", "train.steps: input should be a valid integer, got None"),
-        ("train.dtype=fp16", "train.dtype: input should be 'bf16' or 'fp32', got 'fp16'"),
+        ("train.dtype=fp16", "train.dtype: input should be 'auto', 'bf16' or 'fp32', got 'fp16'"),
         ("train=3", "train: input should be a valid dictionary"),
         ("train.steps=0", "train: steps (0) must be at least 1"),
         ("train.batch_size=-1", "train: batch_size (-1) must be at least 1"),

@@ -26,6 +26,7 @@ from infini_ds.pipeline.engine import StepSize
 from infini_ds.pipeline.generation import generate
 from infini_ds.training import checkpoint
 from infini_ds.training.build import build_engine, start_distributed
+from infini_ds.training.dtype import with_dtype
 from infini_ds.training.monitor import Monitor
 from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
 from infini_ds.training.peak import device_peak_flops
@@ -74,6 +75,7 @@ class Trainer:
                 f"output_dir {config.output_dir}: has checkpoints of another run, and resume is "
                 "false; choose another output_dir"
             )
+        config = self.config = with_dtype(config, found)
         load_from, state = None, None
         if found:
             with together():

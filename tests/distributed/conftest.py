@@ -36,6 +36,7 @@ class Run:
             "train": {
                 "steps": 16, "batch_size": 4, "micro_batch_size": 2, "window_segments": 2,
                 "chunks": 2, "save_every": 5, "keep_last": 9, "timeout": 40.0, "threads": 1,
+                "dtype": "bf16",
             },
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3},
             "evaluation": {"every": 0, "max_segments": 8, "sample_tokens": 0},

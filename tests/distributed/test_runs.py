@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from infini_ds.training.dtype import computes_bf16
 from tests.distributed.conftest import SCRIPT, Run
 from tests.distributed.processes import Process, Processes, free_port
 
@@ -72,6 +75,22 @@ class TestExactResume:
         run.finish(2)
         assert run.losses == undisturbed.losses
         assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+def test_type_is_that_of_the_device_or_of_the_checkpoint(tmp_path, data):
+    def dtype_of(run: Run) -> str:
+        return yaml.safe_load((run.output / "config.yaml").read_text())["train"]["dtype"]
+
+    run = Run(tmp_path / "chosen", data, train__dtype="auto", train__steps=1)
+    run.finish(1)
+    native = "bf16" if computes_bf16(torch.device("cpu")) else "fp32"
+    assert dtype_of(run) == native
+    other = {"bf16": "fp32", "fp32": "bf16"}[native]
+    run = Run(tmp_path / "kept", data, train__dtype="auto", train__steps=2)
+    run.finish(1, f"train.dtype={other}", "train.steps=1")
+    run.finish(1)
+    assert dtype_of(run) == other
+    assert sorted(run.losses) == [1, 2]
 
 
 def damage(file: Path, how: str) -> None:

@@ -17,7 +17,7 @@ def run_config(**sections) -> RunConfig:
         "output_dir": "unused",
         "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 2},
         "data": {"store": "unused"},
-        "train": {"steps": 1, "batch_size": 12, "micro_batch_size": 2},
+        "train": {"steps": 1, "batch_size": 12, "micro_batch_size": 2, "dtype": "bf16"},
         "parallel": {"zero_stage": 1},
     }
     for name, settings in sections.items():
