@@ -58,11 +58,22 @@ def _parser() -> argparse.ArgumentParser:
         commands, "pretrain", "train on this process; launch/pretrain.sh starts several", _pretrain
     )
 
-    passkey = commands.add_parser(
-        "passkey", help="can a run's model find digits that it read long ago"
+    preflight = _with_config(
+        commands, "preflight", "check that every host is ready for a run", _preflight
     )
-    passkey.add_argument(
-        "directory", metavar="RUN", help="output_dir of a run, or one of its checkpoints"
+    preflight.add_argument(
+        "--hostfile", metavar="FILE", help="DeepSpeed's; its hosts over ssh (this host alone)"
+    )
+    preflight.add_argument("--quiet", action="store_true", help="one line if all is good")
+    preflight.add_argument("--json", metavar="FILE", help="write the figures as well")
+
+    status = commands.add_parser("status", help="how a run fares, from its files alone")
+    status.add_argument("directory", metavar="RUN", help="output_dir of a run")
+    status.add_argument("--json", metavar="FILE", help="write the figures as well")
+    status.set_defaults(run=_status)
+
+    passkey = _with_model(
+        commands, "passkey", "can a model find digits that it read long ago", _passkey
     )
     passkey.add_argument("--segments", default="16,64,256,1024,8192", help="lengths of documents")
     passkey.add_argument("--depths", type=int, default=10, help="places where the key is hidden")
@@ -72,13 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     passkey.add_argument("--batch", type=int, help="documents read together (8)")
     passkey.add_argument("--seed", type=int, default=0, help="of the documents")
     passkey.add_argument("--json", metavar="FILE", help="write the figures as well")
-    passkey.add_argument("--plot", metavar="FILE", help="the heat map (RUN/passkey.png)")
-    passkey.add_argument("--step", type=int, help="of the checkpoint (the newest valid one)")
-    passkey.set_defaults(run=_passkey)
+    passkey.add_argument("--plot", metavar="FILE", help="the heat map (passkey.png, in the run)")
 
     _add_convert(commands)
 
-    generate = _with_run(commands, "generate", "continue a prompt with a run's model", _generate)
+    generate = _with_model(commands, "generate", "continue a prompt with a model", _generate)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="of any length")
     prompt.add_argument(
@@ -106,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="of the sampling (another one each time)")
     generate.add_argument("--stop", metavar="TEXT", default="", help="end before this text")
 
-    memorize = _with_run(
+    memorize = _with_model(
         commands, "memorize", "read a document and keep the model's memory of it", _memorize
     )
     memorize.add_argument(
@@ -117,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     memorize.add_argument("--force", action="store_true", help="replace an existing file")
 
-    evaluate = _with_run(
+    evaluate = _with_model(
         commands,
         "evaluate",
         "loss of documents by position, with the memory and ablated",
@@ -128,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         help="files or globs as in data.files (the run's held-out documents)",
     )  # fmt: skip
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as well")
-    evaluate.add_argument("--plot", metavar="FILE", help="the curve (RUN/evaluation.png)")
+    evaluate.add_argument("--plot", metavar="FILE", help="the curve (evaluation.png, in the run)")
 
     inspect = commands.add_parser(
         "inspect", help="what a run, checkpoint, store or memory file is, and whether it is whole"
@@ -152,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     transport = names.add_parser("transport", help="bytes and step time of both transports")
     transport.add_argument("--processes", type=int, default=2)
     transport.add_argument("--steps", type=int, default=10, help="timed steps of each")
+    transport.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     transport.add_argument("--json", metavar="FILE", help="write the figures as well")
     transport.set_defaults(run=_bench_transport)
     quality = _with_config(
@@ -196,7 +206,7 @@ def _add_convert(commands) -> None:
             )  # fmt: skip
         if name.startswith("to-"):
             parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest)")
-        if name == "to-safetensors":
+        if name in ("to-safetensors", "to-hf"):
             parser.add_argument(
                 "--dtype", choices=("fp32", "bf16"),
                 help="default: as stored; fp32 of a bf16 run are its optimizer's weights",
@@ -212,6 +222,13 @@ def _add_convert(commands) -> None:
                 help="beta of all gates: the memory's share is sigmoid(beta) (%(default)s, 1.8%%)",
             )  # fmt: skip
         parser.set_defaults(run=_convert)
+    reshard = directions.add_parser(
+        "reshard", help="ready a checkpoint to be resumed by another number of processes",
+        description="Resuming does this by itself. Done before, no process has to wait for it.",
+    )  # fmt: skip
+    reshard.add_argument("directory", metavar="RUN", help="output_dir of a run, or a checkpoint")
+    reshard.add_argument("--step", type=int, help="of the checkpoint (the newest valid one)")
+    reshard.set_defaults(run=_reshard)
 
 
 _MODEL = "an export, a run's output_dir, or one of its checkpoints"
@@ -221,17 +238,16 @@ _CONVERSIONS = (
     ("to-seed", _MODEL, "file to make (.safetensors)", "to infini-transformer-pytorch"),
     ("from-llama", "directory of a checkpoint", _EXPORT, "from Hugging Face Llama, Mistral, Qwen2"),
     ("to-llama", _MODEL, "directory to make", "to Hugging Face Llama or Qwen2, without memory"),
+    ("to-hf", _MODEL, "directory to make", "to Hugging Face, with code for transformers to run it"),
     ("to-safetensors", _MODEL, "file (.safetensors) or export to make", "one file of a run"),
     ("from-safetensors", "file or directory with our weights", _EXPORT, "to an export"),
 )
 
 
-def _with_run(commands, name: str, about: str, run) -> argparse.ArgumentParser:
+def _with_model(commands, name: str, about: str, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=about, description=about)
-    parser.add_argument(
-        "directory", metavar="RUN", help="output_dir of a run, or one of its checkpoints"
-    )
-    parser.add_argument("--step", type=int, help="of the checkpoint (the newest valid one)")
+    parser.add_argument("directory", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest valid one)")
     parser.set_defaults(run=run)
     return parser
 
@@ -265,6 +281,20 @@ def _pretrain(options: argparse.Namespace) -> None:
     # After an error other ranks may be gone, so the process group cannot be closed; and once in
     # some hundred runs its threads abort a process that closes it or exits with it.
     os._exit(code)
+
+
+def _preflight(options: argparse.Namespace) -> None:
+    _check_directories(options, "json")
+    from infini_ds.cluster import preflight
+
+    preflight.run(options.config, options.overrides, options.hostfile, options.json, options.quiet)
+
+
+def _status(options: argparse.Namespace) -> None:
+    _check_directories(options, "json")
+    from infini_ds.cluster import status
+
+    status.run(options.directory, options.json)
 
 
 def _passkey(options: argparse.Namespace) -> None:
@@ -306,10 +336,18 @@ def _convert(options: argparse.Namespace) -> None:
         convert.from_llama(task, options.segment_length, options.gate_init, options.memory_rule)
     elif name == "to-llama":
         convert.to_llama(task, options.step)
+    elif name == "to-hf":
+        convert.to_hf(task, options.dtype, options.step)
     elif name == "to-safetensors":
         convert.to_safetensors(task, options.dtype, options.step)
     else:
         convert.from_safetensors(task)
+
+
+def _reshard(options: argparse.Namespace) -> None:
+    from infini_ds.conversion.reshard import reshard
+
+    reshard(Path(options.directory), options.step)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -375,7 +413,7 @@ def _bench_peer(options: argparse.Namespace) -> None:
 def _bench_transport(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import transport
 
-    transport.run(options.processes, options.steps, options.json)
+    transport.run(options.processes, options.steps, options.dtype, options.json)
 
 
 def _bench_quality(options: argparse.Namespace) -> None:

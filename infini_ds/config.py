@@ -337,10 +337,14 @@ class TrainConfig(Settings):
     """Checkpoints kept; older ones are deleted once a newer one is valid."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl and TensorBoard scalars."""
+    on_bad_step: Literal["skip", "stop", "rollback"] = "skip"
+    """Corrupt tokens, loss or gradient not finite: no update, an error, or back to a checkpoint."""
     max_skipped_steps: int = 10
-    """Consecutive steps with a gradient that is not finite before the run stops."""
+    """Consecutive bad steps, or rollbacks to the same checkpoint, before the run stops."""
     timeout: float = 600.0
     """Seconds that any process waits for another before it gives up and says for what."""
+    hang_timeout: float | None = None
+    """Seconds in which a process must get something done or ends; by default half of timeout."""
     threads: int = 0
     """CPU threads a process; 0 means the machine's cores divided among its local processes."""
     curriculum: CurriculumConfig | None = None
@@ -374,6 +378,11 @@ class TrainConfig(Settings):
             )
         if self.timeout <= 0:
             raise ValueError(f"timeout ({self.timeout}) must be above 0 seconds")
+        if self.hang_timeout is not None and not 0 < self.hang_timeout < self.timeout:
+            raise ValueError(
+                f"hang_timeout ({self.hang_timeout}) must be above 0 and below timeout "
+                f"({self.timeout}) seconds"
+            )
         for length in self.curriculum.segments if self.curriculum else []:
             if self.window_segments % length:
                 raise ValueError(
@@ -452,6 +461,8 @@ class RunConfig(Settings):
     """Seed of the initial weights and of the order of documents."""
     resume: bool = True
     """Go on from the newest valid checkpoint in output_dir; false: refuse if there is one."""
+    init_from: str = ""
+    """Export to start from, also with its `model` and `data.tokenizer`; empty: random weights."""
     model: ModelConfig
     """The Infini-Transformer itself."""
     data: DataConfig
@@ -508,6 +519,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         raise UserError(f"config {path}: must be a mapping of settings, is {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    if isinstance(tree.get("init_from"), str) and tree["init_from"]:
+        _take_from_export(tree, Path(tree["init_from"]))
     return parse(tree, str(path))
 
 
@@ -579,6 +592,38 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: {_one_line(error)}") from None
+
+
+def _take_from_export(tree: dict[str, Any], export: Path) -> None:
+    """What is not said of the model and its tokenizer is as in the export that a run starts from.
+
+    A run that has begun needs its export no longer, if its config says all of that itself.
+    """
+    try:
+        known = yaml.load((export / "config.yaml").read_text(encoding="utf-8"), _Loader)
+        model = known["model"]
+    except OSError as error:
+        if "model" in tree:
+            return
+        raise UserError(
+            f"init_from ({export}): its config.yaml cannot be read ({error.strerror}); name a "
+            "directory that `infini-ds convert` made, or give the settings of `model`"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"config {export / 'config.yaml'}: must be YAML with `model`") from None
+    tree["model"] = _filled(tree.get("model") or {}, model)
+    data = tree.get("data")
+    if isinstance(data, dict) and "tokenizer" not in data and "tokenizer" in known:
+        sentencepiece = known["tokenizer"] == "sentencepiece"
+        model_file = str(export / "tokenizer.model") if sentencepiece else ""
+        data["tokenizer"] = {"kind": known["tokenizer"], "model": model_file}
+
+
+def _filled(given: Any, missing: Any) -> Any:
+    """A tree of settings with those that are missing in it."""
+    if not isinstance(given, dict) or not isinstance(missing, dict):
+        return given
+    return {**missing, **{name: _filled(own, missing.get(name)) for name, own in given.items()}}
 
 
 def _explain(error: ValidationError) -> str:

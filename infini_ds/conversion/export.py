@@ -3,7 +3,9 @@
     EXPORT/
         model.safetensors       parameters by their names in InfiniTransformer; or shards and
                                 model.safetensors.index.json, as Hugging Face names them
-        config.yaml             the ModelConfig, under `model`
+        config.yaml             the ModelConfig, under `model`; the kind of its tokenizer, under
+                                `tokenizer`, if it is one of data.tokenizer's
+        tokenizer.model         if that is sentencepiece
         source_config.json      if it began as a plain model: its config.json
         tokenizer.json ...      its tokenizer's files, unchanged
 
@@ -19,15 +21,18 @@ import yaml
 from torch import Tensor
 
 from infini_ds import config as configuration
-from infini_ds.config import ModelConfig
-from infini_ds.conversion.run import find_checkpoint
+from infini_ds.config import ModelConfig, RunConfig
+from infini_ds.conversion.run import Loaded, find_checkpoint, load_run
 from infini_ds.conversion.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
+from infini_ds.data import store
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 
 CONFIG = "config.yaml"
 SOURCE_CONFIG = "source_config.json"
 METADATA_KEY = "config"
+_LANES = 8  # documents, and segments of each, that are evaluated together
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*",
@@ -37,13 +42,45 @@ _TOKENIZER_FILES = (
 class Model(NamedTuple):
     """A model on disk."""
 
-    config: ModelConfig
+    settings: RunConfig
+    """As the checkpoint has them; of an export, its model and tokenizer, and defaults."""
     weights: SafetensorsWeights | CheckpointWeights
     """By the names of InfiniTransformer."""
     checkpoint: Path | None
     """The checkpoint it is from, if it is a run's."""
     notes: list[str]
     """What the user should know of where it was found."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.settings.model
+
+
+def load_model(path: str | Path, step: int | None = None) -> Loaded:
+    """Loads the model of an export or of a run, for the commands that use one.
+
+    Args:
+        path: directory or file of an export, output_dir of a run, or one of its checkpoints.
+        step: of the checkpoint, where `path` is a run.
+
+    Raises:
+        UserError: it is none of them, its weights are damaged, or its tokenizer is gone.
+    """
+    path = Path(path)
+    is_export = path.is_file() or any((path / name).is_file() for name in (SINGLE, INDEX))
+    if not is_export:
+        return load_run(path, step)
+    _check_no_step(path, step)
+    settings = _open_export(path).settings
+    tokenizer = export_tokenizer(settings)
+    if tokenizer is None:
+        raise UserError(
+            f"{path}: has no tokenizer that can be read; put its sentencepiece model there as "
+            f"{store.MODEL}, and `tokenizer: sentencepiece` into {CONFIG}"
+        )
+    model, _ = load_export(path)
+    return Loaded(model, settings, tokenizer, path, 0, path if path.is_dir() else path.parent, [])
 
 
 def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
@@ -77,11 +114,10 @@ def open_model(path: Path, step: int | None = None) -> Model:
     is_run = path.name.startswith("step_") or (path / "checkpoints").is_dir()
     if is_run:
         checkpoint, skipped = find_checkpoint(path, step)
-        config = configuration.load(checkpoint / CONFIG).model
-        model = Model(config, CheckpointWeights(checkpoint), checkpoint, skipped)
+        settings = configuration.load(checkpoint / CONFIG)
+        model = Model(settings, CheckpointWeights(checkpoint), checkpoint, skipped)
     else:
-        if step is not None:
-            raise UserError(f"--step ({step}): {path} is not a run with checkpoints")
+        _check_no_step(path, step)
         model = _open_export(path)
     check_tensors(model.weights.metas, parameters_of(model.config), model.weights.origin, CONFIG)
     return model
@@ -122,9 +158,28 @@ def check_tensors(
             raise UserError(f"{origin}: tensor {name} has no counterpart in the model of {config}")
 
 
-def config_text(config: ModelConfig) -> str:
-    """What config.yaml of an export holds."""
-    return yaml.safe_dump({"model": config.model_dump()}, sort_keys=False)
+def config_text(config: ModelConfig, tokenizer: str | None) -> str:
+    """What config.yaml of an export holds.
+
+    Args:
+        tokenizer: its kind, None if it is none of data.tokenizer's.
+    """
+    tree: dict = {"model": config.model_dump()}
+    if tokenizer:
+        tree["tokenizer"] = tokenizer
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def export_tokenizer(settings: RunConfig) -> Tokenizer | None:
+    """The tokenizer of an export of these settings, if it has one that can be read.
+
+    Raises:
+        UserError: its file is missing or unusable.
+    """
+    tokenizer = settings.data.tokenizer
+    if tokenizer.kind == "sentencepiece" and not tokenizer.model:
+        return None
+    return load_tokenizer(tokenizer.kind, tokenizer.model)
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
@@ -148,18 +203,34 @@ def _open_export(path: Path) -> Model:
         text, origin = beside.read_text(), str(beside)
     else:
         raise UserError(f"{path}: has no config; put a {CONFIG} with the key `model` beside it")
-    return Model(_parse(text, origin), weights, None, [])
+    return Model(_parse(text, origin, beside.parent), weights, None, [])
 
 
-def _parse(text: str, origin: str) -> ModelConfig:
+def _parse(text: str, origin: str, directory: Path) -> RunConfig:
+    """A run's config with the model and the tokenizer of an export, and without a store."""
     try:
         tree = yaml.safe_load(text)
-        model = tree["model"]
+        model, tokenizer = tree["model"], {}
+        if "tokenizer" in tree:
+            tokenizer["kind"] = tree["tokenizer"]
+            if tree["tokenizer"] == "sentencepiece":
+                tokenizer["model"] = str(directory / store.MODEL)
     except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"config {origin}: must be YAML with the key `model`") from None
-    # A run's config is what is checked with clear errors; its other sections are of no interest.
-    rest = {"output_dir": "-", "data": {"store": "-"}, "train": {"steps": 1, "batch_size": 1}}
-    config = configuration.parse({**rest, "model": model}, origin).model
-    if config.vocab_size < 1:
+    settings = configuration.parse(
+        {
+            "output_dir": str(directory),
+            "model": model,
+            "data": {"store": "", "tokenizer": tokenizer},
+            "train": {"steps": 1, "batch_size": _LANES, "window_segments": _LANES},
+        },
+        origin,
+    )
+    if settings.model.vocab_size < 1:
         raise UserError(f"config {origin}: model.vocab_size must be given")
-    return config
+    return settings
+
+
+def _check_no_step(path: Path, step: int | None) -> None:
+    if step is not None:
+        raise UserError(f"--step ({step}): {path} is not a run with checkpoints")

@@ -1,4 +1,7 @@
-"""The model of a run, out of its checkpoints, on one device and without DeepSpeed."""
+"""The model of a run, out of its checkpoints, on one device and without DeepSpeed.
+
+What takes a run or an export alike is `conversion.export.load_model`.
+"""
 
 import json
 import re
@@ -19,32 +22,26 @@ from infini_ds.training import manifest
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
 
 
-class LoadedRun(NamedTuple):
-    """What `load_run` returns."""
+class Loaded(NamedTuple):
+    """A model with what its commands need."""
 
     model: InfiniTransformer
-    """On the CPU, to evaluate; in the run's train.dtype, bf16 or fp32."""
+    """On the CPU, to evaluate; in the dtype that its weights are stored in."""
     config: RunConfig
-    """As the checkpoint has it."""
+    """As the checkpoint has it; of an export, that model with the defaults of all else."""
     tokenizer: Tokenizer
-    """Of the run's data.store."""
+    """Of the run's data.store, or of the export."""
     checkpoint: Path
-    """The directory the weights are from, OUTPUT_DIR/checkpoints/step_XXXXXXXX."""
+    """Where the weights are from, OUTPUT_DIR/checkpoints/step_XXXXXXXX or the export."""
+    step: int
+    """Training steps that made the weights, 0 of an export."""
+    directory: Path
+    """Where reports go: the run's output directory, or that of the export."""
     skipped: list[str]
     """Newer checkpoints that were passed over, a line each with the reason."""
 
-    @property
-    def step(self) -> int:
-        """Training steps that made the weights."""
-        return _step_of(self.checkpoint)
 
-    @property
-    def directory(self) -> Path:
-        """The run's output directory."""
-        return self.checkpoint.parent.parent
-
-
-def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
+def load_run(path: str | Path, step: int | None = None) -> Loaded:
     """Loads the newest valid checkpoint of a run, or a given one.
 
     Args:
@@ -56,7 +53,7 @@ def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
     """
     checkpoint, skipped = find_checkpoint(Path(path), step)
     config = configuration.load(checkpoint / "config.yaml")
-    tokenizer = _tokenizer(checkpoint, config)
+    tokenizer = tokenizer_of(checkpoint, config)
     weights = read_weights(checkpoint)
     with torch.device("meta"):
         model = InfiniTransformer(config.model)
@@ -67,7 +64,10 @@ def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
             f"checkpoint {checkpoint}: its weights do not fit this version's model "
             f"({' '.join(str(error).split())})"
         ) from None
-    return LoadedRun(model.eval(), config, tokenizer, checkpoint, skipped)
+    directory = checkpoint.parent.parent
+    return Loaded(
+        model.eval(), config, tokenizer, checkpoint, _step_of(checkpoint), directory, skipped
+    )
 
 
 def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
@@ -134,7 +134,12 @@ def _step_of(checkpoint: Path) -> int:
     return int(digits)
 
 
-def _tokenizer(checkpoint: Path, config: RunConfig) -> Tokenizer:
+def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    Raises:
+        UserError: the store that has it is gone, or is another one.
+    """
     if config.data.tokenizer.kind == "bytes":
         return load_tokenizer("bytes")
     store = Store.open(config.data.store)

@@ -1,4 +1,4 @@
-"""`infini-ds evaluate`: what a run's model needs for documents, with its memory and without.
+"""`infini-ds evaluate`: what a model needs for documents, with its memory and without.
 
 The documents are the run's held-out ones, those of its own evaluation, or any others.
 """
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from infini_ds.allocator import keep_freed_memory
 from infini_ds.config import RunConfig
-from infini_ds.conversion.run import LoadedRun, load_run
+from infini_ds.conversion.export import load_model
+from infini_ds.conversion.run import Loaded
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode
 from infini_ds.data.lanes import Plan, held_out_plans
@@ -33,11 +35,10 @@ def run(
     json_path: str | None,
     plot: str | None,
 ) -> None:
-    """Evaluates a run's model and reports it.
+    """Evaluates a model and reports it.
 
     Args:
-        path: output_dir of a run, or one directory of its checkpoints.
-        step: see `load_run`.
+        path, step: see `load_model`.
         documents: files as in data.files; none: the held-out split of the run's store, as much of
             it as the run's evaluation.max_segments.
         json_path: where to write the figures as well.
@@ -47,7 +48,8 @@ def run(
         UserError: there is no such model, or there are no documents.
     """
     console = Console(highlight=False, soft_wrap=True)
-    loaded = load_run(path, step)
+    keep_freed_memory()
+    loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
     config, model = loaded.config, loaded.model
@@ -56,6 +58,8 @@ def run(
         for line in skipped:
             console.print(line, markup=False)
         plans = _plans(split.lengths, config, max_segments=0)
+    elif not config.data.store:
+        raise UserError(f"{path}: is an export, without held-out documents; name --documents")
     else:
         split = Store.open(config.data.store, config.data).split("held_out")
         plans = _plans(split.lengths, config, config.evaluation.max_segments)
@@ -94,7 +98,7 @@ def run(
     console.print(f"curve: {plot_path}")
 
 
-def _encoded(loaded: LoadedRun, files: Sequence[str]) -> tuple[Split, list[str]]:
+def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
     """Documents of files as the run's config reads them, as tokens, and why some were skipped."""
     settings = {"source": "files", "files": list(files), "max_documents": 0}
     try:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from infini_ds.conversion.run import load_run
+from infini_ds.allocator import keep_freed_memory
+from infini_ds.conversion.export import load_model
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.evaluation import passkey_report as report
 from infini_ds.evaluation.passkey_progress import PasskeyProgress
@@ -63,11 +64,10 @@ class Outcome(NamedTuple):
 def run(
     path: str, step: int | None, options: PasskeyOptions, json_path: str | None, plot: str | None
 ) -> None:
-    """Measures a run's model and reports it.
+    """Measures a model and reports it.
 
     Args:
-        path: output_dir of a run, or one directory of its checkpoints.
-        step: see `load_run`.
+        path, step: see `load_model`.
         json_path: where to write the figures as well.
         plot: where to write the heat map, by default passkey.png of the run.
 
@@ -75,7 +75,8 @@ def run(
         UserError: nothing can be measured with this run or these options.
     """
     console = Console(highlight=False, soft_wrap=True)
-    loaded = load_run(path, step)
+    keep_freed_memory()
+    loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
     model, n = loaded.model, loaded.config.model.segment_length

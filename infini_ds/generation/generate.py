@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from infini_ds.conversion.run import load_run
+from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer import Tokenizer
@@ -44,14 +44,13 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
     """Prints the continuation on stdout, and progress on stderr.
 
     Args:
-        path: output_dir of a run, or one directory of its checkpoints.
-        step: see `load_run`.
+        path, step: see `load_model`.
 
     Raises:
         UserError: there is no such model, the memory is another model's, or the prompt is empty.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    loaded = load_run(path, step)
+    loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from infini_ds.conversion.run import load_run
+from infini_ds.allocator import keep_freed_memory
+from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer import Tokenizer
@@ -23,8 +24,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     tokenised in pieces that end at line ends, see `TextPieces`.
 
     Args:
-        path: output_dir of a run, or one directory of its checkpoints.
-        step: see `load_run`.
+        path, step: see `load_model`.
         document: UTF-8 text, plain, .gz or .zst.
         output: the memory's file, replaced where it exists.
 
@@ -33,7 +33,8 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     text = TextPieces(document)
-    loaded = load_run(path, step)
+    keep_freed_memory()
+    loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")

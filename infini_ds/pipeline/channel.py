@@ -30,6 +30,8 @@ class Channel:
         """Time spent waiting so far."""
         self.sent_bytes = 0
         """Size of all messages sent so far."""
+        self.waiting = False
+        """Whether the other rank is being waited for."""
         self._group = group
         self._timeout = timeout
         self._ahead = ahead
@@ -81,15 +83,21 @@ class Channel:
 
     def _wait(self, work: dist.Work) -> None:
         begin = time.perf_counter()
+        self.waiting = True
         try:
             work.wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
             raise self._failure(error) from None
         finally:
+            self.waiting = False
             self.seconds += time.perf_counter() - begin
+
+    def describe(self) -> str:
+        """What comes or goes here, and whose it is."""
+        return f"{self.name} of rank {self.peer}"
 
     def _failure(self, error: RuntimeError) -> WaitError:
         return WaitError(
-            f"waited for {self.name} of rank {self.peer} (at most train.timeout = "
+            f"waited for {self.describe()} (at most train.timeout = "
             f"{self._timeout:g} s): {' '.join(str(error).split())}"
         )

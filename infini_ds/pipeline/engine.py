@@ -33,7 +33,13 @@ from infini_ds.pipeline.schedule import Backward, Forward, evaluation_schedule, 
 from infini_ds.pipeline.transport import TRANSPORTS
 
 Reader = Callable[[int], Windows]
-"""Gives this data-parallel rank's windows of a micro-batch; asked on the first and last stage."""
+"""Gives this data-parallel rank's windows of a micro-batch; asked on the first and last stage.
+
+Of lanes whose tokens are corrupt it gives any tokens, and marks them in the engine's `bad_lanes`.
+"""
+
+NOT_FINITE = "the loss or the gradient was not finite"
+CORRUPT = "the store held tokens that its tokenizer does not have"
 
 
 class StepSize(NamedTuple):
@@ -91,6 +97,12 @@ class InfiniEngine(PipelineEngine):
         self.memories = self.empty_memories()
         self.seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
         self.skipped_in_a_row = 0
+        self.fault = ""
+        """Why the last training step changed nothing; empty if it did. The same on all ranks."""
+        self.bad_lanes = torch.zeros(train.batch_size, dtype=torch.float64, device=self.device)
+        """Above 0 for lanes of the last training step whose tokens were corrupt."""
+        self.on_progress: Callable[[str], None] = lambda done: None
+        """Told of each piece of work that is done."""
         self.write_totals = torch.zeros(
             self._model.num_layers, 2, dtype=torch.float64, device=self.device
         )
@@ -124,6 +136,7 @@ class InfiniEngine(PipelineEngine):
         self.module.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.write_totals.zero_()
+        self.bad_lanes.zero_()
         self.answers = torch.zeros(2, dtype=torch.float64, device=self.device)
         """Of the last training step with a curriculum: right answers and all answers."""
         # Reductions average over data-parallel ranks.
@@ -138,14 +151,24 @@ class InfiniEngine(PipelineEngine):
         )
         self._run(schedule, read, self.memories, scale)
         reduced = self._clock("pipeline", begin)
-        finite = self._finite()
-        if finite:
+        self.fault = self._find_fault()
+        if not self.fault:
             self._exec_reduce_tied_grads()
             self._exec_reduce_grads()
         stepped = self._clock("reduce", reduced)
-        self._step(finite)
+        self._step()
         self._clock("optimizer", stepped)
         return self._loss_sum
+
+    def skip_window(self, starts: Tensor) -> None:
+        """A step that reads nothing and changes no weight.
+
+        Args:
+            starts: bool [lanes of the global batch], where a document began in the window; its
+                memory would be that of the lane's earlier document.
+        """
+        self._count_skipped()
+        self._clear_lanes(starts)
 
     @torch.no_grad()
     def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
@@ -185,6 +208,11 @@ class InfiniEngine(PipelineEngine):
         """What this rank has sent to other stages so far."""
         return sum(channel.sent_bytes for channel in self._channels)
 
+    @property
+    def waiting_for(self) -> str:
+        """What this rank is waiting for at this moment, and from whom; empty if nothing."""
+        return next((channel.describe() for channel in self._channels if channel.waiting), "")
+
     def step_bytes(self) -> int:
         """What this stage sends in a training step, by the formula in `Wire`."""
         chunks, total = self._train.chunks, 0
@@ -217,6 +245,8 @@ class InfiniEngine(PipelineEngine):
             else:
                 assert scale is not None
                 self._backward(unit, scale)
+            kind = type(unit).__name__.lower()
+            self.on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
         if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
             blocks = list(range(self._model.num_layers))
             for micro_batch in range(self.micro_batches):
@@ -390,32 +420,47 @@ class InfiniEngine(PipelineEngine):
 
     # The step
 
-    def _finite(self) -> bool:
-        """Whether all gradients of all ranks are finite.
+    def _find_fault(self) -> str:
+        """Whether tokens were corrupt, or the loss or a gradient of any rank is not finite.
 
         DeepSpeed's bf16 optimizer checks the norm itself and skips the step; in fp32 nothing does.
         """
-        if isinstance(self.optimizer, BF16_Optimizer):
-            return True
-        norms = torch.stack([_gradient(p).norm() for p in self.module.parameters()])
-        broken = (~norms.isfinite()).any().float()
-        return float(self.all_sum(broken)) == 0
+        broken = ~self._loss_sum.isfinite()
+        if not isinstance(self.optimizer, BF16_Optimizer):
+            norms = torch.stack([_gradient(p).norm() for p in self.module.parameters()])
+            broken |= (~norms.isfinite()).any()
+        sums = self.all_sum(torch.cat((broken.double().view(1), self.bad_lanes)))
+        self.bad_lanes.copy_(sums[1:])
+        not_finite, corrupt = sums[0], self.bad_lanes.sum()
+        return CORRUPT if corrupt > 0 else NOT_FINITE if not_finite > 0 else ""
 
-    def _step(self, finite: bool) -> None:
-        before = self.skipped_steps
-        if finite:
-            self._exec_optimizer_step()
-        else:
+    def _step(self) -> None:
+        if self.fault:
             self.optimizer.zero_grad()
             self.zero_grad()
             self._global_grad_norm = float("inf")
-            self.skipped_steps += 1
-            self.global_steps += 1
-        if self.skipped_steps > before:
-            self.skipped_in_a_row += 1
-            self.memories.clear_broken()
+            self._count_skipped()
         else:
-            self.skipped_in_a_row = 0
+            before = self.skipped_steps
+            self._exec_optimizer_step()
+            if self.skipped_steps == before:
+                self.skipped_in_a_row = 0
+                return
+            self.fault = NOT_FINITE
+            self.skipped_in_a_row += 1
+        self.memories.clear_broken()
+        self._clear_lanes(self.bad_lanes > 0)
+
+    def _count_skipped(self) -> None:
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        self.global_steps += 1
+
+    def _clear_lanes(self, lanes: Tensor) -> None:
+        """Empties the memories of marked lanes, bool [lanes of the global batch]."""
+        for micro_batch in range(self.micro_batches):
+            own = self.lanes_of(micro_batch)
+            self.memories.clear(micro_batch, lanes[own.start : own.stop].to(self.device))
 
     def _do_optimizer_sanity_check(self, basic_optimizer):
         if self.bfloat16_enabled() and not self.zero_optimization():

@@ -50,6 +50,15 @@ class LaneMemory:
                     kv.masked_fill(~fine[..., None, None], 0), norm.masked_fill(~fine[..., None], 0)
                 )
 
+    def clear(self, micro_batch: int, lanes: torch.Tensor) -> None:
+        """Empties the memories of the lanes, bool [lanes], of a micro-batch that are marked."""
+        held = self.by_micro_batch[micro_batch]
+        for block, (kv, norm) in held.items():
+            held[block] = LayerMemory(
+                kv.masked_fill(lanes[:, None, None, None], 0),
+                norm.masked_fill(lanes[:, None, None], 0),
+            )
+
     def stacked(self, block: int) -> LayerMemory:
         """One block's memories of all this rank's lanes, in the order of lanes."""
         memories = [held[block] for held in self.by_micro_batch]

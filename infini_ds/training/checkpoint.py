@@ -17,13 +17,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infini_ds.config import RunConfig, dump, parse
@@ -31,6 +32,7 @@ from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.pipeline.engine import InfiniEngine
 from infini_ds.training import manifest
+from infini_ds.training.peers import is_lost_contact
 
 # What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
 UNIVERSAL_INFO = {
@@ -50,8 +52,24 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
     """Writes the checkpoint of state["step"]; to be called on all ranks together.
 
     The newest older one is deleted only after this one is valid.
+
+    Raises:
+        RunError: it could not be written.
     """
     directory = directory_of(config) / f"step_{state['step']:08d}"
+    try:
+        _save(engine, config, state, directory)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_lost_contact(error):
+            raise
+        raise RunError(
+            f"checkpoint {directory} could not be written ({' '.join(str(error).split())}); the "
+            "older ones are kept"
+        ) from None
+    return directory
+
+
+def _save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any], directory: Path) -> None:
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(directory, ignore_errors=True)  # of a save that was cut off
@@ -64,19 +82,20 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
             client_state={**UNIVERSAL_INFO, "iteration": state["step"]},
             save_latest=False,
         )
+    engine.on_progress("saving weights and optimizer states")
     _save_memories(engine, directory / "memory")
+    engine.on_progress("saving memories")
     if first:
         (directory / "config.yaml").write_text(dump(config))
         (directory / "state.json").write_text(json.dumps({**state, "layout": _layout(engine)}))
     dist.barrier()
-    _write_manifest(directory)
+    _write_manifest(directory, engine.on_progress)
     if first:
         valid = [path for path in _steps(config) if (path / manifest.NAME).exists()]
         for old in valid[config.train.keep_last :]:
             (old / manifest.NAME).unlink()  # no half-deleted directory must look valid
             shutil.rmtree(old)
     dist.barrier()
-    return directory
 
 
 def find(config: RunConfig) -> tuple[Path | None, list[str]]:
@@ -133,21 +152,32 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int
             f"checkpoint {directory} is of pipeline degree {saved['pipeline']} and data-parallel "
             f"degree {saved['data']}; without ZeRO it can only be resumed in that layout"
         )
-    universal = directory.with_name(f"universal_{directory.name}")
-    failure = ""
-    if dist.get_rank() == 0 and not (universal / manifest.NAME).exists():
-        shutil.rmtree(universal, ignore_errors=True)
-        failure = _to_universal(directory, universal)
-    failure = _shared(failure)
+    failure = _shared(make_universal(directory) if dist.get_rank() == 0 else "")
     if failure:
         raise RunError(f"checkpoint {directory} cannot be converted to another layout: {failure}")
-    return universal
+    return universal_of(directory)
+
+
+def universal_of(directory: Path) -> Path:
+    """Where the universal form of a checkpoint is, if it has been made."""
+    return directory.with_name(f"universal_{directory.name}")
+
+
+def make_universal(directory: Path) -> str:
+    """Makes the universal form of a checkpoint, unless it is there; what went wrong, or nothing."""
+    universal = universal_of(directory)
+    if (universal / manifest.NAME).exists():
+        return ""
+    shutil.rmtree(universal, ignore_errors=True)
+    return _to_universal(directory, universal)
 
 
 def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
     """Loads weights and optimizer states from `load_from`, memories from `directory`."""
     groups = engine.optimizer.param_groups
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    # In a run that goes back it is not as when the engine was built.
+    engine._config.load_universal_checkpoint = load_from != directory
     if load_from != directory:
         _allow_empty_shards(engine.optimizer)
     with contextlib.redirect_stdout(None):
@@ -236,16 +266,14 @@ def _problem(directory: Path) -> str | None:
     return next(filter(None, _gathered(problem)), None)
 
 
-def _write_manifest(directory: Path) -> None:
+def _write_manifest(directory: Path, on_progress: Callable[[str], None]) -> None:
     names = _shared(manifest.files_of(directory))
     mine = names[dist.get_rank() :: dist.get_world_size()]
-    files = {
-        name: {
-            "size": (directory / name).stat().st_size,
-            "sha256": manifest.sha256(directory / name),
-        }
-        for name in mine
-    }
+    files = {}
+    for name in mine:
+        size = (directory / name).stat().st_size
+        files[name] = {"size": size, "sha256": manifest.sha256(directory / name)}
+        on_progress(f"the checksum of {name}")
     gathered = _gathered(files)
     if dist.get_rank() == 0:
         manifest.write(directory, {k: v for part in gathered for k, v in sorted(part.items())})

@@ -36,11 +36,21 @@ class Monitor:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
         output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir / "metrics.jsonl"
+        self._output_dir = output_dir
+        self._open(step)
+        self._board.add_text("config", f"```yaml\n{config}\n```", step)
+
+    def _open(self, step: int) -> None:
+        path = self._output_dir / "metrics.jsonl"
         _drop_steps_after(path, step)
         self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
-        self._board.add_text("config", f"```yaml\n{config}\n```", step)
+        self._board = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=step + 1)
+
+    def go_back_to(self, step: int) -> None:
+        """Drops what was written beyond a step: it is made again."""
+        self._metrics.close()
+        self._board.close()
+        self._open(step)
 
     def step(self, step: int, metrics: dict[str, Any], log: bool) -> None:
         """One training step. `metrics` are flat, named as in TensorBoard, such as "train/loss"."""
@@ -54,6 +64,8 @@ class Monitor:
         )
         if metrics["train/skipped_steps"]:
             line += f"  {metrics['train/skipped_steps']:.0f} steps skipped"
+        if metrics["train/rollbacks"]:
+            line += f"  {metrics['train/rollbacks']:.0f} rollbacks"
         now = time.monotonic()
         if self._live:
             self._live.update(Text(line), refresh=True)

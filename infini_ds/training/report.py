@@ -11,10 +11,19 @@ from infini_ds.training.checkpoint import directory_of
 
 
 def report(
-    config: RunConfig, step: int, quality: dict[str, float], sample: str, console: Console
+    config: RunConfig,
+    step: int,
+    counts: dict[str, int],
+    quality: dict[str, float],
+    sample: str,
+    console: Console,
 ) -> None:
-    """Prints it, and writes the figures to report.json in the run's directory."""
-    figures = {"step": step, **quality}
+    """Prints it, and writes the figures to report.json in the run's directory.
+
+    Args:
+        counts: of what went wrong on the way, by name: skipped_steps and rollbacks.
+    """
+    figures = {"step": step, **counts, **quality}
     if quality:
         baseline = quality["held_out_unigram/bits_per_byte"]
         table = Table(title=f"held-out documents after {step} steps")
@@ -29,6 +38,9 @@ def report(
             perplexity = quality[f"{name}/perplexity"]
             table.add_row(title, f"{bits:.4f}", f"{1 - bits / baseline:.1%}", f"{perplexity:.2f}")
         console.print(table)
+    happened = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+    if happened:
+        console.print(f"on the way: {', '.join(happened)}")
     if sample:
         console.rule("sample")
         console.print(sample, markup=False)

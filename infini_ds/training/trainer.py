@@ -4,6 +4,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from infini_ds import config as configuration
 from infini_ds.allocator import keep_freed_memory
 from infini_ds.config import RunConfig
+from infini_ds.conversion.start import load_start, open_start
 from infini_ds.data.curriculum import CurriculumLanes
 from infini_ds.data.lanes import Plan
 from infini_ds.data.opening import open_data, with_vocabulary
@@ -24,7 +26,7 @@ from infini_ds.model.layers import count_parameters
 from infini_ds.pipeline.balance import describe
 from infini_ds.pipeline.engine import StepSize
 from infini_ds.pipeline.generation import generate
-from infini_ds.training import checkpoint
+from infini_ds.training import checkpoint, failures
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.dtype import with_dtype
 from infini_ds.training.monitor import Monitor
@@ -33,6 +35,7 @@ from infini_ds.training.peak import device_peak_flops
 from infini_ds.training.report import report
 from infini_ds.training.signals import StopRequest
 from infini_ds.training.startup import together
+from infini_ds.training.watchdog import Watchdog
 
 
 def pretrain(config: RunConfig) -> None:
@@ -47,25 +50,39 @@ def pretrain(config: RunConfig) -> None:
     stop = StopRequest()
     _set_threads(config)
     keep_freed_memory()
-    start_distributed(config.train.timeout)
     try:
-        Trainer(config, stop).run()
+        start_distributed(config.train.timeout)
+        watchdog = Watchdog(config)
+    except RunError as error:
+        failures.record(config.output_dir, 0, str(error))
+        raise
+    try:
+        Trainer(config, stop, watchdog).run()
+        dist.barrier()
+        watchdog.stop()
     except UserError:  # on all ranks together, as is this; without it the exit may abort
+        watchdog.stop()
         dist.destroy_process_group()
         raise
-    dist.barrier()
+    except Exception as error:
+        raise watchdog.failed(error) from None
 
 
 class Trainer:
     """The state of a run on this process."""
 
-    def __init__(self, config: RunConfig, stop: StopRequest):
+    def __init__(self, config: RunConfig, stop: StopRequest, watchdog: Watchdog):
         with together():
             config.data_parallel_size(dist.get_world_size())
             self.store, self.lanes = open_data(config)
             config = with_vocabulary(config, self.store)
-        self.config, self.stop = config, stop
+        self.config, self.stop, self.watchdog = config, stop, watchdog
         self.step = 0
+        self.saved: int | None = None
+        """Step of the checkpoint that is as the run is now, if there is one."""
+        self.skip: set[int] = set()
+        """Steps since the last checkpoint whose windows are not read, as they did harm."""
+        self.rollbacks = 0
         self.tokens = 0
         self.evaluated = False
         self.sample = ""
@@ -76,7 +93,7 @@ class Trainer:
                 "false; choose another output_dir"
             )
         config = self.config = with_dtype(config, found)
-        load_from, state = None, None
+        load_from, state, start = None, None, None
         if found:
             with together():
                 state = checkpoint.read_state(found, config)
@@ -87,11 +104,17 @@ class Trainer:
                     )
                 self.lanes.load_state(state["lanes"])
             load_from = checkpoint.source(found, state, config, dist.get_world_size())
+        elif config.init_from:
+            with together():
+                start = open_start(config, self.store)
         self.engine = build_engine(config, universal=load_from != found)
+        if start:
+            load_start(self.engine.module.named_parameters(), start)
+        watchdog.waiting_for = lambda: self.engine.waiting_for
+        self.engine.on_progress = watchdog.progress
         if found and load_from and state:
-            checkpoint.load(self.engine, found, load_from)
-            self.step, self.tokens = state["step"], state["tokens"]
-            self.engine.skipped_steps = state["skipped_steps"]
+            self.rollbacks = state.get("rollbacks", 0)
+            self._load(found, load_from, state)
         self.held_out = None
         if len(self.store.split("held_out").lengths):
             self.held_out = HeldOut(config, self.store, self.engine)
@@ -106,11 +129,18 @@ class Trainer:
     def run(self) -> None:
         """Trains, evaluates and saves; ends at train.steps or when asked to stop."""
         config = self.config
-        saved = self.step if self.step else None
         quality: dict[str, float] = {}
         stopping = False
+        if config.train.on_bad_step == "rollback" and self.saved is None:
+            self._save()  # to have something to go back to
         while self.step < config.train.steps and not stopping:
-            stopping = self._train_step()
+            if self.step in self.skip:
+                self._skip_step()
+            else:
+                stopping = self._train_step()
+            self.watchdog.step_done(self.step)
+            if self.saved == self.step:
+                continue  # it went back to a checkpoint
             ended = self.step == config.train.steps
             every = config.evaluation.every
             if not stopping and (ended or (every and self.step % every == 0)):
@@ -119,8 +149,7 @@ class Trainer:
             due = self.step % config.train.save_every == 0 and not self.engine.skipped_in_a_row
             if stopping or ended or due:
                 self._save()
-                saved = self.step
-        if saved is None or saved != self.step:
+        if self.saved != self.step:
             self._save()
         if stopping:
             self._say(f"stopped as asked at step {self.step}; the same command goes on from there")
@@ -129,7 +158,8 @@ class Trainer:
         if self.monitor:
             self.monitor.close()
             if not stopping:
-                report(config, self.step, quality, self.sample, self.monitor.console)
+                counts = {"skipped_steps": self.engine.skipped_steps, "rollbacks": self.rollbacks}
+                report(config, self.step, counts, quality, self.sample, self.monitor.console)
 
     def _train_step(self) -> bool:
         """One step; whether the run was asked to stop."""
@@ -146,8 +176,10 @@ class Trainer:
         asked = torch.tensor(float(self.stop.requested), dtype=torch.float64, device=engine.device)
         sums = engine.all_sum(torch.stack((loss_sum, asked, *engine.answers)))
         loss_sum, asked, right, answers = sums.tolist()
+        if engine.fault and self._end_or_roll_back(plan):
+            return asked > 0
         curriculum = {}
-        if isinstance(self.lanes, CurriculumLanes):
+        if isinstance(self.lanes, CurriculumLanes) and not engine.fault:
             self.lanes.observe(right / answers)
             curriculum = {
                 "train/exact_match": right / answers,
@@ -155,13 +187,6 @@ class Trainer:
             }
         self.step += 1
         self.tokens += plan.num_tokens
-        if engine.skipped_in_a_row >= config.train.max_skipped_steps:
-            raise RunError(
-                f"the gradient was not finite in {engine.skipped_in_a_row} steps in a row "
-                f"(train.max_skipped_steps); the last good checkpoint is kept: lower "
-                "optimizer.learning_rate, or look at the data near step "
-                f"{self.step}"
-            )
         log = self.step % config.train.log_every == 0
         writes = self._describe_writes(size.tokens) if log else {}
         if self.monitor:
@@ -174,6 +199,7 @@ class Trainer:
                 "train/bits_per_byte": loss / math.log(2) / self._bytes_per_token(),
                 "train/gradient_norm": engine.gradient_norm,
                 "train/skipped_steps": engine.skipped_steps,
+                "train/rollbacks": self.rollbacks,
                 "train/tokens": self.tokens,
                 "train/epoch": self.lanes.epoch,
                 "speed/tokens_per_second": speed,
@@ -206,11 +232,91 @@ class Trainer:
 
     def _reader(self, plan: Plan):
         split, n = self.store.split("train"), self.config.model.segment_length
+        last_token = self.store.tokenizer.vocab_size - 1
 
         def read(micro_batch: int) -> Windows:
-            return read_windows(split, plan, self.engine.lanes_of(micro_batch), n)
+            lanes = self.engine.lanes_of(micro_batch)
+            windows = read_windows(split, plan, lanes, n)
+            # Large stores are not checked when they are opened.
+            corrupt = torch.maximum(windows.tokens, windows.labels).amax(dim=1) > last_token
+            if corrupt.any():
+                self.engine.bad_lanes[lanes.start : lanes.stop] += corrupt.to(self.engine.device)
+                windows.tokens.clamp_(max=last_token)
+                windows.labels.clamp_(max=last_token)
+            return windows
 
         return read
+
+    def _end_or_roll_back(self, plan: Plan) -> bool:
+        """What train.on_bad_step wants of the step just made, if it is more than to skip it.
+
+        Returns:
+            Whether the run went back to a checkpoint.
+
+        Raises:
+            RunError: it wants the end, or there were too many such steps.
+        """
+        settings, engine = self.config.train, self.engine
+        fault = engine.fault
+        if engine.bad_lanes.any():
+            lanes = engine.bad_lanes.cpu().numpy() > 0
+            documents = ", ".join(map(str, np.unique(plan.documents[lanes])))
+            fault += f" (data.store {self.store.path}, in train documents {documents})"
+        if settings.on_bad_step == "stop":
+            raise RunError(
+                f"{fault} at step {self.step + 1}, and train.on_bad_step is stop; the last good "
+                "checkpoint is kept"
+            )
+        rolling_back = settings.on_bad_step == "rollback"
+        count = len(self.skip) + 1 if rolling_back else engine.skipped_in_a_row
+        if count >= settings.max_skipped_steps:
+            since = "since the last checkpoint" if rolling_back else "in a row"
+            raise RunError(
+                f"{fault} in {count} steps {since} (train.max_skipped_steps); the last good "
+                "checkpoint is kept: lower optimizer.learning_rate, or look at the data near "
+                f"step {self.step + 1}"
+            )
+        if rolling_back:
+            self._roll_back(fault)
+        return rolling_back
+
+    def _roll_back(self, fault: str) -> None:
+        """Goes back to the newest valid checkpoint; this step's window will not be read again.
+
+        The steps up to it are made again: what a fault has left in weights, optimizer states or
+        memories is gone, and the run is as if it had never read that window.
+        """
+        bad = self.step
+        found, _ = checkpoint.find(self.config)
+        if not found:
+            raise RunError(f"{fault} at step {bad + 1}, and there is no valid checkpoint")
+        state = checkpoint.read_state(found, self.config)
+        load_from = checkpoint.source(found, state, self.config, dist.get_world_size())
+        self.lanes.load_state(state["lanes"])
+        self._load(found, load_from, state)
+        self.skip.add(bad)
+        self.rollbacks += 1
+        if self.monitor:
+            self.monitor.go_back_to(self.step)
+        self._say(
+            f"step {bad + 1}: {fault}; back to {found}, from where step {bad + 1} will be skipped"
+        )
+
+    def _load(self, found: Path, load_from: Path, state: dict[str, Any]) -> None:
+        checkpoint.load(self.engine, found, load_from)
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.engine.skipped_steps = state["skipped_steps"]
+        self.engine.skipped_in_a_row = 0
+        self.saved = self.step
+
+    def _skip_step(self) -> None:
+        """A step whose window is not read."""
+        plan = self.lanes.next_plan()
+        self.engine.skip_window(torch.from_numpy(plan.starts.any(axis=1)))
+        self.step += 1
+        if self.monitor:
+            counts = {"skipped_steps": self.engine.skipped_steps, "rollbacks": self.rollbacks}
+            self.monitor.record(self.step, {f"train/{k}": v for k, v in counts.items()})
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out quality with and without memory, and what the memory looks like."""
@@ -276,10 +382,13 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "skipped_steps": self.engine.skipped_steps,
+            "rollbacks": self.rollbacks,
             "lanes": self.lanes.state(),
             "store": self.store.fingerprint,
         }
         directory = checkpoint.save(self.engine, self.config, state)
+        self.saved = self.step
+        self.skip = {step for step in self.skip if step >= self.step}
         if self.monitor:
             checkpoint.delete_universal(self.config)
         self._say(f"step {self.step}: saved {directory}")
@@ -304,7 +413,8 @@ class Trainer:
         self._say(describe(config.model, engine.module.bounds))
         for message in passed_over:
             self._say(message)
-        self._say(f"resumed from {found} at step {self.step}" if found else "starting at step 0")
+        begin = f"starting from {config.init_from}" if config.init_from else "starting at step 0"
+        self._say(f"resumed from {found} at step {self.step}" if found else begin)
 
     def _say(self, message: str) -> None:
         if self.monitor:

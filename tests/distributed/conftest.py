@@ -22,11 +22,10 @@ class Run:
     def __init__(self, folder: Path, data: DataConfig, **settings):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.output = folder / "output"
         self.config = folder / "run.yaml"
         self._launches = 0
         tree = {
-            "output_dir": str(self.output),
+            "output_dir": str(folder / "output"),
             "model": {
                 "hidden_size": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16,
                 "segment_length": 16, "memory_rule": "delta", "initializer_range": 0.1,
@@ -42,8 +41,9 @@ class Run:
             "evaluation": {"every": 0, "max_segments": 8, "sample_tokens": 0},
         }  # fmt: skip
         for name, value in settings.items():
-            section, _, key = name.partition("__")
-            tree.setdefault(section, {})[key] = value
+            section, _, key = name.rpartition("__")
+            (tree.setdefault(section, {}) if section else tree)[key] = value
+        self.output = Path(str(tree["output_dir"]))
         self.config.write_text(yaml.safe_dump(tree))
 
     def command(self, *overrides: str) -> list[str]:

@@ -151,8 +151,9 @@ class TestKilledRank:
 
 
 FP32 = {
-    "train__dtype": "fp32", "train__steps": 8, "train__save_every": 4, "train__chunks": 1,
+    "train__dtype": "fp32", "train__steps": 9, "train__save_every": 4, "train__chunks": 1,
     "optimizer__eps": 1e-5, "optimizer__learning_rate": 1e-3, "model__memory": {},
+    "model__num_layers": 4,
 }  # fmt: skip
 WRITING = {"write_gate": True, "write_penalty": 0.1, "short_conv": True}
 TIED = {**FP32, "model__tie_embeddings": True, "model__memory": WRITING}
@@ -181,9 +182,11 @@ class TestResumeInAnotherLayout:
             pytest.param((2, 1), (1, 1), False, [], id="pipeline2_to_1"),
             pytest.param((2, 1), (2, 2), False, [], id="pipeline2_to_2x2"),
             pytest.param((1, 1), (2, 1), False, ["train.chunks=2"], id="pipeline1_to_2_in_chunks"),
+            pytest.param((2, 1), (4, 1), False, [], id="pipeline2_to_4", marks=pytest.mark.slow),
             pytest.param(
                 (1, 1), (1, 2), False, ["train.micro_batch_size=2"], id="data1_to_2_larger_batches"
             ),
+            pytest.param((1, 2), (1, 1), False, [], id="data2_to_1", marks=pytest.mark.slow),
             pytest.param((2, 1), (1, 1), True, [], id="tied_pipeline2_to_1"),
             pytest.param(
                 (2, 1), (2, 2), True, ["parallel.memory_transport=resident"],
@@ -200,7 +203,7 @@ class TestResumeInAnotherLayout:
         output = run.finish(after[0] * after[1], f"parallel.pipeline_stages={after[0]}", *changes)
         assert "at step 4\n" in output
         assert f"layout: {after[0]} pipeline stages x {after[1]} data-parallel" in output
-        for step in range(5, 9):
+        for step in range(5, 10):
             assert run.losses[step] == pytest.approx(original.losses[step], rel=1e-5)
             norms = (r.metrics[step]["train/gradient_norm"] for r in (run, original))
             assert next(norms) == pytest.approx(next(norms), rel=1e-5)

@@ -70,3 +70,13 @@ def test_load_keeps_no_view_of_what_was_loaded():
 def test_load_refuses_another_number_of_lanes():
     with pytest.raises(ValueError, match="argument"):
         held().load(1, memory(1))
+
+
+def test_clear_empties_the_marked_lanes_of_a_micro_batch():
+    lanes, before = held(), memory(6)
+    lanes.load(2, before)
+    lanes.clear(1, torch.tensor([False, True]))
+    for part, expected in zip(lanes.stacked(2), before, strict=True):
+        assert not part[3].any()
+        kept = [0, 1, 2, 4, 5]
+        assert torch.equal(part[kept], expected[kept])

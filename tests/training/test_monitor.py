@@ -7,10 +7,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infini_ds.training.monitor import Monitor, _duration
 
 
-def metrics(loss=1.5, skipped=0):
+def metrics(loss=1.5, skipped=0, rollbacks=0):
     return {
         "train/loss": loss,
         "train/skipped_steps": skipped,
+        "train/rollbacks": rollbacks,
         "speed/tokens_per_second": 1234.5,
         "learning_rate/gates": 1e-3,
     }
@@ -62,6 +63,17 @@ def test_resuming_drops_a_line_that_was_cut_off(tmp_path):
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
 
 
+def test_going_back_drops_the_steps_after_the_checkpoint(tmp_path):
+    monitor = Monitor(tmp_path, 0, 10, "")
+    for step in (1, 2, 3):
+        monitor.step(step, metrics(), log=True)
+    monitor.go_back_to(1)
+    monitor.step(2, metrics(loss=2.0), log=True)
+    monitor.close()
+    found = [(record["step"], record["train/loss"]) for record in records(tmp_path)]
+    assert found == [(1, 1.5), (2, 2.0)]
+
+
 @pytest.fixture
 def board(tmp_path):
     monitor = Monitor(tmp_path, 0, 10, "seed: 17")
@@ -106,15 +118,18 @@ def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
 
 
 def test_line_shows_step_loss_speed_and_skipped_steps(tmp_path, capsys):
-    run(tmp_path, 0, [10], skipped=3)
+    run(tmp_path, 0, [10], skipped=3, rollbacks=2)
     line = capsys.readouterr().out
-    for part in ("step 10/10", "loss 1.5000", "1,234 tokens/s", "left", "3 steps skipped"):
+    parts = ["step 10/10", "loss 1.5000", "1,234 tokens/s", "left", "3 steps skipped"]
+    for part in (*parts, "2 rollbacks"):
         assert part in line
 
 
 def test_line_says_nothing_of_skipped_steps_when_there_are_none(tmp_path, capsys):
     run(tmp_path, 0, [10])
-    assert "skipped" not in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert "skipped" not in line
+    assert "rollbacks" not in line
 
 
 @pytest.mark.parametrize(

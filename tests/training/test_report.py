@@ -18,9 +18,12 @@ QUALITY = {
 }
 
 
+COUNTS = {"skipped_steps": 0, "rollbacks": 0}
+
+
 @pytest.fixture
 def write(tmp_path, capsys):
-    def run(quality, sample="") -> tuple[str, dict]:
+    def run(quality, sample="", counts=None) -> tuple[str, dict]:
         config = parse(
             {
                 "output_dir": str(tmp_path),
@@ -30,7 +33,7 @@ def write(tmp_path, capsys):
             },
             "of a test",
         )
-        report(config, 70, quality, sample, Console(width=200))
+        report(config, 70, counts or COUNTS, quality, sample, Console(width=200))
         return capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
 
     return run
@@ -48,7 +51,7 @@ def test_report_sets_quality_beside_the_baseline(write):
 
 def test_report_writes_the_same_figures_to_a_file(write):
     _, figures = write(QUALITY)
-    assert figures == {"step": 70, **QUALITY}
+    assert figures == {"step": 70, **COUNTS, **QUALITY}
 
 
 def test_report_says_what_to_type_next(write, tmp_path):
@@ -66,4 +69,11 @@ def test_report_shows_the_sample_as_it_is(write):
 def test_report_without_held_out_documents_has_no_table(write):
     shown, figures = write({})
     assert "bits per byte" not in shown
-    assert figures == {"step": 70}
+    assert figures == {"step": 70, **COUNTS}
+
+
+def test_report_tells_what_was_skipped_on_the_way(write):
+    shown, figures = write(QUALITY, counts={"skipped_steps": 3, "rollbacks": 1})
+    assert "on the way: 3 skipped steps, 1 rollbacks" in shown
+    assert (figures["skipped_steps"], figures["rollbacks"]) == (3, 1)
+    assert "on the way" not in write(QUALITY)[0]

@@ -1,0 +1,73 @@
+"""What a run needs at least, in bytes: activations are not counted, nor what libraries take."""
+
+from infini_ds.config import ModelConfig, RunConfig
+from infini_ds.model.short_conv import TAPS
+from infini_ds.pipeline.balance import balance
+from infini_ds.pipeline.transport import TRANSPORTS
+
+_WEIGHTS_AND_GRADIENTS = 8  # bf16: 2 + 2, and 4 of their sums; fp32: 4 + 4
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """A checkpoint on disk; model.vocab_size must be set."""
+    weights = 2 if config.train.dtype == "bf16" else 4
+    lanes, layers = config.train.batch_size, config.model.num_layers
+    memories = lanes * layers * _memory_bytes(config.model)
+    return sum(layer_parameters(config.model)) * (weights + _state_bytes(config)) + memories
+
+
+def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
+    """Bytes of each rank on its device, and of its offloaded optimizer in the host's memory.
+
+    Model.vocab_size must be set, and `world` processes must fit the config.
+    """
+    data = config.data_parallel_size(world)
+    stages = world // data
+    model, parallel = config.model, config.parallel
+    counts = layer_parameters(model)
+    embedding, *blocks = counts[: 1 + model.num_layers]
+    last = counts[1 + model.num_layers :]
+    bounds = balance(model, stages)
+    transport = TRANSPORTS[parallel.memory_transport](tuple(bounds))
+    by_stage = []
+    for stage in range(stages):
+        parameters = sum(blocks[bounds[stage] : bounds[stage + 1]])
+        if stage == 0 or (stage == stages - 1 and model.tie_embeddings):
+            parameters += embedding
+        if stage == stages - 1:
+            parameters += sum(last)
+        shards = data if parallel.zero_stage else 1
+        states = parameters * _state_bytes(config) // shards
+        lanes = config.train.batch_size // data
+        memories = lanes * len(transport.held(stage)) * _memory_bytes(model)
+        device = parameters * _WEIGHTS_AND_GRADIENTS + memories
+        by_stage.append((device, states) if parallel.offload_optimizer else (device + states, 0))
+    return [by_stage[rank // data] for rank in range(world)]
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Of one parameter: its moments, and its fp32 copy, which only plain fp32 goes without."""
+    return 8 if config.train.dtype == "fp32" and config.parallel.zero_stage == 0 else 12
+
+
+def layer_parameters(model: ModelConfig) -> list[int]:
+    """Of each layer of layer_list, without making any: that takes seconds, even on no device."""
+    hidden, size = model.hidden_size, model.mlp_size
+    queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
+    channels = queries + 2 * keys
+    attention = hidden * (channels + queries) + model.num_heads
+    attention += channels if model.attention_bias else 0
+    attention += hidden if model.attention_out_bias else 0
+    attention += model.kv_heads * (hidden + 1) if model.memory.write_gate else 0
+    attention += TAPS * channels if model.memory.short_conv else 0
+    feed_forward = 3 * hidden * size + (2 * size + hidden if model.mlp_bias else 0)
+    block = attention + feed_forward + 2 * hidden
+    embedding = model.vocab_size * hidden
+    layers = [embedding, *[block] * model.num_layers, hidden]
+    head = embedding + (model.vocab_size if model.head_bias else 0)
+    return layers if model.tie_embeddings else [*layers, head]
+
+
+def _memory_bytes(model: ModelConfig) -> int:
+    """Of one lane in one layer."""
+    return 4 * model.kv_heads * model.head_dim * (model.head_dim + 1)

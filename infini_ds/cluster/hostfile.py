@@ -1,0 +1,36 @@
+"""DeepSpeed's hostfile: a line `HOST slots=N` for each host, blank lines and # comments."""
+
+import re
+from pathlib import Path
+
+from infini_ds.errors import UserError
+
+# A name that began with a dash would be an option of ssh.
+_LINE = re.compile(r"([^\s#-]\S*)\s+slots=([1-9]\d*)\s*(#.*)?")
+
+
+def read_hostfile(path: str | Path) -> dict[str, int]:
+    """Slots of each host, in the order of the file.
+
+    Raises:
+        UserError: it cannot be read, names no host or one twice, or a line is not as above.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"hostfile {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"hostfile {path}: is not text") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if not match:
+            raise UserError(f"hostfile {path} line {number}: {line!r} must be HOST slots=N")
+        if match[1] in slots:
+            raise UserError(f"hostfile {path} line {number}: {match[1]} is named twice")
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise UserError(f"hostfile {path}: names no host; a line for each: HOST slots=N")
+    return slots

@@ -1,0 +1,98 @@
+"""`infini-ds preflight`: is every host ready for a run, before anything slow starts."""
+
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from infini_ds import config as configuration
+from infini_ds.cluster.findings import Finding, Host, judge
+from infini_ds.cluster.gather import gather
+from infini_ds.cluster.hostfile import read_hostfile
+from infini_ds.cluster.preflight_host import versions
+from infini_ds.errors import UserError
+
+_ROWS_OF_A_CHECK = 3
+_COLOURS = {"good": "green", "warning": "yellow", "failed": "red"}
+
+
+def run(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    hostfile: str | None = None,
+    json_path: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Checks all hosts at once, prints a table and a last line, and writes the figures.
+
+    Each host reads the config from the same path as this one, as it will do in the run.
+
+    Args:
+        hostfile: of DeepSpeed; None: this host alone, without ssh.
+        quiet: no table where all is good.
+
+    Raises:
+        UserError: the config or the hostfile is wrong, or a check failed.
+    """
+    began = time.monotonic()
+    config = configuration.load(config_path, list(overrides))
+    slots = read_hostfile(hostfile) if hostfile else {"localhost": 0}
+    here = versions()
+    with ThreadPoolExecutor(1) as background:
+        # It needs torch, which loads while the hosts look.
+        background.submit(importlib.import_module, "infini_ds.cluster.estimate")
+        facts, lost = gather(list(slots), hostfile is not None, config_path, list(overrides))
+    hosts = [
+        Host(name, count or facts[name].get("processes", 1), facts[name], lost.get(name))
+        for name, count in slots.items()
+    ]
+    findings = list(judge(config, here, hosts))
+    seconds = time.monotonic() - began
+    failed = [finding for finding in findings if finding.state == "failed"]
+    warnings = sum(finding.state == "warning" for finding in findings)
+    if json_path:
+        figures = {
+            "good": not failed,
+            "seconds": seconds,
+            "findings": [finding._asdict() for finding in findings],
+            "hosts": facts,
+        }
+        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    if failed or warnings or not quiet:
+        console.print(_table(findings))
+    if failed:
+        names = ", ".join(dict.fromkeys(finding.host for finding in failed))
+        told = f"{len(failed)} check{'s' * (len(failed) > 1)} failed ({names})"
+        raise UserError(f"preflight: {told}; the table says what to do")
+    told = f"{len(hosts)} host{'s' * (len(hosts) > 1)} good"
+    if warnings:
+        told += f", {warnings} warning{'s' * (warnings > 1)}"
+    console.print(f"preflight: {told} ({seconds:.1f} s)")
+
+
+def _table(findings: list[Finding]) -> Table:
+    """A row for all hosts of which the same is found; of what is good a few rows, as examples."""
+    alike: dict[tuple, list[str]] = {}
+    for host, *rest in findings:
+        alike.setdefault(tuple(rest), []).append(host)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("check", "", "hosts", "found"):
+        table.add_column(heading, overflow="fold")
+    shown: dict[str, int] = {}
+    for (check, state, found, remedy), hosts in alike.items():
+        if state == "good":
+            shown[check] = shown.get(check, 0) + 1
+            if shown[check] > _ROWS_OF_A_CHECK:
+                continue
+        names = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+        text = f"{found}; {remedy}" if remedy else found
+        table.add_row(check, Text(state, _COLOURS[state]), names, Text(text))
+    return table

@@ -1,0 +1,163 @@
+"""Answers `infini-ds preflight` on one host: a request and an answer a line, both JSON.
+
+Runs as `python -m infini_ds.cluster.preflight_host` until its input ends. The lines of its answers
+begin with MARK: whatever else a login shell or a library prints is none.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infini_ds import config as configuration
+from infini_ds.cluster import network
+from infini_ds.data.opening import open_data
+from infini_ds.errors import UserError
+
+MARK = "infini-ds-preflight "
+
+
+def main() -> None:
+    """Serves one session."""
+    output, sys.stdout = sys.stdout, sys.stderr
+    written: list[Path] = []
+
+    def write(path: str) -> str:
+        """Why a file cannot be written; nothing if it can. It goes when the session ends."""
+        try:
+            Path(path).touch(exist_ok=False)
+        except OSError as error:
+            return error.strerror or str(error)
+        written.append(Path(path))
+        return ""
+
+    answers: dict[str, Callable[..., Any]] = {
+        "clock": time.time, "facts": facts, "write": write, "sees": sees, "route": route,
+    }  # fmt: skip
+
+    def answer(value: Any) -> None:
+        print(MARK + json.dumps(value), file=output, flush=True)
+
+    try:
+        answer("ready")
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer(answers[request.pop("ask")](**request))
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)
+
+
+def facts(config: str, overrides: list[str]) -> dict[str, Any]:
+    """What this host has.
+
+    Returns:
+        "errors": why one of the others is missing, by its name;
+        "versions": see `versions`;
+        "address": see `meeting_address`;
+        "devices": free bytes of each visible GPU, none of a CPU run;
+        "memory": bytes of the host's memory that are available;
+        "processes": how many DeepSpeed starts here if it is not told;
+        "config": every setting, as it is read here;
+        "output_dir": the directory, or what exists of the path to it, and "disk", free bytes there;
+        "store": fingerprint of the store, and "vocab_size" of its tokenizer. It is opened as a
+            run opens it: sizes of all files, checksums of those below 256 MB. The checksums that
+            the manifest tells of the larger ones are part of the fingerprint.
+    """
+    found: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+
+    def tell(name: str, look: Callable[[], Any]) -> Any:
+        try:
+            found[name] = look()
+        except (UserError, ImportError, OSError, RuntimeError) as error:
+            errors[name] = " ".join(str(error).split())
+        return found.get(name)
+
+    tell("versions", versions)
+    tell("address", network.meeting_address)
+    devices = tell("devices", _free_device_memory)
+    if devices is not None:
+        tell("memory", lambda: psutil.virtual_memory().available)
+        tell("processes", lambda: len(devices) or _cpu_processes())
+    settings = tell("config", lambda: configuration.load(config, overrides))
+    if settings:
+        found["config"] = settings.model_dump()
+        directory = tell("output_dir", lambda: str(_existing(Path(settings.output_dir))))
+        if directory:
+            tell("disk", lambda: shutil.disk_usage(directory).free)
+        tell("store", lambda: _open_store(settings, found))
+    return {**found, "errors": errors}
+
+
+def versions() -> dict[str, str]:
+    """Of all that must be the same on each host; ours with a checksum of its sources."""
+    told = {"Python": platform.python_version()}
+    for name in ("torch", "deepspeed", "infini_ds"):
+        try:
+            told[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            told[name] = "not installed"
+    digest = hashlib.sha256()
+    package = Path(configuration.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    told["infini_ds"] += f" (sources {digest.hexdigest()[:8]})"
+    return told
+
+
+def sees(path: str) -> bool:
+    """Whether a file is there; network file systems may take a moment to show it."""
+    for _ in range(30):
+        if Path(path).exists():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def route(address: str) -> dict[str, str]:
+    """A `Route` by its names, or the "error"."""
+    try:
+        return network.route_to(address)._asdict()
+    except OSError as error:
+        return {"error": f"{address}: {error.strerror or error}"}
+
+
+def _free_device_memory() -> list[int]:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    import torch
+
+    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+
+
+def _cpu_processes() -> int:
+    """As DeepSpeed has it: LOCAL_SIZE, or one for each NUMA node if it can tell them."""
+    told = int(os.environ.get("LOCAL_SIZE", "0"))
+    if told or not shutil.which("numactl"):
+        return told or 1
+    nodes = Path("/sys/devices/system/node").glob("node*/cpulist")
+    return sum(node.read_text().strip() != "" for node in nodes)
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.is_dir())
+
+
+def _open_store(config: configuration.RunConfig, found: dict[str, Any]) -> str:
+    store, _ = open_data(config)
+    found["vocab_size"] = store.tokenizer.vocab_size
+    return store.fingerprint
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A conversation with one host: requests and answers over ssh, within a limit."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from infini_ds.cluster.preflight_host import MARK
+
+_MODULE = "infini_ds.cluster.preflight_host"
+_CONNECT_SECONDS = 10
+_END_SECONDS = 5.0
+
+
+class HostLost(Exception):
+    """A host does not answer, or no longer. `remedy` says what to do about it."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what)
+        self.remedy = remedy
+
+
+class Session:
+    """A context manager. The host's part ends with it, or when this process does.
+
+    Args:
+        host: as ssh knows it; None: this host, without ssh.
+        limit: seconds that each answer may take.
+    """
+
+    def __init__(self, host: str | None, limit: float):
+        self._host, self._limit = host, limit
+        self._expired = False
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        # A group of its own: what ssh starts would keep the pipe open when ssh alone is killed.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE] if host is None else _ssh(host),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        self._kill()
+        self._process.wait()
+        self._process.stdout.close()  # type: ignore[union-attr]
+        self._errors.close()
+
+    def wait_until_ready(self) -> None:
+        """Returns when the host listens.
+
+        Raises:
+            HostLost: it does not answer.
+        """
+        self._answer()
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """The answer to one of the requests of preflight_host.
+
+        Raises:
+            HostLost: it does not answer.
+        """
+        request = json.dumps({"ask": what, **arguments})
+        with contextlib.suppress(BrokenPipeError):
+            print(request, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def clock(self) -> dict[str, float]:
+        """Seconds that the host's clock is "ahead" of this one's, and "within" which that is known.
+
+        Raises:
+            HostLost: it does not answer.
+        """
+        found = []
+        for _ in range(3):
+            asked, began = time.time(), time.monotonic()
+            told = self.ask("clock")
+            half_trip = (time.monotonic() - began) / 2
+            found.append({"within": half_trip, "ahead": told - asked - half_trip})
+        return min(found, key=lambda each: each["within"])
+
+    def _answer(self) -> Any:
+        watchdog = threading.Timer(self._limit, self._expire)
+        watchdog.start()
+        try:
+            for line in self._process.stdout:  # type: ignore[union-attr]
+                if line.startswith(MARK):
+                    return json.loads(line[len(MARK) :])
+            code = self._process.wait()
+        finally:
+            watchdog.cancel()
+        raise self._lost(code)
+
+    def _lost(self, code: int) -> HostLost:
+        if self._expired:
+            what = f"no answer within {self._limit:g} s"
+            return HostLost(what, "look there for a file system or a network that hangs")
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        what = f"{said[-1] if said else 'no message'} (exit code {code})"
+        if self._host and code == 255:
+            return HostLost(what, f"`ssh {self._host} true` must work without a password")
+        return HostLost(what, f"{sys.executable} and {Path.cwd()} must be there as they are here")
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _ssh(host: str) -> list[str]:
+    """Our part there, in this directory; ssh takes the first of options that are given twice."""
+    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
+    variables = [f"{name}={value}" for name, value in _exported().items()]
+    program = shlex.join(["env", *variables, sys.executable, "-m", _MODULE])
+    return ["ssh", *given, *ours, host, f"cd {shlex.quote(str(Path.cwd()))} && exec {program}"]
+
+
+def _exported() -> dict[str, str]:
+    """The variables that DeepSpeed's launcher gives to the processes of each host."""
+    exported = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "NCCL"))}
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for file in (Path.home() / name, Path(name)):
+        if file.is_file():
+            pairs = (line.partition("=") for line in file.read_text().splitlines())
+            exported |= {key: value for key, equals, value in pairs if equals}
+    return exported

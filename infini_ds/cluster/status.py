@@ -1,0 +1,184 @@
+"""`infini-ds status`: how a run fares, from its files alone; needs no torch and reads only ends."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from infini_ds import config as configuration
+from infini_ds.cluster.tail import lines_backwards
+from infini_ds.config import RunConfig
+from infini_ds.errors import UserError
+from infini_ds.training import failures, manifest
+
+_AVERAGED_STEPS = 20
+_READ_AT_MOST = 64 << 20
+
+
+def run(directory: str, json_path: str | None) -> None:
+    """Prints a table, and writes the same figures where they are asked for.
+
+    Raises:
+        UserError: the directory is not that of a run.
+    """
+    figures = figures_of(Path(directory))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    for name, text in _rows(figures):
+        table.add_row(name, Text(text))
+    Console(highlight=False, soft_wrap=True).print(table)
+    if json_path:
+        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def figures_of(directory: Path) -> dict[str, Any]:
+    """All figures of a run; None where there is none yet.
+
+    Speeds are means over the last steps that are in metrics.jsonl. Ages are seconds by this host's
+    clock. "state" is one of
+        "finished": train.steps are made and reported;
+        "failed": an error is on record, and nothing was written after it;
+        "running": something was written lately, as steps go;
+        "stopped": nothing was, and the last step is in a valid checkpoint;
+        "perhaps dead": nothing was. A long evaluation looks the same.
+
+    Raises:
+        UserError: the directory is not that of a run.
+    """
+    metrics = directory / "metrics.jsonl"
+    errors = failures.read(directory)
+    if not metrics.is_file() or not (directory / "config.yaml").is_file():
+        why = f"the run did not start: {errors[-1]['message']}" if errors else "is no run"
+        raise UserError(f"status {directory}: {why}; name the output_dir of a run")
+    config = configuration.load(directory / "config.yaml")
+    steps, evaluation = _last_lines(metrics)
+    last = steps[0] if steps else {}
+    saved = _last_checkpoint(directory)
+    step = last.get("step") or (saved["step"] if saved else 0)
+    seconds = fmean(line["seconds/step"] for line in steps) if steps else None
+    state = _state(directory, config, step, seconds, saved)
+    left = None
+    if state == "running" and seconds is not None:
+        left = (config.train.steps - step) * seconds
+    speeds = [line["speed/tokens_per_second"] for line in steps]
+    return {
+        "run": str(directory),
+        "state": state,
+        "step": step,
+        "steps": config.train.steps,
+        "loss": last.get("train/loss"),
+        "held_out_bits_per_byte": evaluation.get("held_out/bits_per_byte"),
+        "held_out_step": evaluation.get("step"),
+        "tokens_per_second": fmean(speeds) if speeds else None,
+        "tokens": last.get("train/tokens"),
+        "seconds_left": left,
+        "age": _age(metrics),
+        "checkpoint": saved,
+        "skipped_steps": last.get("train/skipped_steps"),
+        "last_error": errors[-1] if errors else None,
+    }
+
+
+def _last_lines(path: Path) -> tuple[list[dict], dict]:
+    """The last training steps, newest first, and the last evaluation."""
+    steps: list[dict] = []
+    evaluation: dict = {}
+    for line in lines_backwards(path, _READ_AT_MOST):
+        is_step = b'"train/loss"' in line and len(steps) < _AVERAGED_STEPS
+        if is_step or (b'"held_out/bits_per_byte"' in line and not evaluation):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue  # it is being written
+            if is_step:
+                steps.append(found)
+            else:
+                evaluation = found
+        if len(steps) == _AVERAGED_STEPS and evaluation:
+            break
+    return steps, evaluation
+
+
+def _last_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The newest one that is whole by its manifest; checksums are not compared."""
+    for path in sorted((directory / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            manifest.read(path)
+            step = int(path.name.removeprefix("step_"))
+            return {"step": step, "path": str(path), "age": _age(path / manifest.NAME)}
+        except (OSError, ValueError):
+            continue  # unfinished, or being deleted
+    return None
+
+
+def _state(
+    directory: Path, config: RunConfig, step: int, seconds: float | None, saved: dict | None
+) -> str:
+    metrics = directory / "metrics.jsonl"
+    try:
+        reported = json.loads((directory / "report.json").read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        reported = None
+    if reported == config.train.steps:
+        return "finished"
+    record = directory / failures.NAME
+    if record.exists() and _age(record) <= _age(metrics):
+        return "failed"
+    being_saved = sorted((directory / "checkpoints").glob("step_*"))[-1:]
+    quiet = min(_age(path) for path in (metrics, *being_saved))
+    limit = config.train.timeout
+    if seconds is not None:
+        limit = 60 + 10 * seconds * config.train.log_every
+    if quiet <= limit:
+        return "running"
+    return "stopped" if saved and saved["step"] == step else "perhaps dead"
+
+
+def _age(path: Path) -> float:
+    return max(time.time() - path.stat().st_mtime, 0.0)
+
+
+def _rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "run", figures["run"]
+    yield "state", f"{figures['state']}, written {_duration(figures['age'])} ago"
+    yield "step", f"{figures['step']:,} of {figures['steps']:,}"
+    yield "loss", _text(figures["loss"], ".4f")
+    held_out = _text(figures["held_out_bits_per_byte"], ".4f")
+    if figures["held_out_step"] is not None:
+        held_out += f" at step {figures['held_out_step']:,}"
+    yield "held-out bits per byte", held_out
+    yield "tokens/s", _text(figures["tokens_per_second"], ",.0f")
+    yield "tokens", _text(figures["tokens"], ",")
+    left = figures["seconds_left"]
+    yield "time left", "-" if left is None else _duration(left)
+    saved = figures["checkpoint"]
+    yield (
+        "valid checkpoint",
+        f"step {saved['step']:,}, {_duration(saved['age'])} ago" if saved else "-",
+    )
+    yield "skipped steps", _text(figures["skipped_steps"], ",")
+    error = figures["last_error"]
+    if error:
+        yield (
+            "last error",
+            (
+                f"{error['time']} rank {error['rank']} on {error['host']}, step {error['step']}: "
+                f"{error['message']}"
+            ),
+        )
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

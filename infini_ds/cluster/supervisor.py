@@ -1,0 +1,261 @@
+"""What `bash launch/pretrain.sh OPTIONS CONFIG` runs: starts a run, and again when it fails.
+
+For machines without a scheduler that does this. A run that is started again goes on from its newest
+valid checkpoint. It is not started again after a mistake of the user (exit code 2), when it was
+asked to stop, or when it has failed without having made a step.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from infini_ds import config as configuration
+from infini_ds.cli import exit_code
+from infini_ds.cluster.hostfile import read_hostfile
+from infini_ds.cluster.tail import lines_backwards
+from infini_ds.errors import UserError
+from infini_ds.training import failures, manifest
+
+FIRST_DELAY = 5.0
+LONGEST_DELAY = 300.0
+"""Seconds before a restart: doubled with each."""
+END_SECONDS = 60.0
+"""For a launcher to end after a failure, and then for what it leaves behind."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Starts a run as its options say; the exit code of its last launcher."""
+    options = _parser().parse_intermixed_args(arguments)
+    codes: list[int] = []
+    code = exit_code(lambda: codes.append(run(options)))
+    return codes[0] if codes else code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bash launch/pretrain.sh", description="Starts a run, and again when it fails."
+    )
+    parser.add_argument("script", help=argparse.SUPPRESS)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)"
+    )
+    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's: a line HOST slots=N each")
+    parser.add_argument(
+        "--deepspeed", default="", metavar="OPTIONS",
+        help="further options of its launcher, such as '--num_accelerators 2'",
+    )  # fmt: skip
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks what can be checked here, and supervises the launcher.
+
+    Raises:
+        UserError: an option, the hostfile, the config or a host is not as it must be.
+    """
+    if options.max_restarts < 0:
+        raise UserError(f"--max-restarts ({options.max_restarts}) must be at least 0")
+    config = configuration.load(options.config, options.overrides)
+    command = ["deepspeed", "--log_level", "warning", *shlex.split(options.deepspeed)]
+    if options.hostfile:
+        read_hostfile(options.hostfile)
+        check = [sys.executable, "-m", "infini_ds.cli", "preflight", "--quiet"]
+        check += ["--hostfile", options.hostfile, options.config, *options.overrides]
+        code = subprocess.run(check, check=False).returncode
+        if code:
+            return code
+        command += ["--hostfile", options.hostfile]
+    command += [options.script, options.config, *options.overrides]
+    return supervise(command, Path(config.output_dir), options.max_restarts)
+
+
+def supervise(
+    command: Sequence[str], output_dir: Path, max_restarts: int, first_delay: float = FIRST_DELAY
+) -> int:
+    """Runs a launcher until it succeeds, is told to stop, or starting it again is of no use.
+
+    Returns:
+        Exit code of the last launcher.
+    """
+    job = Job(command, output_dir)
+    for restarts in range(max_restarts + 1):
+        before, known = Progress(output_dir), len(failures.read(output_dir))
+        code = job.run()
+        if code == 0 or job.asked_to_stop:
+            return code
+        records = failures.read(output_dir)[known:]
+        reason = f"the run ended with exit code {code}"
+        if records:
+            reason += f" (rank {records[-1]['rank']}: {records[-1]['message']})"
+        if code == 2:
+            _say(f"{reason}; not started again, as this is a mistake in the command")
+            return code
+        if restarts == max_restarts:
+            _say(f"{reason}; not started again, after {restarts} restarts")
+            return code
+        if not Progress(output_dir).is_beyond(before):
+            _say(f"{reason}; not started again, as it made no step")
+            return code
+        delay = min(first_delay * 2**restarts, LONGEST_DELAY)
+        _say(f"{reason}; restart {restarts + 1} of {max_restarts} in {delay:g} s")
+        job.stopped.wait(delay)
+        if job.asked_to_stop:
+            return code
+    raise AssertionError("the last round returns")
+
+
+class Job:
+    """The launcher of a run and all it starts on this host, in a process group of its own.
+
+    SIGTERM and SIGINT ask the run to finish its step, save and end; another one kills it.
+    """
+
+    def __init__(self, command: Sequence[str], output_dir: Path):
+        self.stopped = threading.Event()
+        self._output_dir = output_dir
+        self._command = list(command)
+        self._launcher: subprocess.Popen | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self.stopped.is_set()
+
+    def run(self) -> int:
+        """Runs the launcher to its end, and sees to it that nothing is left of it."""
+        try:
+            self._launcher = subprocess.Popen(self._command, start_new_session=True)
+        except OSError as error:
+            raise UserError(f"{self._command[0]}: cannot be started ({error.strerror})") from None
+        if self.asked_to_stop:  # just before there was something to tell it to
+            self._send_all(signal.SIGTERM)
+        code = self._wait(self._launcher)
+        deadline = time.monotonic() + END_SECONDS
+        while self._alive() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if self._alive():
+            _say(f"processes are left {END_SECONDS:g} s after the launcher's end: killed")
+            self._send_all(signal.SIGKILL)
+        return code if code >= 0 else 128 - code
+
+    def _wait(self, launcher: subprocess.Popen) -> int:
+        """Its exit code. A launcher waits for ever for a rank of another host that is frozen."""
+        known, failed = len(failures.read(self._output_dir)), False
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return launcher.wait(END_SECONDS)
+            if failed and not self.asked_to_stop:
+                _say(f"the run failed, and is not gone after {END_SECONDS:g} s: told to end")
+                launcher.send_signal(signal.SIGINT)
+            failed = len(failures.read(self._output_dir)) > known
+
+    def _stop(self, number: int, frame: object) -> None:
+        again = self.asked_to_stop
+        self.stopped.set()
+        if self._launcher is None or not self._alive():
+            return
+        if again:
+            _say("asked to stop once more: the run is killed")
+            self._send_all(signal.SIGKILL)
+            return
+        _say("asked to stop: the run finishes its step, saves and ends")
+        # DeepSpeed's launcher gives ranks 30 seconds when it is told to end; they need none of it.
+        ranks = [process for process in self._alive() if _is_rank(process)]
+        for process in ranks:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        if not ranks:  # not yet started, or on other hosts, which the launcher tells
+            self._send_all(signal.SIGTERM)
+
+    def _alive(self) -> list[psutil.Process]:
+        assert self._launcher
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                group = os.getpgid(process.pid)
+                if group == self._launcher.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def _send_all(self, number: signal.Signals) -> None:
+        assert self._launcher
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._launcher.pid, number)
+
+
+class Progress:
+    """How far a run has come, as its files say."""
+
+    def __init__(self, output_dir: Path):
+        manifests = output_dir.glob(f"checkpoints/step_*/{manifest.NAME}")
+        self._saved = max((int(path.parent.name[5:]) for path in manifests), default=0)
+        metrics = output_dir / "metrics.jsonl"
+        self._written, self._step = 0, 0
+        if metrics.exists():
+            self._written = metrics.stat().st_mtime_ns
+            lines = lines_backwards(metrics, 1 << 20)
+            self._step = next((step for step in map(_step_of, lines) if step), 0)
+
+    def is_beyond(self, before: "Progress") -> bool:
+        """Whether a step was made since then; a run begins where the newest checkpoint is."""
+        made = self._written != before._written and self._step > before._saved
+        return made or self._saved > before._saved
+
+
+def _step_of(line: bytes) -> int:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    return 0
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "RANK" in process.environ()
+    return False
+
+
+def _say(message: str) -> None:
+    print(f"infini-ds supervisor: {message}", file=sys.stderr, flush=True)
+
+
+def check_hostfile_of_launcher() -> None:
+    """In a rank: the hostfile that `deepspeed --hostfile FILE` was given on this host is one.
+
+    Where it is missing DeepSpeed only warns, and trains on this host alone.
+
+    Raises:
+        UserError: it is not.
+    """
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if any(word.endswith("/deepspeed") for word in words[:2]):
+                for hostfile in _hostfiles(words):
+                    read_hostfile(hostfile)
+
+
+def _hostfiles(words: list[str]) -> Iterator[str]:
+    for word, following in itertools.pairwise([*words, ""]):
+        if word in ("-H", "--hostfile"):
+            yield following
+        elif word.startswith("--hostfile="):
+            yield word.partition("=")[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

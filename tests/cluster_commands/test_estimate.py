@@ -1,0 +1,88 @@
+"""What a run is estimated to need, beside the models and layouts themselves."""
+
+import pytest
+import torch
+
+from infini_ds.cluster.estimate import checkpoint_bytes, layer_parameters, process_bytes
+from infini_ds.config import ModelConfig, RunConfig, parse
+from infini_ds.model.layers import layer_list
+
+OPTIONS = [
+    {},
+    {"tie_embeddings": True, "num_kv_heads": 2},
+    {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "head_bias": True},
+    {"memory": {"write_gate": True, "short_conv": True}, "num_kv_heads": 1},
+    {"intermediate_size": 77, "memory_rule": "delta"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "default")
+def test_parameters_are_those_of_the_modules(options):
+    tree = {
+        "vocab_size": 301, "hidden_size": 24, "num_layers": 3, "num_heads": 4, "head_dim": 10,
+        **options,
+    }  # fmt: skip
+    config = ModelConfig.model_validate(tree)
+    with torch.device("meta"):
+        layers = [layer.module(*layer.args) for layer in layer_list(config)]
+    counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    assert layer_parameters(config) == counts
+
+
+def run_config(**settings) -> RunConfig:
+    tree = {
+        "output_dir": "output",
+        "model": {
+            "vocab_size": 300, "hidden_size": 16, "num_layers": 4, "num_heads": 2, "head_dim": 8,
+        },
+        "data": {"store": "store"},
+        "train": {"steps": 1, "batch_size": 8, "dtype": "fp32"},
+    }  # fmt: skip
+    for name, value in settings.items():
+        section, _, key = name.partition("__")
+        tree.setdefault(section, {})[key] = value
+    return parse(tree, "here")
+
+
+MEMORY = 4 * 2 * (8 * 8 + 8)  # of a lane in a layer
+
+
+def test_all_stages_together_have_the_model_and_its_memories_once():
+    config = run_config(parallel__memory_transport="resident")
+    parameters = sum(layer_parameters(config.model))
+    for world in (1, 2, 4):
+        needs = process_bytes(config, world)
+        assert len(needs) == world
+        assert sum(device for device, _ in needs) == 20 * parameters + 8 * 4 * MEMORY
+
+
+def test_optimizer_states_are_shared_out_and_may_be_in_the_hosts_memory():
+    config = run_config(parallel__pipeline_stages=1)
+    parameters = sum(layer_parameters(config.model))
+    memories = 8 // 4 * 4 * MEMORY
+    assert process_bytes(config, 4) == [((8 + 12 // 4) * parameters + memories, 0)] * 4
+    offloaded = run_config(parallel__pipeline_stages=1, parallel__offload_optimizer=True)
+    assert process_bytes(offloaded, 4) == [(8 * parameters + memories, 12 * parameters // 4)] * 4
+
+
+def test_carried_memories_are_on_the_first_stage():
+    resident, carried = (
+        process_bytes(run_config(parallel__memory_transport=transport), 2)
+        for transport in ("resident", "carried")
+    )
+    difference = [one - other for (one, _), (other, _) in zip(carried, resident, strict=True)]
+    assert difference == [8 * 2 * MEMORY, -8 * 2 * MEMORY]
+
+
+def test_ranks_are_in_the_order_of_stages():
+    needs = process_bytes(run_config(parallel__pipeline_stages=2), 4)
+    assert needs[0] == needs[1] != needs[2] == needs[3]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "bytes_each"), [("bf16", 1, 14), ("fp32", 1, 16), ("fp32", 0, 12)]
+)
+def test_checkpoint_has_weights_states_and_memories(dtype, zero_stage, bytes_each):
+    config = run_config(train__dtype=dtype, parallel__zero_stage=zero_stage)
+    parameters = sum(layer_parameters(config.model))
+    assert checkpoint_bytes(config) == bytes_each * parameters + 8 * 4 * MEMORY

@@ -1,0 +1,136 @@
+"""Windows that do harm: what train.on_bad_step makes of them, in every layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from infini_ds import config as configuration
+from infini_ds.data.opening import open_data
+from infini_ds.data.store import mapped, token_dtype
+from tests.faults.runs import END, START, FaultyRun
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVED, BAD = 9, 4, 6
+SETTINGS = {"train__steps": STEPS, "train__save_every": SAVED}
+LAYOUTS = [pytest.param(2, id="pipeline2"), pytest.param(1, id="data2")]
+WORLD = 2
+LANE = 1
+"""The lane that reads corrupt tokens in step BAD."""
+
+
+@pytest.fixture(scope="module")
+def corrupt(tmp_path_factory, data):
+    """A copy of the store with one token that is not in the vocabulary, and its document."""
+    folder = tmp_path_factory.mktemp("corrupt")
+    config = data.model_copy(update={"store": str(folder / "store")})
+    shutil.copytree(data.store, config.store)
+    run = FaultyRun(folder, config, **SETTINGS)
+    store, lanes = open_data(configuration.load(run.config))
+    for _ in range(BAD + 1):
+        plan = lanes.next_plan()
+    split = store.split("train")
+    document, offset = plan.documents[LANE, -1], plan.offsets[LANE, -1]
+    tokens = np.memmap(
+        folder / "store" / "train.tokens", token_dtype(store.tokenizer.vocab_size), mode="r+"
+    )
+    tokens[split.offsets[document] + offset + 1] = 60000
+    tokens.flush()
+    assert mapped(folder / "store" / "train.tokens", tokens.dtype).max() == 60000
+    return config, document
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory, data):
+    """By pipeline degree: runs to step SAVED, and from there on without window BAD."""
+    made = {}
+
+    def of(stages: int) -> FaultyRun:
+        if stages not in made:
+            settings = {**SETTINGS, "parallel__pipeline_stages": stages}
+            folder = tmp_path_factory.mktemp("skipping")
+            run = FaultyRun(folder, data, json.dumps({"skip": [BAD]}), **settings)
+            run.finish(WORLD)
+            for step in (8, STEPS):
+                shutil.rmtree(run.checkpoint(step), ignore_errors=True)
+            output = run.finish(WORLD)
+            assert f"at step {SAVED}\n" in output
+            made[stages] = run
+        return made[stages]
+
+    return of
+
+
+@pytest.mark.parametrize("fault", ["nan", "corrupt"])
+@pytest.mark.parametrize("stages", LAYOUTS)
+def test_rollback_is_as_if_the_window_had_never_been_read(
+    tmp_path, data, corrupt, skipping, trial, stages, fault
+):
+    expected = skipping(stages)
+    settings = {
+        **SETTINGS, "parallel__pipeline_stages": stages, "train__on_bad_step": "rollback",
+    }  # fmt: skip
+    faults = {"nan": [BAD]} if fault == "nan" else {"unchecked": True}
+    source, document = corrupt if fault == "corrupt" else (data, None)
+    with trial("bad window, rollback"):
+        run = FaultyRun(tmp_path, source, json.dumps(faults), **settings)
+        output = run.finish(WORLD)
+        assert f"back to {run.checkpoint(SAVED)}, from where step {BAD + 1} will be" in output
+        if document is not None:
+            assert f"in train documents {document})" in output
+        assert run.checksums(STEPS) == expected.checksums(STEPS)
+        assert run.losses == expected.losses
+        assert sorted(run.losses) == [step for step in range(1, STEPS + 1) if step != BAD + 1]
+        records = (run.output / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in records if "train/skipped_steps" in line]
+        assert steps == list(range(1, STEPS + 1))
+        report = json.loads((run.output / "report.json").read_text())
+        assert (report["skipped_steps"], report["rollbacks"]) == (1, 1)
+
+
+def test_rollback_goes_the_same_way_in_every_layout(skipping):
+    assert skipping(2).losses == pytest.approx(skipping(1).losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("stages", LAYOUTS)
+def test_skip_counts_and_empties_the_memories_of_corrupt_lanes(tmp_path, corrupt, trial, stages):
+    settings = {**SETTINGS, "train__steps": BAD + 1, "parallel__pipeline_stages": stages}
+    with trial("bad window, skip"):
+        run = FaultyRun(tmp_path, corrupt[0], '{"unchecked": true}', **settings)
+        run.finish(WORLD)
+        assert run.metrics[BAD + 1]["train/skipped_steps"] == 1
+        norms = {}
+        for path in (run.checkpoint(BAD + 1) / "memory").iterdir():
+            first = int(path.stem.rpartition("_")[2])
+            for lane, norm in enumerate(load_file(path)["norm"], start=first):
+                norms.setdefault(lane, []).append(float(norm.abs().sum()))
+        assert norms.pop(LANE) == [0, 0]
+        assert all(min(values) > 0 for values in norms.values())
+
+
+@pytest.mark.parametrize("stages", LAYOUTS)
+def test_stop_ends_all_ranks_with_the_reason(tmp_path, data, trial, stages):
+    settings = {**SETTINGS, "parallel__pipeline_stages": stages, "train__on_bad_step": "stop"}
+    with trial("bad window, stop"):
+        run = FaultyRun(tmp_path, data, json.dumps({"nan": [BAD]}), **settings)
+        with run.start(WORLD) as ranks:
+            assert ranks.wait(START) == [1, 1], ranks.outputs()
+        for process in ranks.all:
+            assert f"not finite at step {BAD + 1}, and train.on_bad_step is stop" in process.output
+        assert [failure["step"] for failure in run.recorded] == [BAD, BAD]
+        assert max(run.output.glob("checkpoints/step_*")) == run.checkpoint(SAVED)
+
+
+def test_rollback_gives_up_where_every_window_is_bad(tmp_path, data, trial):
+    settings = {**SETTINGS, "train__on_bad_step": "rollback", "train__max_skipped_steps": 3}
+    with trial("bad window, rollback"):
+        faults = json.dumps({"nan": list(range(SAVED, STEPS))})
+        run = FaultyRun(tmp_path, data, faults, **settings)
+        with run.start(1) as ranks:
+            assert ranks.wait(START + END) == [1], ranks.outputs()
+        output = ranks.all[0].output
+        assert "in 3 steps since the last checkpoint (train.max_skipped_steps)" in output
+        assert output.count(f"back to {run.checkpoint(SAVED)}") == 2

@@ -1,0 +1,72 @@
+"""Disks that are full or that may not be written: the run says so and keeps what it had."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import END, START, FaultyRun
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk"),
+]
+
+SETTINGS = {"train__steps": 12, "train__save_every": 4}
+WORLD = 2
+
+
+@contextlib.contextmanager
+def disk(place: Path, options: str):
+    """A small file system in memory."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def resize(place: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+
+
+def test_full_disk_in_a_save_leaves_the_older_checkpoint(tmp_path, data, trial):
+    undisturbed = FaultyRun(tmp_path / "undisturbed", data, **SETTINGS)
+    undisturbed.finish(WORLD)
+    sizes = [path.stat().st_size for path in undisturbed.checkpoint(12).rglob("*")]
+    place = tmp_path / "disk"
+    run = FaultyRun(tmp_path / "run", data, output_dir=str(place / "output"), **SETTINGS)
+    saved, broken = run.checkpoint(4), run.checkpoint(8)
+    with trial("full disk in a save"), disk(place, "size=64m"):
+        with run.start(WORLD) as ranks:
+            ranks.wait_until((saved / "manifest.json").exists, START, "the first save")
+            # Room for metrics and for a part of the next checkpoint.
+            resize(place, shutil.disk_usage(place).used + sum(sizes) // 2)
+            assert ranks.wait(END) == [1, 1], ranks.outputs()
+            output = ranks.outputs()
+        assert f"checkpoint {broken} could not be written" in output
+        assert "the older ones are kept" in output
+        assert (saved / "manifest.json").exists()
+        resize(place, 64 << 20)
+        output = run.finish(WORLD)
+        assert f"checkpoint {broken}: passed over, it was not finished" in output
+        assert f"resumed from {saved}" in output
+        assert run.losses == undisturbed.losses
+        assert run.checksums(12) == undisturbed.checksums(12)
+
+
+def test_output_dir_that_may_not_be_written_is_told_in_one_line_a_rank(tmp_path, data, trial):
+    place = tmp_path / "disk"
+    run = FaultyRun(tmp_path / "run", data, output_dir=str(place / "output"), **SETTINGS)
+    with trial("output_dir that may not be written"), disk(place, "ro"):
+        with run.start(WORLD) as ranks:
+            assert ranks.wait(START) == [1, 1], ranks.outputs()
+        for process in ranks.all:
+            assert "Traceback" not in process.output
+            errors = [line for line in process.output.splitlines() if "Read-only file" in line]
+            (line,) = errors
+            assert str(place) in line

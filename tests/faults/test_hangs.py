@@ -1,0 +1,75 @@
+"""Ranks that do not die but stop: the others find out, say what they waited for, and end."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import Process, Processes, free_port
+from tests.faults.runs import START, FaultyRun, end_of_others, rank_of
+
+WORKER = Path(__file__).with_name("hang_worker.py")
+HANG = 6.0
+
+
+@pytest.mark.parametrize("mode", ["sleeps", "keeps_the_lock"])
+def test_process_that_hangs_writes_its_stacks_and_ends(tmp_path, mode):
+    command = [sys.executable, str(WORKER), mode, str(tmp_path)]
+    with Processes([Process(command, tmp_path / "log", {}, None)]) as processes:
+        assert processes.wait(START) == [1]
+        output = processes.all[0].output
+    if mode == "keeps_the_lock":  # no line of Python can run: the stacks go to the output
+        assert "Timeout (0:00:02)!" in output
+        assert "in hang" in output
+        return
+    line = next(line for line in output.splitlines() if line.startswith("infini-ds rank 0"))
+    stacks = tmp_path / "stacks" / "rank_0.txt"
+    assert "got nothing done for train.hang_timeout = 1 s at step 3, after the test's work" in line
+    assert line.endswith(f"stacks are in {stacks}")
+    assert "in hang" in stacks.read_text()
+    assert "got nothing done" in (tmp_path / "failures.jsonl").read_text()
+
+
+def test_limit_counts_from_the_first_step_and_from_each_progress(tmp_path):
+    command = [sys.executable, str(WORKER), "works", str(tmp_path)]
+    with Processes([Process(command, tmp_path / "log", {}, None)]) as processes:
+        assert processes.wait(START) == [0], processes.outputs()
+    assert not (tmp_path / "stacks").exists()
+
+
+SETTINGS = {"train__steps": 100000, "train__hang_timeout": HANG, "train__timeout": 120.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_frozen_rank_is_named_by_the_other(tmp_path, data, trial, rank):
+    run = FaultyRun(tmp_path, data, **SETTINGS)
+    with trial("SIGSTOP of a rank"), run.start(2) as ranks:
+        ranks.wait_until(lambda: run.step >= 3, START, "steps")
+        ranks.all[rank].send(signal.SIGSTOP)
+        seconds = end_of_others(ranks, rank, HANG + 40)
+        print(f"the other rank ended after {seconds:.1f} s, train.hang_timeout = {HANG:g} s")
+        stacks = (run.output / "stacks" / f"rank_{1 - rank}.txt").read_text()
+        assert "in train_step" in stacks
+        (failure,) = run.recorded
+        assert failure["rank"] == 1 - rank
+        assert "got nothing done" in failure["message"]
+
+
+@pytest.mark.slow
+def test_frozen_rank_does_not_keep_the_job(tmp_path, data, trial):
+    """DeepSpeed's launcher gives a rank 30 seconds to end before it kills it."""
+    run = FaultyRun(tmp_path, data, **SETTINGS)
+    port = str(free_port())
+    options = ["--log_level", "warning", "--num_accelerators", "2", "--master_port", port]
+    command = ["deepspeed", *options, *run.command()[1:]]
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    job = Processes([Process(command, tmp_path / "log", env, tmp_path)])
+    with trial("SIGSTOP of a rank, under the launcher"), job as processes:
+        processes.wait_until(lambda: run.step >= 3, START, "steps")
+        frozen = rank_of(processes.all[0].pid, "1")
+        os.kill(frozen, signal.SIGSTOP)
+        assert processes.wait(HANG + 40 + 45) == [1]
+        assert "rank 1 on" in processes.all[0].output
