@@ -21,11 +21,14 @@ from infini_ds.conversion.export import (
     check_tensors,
     config_text,
     copy_tokenizer,
+    export_tokenizer,
     open_model,
     parameters_of,
 )
+from infini_ds.conversion.huggingface import write_huggingface
 from infini_ds.conversion.pairs import Move, Pair
 from infini_ds.conversion.progress import BytesBar
+from infini_ds.conversion.run import tokenizer_of
 from infini_ds.conversion.weights import (
     PickledWeights,
     Renamed,
@@ -33,6 +36,8 @@ from infini_ds.conversion.weights import (
     Weights,
 )
 from infini_ds.conversion.writer import Plan
+from infini_ds.data import store
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,12 +68,39 @@ def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None
     """
     console = Console()
     model = _open(task, step, console)
-    weights: Weights = model.weights
-    if dtype == "fp32" and model.checkpoint and _dtype_of(model) != torch.float32:
-        from infini_ds.conversion.masters import MasterWeights
+    weights = _weights(model, dtype)
+    if task.target.suffix != ".safetensors":
+        _write_export(task, model, weights, dtype, False, console)
+        return
+    # The file of a tokenizer's model has no place in a single file.
+    kind = "bytes" if model.settings.data.tokenizer.kind == "bytes" else None
+    plan = Plan(_kept(model, dtype), weights)
+    with (
+        destination(task.target, task.source, task.force) as partial,
+        BytesBar(console, plan.bytes) as bar,
+    ):
+        plan.write_file(partial, {METADATA_KEY: config_text(model.config, kind)}, bar.done)
+    _report(plan, task, console)
 
-        weights = MasterWeights(model.checkpoint, weights.metas)
-    _write_model(task, model, weights, DTYPES.get(dtype or ""), console)
+
+def to_hf(task: Task, dtype: str | None = None, step: int | None = None) -> None:
+    """An export that transformers loads as well, with the code that it needs for it.
+
+    Args:
+        dtype, step: as in `to_safetensors`.
+
+    Raises:
+        UserError: the source cannot be read, or the target not written.
+    """
+    console = Console()
+    if task.target.suffix == ".safetensors":
+        raise UserError(f"{task.target}: must be a directory")
+    model = _open(task, step, console)
+    _write_export(task, model, _weights(model, dtype), dtype, True, console)
+    console.print(
+        f'  AutoModelForCausalLM.from_pretrained("{task.target}", trust_remote_code=True)',
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def from_safetensors(task: Task) -> None:
@@ -78,8 +110,10 @@ def from_safetensors(task: Task) -> None:
         UserError: the source cannot be read or has no config, or the target cannot be written.
     """
     console = Console()
+    if task.target.suffix == ".safetensors":
+        raise UserError(f"{task.target}: must be a directory; to-safetensors makes a single file")
     model = _open(task, None, console)
-    _write_model(task, model, model.weights, None, console)
+    _write_export(task, model, model.weights, None, False, console)
 
 
 def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: str) -> None:
@@ -121,10 +155,15 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
-        (partial / CONFIG).write_text(config_text(config))
-        shutil.copyfile(path, partial / SOURCE_CONFIG)
         copy_tokenizer(task.source, partial)
+        kind = _readable_tokenizer(partial, config, console)
+        (partial / CONFIG).write_text(config_text(config, kind))
+        shutil.copyfile(path, partial / SOURCE_CONFIG)
     _report(plan, task, console)
+    console.print(
+        f"  train it further with `init_from: {task.target}` in a run's config",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def to_llama(task: Task, step: int | None = None) -> None:
@@ -182,7 +221,7 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
-        (partial / CONFIG).write_text(config_text(config))
+        (partial / CONFIG).write_text(config_text(config, None))
     _report(plan, task, console)
 
 
@@ -224,31 +263,80 @@ def _open(task: Task, step: int | None, console: Console) -> Model:
     return model
 
 
-def _write_model(
-    task: Task, model: Model, weights: Weights, dtype: torch.dtype | None, console: Console
-) -> None:
-    """Our weights under our names, as a file or a directory."""
+def _weights(model: Model, dtype: str | None) -> Weights:
+    """A model's weights, those of the optimizer if a bf16 run is wanted in fp32."""
+    if dtype == "fp32" and model.checkpoint and _dtype_of(model) != torch.float32:
+        from infini_ds.conversion.masters import MasterWeights
+
+        return MasterWeights(model.checkpoint, model.weights.metas)
+    return model.weights
+
+
+def _kept(model: Model, dtype: str | None) -> list[Move]:
+    """Our weights under our names."""
 
     def keep(tensors: list[Tensor]) -> list[Tensor]:
-        return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+        return tensors if dtype is None else [tensor.to(DTYPES[dtype]) for tensor in tensors]
 
-    one_file = task.target.suffix == ".safetensors"
-    moves = [Move((name,), (name,), keep) for name in parameters_of(model.config)]
-    plan = Plan(moves, weights, 0 if one_file else task.shard_bytes)
+    return [Move((name,), (name,), keep) for name in parameters_of(model.config)]
+
+
+def _write_export(
+    task: Task,
+    model: Model,
+    weights: Weights,
+    dtype: str | None,
+    huggingface: bool,
+    console: Console,
+) -> None:
+    plan = Plan(_kept(model, dtype), weights, task.shard_bytes)
     with destination(task.target, task.source, task.force) as partial:
-        text = config_text(model.config)
-        if one_file:
-            with BytesBar(console, plan.bytes) as bar:
-                plan.write_file(partial, {METADATA_KEY: text}, bar.done)
-        else:
-            partial.mkdir()
-            _write_directory(plan, partial, console)
-            (partial / CONFIG).write_text(text)
-            if model.checkpoint is None and task.source.is_dir():
-                copy_tokenizer(task.source, partial)
-                if (task.source / SOURCE_CONFIG).is_file():
-                    shutil.copyfile(task.source / SOURCE_CONFIG, partial / SOURCE_CONFIG)
+        partial.mkdir()
+        _write_directory(plan, partial, console)
+        if model.checkpoint is None and (task.source / SOURCE_CONFIG).is_file():
+            shutil.copyfile(task.source / SOURCE_CONFIG, partial / SOURCE_CONFIG)
+        tokenizer = _write_tokenizer(model, task.source, partial, console)
+        kind = model.settings.data.tokenizer.kind if tokenizer else None
+        (partial / CONFIG).write_text(config_text(model.config, kind))
+        if huggingface:
+            stored = DTYPES[dtype] if dtype else _dtype_of(model)
+            write_huggingface(partial, task.target.name, model, tokenizer, stored)
     _report(plan, task, console)
+
+
+def _write_tokenizer(
+    model: Model, source: Path, directory: Path, console: Console
+) -> Tokenizer | None:
+    """Puts the files of a model's tokenizer into an export; the tokenizer, if it is one of ours."""
+    data = model.settings.data
+    if model.checkpoint is None:
+        if source.is_dir():
+            copy_tokenizer(source, directory)
+        elif data.tokenizer.model:
+            shutil.copyfile(data.tokenizer.model, directory / store.MODEL)
+        return export_tokenizer(model.settings)
+    try:
+        tokenizer = tokenizer_of(model.checkpoint, model.settings)
+    except UserError as error:
+        _warn(console, f"the tokenizer is left out: {error}")
+        return None
+    if data.tokenizer.kind == "sentencepiece":
+        shutil.copyfile(Path(data.store) / store.MODEL, directory / store.MODEL)
+    return tokenizer
+
+
+def _readable_tokenizer(directory: Path, config: ModelConfig, console: Console) -> str | None:
+    """Whether the tokenizer that came with a plain model is one of ours: its kind."""
+    try:
+        tokenizer = load_tokenizer("sentencepiece", directory / store.MODEL)
+    except UserError:
+        _warn(
+            console,
+            f"it has no sentencepiece model ({store.MODEL}) with BOS and EOS, which is the only "
+            "tokenizer of a plain model that data.tokenizer can be",
+        )
+        return None
+    return "sentencepiece" if tokenizer.vocab_size <= config.vocab_size else None
 
 
 def _require_file(task: Task) -> None:

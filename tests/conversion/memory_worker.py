@@ -1,9 +1,10 @@
 """Converts a model and says how much memory that took.
 
-    python memory_worker.py FOLDER
+    python memory_worker.py FOLDER KIND
 
-FOLDER/plain, a Llama checkpoint, becomes an export and then a Llama checkpoint again. Before
-that FOLDER/tiny does, so that all code is loaded that is needed.
+FOLDER/plain, a Llama checkpoint, becomes an export and then a Llama checkpoint again (KIND is
+llama); or FOLDER/plain, a run's checkpoint, is exported for transformers, in the dtype of KIND.
+Before that FOLDER/tiny is, so that all code is loaded that is needed.
 """
 
 import sys
@@ -22,11 +23,19 @@ def memory(kind: str) -> int:
     raise AssertionError(kind)
 
 
-def main(folder: Path) -> None:
-    there_and_back(folder, "tiny")
+def main(folder: Path, kind: str) -> None:
+    convert_it(folder, "tiny", kind)
     before = memory("VmRSS")
-    there_and_back(folder, "plain")
+    convert_it(folder, "plain", kind)
     print(f"peak {memory('VmHWM') - before}")
+
+
+def convert_it(folder: Path, name: str, kind: str) -> None:
+    if kind == "llama":
+        there_and_back(folder, name)
+    else:
+        source, target = folder / name / "step_00000001", folder / f"{name}_{kind}"
+        convert.to_hf(convert.Task(source, target, shard_bytes=16_000_000), kind)
 
 
 def there_and_back(folder: Path, name: str) -> None:
@@ -37,4 +46,4 @@ def there_and_back(folder: Path, name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -123,7 +123,7 @@ def make_export(directory: Path) -> Path:
         for name, tensor in model.state_dict().items()
     }
     save_file(state, directory / "model.safetensors")
-    text = convert.config_text(config)
+    text = convert.config_text(config, None)
     (directory / "config.yaml").write_text(text)
     return directory
 

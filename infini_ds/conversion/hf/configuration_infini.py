@@ -1,0 +1,59 @@
+"""Settings of an Infini-Transformer, for transformers."""
+
+from transformers import PretrainedConfig
+
+
+class InfiniConfig(PretrainedConfig):
+    """What a checkpoint's config.json says; names are those of Llama where it has them.
+
+    Beyond Llama: `segment_length`, tokens that attend to each other; `memory_rule`, `linear` or
+    `delta`, how a segment is written into the memory; `write_gate`, whether each token decides how
+    much of it is written; `short_conv`, whether queries, keys and values see the tokens before.
+    """
+
+    model_type = "infini_transformer"
+
+    def __init__(
+        self,
+        vocab_size=0,
+        hidden_size=0,
+        intermediate_size=0,
+        num_hidden_layers=0,
+        num_attention_heads=0,
+        num_key_value_heads=0,
+        head_dim=128,
+        segment_length=2048,
+        memory_rule="linear",
+        write_gate=False,
+        short_conv=False,
+        hidden_act="silu",
+        rotary_base=10000.0,
+        rotary_scaling=None,
+        rms_norm_eps=1e-5,
+        attention_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        head_bias=False,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.segment_length = segment_length
+        self.memory_rule = memory_rule
+        self.write_gate = write_gate
+        self.short_conv = short_conv
+        self.hidden_act = hidden_act
+        self.rotary_base = rotary_base
+        self.rotary_scaling = rotary_scaling
+        self.rms_norm_eps = rms_norm_eps
+        self.attention_bias = attention_bias
+        self.attention_out_bias = attention_out_bias
+        self.mlp_bias = mlp_bias
+        self.head_bias = head_bias
+        super().__init__(**kwargs, tie_word_embeddings=tie_word_embeddings)  # type: ignore[call-arg]

@@ -1,0 +1,101 @@
+"""What makes an export one that transformers loads: config, code, tokenizer and model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infini_ds.config import ModelConfig
+from infini_ds.conversion.export import SOURCE_CONFIG, Model
+from infini_ds.conversion.model_card import model_card
+from infini_ds.data.tokenizer import Tokenizer
+
+CODE = Path(__file__).with_name("hf")
+_TOKENIZER_CODE = "tokenization_infini.py"
+_TOKENIZER_CLASS = "InfiniTokenizer"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_MODEL_CODE = ("configuration_infini.py", "modeling_infini.py")
+
+
+def write_huggingface(
+    directory: Path, name: str, model: Model, tokenizer: Tokenizer | None, dtype: torch.dtype
+) -> None:
+    """Adds to an export what AutoModelForCausalLM and AutoTokenizer ask for.
+
+    Args:
+        directory: of the export, with its weights and its tokenizer's files.
+        name: of the model, for its card.
+        tokenizer: None if it is none of ours; then its files, if any, are taken as they are.
+        dtype: of the weights.
+    """
+    special = _special_tokens(directory, tokenizer)
+    _write(directory / "config.json", config_tree(model.config, dtype) | special)
+    pad = special["eos_token_id"]
+    if isinstance(pad, list):
+        pad = pad[0]
+    _write(directory / "generation_config.json", {**special, "pad_token_id": pad})
+    code = _MODEL_CODE
+    if _has_foreign_tokenizer(directory):
+        tokenizer = None
+    if tokenizer is not None:
+        code = (*code, _TOKENIZER_CODE)
+        auto = [f"{Path(_TOKENIZER_CODE).stem}.{_TOKENIZER_CLASS}", None]
+        tree = {"tokenizer_class": _TOKENIZER_CLASS, "auto_map": {"AutoTokenizer": auto}}
+        _write(directory / _TOKENIZER_CONFIG, tree)
+    for file in code:
+        shutil.copyfile(CODE / file, directory / file)
+    (directory / "README.md").write_text(model_card(name, model, tokenizer, dtype))
+
+
+def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of InfiniForCausalLM."""
+    return {
+        "architectures": ["InfiniForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_infini.InfiniConfig",
+            "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
+        },
+        "model_type": "infini_transformer",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "segment_length": config.segment_length,
+        "memory_rule": config.memory_rule,
+        "write_gate": config.memory.write_gate,
+        "short_conv": config.memory.short_conv,
+        "hidden_act": config.hidden_act,
+        "rotary_base": config.rope_theta,
+        "rotary_scaling": config.rope_scaling and config.rope_scaling.model_dump(),
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.attention_bias,
+        "attention_out_bias": config.attention_out_bias,
+        "mlp_bias": config.mlp_bias,
+        "head_bias": config.head_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def _has_foreign_tokenizer(directory: Path) -> bool:
+    """Whether there are files of a tokenizer that transformers reads without our code."""
+    config = directory / _TOKENIZER_CONFIG
+    ours = config.is_file() and _TOKENIZER_CLASS in config.read_text(encoding="utf-8")
+    return not ours and any(directory.glob("tokenizer*.json"))
+
+
+def _special_tokens(directory: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    if tokenizer is not None:
+        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    before = directory / SOURCE_CONFIG
+    tree = json.loads(before.read_text()) if before.is_file() else {}
+    return {name: tree.get(name) for name in ("bos_token_id", "eos_token_id")}
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")

@@ -1,0 +1,138 @@
+"""The model card of an export: what the model is, how it was made, how to use it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infini_ds.conversion.export import Model
+from infini_ds.data import store
+from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from infini_ds.model.layers import count_parameters
+
+_PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
+
+
+def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torch.dtype) -> str:
+    """README.md of an export, as Markdown.
+
+    Args:
+        name: of the model.
+        tokenizer: the one that comes as code; None if there is none, or files of another kind.
+        dtype: of the weights.
+    """
+    config = model.config
+    parameters = count_parameters(config)
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags:\n- infini-attention\n---",
+        f"# {name}",
+        f"An Infini-Transformer of {parameters:,} parameters, pretrained with infini-ds: each layer"
+        f" attends inside segments of {config.segment_length:,} tokens and reads a compressive "
+        f"memory of all segments before ({_PAPER}). What it keeps of a text is of one size, "
+        "however long the text is.",
+        _use(name, tokenizer),
+        "## Model\n\n" + _table(_settings(model, dtype)),
+    ]
+    if model.checkpoint:
+        parts.append("## Training\n\n" + _table(_training(model, model.checkpoint)))
+        figures = _read(model.checkpoint.parent.parent / "report.json")
+        if "held_out/bits_per_byte" in figures and figures["step"] == _step(model.checkpoint):
+            parts.append("## Held-out text\n\n" + _table(_quality(figures)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(name: str, tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        note = "The tokenizer is that of the model it began as, if its files are here."
+    elif isinstance(tokenizer, ByteTokenizer):
+        note = "Tokens are the bytes of UTF-8, and BOS and EOS; the tokenizer is code beside them."
+    else:
+        note = (
+            "The tokenizer is code around the sentencepiece model tokenizer.model, and needs the "
+            "package sentencepiece; it gives the tokens of training."
+        )
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+text = tokenizer(open("book.txt").read(), return_tensors="pt").input_ids  # of any length
+print(tokenizer.decode(model.generate(text, max_new_tokens=100)[0, text.shape[1]:]))
+```
+
+A text is read a segment at a time. To read it once and ask several questions, keep the cache:
+
+```python
+import copy, torch
+
+with torch.no_grad():
+    cache = model(text, logits_to_keep=1).past_key_values
+question = tokenizer("What ...", add_special_tokens=False, return_tensors="pt").input_ids
+asked = torch.cat((text, question), dim=1)  # all tokens; those in the cache are not read again
+answer = model.generate(asked, past_key_values=copy.deepcopy(cache), max_new_tokens=100)
+```
+
+Made for transformers 5 and PyTorch alone. Texts of a batch must have one length. {note}"""
+
+
+def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
+    config = model.config
+    kept = 4 * config.num_layers * config.kv_heads * config.head_dim * (config.head_dim + 1)
+    yes = [name for name, value in config.memory.model_dump().items() if value is True]
+    return {
+        "layers": config.num_layers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.num_heads} of {config.head_dim}, {config.kv_heads} key-value",
+        "feed-forward": f"{config.mlp_size}, {config.hidden_act}",
+        "vocabulary": config.vocab_size,
+        "segment": f"{config.segment_length} tokens",
+        "memory": ", ".join((f"{config.memory_rule} rule", *yes)),
+        "memory of a text": f"{kept:,} bytes",
+        "tied embeddings": "yes" if config.tie_embeddings else "no",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _training(model: Model, checkpoint: Path) -> dict[str, Any]:
+    settings, state = model.settings, _read(checkpoint / "state.json")
+    train, data = settings.train, settings.data
+    source = _read(Path(data.store) / store.MANIFEST).get("source", {})
+    rows = {
+        "steps": f"{state['step']:,}",
+        "tokens": f"{state['tokens']:,}",
+        "data": source.get("description", data.source),
+        "lanes": f"{train.batch_size}, windows of {train.window_segments} segments",
+        "learning rate": f"{settings.optimizer.learning_rate:g}, {settings.optimizer.schedule}",
+    }
+    if settings.init_from:
+        rows["started from"] = Path(settings.init_from).name
+    return rows
+
+
+def _quality(figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        title: f"{figures[key]:.4f} bits per byte"
+        for title, key in (
+            ("with memory", "held_out/bits_per_byte"),
+            ("without memory", "held_out_without_memory/bits_per_byte"),
+            ("frequencies of tokens alone", "held_out_unigram/bits_per_byte"),
+        )
+    }
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(("| | |", "|---|---|", *lines))
+
+
+def _step(checkpoint: Path) -> int:
+    return _read(checkpoint / "state.json")["step"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file says, nothing if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}

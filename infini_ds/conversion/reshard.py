@@ -1,0 +1,43 @@
+"""`infini-ds convert reshard`: readies a checkpoint for being resumed in another layout.
+
+Resuming does it by itself; but there all processes wait for the one that does it, no longer than
+train.timeout.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from infini_ds import config as configuration
+from infini_ds.conversion.run import find_checkpoint
+from infini_ds.errors import RunError, UserError
+from infini_ds.inspection.describe import problems_of
+from infini_ds.training.checkpoint import make_universal, universal_of
+
+
+def reshard(path: Path, step: int | None) -> None:
+    """Writes the form of a checkpoint that any layout loads, beside it; resuming finds it there.
+
+    Args:
+        path: output_dir of a run, or one of its checkpoints.
+        step: of the checkpoint, where `path` is a run.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it can be resumed in its own layout alone.
+        RunError: the conversion failed.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    checkpoint, skipped = find_checkpoint(path, step)
+    for line in skipped:
+        console.print(line, style="yellow")
+    if problems := problems_of(checkpoint):
+        raise UserError(f"checkpoint {checkpoint}: {problems[0]}; choose another one with --step")
+    config = configuration.load(checkpoint / "config.yaml")
+    if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
+        raise UserError(
+            f"checkpoint {checkpoint}: is of fp32 without ZeRO (parallel.zero_stage: 0), and can "
+            "only be resumed in its own layout"
+        )
+    if failure := make_universal(checkpoint):
+        raise RunError(f"checkpoint {checkpoint} cannot be converted: {failure}")
+    console.print(f"{universal_of(checkpoint)}: resume with any number of processes")

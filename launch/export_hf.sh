@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Makes a directory that AutoModelForCausalLM of transformers loads, out of a run or an export:
+#
+#   bash launch/export_hf.sh SOURCE DESTINATION [options of `infini-ds convert to-hf`]
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+exec infini-ds convert to-hf "$@"

@@ -1,0 +1,79 @@
+"""One rank that starts from exports in one layout after another, and writes what came out.
+
+    python start_worker.py CASES.json FOLDER
+
+A case is an export and overrides: {"init_from": "...", "train.dtype": "bf16"}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from infini_ds.config import RunConfig, parse
+from infini_ds.conversion.export import open_model
+from infini_ds.conversion.start import load_start
+from infini_ds.data.windows import Windows
+from infini_ds.pipeline.engine import StepSize
+from infini_ds.pipeline.module import single_process_name
+from infini_ds.training.build import build_engine, start_distributed
+from tests.distributed.layout_worker import LANES, SEGMENTS, STEPS, cut, windows_of
+
+
+def config_of(case: dict) -> RunConfig:
+    """A run with the export's model."""
+    export = open_model(Path(case["init_from"]))
+    tree: dict = {
+        "output_dir": "unused",
+        "model": export.config.model_dump(),
+        "data": {"store": "unused"},
+        "train": {
+            "steps": STEPS, "batch_size": LANES, "window_segments": SEGMENTS, "dtype": "fp32",
+            "timeout": 600.0,
+        },
+        "optimizer": {"learning_rate": 1e-3, "eps": 1e-5, "warmup_steps": 2},
+        "parallel": {},
+    }  # fmt: skip
+    for name, value in case.items():
+        section, _, key = name.partition(".")
+        if key:
+            tree[section][key] = value
+    return parse(tree, "of a case")
+
+
+def start(case: dict) -> dict:
+    """The losses of STEPS steps, and in what the optimizer's fp32 weights were not the export's."""
+    config = config_of(case)
+    weights = open_model(Path(case["init_from"])).weights
+    engine = build_engine(config)
+    load_start(engine.module.named_parameters(), weights)
+    wrong = []
+    for name, parameter in engine.module.named_parameters():
+        expected = weights.read(single_process_name(name))
+        kept = safe_get_full_fp32_param(parameter)
+        kept = parameter.detach() if kept is None else kept
+        same = torch.equal(kept.view_as(expected), expected)
+        if not same or not torch.equal(parameter.detach(), expected.to(parameter.dtype)):
+            wrong.append(name)
+    losses = []
+    for step in range(STEPS if config.train.dtype == "fp32" else 0):
+        windows, count = windows_of(step)
+
+        def read(micro_batch: int, windows: Windows = windows) -> Windows:
+            return cut(windows, engine.lanes_of(micro_batch))
+
+        loss = engine.all_sum(engine.train_step(read, StepSize(count, count)))
+        losses.append(float(loss) / count)
+    return {"wrong": wrong, "losses": losses, "stage": engine.stage_id}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    start_distributed(600)
+    rank = torch.distributed.get_rank()
+    for name, case in cases.items():
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(start(case)))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,92 @@
+"""Every command that uses a model takes an export as it takes the run that the export is of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_ds import cli
+from infini_ds.conversion.export import load_model
+from infini_ds.data.tokenizer import train_sentencepiece
+from infini_ds.errors import UserError
+from tests.tiny_run import tiny_config, write_checkpoint
+
+torch.set_num_threads(1)
+
+TEXT = "".join(f"line {number} of the book\n" for number in range(20))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`run`, the same model as `export` and `one.safetensors`, and book.txt."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(tiny_config(folder / "run", segment_length=64))
+    for name in ("export", "one.safetensors"):
+        command("convert", "to-safetensors", folder / "run", folder / name)
+    (folder / "book.txt").write_text(TEXT)
+    return folder
+
+
+def command(*arguments) -> None:
+    assert cli.main(list(map(str, arguments))) == 0
+
+
+@pytest.mark.parametrize("name", ["export", "one.safetensors"])
+def test_generate_and_memorize(name, folder, tmp_path, capsys):
+    outputs = {}
+    for model in ("run", name):
+        memory = tmp_path / f"{model}.memory"
+        command("memorize", folder / model, folder / "book.txt", "-o", memory)
+        capsys.readouterr()
+        asked = ["--prompt=What?", "--greedy", "--max-new-tokens=20", "--memory", memory]
+        command("generate", folder / model, *asked)
+        outputs[model] = capsys.readouterr().out
+    assert outputs["run"] == outputs[name]
+    # They are one model: a memory of either goes on with the other.
+    command("generate", folder / name, "--prompt=a", "--memory", tmp_path / "run.memory")
+
+
+@pytest.mark.parametrize("name", ["export", "one.safetensors"])
+def test_evaluate_and_passkey(name, folder, tmp_path):
+    figures = {}
+    for model in ("run", name):
+        outputs = [tmp_path / f"{model}.{kind}.json" for kind in ("evaluate", "passkey")]
+        rest = [f"--plot={tmp_path / 'plot.png'}", "--json"]
+        documents = ["--documents", folder / "book.txt"]
+        command("evaluate", folder / model, *documents, *rest, outputs[0])
+        asked = ["--segments=3", "--samples=1", "--depths=1"]
+        command("passkey", folder / model, *asked, *rest, outputs[1])
+        figures[model] = [json.loads(path.read_text()) for path in outputs]
+        for each in figures[model]:
+            for differs in ("checkpoint", "step", "tokens_per_second"):
+                del each[differs]
+    (evaluated, answered), (expected, expected_answers) = figures[name], figures["run"]
+    assert evaluated["documents"] == expected["documents"] == 1
+    # They are read in other windows, so that sums differ in their last digits.
+    for kind in ("with_memory", "ablated"):
+        losses = (each[kind]["loss"] for each in (evaluated, expected))
+        assert next(losses) == pytest.approx(next(losses), rel=1e-5)
+    assert answered == expected_answers
+
+
+def test_an_export_has_no_held_out_documents_and_no_steps(folder, capsys):
+    assert cli.main(["evaluate", str(folder / "export")]) == 2
+    assert "is an export, without held-out documents; name --documents" in capsys.readouterr().err
+    assert cli.main(["generate", str(folder / "export"), "--prompt=a", "--step=9"]) == 2
+    assert "is not a run with checkpoints" in capsys.readouterr().err
+
+
+def test_tokenizer_of_an_export(folder, tmp_path):
+    export = tmp_path / "export"
+    command("convert", "from-safetensors", folder / "export", export)
+    config = export / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("tokenizer: bytes", ""))
+    with pytest.raises(UserError, match="has no tokenizer that can be read; put its sentencepiece"):
+        load_model(export)
+    config.write_text(text.replace("tokenizer: bytes", "tokenizer: sentencepiece"))
+    with pytest.raises(UserError, match=r"tokenizer.model: cannot be read \(No such file"):
+        load_model(export)
+    train_sentencepiece(iter([TEXT] * 9), 320, export / "tokenizer.model")
+    assert load_model(export).tokenizer.vocab_size == 320
