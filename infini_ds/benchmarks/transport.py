@@ -35,20 +35,22 @@ TIME_LIMIT = 900.0
 """Seconds that the whole benchmark may take."""
 
 
-def run(processes: int, steps: int, json_path: str | None) -> None:
+def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
     """Starts the processes, or is one of them if a launcher has started this one.
 
     Args:
         processes: pipeline stages.
         steps: timed steps of each transport.
+        dtype: of what is computed, and of the activations that are sent.
         json_path: where to write the figures as well.
     """
     if "RANK" in os.environ:
-        measure(steps, json_path)
+        measure(steps, dtype, json_path)
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "infini_ds.cli", "bench", "transport"]
-    command += ["--steps", str(steps), *(["--json", json_path] if json_path else [])]
+    command += ["--steps", str(steps), "--dtype", dtype]
+    command += ["--json", json_path] if json_path else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         code = subprocess.run(command, env=environment, timeout=TIME_LIMIT, check=False).returncode
@@ -58,22 +60,24 @@ def run(processes: int, steps: int, json_path: str | None) -> None:
         raise RunError(f"bench transport: a process failed with exit code {code}")
 
 
-def measure(steps: int, json_path: str | None) -> None:
+def measure(steps: int, dtype: str, json_path: str | None) -> None:
     """One process of the benchmark."""
     from infini_ds.pipeline.engine import StepSize
     from infini_ds.training.build import build_engine, start_distributed
 
     start_distributed(120)
-    transports = ("carried", "resident")
-    engines = {name: build_engine(_config(name, dist.get_world_size())) for name in transports}
-    seconds: dict[str, list[float]] = {name: [] for name in transports}
+    configs = {
+        name: _config(name, dist.get_world_size(), dtype) for name in ("carried", "resident")
+    }
+    engines = {name: build_engine(config) for name, config in configs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
     sent: dict[str, int] = {}
     for step in range(steps + 1):
         for name, engine in engines.items():
             before = engine.sent_bytes
             dist.barrier()
             begin = time.perf_counter()
-            windows, tokens = _windows(_config(name, dist.get_world_size()), step)
+            windows, tokens = _windows(configs[name], step)
             size = StepSize(tokens, tokens)
             engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size)
             dist.barrier()
@@ -84,7 +88,7 @@ def measure(steps: int, json_path: str | None) -> None:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (sent, formula))
     if dist.get_rank() == 0:
-        _print(_config("carried", dist.get_world_size()), seconds, gathered, json_path)
+        _print(configs["carried"], seconds, gathered, json_path)
     dist.destroy_process_group()
 
 
@@ -116,6 +120,7 @@ def _print(
     if json_path:
         figures = {
             "stages": stages,
+            "dtype": train.dtype,
             "seconds": medians,
             "sent_bytes": [sent for sent, _ in gathered],
             "formula_bytes": [formula for _, formula in gathered],
@@ -123,7 +128,7 @@ def _print(
         Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _config(transport: str, stages: int) -> RunConfig:
+def _config(transport: str, stages: int, dtype: str) -> RunConfig:
     return configuration.parse(
         {
             "output_dir": "unused",
@@ -136,7 +141,7 @@ def _config(transport: str, stages: int) -> RunConfig:
                 "segment_length": 256,
             },
             "data": {"store": "unused"},
-            "train": {"steps": 1, "batch_size": 4, "window_segments": 4},
+            "train": {"steps": 1, "batch_size": 4, "window_segments": 4, "dtype": dtype},
             "parallel": {"pipeline_stages": stages, "memory_transport": transport},
         },
         "of bench transport",

@@ -1,0 +1,105 @@
+"""`sbatch launch/pretrain.sbatch CONFIG` on two nodes."""
+
+import pytest
+
+from tests.cluster.conftest import FP32, LAYOUTS, LIMIT
+from tests.cluster.slurm import Job
+from tests.distributed.conftest import Run
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nodes_train_as_one_process_does(slurm, tmp_path, data, alone, layout):
+    job = Job(slurm, Run(tmp_path, data, **FP32), [], [LAYOUTS[layout]])
+    assert job.finish(LIMIT)["JobState"] == "COMPLETED", job.outputs
+    assert job.run.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert "finished at step 8" in job.log
+
+
+def test_mistake_in_the_config_fails_and_is_not_queued_again(slurm, tmp_path, data):
+    job = Job(slurm, Run(tmp_path, data, **FP32), [], ["train.stepz=1"])
+    state = job.finish(LIMIT)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "unknown setting train.stepz" in job.log
+
+
+def test_missing_store_fails_and_is_not_queued_again(slurm, tmp_path, data):
+    run = Run(tmp_path, data.model_copy(update={"store": str(tmp_path / "nowhere")}), **FP32)
+    job = Job(slurm, run, [], [])
+    state = job.finish(LIMIT)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "a mistake in the config or its files" in job.log, job.outputs
+
+
+STEPS = 40
+LONG = {**FP32, "train__steps": STEPS, "train__save_every": 10**6, "parallel__pipeline_stages": 2}
+"""A run that only saves when it is asked to stop, and at its end."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data) -> Run:
+    """The long run from its first step to its last."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"), data, **LONG)
+    with run.start(2) as ranks:
+        assert ranks.wait(LIMIT, together=True) == [0, 0]
+    assert sorted(run.losses) == list(range(1, STEPS + 1))
+    return run
+
+
+@pytest.fixture
+def start_long(slurm, tmp_path, data):
+    """Starts the long run on a link that makes a step last more than a second.
+
+    It does so without work for this machine; after the first interruption the link is fast again.
+    """
+
+    def start(*options: str) -> Job:
+        slurm.hosts.limit("100kbit")
+        return Job(slurm, Run(tmp_path, data, **LONG), [*options], [])
+
+    yield start
+    slurm.hosts.limit("10gbit")
+
+
+def finish_resumed(slurm, job: Job, undisturbed: Run) -> None:
+    """It comes to its end without a person, exactly as the undisturbed run."""
+    job.wait_until(lambda: "queued again" in job.log, LIMIT, "the first interruption")
+    slurm.hosts.limit("10gbit")
+    assert job.finish(LIMIT)["JobState"] == "COMPLETED", job.outputs
+    text = (job.run.output / "logs" / "rank_0.log").read_text()
+    assert text.count("resumed from") == job.log.count("queued again"), job.outputs
+    assert job.run.losses == undisturbed.losses
+    assert job.run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+@pytest.mark.slow
+class TestInterruptedJob:
+    def test_goes_on_after_its_time_limit(self, slurm, start_long, undisturbed):
+        # Slurm gives the signal up to a minute earlier than it is asked to.
+        job = start_long("--time=3", "--signal=B:USR1@60")
+        finish_resumed(slurm, job, undisturbed)
+
+    def test_goes_on_after_the_signal(self, slurm, start_long, undisturbed):
+        job = start_long()
+        job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
+        slurm.run("scancel", "--batch", "--signal=USR1", job.id)
+        finish_resumed(slurm, job, undisturbed)
+        assert job.log.count("queued again") == 1
+
+    def test_goes_on_after_a_more_urgent_one(self, slurm, start_long, undisturbed, tmp_path):
+        job = start_long()
+        job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
+        urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--wrap=srun hostname"]
+        other = slurm.submit(*urgent, cwd=tmp_path)
+        finish_resumed(slurm, job, undisturbed)
+        assert slurm.job(other)["JobState"] == "COMPLETED"
+
+    def test_stays_cancelled(self, slurm, start_long):
+        job = start_long()
+        job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
+        slurm.run("scancel", job.id)
+        state = job.finish(LIMIT)
+        assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
+        stopped = max(job.run.losses)
+        assert (job.run.checkpoint(stopped) / "manifest.json").exists(), job.outputs
