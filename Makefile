@@ -10,7 +10,7 @@ CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slu
 # Where a finished run has left its report, train for as many steps again.
 DONE = $(shell sed -n 's/.*"step": \([0-9]*\).*/\1/p' runs/quickstart/report.json 2>/dev/null)
 
-.PHONY: pretrain passkey test test-slow test-cluster lint format docs clean
+.PHONY: pretrain passkey test test-slow test-cluster cluster-packages lint format docs clean
 
 # A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
 pretrain: $(VENV)/installed
@@ -35,12 +35,15 @@ test: $(VENV)/installed lint
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
-# Hosts and a Slurm cluster on this machine, as root. What is missing of CLUSTER is installed.
-test-cluster: $(VENV)/installed
-	@test "$$(id -u)" = 0 || { echo "make test-cluster: needs root"; exit 2; }
+# Hosts and a Slurm cluster on this machine, as root.
+test-cluster: $(VENV)/installed cluster-packages
+	$(BIN)/pytest tests/cluster
+
+# What is missing of CLUSTER is installed.
+cluster-packages:
+	@test "$$(id -u)" = 0 || { echo "make $@: needs root"; exit 2; }
 	dpkg -s $(CLUSTER) >/dev/null 2>&1 || { apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER); }
-	$(BIN)/pytest tests/cluster
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

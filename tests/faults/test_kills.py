@@ -37,21 +37,22 @@ def undisturbed(tmp_path_factory, data) -> FaultyRun:
     return run
 
 
+def resumed_at(step: int) -> str:
+    """What a run says that goes on from a step."""
+    return f" at step {step}\n" if step else "starting at step 0\n"
+
+
 def wait_for_moment(run: FaultyRun, ranks: Processes, moment: str, begin: int, draw) -> None:
     """Waits until the run is at a moment at which a rank is to be killed.
 
     Args:
         begin: the step it started from.
     """
-    if moment == "in training":
-        step = begin + draw.randint(1, 6)
-        ranks.wait_until(lambda: run.step >= step, START, f"step {step}")
-    elif moment == "in a save":
-        ranks.wait_until(lambda: run.step > begin, START, "a step")
-        ranks.wait_until(lambda: run.unfinished_save, START, "a save")
-    else:
-        step = begin - begin % 5 + 5
-        ranks.wait_until(lambda: run.step >= step, START, f"step {step}")
+    # Until then metrics.jsonl is that of the run before.
+    ranks.wait_until(lambda: resumed_at(begin) in ranks.all[0].output, START, "the start")
+    every = {"in a save": SETTINGS["train__save_every"], "in an evaluation": 5}.get(moment)
+    step = begin - begin % every + every if every else begin + draw.randint(1, 6)
+    ranks.wait_until(lambda: run.step >= step, START, f"step {step}")
     time.sleep(draw.random() * 0.05)
 
 
@@ -70,8 +71,6 @@ def test_killed_ranks_cost_no_more_than_steps_since_the_last_save(
                 wait_for_moment(run, ranks, moment, begin, draw)
                 ranks.all[rank].send(signal.SIGKILL)
                 end_of_others(ranks, rank)
-                resumed = f"at step {begin}\n" if begin else "starting at step 0"
-                assert resumed in ranks.all[0].output
     run.finish(WORLD)
     assert run.losses == undisturbed.losses
     last = SETTINGS["train__steps"]
