@@ -275,11 +275,12 @@ def _pretrain(options: argparse.Namespace) -> None:
     code = 0
     try:
         pretrain(config)
-    except RunError as error:
-        code = _fail(error, 1)
+    except (UserError, RunError) as error:
+        code = _fail(error, 2 if isinstance(error, UserError) else 1)
     sys.stdout.flush()
-    # After an error other ranks may be gone, so the process group cannot be closed; and once in
-    # some hundred runs its threads abort a process that closes it or exits with it.
+    # After an error other ranks may be gone, so the process group cannot be closed; once in some
+    # hundred runs its threads abort a process that closes it or exits with it; and in an orderly
+    # exit a scheduler's SIGTERM, as another task has ended, would change the code.
     os._exit(code)
 
 

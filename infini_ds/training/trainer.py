@@ -60,9 +60,8 @@ def pretrain(config: RunConfig) -> None:
         Trainer(config, stop, watchdog).run()
         dist.barrier()
         watchdog.stop()
-    except UserError:  # on all ranks together, as is this; without it the exit may abort
+    except UserError:  # on all ranks together
         watchdog.stop()
-        dist.destroy_process_group()
         raise
     except Exception as error:
         raise watchdog.failed(error) from None

@@ -59,18 +59,18 @@ class Disturbed:
     def __exit__(self, *_) -> None:
         self.launcher.__exit__()
 
-    def wait_for_end(self, limit: float, *hosts) -> None:
-        """Waits until nothing of the run is left on some hosts (both)."""
+    def wait_for_end(self, limit: float, *hosts, text: str = RANK) -> None:
+        """Waits until no rank, or nothing with a text, is left on some hosts (both)."""
         deadline = time.monotonic() + limit
-        while left := [p for host in hosts or self.hosts for p in host.processes(RANK).values()]:
+        while left := [p for host in hosts or self.hosts for p in host.processes(text).values()]:
             assert time.monotonic() < deadline, f"{left}\n{self.launcher.outputs()}"
             time.sleep(0.1)
 
     def wait_for_launcher(self) -> None:
-        """Waits until the command that was typed has failed."""
+        """Waits until the command that was typed has failed, and all that it started is gone."""
         (code,) = self.launcher.wait(SLACK)
         assert code != 0, self.launcher.outputs()
-        assert not any(host.processes("deepspeed") for host in self.hosts)
+        self.wait_for_end(SLACK, text="deepspeed")
 
     def stacks(self, rank: int) -> str:
         return (self.run.output / "stacks" / f"rank_{rank}.txt").read_text()
