@@ -275,8 +275,12 @@ def _pretrain(options: argparse.Namespace) -> None:
     code = 0
     try:
         pretrain(config)
-    except (UserError, RunError) as error:
-        code = _fail(error, 2 if isinstance(error, UserError) else 1)
+    except RunError as error:
+        code = _fail(error, 1)
+    except UserError as error:
+        if world == 1:
+            raise
+        code = _fail(error, 2)
     sys.stdout.flush()
     # After an error other ranks may be gone, so the process group cannot be closed; once in some
     # hundred runs its threads abort a process that closes it or exits with it; and in an orderly

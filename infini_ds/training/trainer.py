@@ -60,8 +60,9 @@ def pretrain(config: RunConfig) -> None:
         Trainer(config, stop, watchdog).run()
         dist.barrier()
         watchdog.stop()
-    except UserError:  # on all ranks together
+    except UserError:  # on all ranks together, as is this; without it the exit may abort
         watchdog.stop()
+        dist.destroy_process_group()
         raise
     except Exception as error:
         raise watchdog.failed(error) from None
