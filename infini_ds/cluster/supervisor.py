@@ -72,12 +72,9 @@ def run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     command = ["deepspeed", "--log_level", "warning", *shlex.split(options.deepspeed)]
     if options.hostfile:
-        read_hostfile(options.hostfile)
-        check = [sys.executable, "-m", "infini_ds.cli", "preflight", "--quiet"]
-        check += ["--hostfile", options.hostfile, options.config, *options.overrides]
-        code = subprocess.run(check, check=False).returncode
-        if code:
-            return code
+        from infini_ds.cluster import preflight  # ranks, which import this file, need it not
+
+        preflight.run(options.config, options.overrides, options.hostfile, quiet=True)
         command += ["--hostfile", options.hostfile]
     command += [options.script, options.config, *options.overrides]
     return supervise(command, Path(config.output_dir), options.max_restarts)

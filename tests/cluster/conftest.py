@@ -21,11 +21,16 @@ LAYOUTS = {"pipeline": "parallel.pipeline_stages=auto", "data": "parallel.pipeli
 """Overrides that lay the processes out one after another or side by side."""
 
 
+def require(what: str, programs: dict[str, str]) -> None:
+    """Skips what this machine has not the right or the programs for."""
+    reason = missing(programs)
+    if reason:
+        pytest.skip(f"{what} {reason}: make test-cluster")
+
+
 @pytest.fixture(scope="session")
 def all_hosts(tmp_path_factory):
-    reason = missing(PROGRAMS)
-    if reason:
-        pytest.skip(f"a cluster on one machine {reason}: make test-cluster")
+    require("a cluster on one machine", PROGRAMS)
     folder = tmp_path_factory.mktemp("hosts")
     with Hosts(["node-1", "node-2", "node-3"], folder) as hosts:
         yield hosts
@@ -53,9 +58,7 @@ def alone(tmp_path_factory, data) -> Run:  # noqa: F811
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    reason = missing(PROGRAMS_OF_SLURM)
-    if reason:
-        pytest.skip(f"Slurm on one machine {reason}: make test-cluster")
+    require("Slurm on one machine", PROGRAMS_OF_SLURM)
     folder = tmp_path_factory.mktemp("slurm")
     with Hosts(["node-1", "node-2"], folder) as hosts, Slurm(hosts, folder) as cluster:
         yield cluster
