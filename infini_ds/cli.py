@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from infini_ds import config as configuration
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.errors import RunError, UserError
+
+_HEAD_START_SECONDS = 5.0
+"""Of rank 0, which may have begun later than the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +33,11 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        return _fail(error, 2)
+        code = _fail(error, 2)
+        if os.environ.get("RANK", "0") != "0":
+            # A launcher ends all ranks when one leaves, and only rank 0 says why.
+            time.sleep(_HEAD_START_SECONDS)
+        return code
     except RunError as error:
         return _fail(error, 1)
     return 0
@@ -62,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "preflight", "check that every host is ready for a run", _preflight
     )
     preflight.add_argument(
-        "--hostfile", metavar="FILE", help="DeepSpeed's; its hosts over ssh (this host alone)"
+        "--hostfile", metavar="FILE", help="its hosts, by ssh (this Slurm job's, or this host)"
     )
     preflight.add_argument("--quiet", action="store_true", help="one line if all is good")
     preflight.add_argument("--json", metavar="FILE", help="write the figures as well")
@@ -213,9 +221,13 @@ def _add_convert(commands) -> None:
             )  # fmt: skip
         if name in ("from-llama", "from-seed"):
             parser.add_argument(
-                "--segment-length", type=int, default=2048, help="tokens (%(default)s)"
-            )
-            parser.add_argument("--memory-rule", choices=("linear", "delta"), default="linear")
+                "--segment-length", type=int, default=2048,
+                help="tokens that attend to each other; the memory has those before (%(default)s)",
+            )  # fmt: skip
+            parser.add_argument(
+                "--memory-rule", choices=("linear", "delta"), default="linear",
+                help="how a segment is written into the memory (%(default)s)",
+            )  # fmt: skip
         if name == "from-llama":
             parser.add_argument(
                 "--gate-init", type=float, default=-4.0,
@@ -236,12 +248,21 @@ _EXPORT = "directory of the export to make"
 _CONVERSIONS = (
     ("from-seed", "state_dict (.safetensors or .pt)", _EXPORT, "from infini-transformer-pytorch"),
     ("to-seed", _MODEL, "file to make (.safetensors)", "to infini-transformer-pytorch"),
-    ("from-llama", "directory of a checkpoint", _EXPORT, "from Hugging Face Llama, Mistral, Qwen2"),
-    ("to-llama", _MODEL, "directory to make", "to Hugging Face Llama or Qwen2, without memory"),
+    (
+        "from-llama", "directory of a checkpoint, or its name on the hub (ORGANISATION/MODEL)",
+        _EXPORT, "from Hugging Face Llama, Mistral, Qwen2, Qwen3",
+    ),
+    ("to-llama", _MODEL, "directory to make", "to Hugging Face Llama or Qwen, without the memory"),
     ("to-hf", _MODEL, "directory to make", "to Hugging Face, with code for transformers to run it"),
-    ("to-safetensors", _MODEL, "file (.safetensors) or export to make", "one file of a run"),
-    ("from-safetensors", "file or directory with our weights", _EXPORT, "to an export"),
-)
+    (
+        "to-safetensors", _MODEL, "file (.safetensors) or directory to make",
+        "to one file of weights, or to an export directory",
+    ),
+    (
+        "from-safetensors", "file or directory with our weights", _EXPORT,
+        "from a file of our weights to an export directory",
+    ),
+)  # fmt: skip
 
 
 def _with_model(commands, name: str, about: str, run) -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@
 import sys
 
 from infini_ds.cli import exit_code, main
-from infini_ds.cluster.supervisor import check_hostfile_of_launcher
+from infini_ds.cluster.launcher import check_hostfile_of_launcher
 
 if __name__ == "__main__":
     # DeepSpeed's launcher adds --local_rank=N, which is in the environment as well.

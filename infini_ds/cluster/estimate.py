@@ -58,6 +58,7 @@ def layer_parameters(model: ModelConfig) -> list[int]:
     attention = hidden * (channels + queries) + model.num_heads
     attention += channels if model.attention_bias else 0
     attention += hidden if model.attention_out_bias else 0
+    attention += 2 * model.head_dim if model.qk_norm else 0
     attention += model.kv_heads * (hidden + 1) if model.memory.write_gate else 0
     attention += TAPS * channels if model.memory.short_conv else 0
     feed_forward = 3 * hidden * size + (2 * size + hidden if model.mlp_bias else 0)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,31 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from infini_ds.cluster.session import HostLost, Session
-from infini_ds.errors import UserError
+from infini_ds.cluster.way import Way
 
 _LIMIT_SECONDS = 60.0
 Facts = dict[str, Any]
 
 
 def gather(
-    hosts: list[str], over_ssh: bool, config_path: str, overrides: list[str]
+    ways: dict[str, Way], config_path: str, overrides: list[str]
 ) -> tuple[dict[str, Facts], dict[str, HostLost]]:
     """The facts of each host, see `Host` of findings, and why some could not be asked to the end.
 
     Args:
-        over_ssh: otherwise the one host is this one.
-
-    Raises:
-        UserError: there is no ssh here.
+        ways: to each host.
     """
-    if over_ssh and not shutil.which("ssh"):
-        raise UserError("ssh: no such program here, and the hosts are reached by it")
+    hosts = list(ways)
     facts: dict[str, Facts] = {host: {} for host in hosts}
     lost: dict[str, HostLost] = {}
     with ThreadPoolExecutor(len(hosts)) as pool, contextlib.ExitStack() as stack:
         sessions = {
-            host: stack.enter_context(Session(host if over_ssh else None, _LIMIT_SECONDS))
-            for host in hosts
+            host: stack.enter_context(Session(way, _LIMIT_SECONDS)) for host, way in ways.items()
         }
 
         def everywhere(ask: Callable[[str, Session], Facts]) -> None:

@@ -1,5 +1,8 @@
 """By which addresses and interface a host meets the first one."""
 
+import contextlib
+import ipaddress
+import os
 import socket
 import subprocess
 from typing import NamedTuple
@@ -42,3 +45,42 @@ def route_to(address: str) -> Route:
         if any(each.address.partition("%")[0] == own for each in addresses):
             return Route(name, own, towards)
     raise OSError(f"no interface has {own}, the address towards {address}")
+
+
+def route_to_first(address: str) -> Route:
+    """The route to the address at which the ranks meet, which may be a name.
+
+    On Debian a host's own name stands for 127.0.1.1. There the route is that to the address which
+    the others know this host by.
+
+    Raises:
+        OSError: there is no route.
+    """
+    route = route_to(address)
+    if _is_loopback(route.towards) and not _is_loopback(address):
+        return route_to(meeting_address())
+    return route
+
+
+def name_interface() -> None:
+    """Has gloo and NCCL use the interface towards MASTER_ADDR, in a rank of a run on several hosts.
+
+    Gloo would take the one of this host's own name, and NCCL any one. What the user has set of
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME stays.
+    """
+    address = os.environ.get("MASTER_ADDR", "localhost")
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    if local == os.environ.get("WORLD_SIZE") or _is_loopback(address):
+        return
+    with contextlib.suppress(OSError):  # without a route the ranks say that they do not meet
+        interface = route_to_first(address).interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = : not as a prefix
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether it is one by itself; a name, other than localhost, is none."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

@@ -17,6 +17,8 @@ from infini_ds.cluster.findings import Finding, Host, judge
 from infini_ds.cluster.gather import gather
 from infini_ds.cluster.hostfile import read_hostfile
 from infini_ds.cluster.preflight_host import versions
+from infini_ds.cluster.slurm import nodes_of_job
+from infini_ds.cluster.way import Way, over_srun, over_ssh, to_here
 from infini_ds.errors import UserError
 
 _ROWS_OF_A_CHECK = 3
@@ -35,7 +37,8 @@ def run(
     Each host reads the config from the same path as this one, as it will do in the run.
 
     Args:
-        hostfile: of DeepSpeed; None: this host alone, without ssh.
+        hostfile: of DeepSpeed, of hosts that ssh reaches; None: the nodes of the Slurm job that
+            this process belongs to, by srun, or this host alone.
         quiet: no table where all is good.
 
     Raises:
@@ -43,12 +46,12 @@ def run(
     """
     began = time.monotonic()
     config = configuration.load(config_path, list(overrides))
-    slots = read_hostfile(hostfile) if hostfile else {"localhost": 0}
+    slots, ways = _hosts(hostfile)
     here = versions()
     with ThreadPoolExecutor(1) as background:
         # It needs torch, which loads while the hosts look.
         background.submit(importlib.import_module, "infini_ds.cluster.estimate")
-        facts, lost = gather(list(slots), hostfile is not None, config_path, list(overrides))
+        facts, lost = gather(ways, config_path, list(overrides))
     hosts = [
         Host(name, count or facts[name].get("processes", 1), facts[name], lost.get(name))
         for name, count in slots.items()
@@ -69,13 +72,35 @@ def run(
     if failed or warnings or not quiet:
         console.print(_table(findings))
     if failed:
-        names = ", ".join(dict.fromkeys(finding.host for finding in failed))
-        told = f"{len(failed)} check{'s' * (len(failed) > 1)} failed ({names})"
-        raise UserError(f"preflight: {told}; the table says what to do")
+        raise UserError(f"preflight: {one_line(failed)}")
     told = f"{len(hosts)} host{'s' * (len(hosts) > 1)} good"
     if warnings:
         told += f", {warnings} warning{'s' * (warnings > 1)}"
     console.print(f"preflight: {told} ({seconds:.1f} s)")
+
+
+def _hosts(hostfile: str | None) -> tuple[dict[str, int], dict[str, Way]]:
+    """Processes of each host, 0 where that is not told, and the way to it."""
+    if hostfile:
+        slots = read_hostfile(hostfile)
+        return slots, {name: over_ssh(name) for name in slots}
+    if nodes := nodes_of_job():
+        return nodes, {name: over_srun(name) for name in nodes}
+    return {"localhost": 0}, {"localhost": to_here()}
+
+
+def one_line(failed: list[Finding]) -> str:
+    """What is wrong where: the first of it whole."""
+    host, check, _, found, remedy = failed[0]
+    where = "all hosts" if host == "all" else host
+    told = f"{where}: {check}: {found}" + (f"; {remedy}" if remedy else "")
+    others = dict.fromkeys(finding.host for finding in failed[1:])
+    return f"{told} (and more in the table, of {_names([*others])})" if others else told
+
+
+def _names(hosts: list[str]) -> str:
+    """The first of them."""
+    return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
 
 
 def _table(findings: list[Finding]) -> Table:
@@ -92,7 +117,6 @@ def _table(findings: list[Finding]) -> Table:
             shown[check] = shown.get(check, 0) + 1
             if shown[check] > _ROWS_OF_A_CHECK:
                 continue
-        names = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
         text = f"{found}; {remedy}" if remedy else found
-        table.add_row(check, Text(state, _COLOURS[state]), names, Text(text))
+        table.add_row(check, Text(state, _COLOURS[state]), _names(hosts), Text(text))
     return table

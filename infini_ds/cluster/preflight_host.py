@@ -127,7 +127,7 @@ def sees(path: str) -> bool:
 def route(address: str) -> dict[str, str]:
     """A `Route` by its names, or the "error"."""
     try:
-        return network.route_to(address)._asdict()
+        return network.route_to_first(address)._asdict()
     except OSError as error:
         return {"error": f"{address}: {error.strerror or error}"}
 

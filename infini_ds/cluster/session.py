@@ -1,9 +1,9 @@
-"""A conversation with one host: requests and answers over ssh, within a limit."""
+"""A conversation with one host: requests and answers, within a limit."""
 
 import contextlib
 import json
 import os
-import shlex
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from infini_ds.cluster.preflight_host import MARK
+from infini_ds.cluster.way import Way
 
-_MODULE = "infini_ds.cluster.preflight_host"
-_CONNECT_SECONDS = 10
 _END_SECONDS = 5.0
+_SSH_FAILED = 255
+_OF_SRUN = re.compile(r"srun: error: \S+: task")
+"""It says after all else how a task has ended."""
 
 
 class HostLost(Exception):
@@ -32,18 +34,17 @@ class Session:
     """A context manager. The host's part ends with it, or when this process does.
 
     Args:
-        host: as ssh knows it; None: this host, without ssh.
+        way: to the host.
         limit: seconds that each answer may take.
     """
 
-    def __init__(self, host: str | None, limit: float):
-        self._host, self._limit = host, limit
+    def __init__(self, way: Way, limit: float):
+        self._way, self._limit = way, limit
         self._expired = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         # A group of its own: what ssh starts would keep the pipe open when ssh alone is killed.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE] if host is None else _ssh(host),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            way.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
 
@@ -110,10 +111,12 @@ class Session:
             what = f"no answer within {self._limit:g} s"
             return HostLost(what, "look there for a file system or a network that hangs")
         self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        what = f"{said[-1] if said else 'no message'} (exit code {code})"
-        if self._host and code == 255:
-            return HostLost(what, f"`ssh {self._host} true` must work without a password")
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        said = [line for line in lines if not _OF_SRUN.match(line)]
+        last = said[-1] if said else "no message"
+        what = f"{last} (exit code {code})"
+        if self._way.remedy and (code == _SSH_FAILED or last.startswith("srun: error")):
+            return HostLost(what, self._way.remedy)
         return HostLost(what, f"{sys.executable} and {Path.cwd()} must be there as they are here")
 
     def _expire(self) -> None:
@@ -123,23 +126,3 @@ class Session:
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _ssh(host: str) -> list[str]:
-    """Our part there, in this directory; ssh takes the first of options that are given twice."""
-    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
-    variables = [f"{name}={value}" for name, value in _exported().items()]
-    program = shlex.join(["env", *variables, sys.executable, "-m", _MODULE])
-    return ["ssh", *given, *ours, host, f"cd {shlex.quote(str(Path.cwd()))} && exec {program}"]
-
-
-def _exported() -> dict[str, str]:
-    """The variables that DeepSpeed's launcher gives to the processes of each host."""
-    exported = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "NCCL"))}
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for file in (Path.home() / name, Path(name)):
-        if file.is_file():
-            pairs = (line.partition("=") for line in file.read_text().splitlines())
-            exported |= {key: value for key, equals, value in pairs if equals}
-    return exported

@@ -7,7 +7,6 @@ asked to stop, or when it has failed without having made a step.
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -16,14 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from infini_ds import config as configuration
 from infini_ds.cli import exit_code
-from infini_ds.cluster.hostfile import read_hostfile
+from infini_ds.cluster import preflight
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.errors import UserError
 from infini_ds.training import failures, manifest
@@ -72,8 +71,6 @@ def run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     command = ["deepspeed", "--log_level", "warning", *shlex.split(options.deepspeed)]
     if options.hostfile:
-        from infini_ds.cluster import preflight  # ranks, which import this file, need it not
-
         preflight.run(options.config, options.overrides, options.hostfile, quiet=True)
         command += ["--hostfile", options.hostfile]
     command += [options.script, options.config, *options.overrides]
@@ -228,30 +225,6 @@ def _is_rank(process: psutil.Process) -> bool:
 
 def _say(message: str) -> None:
     print(f"infini-ds supervisor: {message}", file=sys.stderr, flush=True)
-
-
-def check_hostfile_of_launcher() -> None:
-    """In a rank: the hostfile that `deepspeed --hostfile FILE` was given on this host is one.
-
-    Where it is missing DeepSpeed only warns, and trains on this host alone.
-
-    Raises:
-        UserError: it is not.
-    """
-    for process in psutil.Process().parents():
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if any(word.endswith("/deepspeed") for word in words[:2]):
-                for hostfile in _hostfiles(words):
-                    read_hostfile(hostfile)
-
-
-def _hostfiles(words: list[str]) -> Iterator[str]:
-    for word, following in itertools.pairwise([*words, ""]):
-        if word in ("-H", "--hostfile"):
-            yield following
-        elif word.startswith("--hostfile="):
-            yield word.partition("=")[2]
 
 
 if __name__ == "__main__":

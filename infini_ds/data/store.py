@@ -7,7 +7,8 @@
 | `SPLIT.weights` | float32, weight of each token in the loss; only where the corpus has weights |
 | `SPLIT.offsets.npy` | int64 [documents + 1]: where each document begins in SPLIT.tokens |
 | `train.counts.npy` | int64 [vocab]: how often each token occurs in train, BOS not counted |
-| `tokenizer.model` | the sentencepiece model, unless the tokenizer is plain bytes |
+| `tokenizer.model` | the sentencepiece model, where the tokenizer is one |
+| `tokenizer.json`, `tokenizer_config.json` | the same of a tokenizer of the library `tokenizers` |
 
 The splits are `train` and `held_out`. A store without a valid manifest does not exist.
 """
@@ -19,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from infini_ds.config import DataConfig
+from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MODEL = "tokenizer.model"
 COUNTS = "train.counts.npy"
 SPLITS = ("train", "held_out")
 WEIGHT_DTYPE = np.dtype("<f4")
@@ -61,7 +61,7 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
             settings[f"data.passkey.{name}"] = value
     tokenizer = config.tokenizer
     settings["data.tokenizer.kind"] = tokenizer.kind
-    if tokenizer.kind == "sentencepiece":
+    if tokenizer.kind != "bytes":
         # Where the model lies does not matter; what it is does.
         settings["data.tokenizer.model"] = (
             load_tokenizer(tokenizer.kind, tokenizer.model).fingerprint if tokenizer.model else ""
@@ -101,8 +101,8 @@ class Store:
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
-        model = path / MODEL if manifest["tokenizer"]["kind"] == "sentencepiece" else ""
-        self.tokenizer: Tokenizer = load_tokenizer(manifest["tokenizer"]["kind"], model)
+        kind = manifest["tokenizer"]["kind"]
+        self.tokenizer: Tokenizer = load_tokenizer(kind, path / TOKENIZER_FILES[kind])
         self._splits = {name: self._open_split(name) for name in SPLITS}
 
     def _open_split(self, name: str) -> Split:
@@ -155,6 +155,23 @@ class Store:
     def split(self, name: str) -> Split:
         """`train` or `held_out`."""
         return self._splits[name]
+
+    def check_tokens(self, name: str, documents: int) -> None:
+        """Reads the first documents of a split: large files are not checked when they are opened.
+
+        Raises:
+            UserError: one of them holds a token that the tokenizer does not have.
+        """
+        split, known = self.split(name), self.tokenizer.vocab_size
+        tokens = split.data[: split.offsets[documents]]
+        for i in range(0, len(tokens), _COUNTED_AT_ONCE):
+            bad = np.flatnonzero(tokens[i : i + _COUNTED_AT_ONCE] >= known)
+            if len(bad):
+                document = int(np.searchsorted(split.offsets, i + bad[0], side="right")) - 1
+                raise _damaged(
+                    self.path / f"{name}.tokens",
+                    f"document {document} holds tokens that its tokenizer does not have",
+                )
 
     def unigram_bits_per_byte(self, documents: int | None = None) -> float:
         """What a model that only knows how frequent tokens are needs for the held-out text.

@@ -61,9 +61,11 @@ def run(
     elif not config.data.store:
         raise UserError(f"{path}: is an export, without held-out documents; name --documents")
     else:
-        split = Store.open(config.data.store, config.data).split("held_out")
+        store = Store.open(config.data.store, config.data)
+        split = store.split("held_out")
         plans = _plans(split.lengths, config, config.evaluation.max_segments)
-    count = 1 + max(int(plan.documents.max()) for plan in plans)
+        store.check_tokens("held_out", _count(plans))
+    count = _count(plans)
     bins = position_bins(config.model.segment_length, int(split.lengths[:count].max()) - 1)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokens = 2 * sum(plan.num_tokens for plan in plans)
@@ -110,6 +112,11 @@ def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
         raise UserError(f"--documents {' '.join(files)}: no text in them")
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return Split(np.concatenate(encoded), offsets), corpus.skipped.lines()
+
+
+def _count(plans: list[Plan]) -> int:
+    """Documents that are read: the first ones."""
+    return 1 + max(int(plan.documents.max()) for plan in plans)
 
 
 def _plans(lengths: np.ndarray, config: RunConfig, max_segments: int) -> list[Plan]:

@@ -27,6 +27,11 @@ class HeldOut:
     """The run's evaluation: a finite pass over held-out documents through the pipeline."""
 
     def __init__(self, config: RunConfig, store: Store, engine: InfiniEngine):
+        """Plans it; needs no other rank.
+
+        Raises:
+            UserError: a document that will be read holds tokens that the tokenizer does not have.
+        """
         self._split = store.split("held_out")
         self._token_bytes = torch.from_numpy(store.tokenizer.token_bytes).long()
         self._segment_length = config.model.segment_length
@@ -39,6 +44,7 @@ class HeldOut:
             config.evaluation.max_segments,
         )
         documents = 1 + max(int(plan.documents.max()) for plan in self._plans)
+        store.check_tokens("held_out", documents)
         self.unigram_bits_per_byte = store.unigram_bits_per_byte(documents)
         """Of the tokenizer's unigram baseline on the documents that are read."""
 

@@ -12,6 +12,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
 from torch.distributed import DistError
 
+from infini_ds.cluster.network import name_interface
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.pipeline.engine import InfiniEngine
@@ -34,6 +35,7 @@ def start_distributed(timeout: float) -> None:
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
+    name_interface()
     logger.setLevel("WARNING")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # A communication operator for inference that DeepSpeed would compile at the first start, for a

@@ -27,6 +27,7 @@ from infini_ds.pipeline.balance import describe
 from infini_ds.pipeline.engine import StepSize
 from infini_ds.pipeline.generation import generate
 from infini_ds.training import checkpoint, failures
+from infini_ds.training.bad_steps import BadSteps, bad_documents
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.dtype import with_dtype
 from infini_ds.training.monitor import Monitor
@@ -80,9 +81,7 @@ class Trainer:
         self.step = 0
         self.saved: int | None = None
         """Step of the checkpoint that is as the run is now, if there is one."""
-        self.skip: set[int] = set()
-        """Steps since the last checkpoint whose windows are not read, as they did harm."""
-        self.rollbacks = 0
+        self.bad_steps = BadSteps(config.train)
         self.tokens = 0
         self.evaluated = False
         self.sample = ""
@@ -113,11 +112,12 @@ class Trainer:
         watchdog.waiting_for = lambda: self.engine.waiting_for
         self.engine.on_progress = watchdog.progress
         if found and load_from and state:
-            self.rollbacks = state.get("rollbacks", 0)
+            self.bad_steps.rollbacks = state.get("rollbacks", 0)
             self._load(found, load_from, state)
         self.held_out = None
         if len(self.store.split("held_out").lengths):
-            self.held_out = HeldOut(config, self.store, self.engine)
+            with together():
+                self.held_out = HeldOut(config, self.store, self.engine)
         self.monitor = None
         if dist.get_rank() == 0:
             output_dir = Path(config.output_dir)
@@ -134,7 +134,7 @@ class Trainer:
         if config.train.on_bad_step == "rollback" and self.saved is None:
             self._save()  # to have something to go back to
         while self.step < config.train.steps and not stopping:
-            if self.step in self.skip:
+            if self.step in self.bad_steps.skip:
                 self._skip_step()
             else:
                 stopping = self._train_step()
@@ -158,7 +158,7 @@ class Trainer:
         if self.monitor:
             self.monitor.close()
             if not stopping:
-                counts = {"skipped_steps": self.engine.skipped_steps, "rollbacks": self.rollbacks}
+                counts = self._count_bad_steps()
                 report(config, self.step, counts, quality, self.sample, self.monitor.console)
 
     def _train_step(self) -> bool:
@@ -176,7 +176,7 @@ class Trainer:
         asked = torch.tensor(float(self.stop.requested), dtype=torch.float64, device=engine.device)
         sums = engine.all_sum(torch.stack((loss_sum, asked, *engine.answers)))
         loss_sum, asked, right, answers = sums.tolist()
-        if engine.fault and self._end_or_roll_back(plan):
+        if engine.fault and self._went_back(plan):
             return asked > 0
         curriculum = {}
         if isinstance(self.lanes, CurriculumLanes) and not engine.fault:
@@ -198,8 +198,7 @@ class Trainer:
                 "train/perplexity": math.exp(min(loss, 700)),
                 "train/bits_per_byte": loss / math.log(2) / self._bytes_per_token(),
                 "train/gradient_norm": engine.gradient_norm,
-                "train/skipped_steps": engine.skipped_steps,
-                "train/rollbacks": self.rollbacks,
+                **{f"train/{name}": count for name, count in self._count_bad_steps().items()},
                 "train/tokens": self.tokens,
                 "train/epoch": self.lanes.epoch,
                 "speed/tokens_per_second": speed,
@@ -247,38 +246,19 @@ class Trainer:
 
         return read
 
-    def _end_or_roll_back(self, plan: Plan) -> bool:
-        """What train.on_bad_step wants of the step just made, if it is more than to skip it.
-
-        Returns:
-            Whether the run went back to a checkpoint.
+    def _went_back(self, plan: Plan) -> bool:
+        """Whether train.on_bad_step made the run go back to a checkpoint after the step just made.
 
         Raises:
             RunError: it wants the end, or there were too many such steps.
         """
-        settings, engine = self.config.train, self.engine
-        fault = engine.fault
-        if engine.bad_lanes.any():
-            lanes = engine.bad_lanes.cpu().numpy() > 0
-            documents = ", ".join(map(str, np.unique(plan.documents[lanes])))
+        fault = self.engine.fault
+        if documents := bad_documents(self.engine.bad_lanes, plan):
             fault += f" (data.store {self.store.path}, in train documents {documents})"
-        if settings.on_bad_step == "stop":
-            raise RunError(
-                f"{fault} at step {self.step + 1}, and train.on_bad_step is stop; the last good "
-                "checkpoint is kept"
-            )
-        rolling_back = settings.on_bad_step == "rollback"
-        count = len(self.skip) + 1 if rolling_back else engine.skipped_in_a_row
-        if count >= settings.max_skipped_steps:
-            since = "since the last checkpoint" if rolling_back else "in a row"
-            raise RunError(
-                f"{fault} in {count} steps {since} (train.max_skipped_steps); the last good "
-                "checkpoint is kept: lower optimizer.learning_rate, or look at the data near "
-                f"step {self.step + 1}"
-            )
-        if rolling_back:
+        back = self.bad_steps.must_roll_back(self.step, fault, self.engine.skipped_in_a_row)
+        if back:
             self._roll_back(fault)
-        return rolling_back
+        return back
 
     def _roll_back(self, fault: str) -> None:
         """Goes back to the newest valid checkpoint; this step's window will not be read again.
@@ -294,8 +274,7 @@ class Trainer:
         load_from = checkpoint.source(found, state, self.config, dist.get_world_size())
         self.lanes.load_state(state["lanes"])
         self._load(found, load_from, state)
-        self.skip.add(bad)
-        self.rollbacks += 1
+        self.bad_steps.rolled_back(bad)
         if self.monitor:
             self.monitor.go_back_to(self.step)
         self._say(
@@ -315,8 +294,14 @@ class Trainer:
         self.engine.skip_window(torch.from_numpy(plan.starts.any(axis=1)))
         self.step += 1
         if self.monitor:
-            counts = {"skipped_steps": self.engine.skipped_steps, "rollbacks": self.rollbacks}
+            counts = self._count_bad_steps()
             self.monitor.record(self.step, {f"train/{k}": v for k, v in counts.items()})
+
+    def _count_bad_steps(self) -> dict[str, int]:
+        return {
+            "skipped_steps": self.engine.skipped_steps,
+            "rollbacks": self.bad_steps.rollbacks,
+        }
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out quality with and without memory, and what the memory looks like."""
@@ -381,14 +366,13 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "skipped_steps": self.engine.skipped_steps,
-            "rollbacks": self.rollbacks,
+            **self._count_bad_steps(),
             "lanes": self.lanes.state(),
             "store": self.store.fingerprint,
         }
         directory = checkpoint.save(self.engine, self.config, state)
         self.saved = self.step
-        self.skip = {step for step in self.skip if step >= self.step}
+        self.bad_steps.saved(self.step)
         if self.monitor:
             checkpoint.delete_universal(self.config)
         self._say(f"step {self.step}: saved {directory}")

@@ -134,6 +134,11 @@ class Job:
         """What Slurm knows of it."""
         return self._slurm.job(self.id)
 
+    def processes(self) -> list[str]:
+        """Command lines of what it started on any node: all name its directory."""
+        found = [host.processes(str(self.run.folder)) for host in self._slurm.hosts.all]
+        return [line for lines in found for line in lines.values()]
+
     def wait_until(self, condition, limit: float, what: str) -> None:
         deadline = time.monotonic() + limit
         while not condition():

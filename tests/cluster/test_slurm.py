@@ -1,12 +1,21 @@
 """`sbatch launch/pretrain.sbatch CONFIG` on two nodes."""
 
+import re
+import signal
+from pathlib import Path
+
 import pytest
 
+from infini_ds import layout
 from tests.cluster.conftest import FP32, LAYOUTS, LIMIT
 from tests.cluster.slurm import Job
 from tests.distributed.conftest import Run
 
 pytestmark = pytest.mark.cluster
+LIMIT_OF_PREFLIGHT = 120
+"""Seconds in which a node that does not answer ends the job."""
+LIMIT_OF_END = 30
+"""Seconds in which Slurm clears away what a job leaves."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -15,6 +24,20 @@ def test_nodes_train_as_one_process_does(slurm, tmp_path, data, alone, layout):
     assert job.finish(LIMIT)["JobState"] == "COMPLETED", job.outputs
     assert job.run.losses == pytest.approx(alone.losses, rel=1e-5)
     assert "finished at step 8" in job.log
+
+
+@pytest.mark.slow
+def test_job_goes_on_with_another_number_of_nodes(slurm, tmp_path, data):
+    first = "train.steps=4"
+    expected = Run(tmp_path / "expected", data, **FP32)
+    run = Run(tmp_path / "run", data, **FP32)
+    expected.finish(1, first)
+    assert Job(slurm, run, [], [first]).finish(LIMIT)["JobState"] == "COMPLETED"
+    job = Job(slurm, run, ["--nodes=1"], [])
+    expected.finish(1)
+    assert job.finish(LIMIT)["JobState"] == "COMPLETED", job.outputs
+    assert "layout: 1 pipeline stages x 1 data-parallel" in job.outputs
+    assert run.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 def test_mistake_in_the_config_fails_and_is_not_queued_again(slurm, tmp_path, data):
@@ -26,10 +49,61 @@ def test_mistake_in_the_config_fails_and_is_not_queued_again(slurm, tmp_path, da
 
 def test_missing_store_fails_and_is_not_queued_again(slurm, tmp_path, data):
     run = Run(tmp_path, data.model_copy(update={"store": str(tmp_path / "nowhere")}), **FP32)
-    job = Job(slurm, run, [], [])
-    state = job.finish(LIMIT)
+    assert_not_started(Job(slurm, run, [], []), "node-1: store: data.store .*nowhere: not found")
+
+
+def assert_not_started(job: Job, why: str) -> None:
+    """It fails soon, with one line that says why, and nothing of it is left."""
+    state = job.finish(LIMIT_OF_PREFLIGHT)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "a mistake in the config or its files" in job.log, job.outputs
+    (line,) = (line for line in job.log.splitlines() if line.startswith("infini-ds: "))
+    assert re.match(f"infini-ds: preflight: {why}", line), job.outputs
+    assert "not started, and not queued again" in job.log
+    job.wait_until(lambda: not job.processes(), LIMIT_OF_END, "the end of its processes")
+    assert not job.run.losses
+
+
+@pytest.fixture
+def cover(slurm):
+    """Mounts something over a path of the second node, until the end of the test."""
+    second, covered = slurm.hosts[1], []
+
+    def mount(path, *what: str) -> None:
+        second.run("mount", *what, str(path))
+        covered.append(str(path))
+
+    yield mount
+    for path in covered:
+        second.run("umount", path)
+
+
+class TestNodeThatIsNotReady:
+    """It is named by the job, which does not start."""
+
+    def test_lacks_the_store(self, slurm, cover, tmp_path, data):
+        run = Run(tmp_path, data, **FP32)
+        cover(data.store, "-t", "tmpfs", "tmpfs")
+        assert_not_started(Job(slurm, run, [], []), "node-2: store: data.store .*no valid manifest")
+
+    def test_has_another_version_of_a_file(self, slurm, cover, tmp_path, data):
+        other = tmp_path / "layout.py"
+        other.write_text(Path(layout.__file__).read_text() + "# another version\n")
+        cover(layout.__file__, "--bind", str(other))
+        job = Job(slurm, Run(tmp_path, data, **FP32), [], [])
+        assert_not_started(job, r"node-2: versions: infini_ds \S+ \(sources \w+\), here ")
+
+    @pytest.mark.slow
+    def test_cannot_be_reached(self, slurm, tmp_path, data):
+        second = slurm.hosts[1]
+        second.send("slurmd -D", signal.SIGSTOP)
+        try:
+            job = Job(slurm, Run(tmp_path, data, **FP32), [], [])
+            job.wait_until(lambda: "infini-ds: " in job.log, LIMIT_OF_PREFLIGHT, "its last line")
+        finally:
+            second.send("slurmd -D", signal.SIGCONT)
+        assert_not_started(
+            job, "node-2: reached: .*; see `scontrol show node node-2`, or go without"
+        )
 
 
 STEPS = 40

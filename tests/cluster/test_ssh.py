@@ -99,6 +99,24 @@ def test_frozen_rank_ends_the_others_and_the_launcher_ends_it(hosts, tmp_path, d
         disturbed.wait_for_launcher()
 
 
+@pytest.mark.slow
+def test_supervisor_starts_a_run_again_whose_rank_was_killed_on_another_host(hosts, tmp_path, data):
+    steps, saved = 200, 20
+    settings = {"train__steps": steps, "train__save_every": saved, "train__keep_last": 3}
+    run = Run(tmp_path, data, **{**FP32, **settings})
+    options = ["--max-restarts", "2", "--hostfile", str(hosts.hostfile(2))]
+    command = ["bash", str(SCRIPT), *options, str(run.config)]
+    with Processes([hosts[0].start(*command, log=tmp_path / "log", cwd=ROOT)]) as supervisor:
+        supervisor.wait_until(lambda: len(run.losses) > saved, LIMIT, "a checkpoint")
+        hosts[1].send(RANK, signal.SIGKILL)
+        assert supervisor.wait(LIMIT) == [0], supervisor.outputs()
+        output = supervisor.all[0].output
+    assert "rank 1 on node-2 is lost" in output
+    assert output.count("; restart 1 of 2 in 5 s") == 1
+    assert sorted(run.losses) == list(range(1, steps + 1))
+    assert not any(host.processes() for host in hosts.all)
+
+
 def test_interrupted_launcher_leaves_a_checkpoint_to_go_on_from(hosts, tmp_path, data):
     with Disturbed(hosts, tmp_path, data) as disturbed:
         hosts[0].send("bin/deepspeed", signal.SIGINT)

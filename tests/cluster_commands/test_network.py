@@ -1,5 +1,6 @@
 """The way to another host, as this machine's own network has it."""
 
+import os
 import socket
 
 import psutil
@@ -32,3 +33,63 @@ def test_meeting_address_is_one_of_this_host():
 def test_name_that_does_not_exist_is_an_error():
     with pytest.raises(OSError, match=r"\w"):
         network.route_to("no-such-host.invalid")
+
+
+@pytest.fixture
+def routes(monkeypatch):
+    """A host, node-1, whose own name stands for 127.0.1.1, and which others know as 10.0.0.1."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "")  # so that what is set in a test goes after it
+        monkeypatch.delenv(name)
+    known = {
+        "node-1": network.Route("lo", "127.0.1.1", "127.0.1.1"),
+        "10.0.0.1": network.Route("eth1", "10.0.0.1", "10.0.0.1"),
+        "node-2": network.Route("eth0", "10.0.0.1", "10.0.0.2"),
+    }
+    monkeypatch.setattr(network, "route_to", known.__getitem__)
+    monkeypatch.setattr(network, "meeting_address", lambda: "10.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    return monkeypatch
+
+
+def named() -> tuple[str | None, str | None]:
+    network.name_interface()
+    return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
+
+
+@pytest.mark.parametrize(
+    ("address", "interface"), [("10.0.0.1", "eth1"), ("node-1", "eth1"), ("node-2", "eth0")]
+)
+def test_interface_towards_the_first_host_is_named(routes, address, interface):
+    routes.setenv("MASTER_ADDR", address)
+    assert named() == (interface, f"={interface}")
+
+
+def test_what_the_user_named_stays(routes):
+    routes.setenv("MASTER_ADDR", "node-2")
+    routes.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert named() == ("ib0", "=eth0")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1"])
+def test_nothing_is_named_where_the_ranks_meet_on_the_loopback(routes, address):
+    routes.setenv("MASTER_ADDR", address)
+    assert named() == (None, None)
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_nothing_is_named_on_a_single_host(routes, launcher):
+    routes.setenv("MASTER_ADDR", "node-2")
+    routes.delenv("LOCAL_WORLD_SIZE")
+    routes.setenv(launcher, "4")
+    assert named() == (None, None)
+
+
+def test_without_a_route_nothing_is_named(routes):
+    def fail(address):
+        raise OSError("Network is unreachable")
+
+    routes.setattr(network, "route_to", fail)
+    routes.setenv("MASTER_ADDR", "node-2")
+    assert named() == (None, None)

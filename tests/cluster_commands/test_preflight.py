@@ -8,8 +8,9 @@ import time
 import pytest
 
 from infini_ds import cli
-from infini_ds.cluster import gather, session
-from infini_ds.cluster.findings import Host, judge
+from infini_ds.cluster import gather, session, way
+from infini_ds.cluster.findings import Finding, Host, judge
+from infini_ds.cluster.preflight import one_line
 from infini_ds.config import load
 from tests.cluster_commands.hosts import Hosts, write_run
 
@@ -132,6 +133,18 @@ def test_fault_is_found_and_a_remedy_told(ill, host, check, what, remedy):
     assert remedy in found["remedy"]
 
 
+def test_line_has_the_first_fault_whole_and_the_hosts_of_the_others():
+    def failed(host: str, check: str, found: str, remedy: str = "") -> Finding:
+        return Finding(host, check, "failed", found, remedy)
+
+    first = failed("node-2", "store", "not the one of node-1", "copy it there")
+    assert one_line([first]) == "node-2: store: not the one of node-1; copy it there"
+    others = [failed(f"node-{number}", "disk", "is full") for number in (2, 3, 4, 5, 6, 7)]
+    told = one_line([failed("all", "layout", "no"), *others])
+    assert told.startswith("all hosts: layout: no (and more in the table, of node-2, node-3, ")
+    assert told.endswith(", node-5 and 2 more)")
+
+
 def test_clock_is_measured(ill):
     clocks = [ill["hosts"][host]["clock"]["ahead"] for host in ("node-1", "faulty")]
     assert clocks == pytest.approx([0, -600], abs=60)
@@ -166,7 +179,41 @@ def test_table_has_every_check_and_failures_are_one_line_of_code_2(at_well, caps
     assert cli.main([*arguments, "--quiet", "parallel.pipeline_stages=3"]) == 2
     shown = capsys.readouterr()
     assert "parallel.pipeline_stages (3) must divide" in " ".join(shown.out.split())
-    assert shown.err == "infini-ds: preflight: 1 check failed (all); the table says what to do\n"
+    (line,) = shown.err.splitlines()
+    assert line.startswith(
+        "infini-ds: preflight: all hosts: layout: parallel.pipeline_stages (3) m"
+    )
+
+
+SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do
+  case $1 in --nodelist=*) node=${1#*=} ;; esac
+  shift
+done
+[ -d "$HOSTS/$node" ] || { echo "srun: error: Unable to create step: Node failure" >&2; exit 1; }
+PYTHONPATH=$HOSTS/$node exec "$@"
+"""
+
+
+@pytest.mark.parametrize("second", ["node-2", "gone"])
+def test_nodes_of_a_slurm_job_are_asked_by_srun(at_well, tmp_path, monkeypatch, capsys, second):
+    scontrol = f"#!/bin/sh\nprintf 'node-1\\n{second}\\n'\n"
+    for name, text in (("srun", SRUN), ("scontrol", scontrol)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "anything")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "1(x2)")
+    code = cli.main(["preflight", "run.yaml", "--quiet"])
+    shown = capsys.readouterr()
+    if second == "node-2":
+        assert code == 0
+        assert shown.out.startswith("preflight: 2 hosts good (")
+    else:
+        assert code == 2
+        why = "srun: error: Unable to create step: Node failure (exit code 1)"
+        told = f"infini-ds: preflight: gone: reached: {why}; see `scontrol show node gone`"
+        assert shown.err.startswith(told)
 
 
 def test_this_host_alone_needs_no_ssh(at_well, capsys, monkeypatch):
@@ -204,7 +251,7 @@ def test_host_that_hangs_is_left_after_the_limit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     began = time.monotonic()
     with (
-        session.Session("node-1", limit=0.5) as opened,
+        session.Session(way.over_ssh("node-1"), limit=0.5) as opened,
         pytest.raises(session.HostLost, match=r"no answer within 0\.5 s"),
     ):
         opened.wait_until_ready()

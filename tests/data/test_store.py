@@ -74,6 +74,21 @@ def test_unigram_bits_per_byte_matches_a_count_by_hand(path):
     assert store.unigram_bits_per_byte() == pytest.approx(bits / text_bytes, rel=1e-12)
 
 
+def test_unknown_token_of_a_large_file_is_told_with_its_document(path, monkeypatch):
+    monkeypatch.setattr(store_module, "_CHECKED_ON_OPEN", 0)
+    monkeypatch.setattr(store_module, "_COUNTED_AT_ONCE", 4)
+    split = Store.open(path).split("held_out")
+    documents = len(split.lengths)
+    Store.open(path).check_tokens("held_out", documents)
+    tokens = np.memmap(path / "held_out.tokens", split.data.dtype, mode="r+")
+    tokens[split.offsets[documents - 1]] = 258
+    tokens.flush()
+    Store.open(path).check_tokens("held_out", documents - 1)
+    told = rf"held_out\.tokens: document {documents - 1} holds tokens that its tokenizer does not"
+    with pytest.raises(UserError, match=told):
+        Store.open(path).check_tokens("held_out", documents)
+
+
 def test_unigram_bits_per_byte_refuses_a_store_without_held_out_text(prepared, tmp_path):
     config = config_of(prepared, held_out_fraction=0.0, store=str(tmp_path / "store"))
     store = prepare(config, workers=1)

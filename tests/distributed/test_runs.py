@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -268,7 +269,7 @@ class TestRankFailingAloneAtStart:
             assert ranks.wait(START) == [2, 2], ranks.outputs()
             (line,) = error_lines(ranks)
         assert message in line
-        assert line.endswith("(rank 1)")
+        assert line.endswith(f"(rank 1 on {socket.gethostname()})")
 
     def test_rank_that_never_comes_does_not_hang_the_other(self, tmp_path, data):
         run = Run(tmp_path, data, train__timeout=5.0)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from infini_ds import cli
 from infini_ds import config as configuration
+from infini_ds.data import store as store_module
 from infini_ds.data.opening import open_data
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
@@ -136,6 +138,19 @@ def test_mistake_is_one_line_with_code_2(trained, capsys, monkeypatch, tmp_path,
     assert shown.out == ""
     (line,) = shown.err.splitlines()
     assert message in line
+
+
+def test_corrupt_held_out_document_is_one_line_with_code_2(trained, capsys, monkeypatch):
+    monkeypatch.setattr(store_module, "_CHECKED_ON_OPEN", 0)  # as if the file were large
+    path = trained.parent / "store" / "held_out.tokens"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(b"\xff\xff" + whole[2:])
+        assert cli.main(["evaluate", str(trained)]) == 2
+    finally:
+        path.write_bytes(whole)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"held_out\.tokens: document \d+ holds tokens that its tokenizer", line)
 
 
 def test_trained_checkpoint_is_whole_when_it_is_inspected(trained, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from infini_ds import config as configuration
 from infini_ds.data.opening import open_data
-from infini_ds.data.store import mapped, token_dtype
+from infini_ds.data.store import Store, mapped, token_dtype
 from tests.faults.runs import END, START, FaultyRun
 
 pytestmark = pytest.mark.slow
@@ -32,15 +32,18 @@ def corrupt(tmp_path_factory, data):
     store, lanes = open_data(configuration.load(run.config))
     for _ in range(BAD + 1):
         plan = lanes.next_plan()
-    split = store.split("train")
     document, offset = plan.documents[LANE, -1], plan.offsets[LANE, -1]
-    tokens = np.memmap(
-        folder / "store" / "train.tokens", token_dtype(store.tokenizer.vocab_size), mode="r+"
-    )
-    tokens[split.offsets[document] + offset + 1] = 60000
-    tokens.flush()
-    assert mapped(folder / "store" / "train.tokens", tokens.dtype).max() == 60000
+    corrupt_token(store, "train", document, offset + 1)
     return config, document
+
+
+def corrupt_token(store: Store, name: str, document: int, offset: int) -> None:
+    """Puts one that is not in the vocabulary into a document of a split."""
+    path, split = store.path / f"{name}.tokens", store.split(name)
+    tokens = np.memmap(path, token_dtype(store.tokenizer.vocab_size), mode="r+")
+    tokens[split.offsets[document] + offset] = 60000
+    tokens.flush()
+    assert mapped(path, tokens.dtype).max() == 60000
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,31 @@ def test_rollback_gives_up_where_every_window_is_bad(tmp_path, data, trial):
         output = ranks.all[0].output
         assert "in 3 steps since the last checkpoint (train.max_skipped_steps)" in output
         assert output.count(f"back to {run.checkpoint(SAVED)}") == 2
+
+
+def test_corrupt_held_out_document_ends_the_start_of_all_ranks(tmp_path, data, trial):
+    config = data.model_copy(update={"store": str(tmp_path / "store")})
+    shutil.copytree(data.store, config.store)
+    corrupt_token(Store.open(config.store), "held_out", 0, 1)
+    with trial("corrupt held-out document"):
+        run = FaultyRun(tmp_path, config, '{"unchecked": true}', **SETTINGS)
+        with run.start(WORLD) as ranks:
+            assert ranks.wait(START) == [2, 2], ranks.outputs()
+        line = "held_out.tokens: document 0 holds tokens that its tokenizer does not have; run `inf"
+        assert line in ranks.all[0].output
+        assert not run.losses
+
+
+def test_rollback_to_a_checkpoint_of_another_layout(tmp_path, data, trial):
+    def resumed(name: str, faults: dict, **settings) -> tuple[FaultyRun, str]:
+        """Made by one process until step SAVED, and then gone on with by two, to the end."""
+        run = FaultyRun(tmp_path / name, data, json.dumps(faults), **{**SETTINGS, **settings})
+        run.finish(1, f"train.steps={SAVED}")
+        return run, run.finish(WORLD)
+
+    with trial("bad window, rollback"):
+        expected, _ = resumed("expected", {"skip": [BAD]})
+        run, output = resumed("run", {"nan": [BAD]}, train__on_bad_step="rollback")
+        assert f"back to {run.checkpoint(SAVED)}, from where step {BAD + 1} will be" in output
+        assert run.losses == expected.losses
+        assert run.checksums(STEPS) == expected.checksums(STEPS)

@@ -66,6 +66,11 @@ def test_missing_hostfile_of_the_launcher_is_a_mistake(tmp_path, data, trial):
     options = ["--hostfile", "none", "--num_accelerators", "2", "--master_port", str(free_port())]
     command = ["deepspeed", *options, str(SCRIPT), str(run.config)]
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # Rank 0, which tells it, begins later than the launcher looks for ranks that have ended.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '0': time.sleep(3)\n"
+    )
+    env["PYTHONPATH"] = str(tmp_path)
     with Processes([Process(command, tmp_path / "log", env, tmp_path)]) as job:
         assert job.wait(START) == [2], job.outputs()
         assert "infini-ds: hostfile none: cannot be read" in job.all[0].output

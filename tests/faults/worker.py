@@ -21,7 +21,7 @@ class FaultyTrainer(Trainer):
     """The trainer, with faults."""
 
     def run(self):
-        self.skip |= set(FAULTS.get("skip", []))
+        self.bad_steps.skip |= set(FAULTS.get("skip", []))
         super().run()
 
     def _reader(self, plan):

@@ -20,7 +20,7 @@ CONFIG = OptimizerConfig(
 def model(**changes) -> InfiniTransformer:
     sizes = {
         "vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_dim": 4,
-        "segment_length": 4, "attention_bias": True, "mlp_bias": True,
+        "segment_length": 4, "attention_bias": True, "mlp_bias": True, "qk_norm": True,
     }  # fmt: skip
     return InfiniTransformer(ModelConfig(**(sizes | changes)))
 

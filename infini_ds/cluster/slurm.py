@@ -1,0 +1,34 @@
+"""The nodes of the Slurm job that this process belongs to."""
+
+import os
+import re
+import subprocess
+
+from infini_ds.errors import UserError
+
+
+def nodes_of_job() -> dict[str, int]:
+    """Tasks of each node, in the order of the ranks; nothing outside of a job.
+
+    Raises:
+        UserError: Slurm does not tell.
+    """
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return {}
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"SLURM_JOB_NODELIST ({nodes}): {error}") from None
+    names = done.stdout.split()
+    counts = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})"))
+    return dict(zip(names, counts, strict=True))
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Of a variable such as `8(x2),4`: [8, 8, 4]."""
+    counts: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(number)] * int(times or 1)
+    return counts

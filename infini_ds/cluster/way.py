@@ -1,0 +1,70 @@
+"""How our part on a host is started: here, over ssh, or as a step of a Slurm job."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from infini_ds.errors import UserError
+
+_MODULE = "infini_ds.cluster.preflight_host"
+_CONNECT_SECONDS = 10
+
+
+class Way(NamedTuple):
+    """A command that ends when its input does, and what to do if the host cannot be reached."""
+
+    command: list[str]
+    remedy: str = ""
+
+
+def to_here() -> Way:
+    """To this host."""
+    return Way([sys.executable, "-m", _MODULE])
+
+
+def over_ssh(host: str) -> Way:
+    """To a host by its name for ssh, in this directory.
+
+    Raises:
+        UserError: there is no ssh here.
+    """
+    _require("ssh")
+    # Ssh takes the first of options that are given twice.
+    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
+    variables = [f"{name}={value}" for name, value in _exported().items()]
+    program = shlex.join(["env", *variables, *to_here().command])
+    there = f"cd {shlex.quote(str(Path.cwd()))} && exec {program}"
+    remedy = f"`ssh {host} true` must work without a password"
+    return Way(["ssh", *given, *ours, host, there], remedy)
+
+
+def over_srun(host: str) -> Way:
+    """To a node of the job that this process belongs to, beside what runs there.
+
+    Raises:
+        UserError: there is no srun here.
+    """
+    _require("srun")
+    one = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={host}"]
+    remedy = f"see `scontrol show node {host}`, or go without it: sbatch --exclude={host}"
+    return Way(["srun", "--overlap", "--quiet", *one, *to_here().command], remedy)
+
+
+def _require(program: str) -> None:
+    if not shutil.which(program):
+        raise UserError(f"{program}: no such program here, and the hosts are reached by it")
+
+
+def _exported() -> dict[str, str]:
+    """The variables that DeepSpeed's launcher gives to the processes of each host."""
+    exported = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "NCCL"))}
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for file in (Path.home() / name, Path(name)):
+        if file.is_file():
+            pairs = (line.partition("=") for line in file.read_text().splitlines())
+            exported |= {key: value for key, equals, value in pairs if equals}
+    return exported
