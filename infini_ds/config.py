@@ -113,6 +113,8 @@ class ModelConfig(Settings):
     """Biases on the query, key and value projections."""
     attention_out_bias: bool = False
     """Bias on the attention's output projection."""
+    qk_norm: bool = False
+    """RMS norm of each head's queries and keys, before rotary and for the memory too (Qwen3)."""
     mlp_bias: bool = False
     """Biases in the feed-forward."""
     head_bias: bool = False
@@ -149,13 +151,17 @@ class ModelConfig(Settings):
         return self
 
 
+TOKENIZER_FILES = {"bytes": "", "sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
+"""Names of a tokenizer's file in stores and exports, by its kind."""
+
+
 class TokenizerConfig(Settings):
     """What turns text into token ids."""
 
-    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
-    """`sentencepiece` with byte fallback, or plain `bytes` (256 ids and BOS, EOS)."""
+    kind: Literal["sentencepiece", "tokenizers", "bytes"] = "sentencepiece"
+    """A `sentencepiece` model, a tokenizer.json of `tokenizers`, or `bytes` (256, BOS, EOS)."""
     model: str = ""
-    """An existing sentencepiece model; empty: train one on the corpus while preparing."""
+    """File of the tokenizer; empty: train a sentencepiece model on the corpus while preparing."""
     vocab_size: int = 4096
     """Size of the vocabulary to train (sentencepiece without `model`)."""
     training_bytes: int = 20_000_000
@@ -165,6 +171,8 @@ class TokenizerConfig(Settings):
     def _check(self) -> "TokenizerConfig":
         if self.kind == "bytes" and self.model:
             raise ValueError("model must be empty when kind is bytes")
+        if self.kind == "tokenizers" and not self.model:
+            raise ValueError("model must name a tokenizer.json when kind is tokenizers")
         if self.vocab_size < 320:
             raise ValueError(f"vocab_size ({self.vocab_size}) must be at least 320 (256 are bytes)")
         _require_at_least(self, "training_bytes", 1)
@@ -614,8 +622,8 @@ def _take_from_export(tree: dict[str, Any], export: Path) -> None:
     tree["model"] = _filled(tree.get("model") or {}, model)
     data = tree.get("data")
     if isinstance(data, dict) and "tokenizer" not in data and "tokenizer" in known:
-        sentencepiece = known["tokenizer"] == "sentencepiece"
-        model_file = str(export / "tokenizer.model") if sentencepiece else ""
+        file = TOKENIZER_FILES.get(str(known["tokenizer"]))
+        model_file = str(export / file) if file else ""
         data["tokenizer"] = {"kind": known["tokenizer"], "model": model_file}
 
 

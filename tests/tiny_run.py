@@ -27,8 +27,14 @@ def tiny_config(folder: Path, **model) -> RunConfig:
     return configuration.parse(tree, "here")
 
 
-def write_checkpoint(config: RunConfig, step: int = 9, seed: int = 0) -> InfiniTransformer:
-    """Writes the initial model of a seed as the checkpoint of a step; the model."""
+def write_checkpoint(
+    config: RunConfig, step: int = 9, seed: int = 0, store: str = "none"
+) -> InfiniTransformer:
+    """Writes the initial model of a seed as the checkpoint of a step; the model.
+
+    Args:
+        store: fingerprint of the one that it was trained on.
+    """
     model = InfiniTransformer(config.model, seed).eval()
     directory = Path(config.output_dir) / "checkpoints" / f"step_{step:08d}"
     (directory / "memory").mkdir(parents=True)
@@ -40,7 +46,7 @@ def write_checkpoint(config: RunConfig, step: int = 9, seed: int = 0) -> InfiniT
     (directory / "config.yaml").write_text(configuration.dump(config))
     state = {
         "step": step, "tokens": 100 * step, "skipped_steps": 0,
-        "layout": {"pipeline": 2, "data": 1}, "store": "none",
+        "layout": {"pipeline": 2, "data": 1}, "store": store,
     }  # fmt: skip
     (directory / "state.json").write_text(json.dumps(state))
     files = {

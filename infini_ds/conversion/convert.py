@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from infini_ds.config import ModelConfig
-from infini_ds.conversion import llama, seed
-from infini_ds.conversion.destination import destination
+from infini_ds.config import TOKENIZER_FILES, ModelConfig
+from infini_ds.conversion import hub, llama, seed
+from infini_ds.conversion.destination import check_destination, destination
 from infini_ds.conversion.export import (
     CONFIG,
     METADATA_KEY,
@@ -36,7 +36,6 @@ from infini_ds.conversion.weights import (
     Weights,
 )
 from infini_ds.conversion.writer import Plan
-from infini_ds.data import store
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 
@@ -72,7 +71,7 @@ def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None
     if task.target.suffix != ".safetensors":
         _write_export(task, model, weights, dtype, False, console)
         return
-    # The file of a tokenizer's model has no place in a single file.
+    # The files of a tokenizer have no place in a single file.
     kind = "bytes" if model.settings.data.tokenizer.kind == "bytes" else None
     plan = Plan(_kept(model, dtype), weights)
     with (
@@ -119,6 +118,8 @@ def from_safetensors(task: Task) -> None:
 def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: str) -> None:
     """A plain model of the Llama family as an export directory, to be pretrained further.
 
+    The source may be a name on the Hugging Face hub.
+
     Args:
         segment_length: how far local attention sees.
         gate_init: beta of all gates; the memory's share of a head's output is sigmoid(beta).
@@ -129,8 +130,12 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
             cannot be written.
     """
     console = Console()
+    check_destination(task.target, task.source, task.force)
+    source, on_hub = task.source, hub.is_name(task.source)
+    if on_hub:  # what cannot be converted is told before gigabytes are downloaded
+        source = hub.download(str(task.source), weights=False)
+    tree = llama.read_config(source / "config.json")
     path = task.source / "config.json"
-    tree = llama.read_config(path)
     config = llama.from_config(tree, path, segment_length, gate_init, memory_rule)
     longest = tree.get("max_position_embeddings")
     if longest and segment_length > longest:
@@ -139,7 +144,9 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
             f"--segment-length ({segment_length}) is above max_position_embeddings ({longest}): "
             "the model has not seen such positions",
         )
-    weights = SafetensorsWeights(task.source)
+    if on_hub:
+        source = hub.download(str(task.source), weights=True)
+    weights = SafetensorsWeights(source)
     ignored = [llama.ROTARY] + ([llama.HEAD] if config.tie_embeddings else [])
     _drop(weights, ignored)
     pairs = llama.table(config)
@@ -155,10 +162,9 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
-        copy_tokenizer(task.source, partial)
-        kind = _readable_tokenizer(partial, config, console)
+        kind = _take_tokenizer(source, partial, config, console)
         (partial / CONFIG).write_text(config_text(config, kind))
-        shutil.copyfile(path, partial / SOURCE_CONFIG)
+        shutil.copyfile(source / "config.json", partial / SOURCE_CONFIG)
     _report(plan, task, console)
     console.print(
         f"  train it further with `init_from: {task.target}` in a run's config",
@@ -184,7 +190,7 @@ def to_llama(task: Task, step: int | None = None) -> None:
         partial.mkdir()
         _write_directory(plan, partial, console)
         (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
-        copy_tokenizer(task.source, partial)
+        _write_tokenizer(model, task.source, partial, console)
     _report(plan, task, console)
     shares = torch.cat([model.weights.read(name) for name in llama.gates(config)]).float().sigmoid()
     lost = " and the write gates" if config.memory.write_gate else ""
@@ -308,35 +314,46 @@ def _write_tokenizer(
     model: Model, source: Path, directory: Path, console: Console
 ) -> Tokenizer | None:
     """Puts the files of a model's tokenizer into an export; the tokenizer, if it is one of ours."""
-    data = model.settings.data
     if model.checkpoint is None:
+        tokenizer = export_tokenizer(model.settings)
         if source.is_dir():
             copy_tokenizer(source, directory)
-        elif data.tokenizer.model:
-            shutil.copyfile(data.tokenizer.model, directory / store.MODEL)
-        return export_tokenizer(model.settings)
+        elif tokenizer:
+            tokenizer.save(directory)
+        return tokenizer
     try:
         tokenizer = tokenizer_of(model.checkpoint, model.settings)
     except UserError as error:
         _warn(console, f"the tokenizer is left out: {error}")
         return None
-    if data.tokenizer.kind == "sentencepiece":
-        shutil.copyfile(Path(data.store) / store.MODEL, directory / store.MODEL)
+    tokenizer.save(directory)
     return tokenizer
 
 
-def _readable_tokenizer(directory: Path, config: ModelConfig, console: Console) -> str | None:
-    """Whether the tokenizer that came with a plain model is one of ours: its kind."""
-    try:
-        tokenizer = load_tokenizer("sentencepiece", directory / store.MODEL)
-    except UserError:
-        _warn(
-            console,
-            f"it has no sentencepiece model ({store.MODEL}) with BOS and EOS, which is the only "
-            "tokenizer of a plain model that data.tokenizer can be",
-        )
-        return None
-    return "sentencepiece" if tokenizer.vocab_size <= config.vocab_size else None
+def _take_tokenizer(
+    source: Path, directory: Path, config: ModelConfig, console: Console
+) -> str | None:
+    """Puts the tokenizer of a plain model into an export; its kind, if it can be read.
+
+    A tokenizer.json comes first: it is what transformers uses.
+    """
+    copy_tokenizer(source, directory)
+    reason = "it has neither tokenizer.json nor tokenizer.model"
+    for kind in ("tokenizers", "sentencepiece"):
+        file = source / TOKENIZER_FILES[kind]
+        if not file.is_file():
+            continue
+        try:
+            tokenizer = load_tokenizer(kind, file)
+        except UserError as error:
+            reason = str(error)
+            continue
+        if tokenizer.vocab_size <= config.vocab_size:
+            tokenizer.save(directory)  # with BOS and EOS, which may be in config.json alone
+            return kind
+        reason = f"{file} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+    _warn(console, f"the export has no tokenizer that a run can use: {reason}")
+    return None
 
 
 def _require_file(task: Task) -> None:

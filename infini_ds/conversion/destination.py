@@ -8,6 +8,14 @@ from pathlib import Path
 from infini_ds.errors import UserError
 
 
+def check_destination(path: Path, source: Path, force: bool) -> None:
+    """Whether a destination may be made; arguments and errors are those of `destination`."""
+    if path.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{path}: must not be the source itself or hold it")
+    if path.exists():
+        _check_replaceable(path, force)
+
+
 @contextlib.contextmanager
 def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
     """Where to write: PATH.partial, which becomes `path` if nothing goes wrong.
@@ -20,10 +28,7 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
     Raises:
         UserError: the destination exists, or cannot be written.
     """
-    if path.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{path}: must not be the source itself or hold it")
-    if path.exists():
-        _check_replaceable(path, force)
+    check_destination(path, source, force)
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

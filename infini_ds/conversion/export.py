@@ -5,9 +5,8 @@
                                 model.safetensors.index.json, as Hugging Face names them
         config.yaml             the ModelConfig, under `model`; the kind of its tokenizer, under
                                 `tokenizer`, if it is one of data.tokenizer's
-        tokenizer.model         if that is sentencepiece
         source_config.json      if it began as a plain model: its config.json
-        tokenizer.json ...      its tokenizer's files, unchanged
+        tokenizer.model ...     its tokenizer's files
 
 A single file is an export too: its metadata has the text of config.yaml under `config`.
 """
@@ -21,10 +20,9 @@ import yaml
 from torch import Tensor
 
 from infini_ds import config as configuration
-from infini_ds.config import ModelConfig, RunConfig
+from infini_ds.config import TOKENIZER_FILES, ModelConfig, RunConfig
 from infini_ds.conversion.run import Loaded, find_checkpoint, load_run
 from infini_ds.conversion.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
-from infini_ds.data import store
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
@@ -76,8 +74,9 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
     tokenizer = export_tokenizer(settings)
     if tokenizer is None:
         raise UserError(
-            f"{path}: has no tokenizer that can be read; put its sentencepiece model there as "
-            f"{store.MODEL}, and `tokenizer: sentencepiece` into {CONFIG}"
+            f"{path}: has no tokenizer that can be read; put its tokenizer.json there and "
+            f"`tokenizer: tokenizers` into {CONFIG}, or a sentencepiece model as tokenizer.model "
+            "and `tokenizer: sentencepiece`"
         )
     model, _ = load_export(path)
     return Loaded(model, settings, tokenizer, path, 0, path if path.is_dir() else path.parent, [])
@@ -177,7 +176,7 @@ def export_tokenizer(settings: RunConfig) -> Tokenizer | None:
         UserError: its file is missing or unusable.
     """
     tokenizer = settings.data.tokenizer
-    if tokenizer.kind == "sentencepiece" and not tokenizer.model:
+    if tokenizer.kind != "bytes" and not tokenizer.model:
         return None
     return load_tokenizer(tokenizer.kind, tokenizer.model)
 
@@ -213,8 +212,8 @@ def _parse(text: str, origin: str, directory: Path) -> RunConfig:
         model, tokenizer = tree["model"], {}
         if "tokenizer" in tree:
             tokenizer["kind"] = tree["tokenizer"]
-            if tree["tokenizer"] == "sentencepiece":
-                tokenizer["model"] = str(directory / store.MODEL)
+            if file := TOKENIZER_FILES.get(str(tree["tokenizer"])):
+                tokenizer["model"] = str(directory / file)
     except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"config {origin}: must be YAML with the key `model`") from None
     settings = configuration.parse(

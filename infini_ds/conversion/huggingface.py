@@ -11,6 +11,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.conversion.export import SOURCE_CONFIG, Model
 from infini_ds.conversion.model_card import model_card
 from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer_json import TokenizerJson
 
 CODE = Path(__file__).with_name("hf")
 _TOKENIZER_CODE = "tokenization_infini.py"
@@ -27,7 +28,8 @@ def write_huggingface(
     Args:
         directory: of the export, with its weights and its tokenizer's files.
         name: of the model, for its card.
-        tokenizer: None if it is none of ours; then its files, if any, are taken as they are.
+        tokenizer: None if it is none of ours; then its files, if any, are taken as they are, and
+            so are those that transformers reads without our code.
         dtype: of the weights.
     """
     special = _special_tokens(directory, tokenizer)
@@ -37,13 +39,13 @@ def write_huggingface(
         pad = pad[0]
     _write(directory / "generation_config.json", {**special, "pad_token_id": pad})
     code = _MODEL_CODE
-    if _has_foreign_tokenizer(directory):
-        tokenizer = None
-    if tokenizer is not None:
+    if tokenizer is not None and not _has_foreign_tokenizer(directory):
         code = (*code, _TOKENIZER_CODE)
         auto = [f"{Path(_TOKENIZER_CODE).stem}.{_TOKENIZER_CLASS}", None]
         tree = {"tokenizer_class": _TOKENIZER_CLASS, "auto_map": {"AutoTokenizer": auto}}
         _write(directory / _TOKENIZER_CONFIG, tree)
+    elif isinstance(tokenizer, TokenizerJson):
+        _take_as_it_is(tokenizer, directory)
     for file in code:
         shutil.copyfile(CODE / file, directory / file)
     (directory / "README.md").write_text(model_card(name, model, tokenizer, dtype))
@@ -76,6 +78,7 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "attention_bias": config.attention_bias,
         "attention_out_bias": config.attention_out_bias,
+        "qk_norm": config.qk_norm,
         "mlp_bias": config.mlp_bias,
         "head_bias": config.head_bias,
         "tie_word_embeddings": config.tie_embeddings,
@@ -87,6 +90,15 @@ def _has_foreign_tokenizer(directory: Path) -> bool:
     config = directory / _TOKENIZER_CONFIG
     ours = config.is_file() and _TOKENIZER_CLASS in config.read_text(encoding="utf-8")
     return not ours and any(directory.glob("tokenizer*.json"))
+
+
+def _take_as_it_is(tokenizer: TokenizerJson, directory: Path) -> None:
+    """Makes transformers use the tokenizer.json, which some classes of its tokenizers do not."""
+    tokenizer.save(directory)
+    path = directory / _TOKENIZER_CONFIG
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree.pop("auto_map", None)
+    _write(path, tree | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _special_tokens(directory: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:

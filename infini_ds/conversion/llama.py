@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face's LlamaForCausalLM, MistralForCausalLM and Qwen2ForCausalLM.
+"""Checkpoints of Hugging Face's Llama, Mistral, Qwen2 and Qwen3 (`...ForCausalLM`).
 
-The three differ in their biases and defaults alone. Their rotary pairs the two halves of a head,
-as ours does; only projections that we keep fused are apart.
+They differ in their biases and defaults, and Qwen3 in its norms of queries and keys. Their rotary
+pairs the two halves of a head, as ours does; only projections that we keep fused are apart.
 """
 
 import json
@@ -19,7 +19,16 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
+_OF_ALL_GEMMAS = "norms that scale by 1 + weight, embeddings scaled by sqrt(hidden_size), GELU-tanh"
+_OF_LATER_GEMMAS = f"{_OF_ALL_GEMMAS}, norms after attention and feed-forward, layers that slide"
+_LACKED = {
+    "gemma": _OF_ALL_GEMMAS,
+    "gemma2": f"{_OF_LATER_GEMMAS}, soft caps on attention scores and logits",
+    "gemma3": f"{_OF_LATER_GEMMAS} and have a rotary base of their own",
+}
+_LACKED["gemma3_text"] = _LACKED["gemma3"]
 # What old checkpoints hold beside their parameters.
 ROTARY = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 HEAD = "lm_head.weight"
@@ -31,10 +40,10 @@ def table(config: ModelConfig) -> list[Pair]:
     pairs = [same("layers.0.weight", "model.embed_tokens.weight")]
     for index in range(config.num_layers):
         mine, theirs = f"layers.{index + 1}", f"model.layers.{index}"
-        pairs += [
-            same(f"{mine}.{norm}.weight", f"{theirs}.{norm}.weight")
-            for norm in ("input_layernorm", "post_attention_layernorm")
-        ]
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if config.qk_norm:
+            norms += ["self_attn.q_norm", "self_attn.k_norm"]
+        pairs += [same(f"{mine}.{norm}.weight", f"{theirs}.{norm}.weight") for norm in norms]
         for kind in _kinds(config.attention_bias):
             names = [f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv"]
             pairs.append(fused(f"{mine}.self_attn.qkv_proj.{kind}", names, (q, kv, kv)))
@@ -68,8 +77,8 @@ def read_config(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); name a local directory of a Hugging Face "
-            "checkpoint, downloaded with `hf download NAME --local-dir DIRECTORY`"
+            f"{path}: cannot be read ({error.strerror}); name the directory of a Hugging Face "
+            "checkpoint, or a model on its hub, ORGANISATION/MODEL"
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
@@ -92,9 +101,10 @@ def from_config(
     """
     family = tree.get("model_type")
     if family not in ARCHITECTURES:
+        lacked = _LACKED.get(str(family), "what others have (experts, other norms, ...)")
         raise UserError(
-            f"{path}: model_type ({family}) must be one of {', '.join(ARCHITECTURES)}; what others "
-            "have (norms of queries and keys, experts, ...) has no counterpart here"
+            f"{path}: model_type ({family}) must be one of {', '.join(ARCHITECTURES)}; our layers "
+            f"lack {lacked}"
         )
     architecture = ARCHITECTURES[family]
     if tree.get("architectures") not in (None, [architecture]):
@@ -114,9 +124,9 @@ def from_config(
         if name not in tree:
             raise UserError(f"{path}: {name} is missing")
     heads = tree["num_attention_heads"]
-    if family == "llama":
+    if family in ("llama", "qwen3"):
         bias = tree.get("attention_bias", False)
-        biases = (bias, bias, tree.get("mlp_bias", False))
+        biases = (bias, bias, family == "llama" and tree.get("mlp_bias", False))
     else:
         biases = (family == "qwen2", False, False)
     theta, scaling = _rope(tree, path)
@@ -124,7 +134,7 @@ def from_config(
         return ModelConfig(
             **{ours: tree[name] for ours, name in _REQUIRED.items()},
             num_kv_heads=tree.get("num_key_value_heads") or heads,
-            head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
+            head_dim=tree.get("head_dim") or _head_dim(tree),
             segment_length=segment_length,
             memory_rule=memory_rule,  # type: ignore[arg-type]
             hidden_act=tree.get("hidden_act", "silu"),
@@ -134,6 +144,7 @@ def from_config(
             attention_bias=biases[0],
             attention_out_bias=biases[1],
             mlp_bias=biases[2],
+            qk_norm=family == "qwen3",
             gate_init=gate_init,
             initializer_range=tree.get("initializer_range", 0.02),
         )
@@ -154,7 +165,7 @@ def to_config(
             know, such as special tokens and the longest context, is taken from it.
 
     Raises:
-        UserError: what is left is no model of the three families; names the setting.
+        UserError: what is left is no model of these families; names the setting.
     """
     if config.memory.short_conv:
         raise UserError(
@@ -163,7 +174,7 @@ def to_config(
         )
     if config.head_bias:
         raise UserError(f"{origin}: model.head_bias must be false; plain models have none")
-    if config.hidden_size % config.num_heads:
+    if config.hidden_size % config.num_heads and not config.qk_norm:
         raise UserError(
             f"{origin}: model.hidden_size ({config.hidden_size}) must be a multiple of num_heads "
             f"({config.num_heads}) for {ARCHITECTURES['llama']}"
@@ -191,10 +202,13 @@ def to_config(
         "initializer_range": config.initializer_range,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    if config.head_dim * config.num_heads != config.hidden_size:  # otherwise all infer it
-        tree["head_dim"] = config.head_dim
+    if family == "qwen3" or config.head_dim * config.num_heads != config.hidden_size:
+        tree["head_dim"] = config.head_dim  # otherwise they infer it
     if family == "llama":
         tree |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    elif family == "qwen3":
+        tree["attention_bias"] = config.attention_bias
+        tree.setdefault("use_sliding_window", False)
     elif family == "mistral":
         tree.setdefault("sliding_window", 4096)
     else:
@@ -217,6 +231,13 @@ _REQUIRED = {
 
 def _kinds(bias: bool) -> tuple[str, ...]:
     return ("weight", "bias") if bias else ("weight",)
+
+
+def _head_dim(tree: dict[str, Any]) -> int:
+    """Where config.json does not say it."""
+    if tree["model_type"] == "qwen3":
+        return 128
+    return tree["hidden_size"] // tree["num_attention_heads"]
 
 
 def _sliding_window(tree: dict[str, Any]) -> int | None:
@@ -247,15 +268,19 @@ def _rope(tree: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
 
 
 def _family(config: ModelConfig, origin: str) -> str:
-    """Which family has these biases."""
+    """Which family has these biases and norms."""
     biases = (config.attention_bias, config.attention_out_bias)
-    if biases[0] == biases[1]:
+    if config.qk_norm:
+        if biases[0] == biases[1] and not config.mlp_bias:
+            return "qwen3"
+    elif biases[0] == biases[1]:
         return "llama"
-    if biases == (True, False) and not config.mlp_bias:
+    elif biases == (True, False) and not config.mlp_bias:
         return "qwen2"
     raise UserError(
-        f"{origin}: model.attention_bias ({biases[0]}), attention_out_bias ({biases[1]}) and "
-        f"mlp_bias ({config.mlp_bias}) are together in none of {', '.join(ARCHITECTURES.values())}"
+        f"{origin}: model.attention_bias ({biases[0]}), attention_out_bias ({biases[1]}), mlp_bias "
+        f"({config.mlp_bias}) and qk_norm ({config.qk_norm}) are together in none of "
+        f"{', '.join(ARCHITECTURES.values())}"
     )
 
 

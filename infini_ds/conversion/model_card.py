@@ -9,6 +9,7 @@ import torch
 from infini_ds.conversion.export import Model
 from infini_ds.data import store
 from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
 
 _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
@@ -19,7 +20,7 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
 
     Args:
         name: of the model.
-        tokenizer: the one that comes as code; None if there is none, or files of another kind.
+        tokenizer: None if there is none, or files that are none of ours.
         dtype: of the weights.
     """
     config = model.config
@@ -46,6 +47,11 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
 def _use(name: str, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
         note = "The tokenizer is that of the model it began as, if its files are here."
+    elif isinstance(tokenizer, TokenizerJson):
+        note = (
+            "The tokenizer is that of the model it began as. In training every text began with "
+            f"BOS (id {tokenizer.bos_id}): put it first if the tokenizer does not."
+        )
     elif isinstance(tokenizer, ByteTokenizer):
         note = "Tokens are the bytes of UTF-8, and BOS and EOS; the tokenizer is code beside them."
     else:

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from infini_ds.config import DataConfig
+from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.passkey import PasskeyCorpus
@@ -31,7 +31,6 @@ from infini_ds.data.store import (
     COUNTS,
     FORMAT,
     MANIFEST,
-    MODEL,
     SPLITS,
     WEIGHT_DTYPE,
     Store,
@@ -81,15 +80,16 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
     began = time.monotonic()
     settings = content_settings(config)
     corpus = _corpus_of(config)
-    model = path / MODEL if config.tokenizer.kind == "sentencepiece" else None
-    if model and config.tokenizer.model:
-        shutil.copyfile(config.tokenizer.model, model)
-    elif model:
+    kind = config.tokenizer.kind
+    model = path / TOKENIZER_FILES[kind]
+    if config.tokenizer.model:
+        load_tokenizer(kind, config.tokenizer.model).save(path)
+    elif kind == "sentencepiece":
         console.print(
             f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces", highlight=False
         )
         train_tokenizer(corpus, config, model)
-    tokenizer = load_tokenizer(config.tokenizer.kind, model or "")
+    tokenizer = load_tokenizer(kind, model)
 
     dtype = token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
@@ -97,7 +97,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
             stack.enter_context(_SplitWriter(path, name, dtype, config.weighted)) for name in SPLITS
         )
         progress = stack.enter_context(CorpusProgress(console, "tokenising", corpus.total_bytes))
-        for batch in encoded_batches(corpus, config.tokenizer.kind, model or "", workers):
+        for batch in encoded_batches(corpus, kind, model, workers):
             for document in batch:
                 if document.draw < config.held_out_fraction:
                     held_out.add(document)
@@ -118,7 +118,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
     manifest = {
         "format": FORMAT,
         "tokenizer": {
-            "kind": config.tokenizer.kind,
+            "kind": kind,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
         },
@@ -202,7 +202,7 @@ def _check_replaceable(path: Path) -> None:
     """Refuses to replace what is not a token store: the name may be a mistake."""
     if not path.exists():
         return
-    known = {MANIFEST, MODEL, COUNTS}
+    known = {MANIFEST, COUNTS, *filter(None, TOKENIZER_FILES.values()), "tokenizer_config.json"}
     known.update(
         f"{name}{end}" for name in SPLITS for end in (".tokens", ".weights", ".offsets.npy")
     )

@@ -1,4 +1,4 @@
-"""Text to token ids and back, without loss: plain bytes, or sentencepiece with byte fallback."""
+"""Text to token ids and back: plain bytes, sentencepiece with byte fallback, or tokenizer.json."""
 
 import hashlib
 import io
@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from infini_ds.config import TOKENIZER_FILES
 from infini_ds.errors import UserError
 
 # Sentencepiece writes a space as this character, so that in a text it would come back as a space.
-_SPACE_MARK = "\u2581"
-# A text is encoded in pieces of at most this many characters, so that a book needs no more working
+SPACE_MARK = "\u2581"
+# A text is encoded in pieces of about this many characters, so that a book needs no more working
 # memory than a page.
-_PIECE_CHARACTERS = 1 << 18
+PIECE_CHARACTERS = 1 << 18
 
 
 class Tokenizer:
@@ -41,10 +42,16 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, without BOS and EOS: uint32 [tokens]."""
         pieces = [
-            np.array(self._encode_piece(text[i : i + _PIECE_CHARACTERS]), dtype=np.uint32)
-            for i in range(0, len(text), _PIECE_CHARACTERS)
+            np.array(self._encode_piece(piece), dtype=np.uint32) for piece in self._pieces(text)
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
+
+    def save(self, directory: Path) -> None:
+        """Writes the files of which `load_tokenizer` makes it again, if it needs any."""
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        for i in range(0, len(text), PIECE_CHARACTERS):
+            yield text[i : i + PIECE_CHARACTERS]
 
     def _encode_piece(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -82,8 +89,8 @@ class SentencePieceTokenizer(Tokenizer):
         for token, i in (("BOS", processor.bos_id()), ("EOS", processor.eos_id())):
             if i < 0:
                 raise UserError(f"data.tokenizer.model {name}: must have a {token} id, has none")
-        self._processor = processor
-        self._mark = [processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._processor, self._content = processor, model
+        self._mark = [processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._has_bytes = all(processor.IsByte(i) for i in self._mark)
         super().__init__(
             [self._bytes_of(i) for i in range(processor.GetPieceSize())],
@@ -92,18 +99,22 @@ class SentencePieceTokenizer(Tokenizer):
             hashlib.sha256(model).hexdigest(),
         )
 
+    def save(self, directory: Path) -> None:
+        """See Tokenizer."""
+        (directory / TOKENIZER_FILES["sentencepiece"]).write_bytes(self._content)
+
     def _bytes_of(self, i: int) -> bytes:
         if self._processor.IsControl(i) or self._processor.IsUnknown(i):
             return b""
         piece = self._processor.IdToPiece(i)
         if self._processor.IsByte(i):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE_MARK, " ").encode()
+        return piece.replace(SPACE_MARK, " ").encode()
 
     def _encode_piece(self, text: str) -> list[int]:
-        if not self._has_bytes or _SPACE_MARK not in text:
+        if not self._has_bytes or SPACE_MARK not in text:
             return self._processor.EncodeAsIds(text)
-        first, *rest = text.split(_SPACE_MARK)
+        first, *rest = text.split(SPACE_MARK)
         ids = self._processor.EncodeAsIds(first)
         for part in rest:
             ids += self._mark
@@ -112,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:
-    """The tokenizer of a kind (`bytes` or `sentencepiece`), the latter from its model file.
+    """The tokenizer of a kind of data.tokenizer, from its model file unless it is `bytes`.
 
     Raises:
         UserError: the model is missing or unusable.
@@ -120,12 +131,15 @@ def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:
     if kind == "bytes":
         return ByteTokenizer()
     try:
-        content = Path(model).read_bytes()
+        if kind == "tokenizers":
+            from infini_ds.data.tokenizer_json import TokenizerJson
+
+            return TokenizerJson(Path(model))
+        return SentencePieceTokenizer(Path(model).read_bytes(), str(model))
     except OSError as error:
         raise UserError(
             f"data.tokenizer.model {model}: cannot be read ({error.strerror})"
         ) from None
-    return SentencePieceTokenizer(content, str(model))
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, destination: str | Path) -> None:

@@ -10,6 +10,7 @@ _INSIDE = {
     ".self_attn.beta": "gates",
     ".self_attn.write_gate.": "write gates",
     ".self_attn.short_conv.": "short convolutions",
+    "_norm.": "norms",
     ".self_attn.": "attention",
     ".mlp.": "feed-forward",
     "layernorm.": "norms",

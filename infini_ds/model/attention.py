@@ -30,6 +30,10 @@ class InfiniAttention(nn.Module):
         self.o_proj = nn.Linear(
             config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.beta = nn.Parameter(torch.full((config.num_heads,), config.gate_init))
         channels = heads * config.head_dim
         self.short_conv = ShortConv(channels) if config.memory.short_conv else None
@@ -126,9 +130,13 @@ class InfiniAttention(nn.Module):
         return self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """Queries [..., heads, d], keys and values [..., kv_heads, d]."""
+        """Queries [..., heads, d], keys and values [..., kv_heads, d].
+
+        With qk_norm queries and keys are normalised, for the memory as for local attention.
+        """
         heads, kv_heads = self.config.num_heads, self.config.kv_heads
-        return qkv.split((heads, kv_heads, kv_heads), dim=-2)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)
+        return self.q_norm(q), self.k_norm(k), v
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].device != device:

@@ -29,6 +29,8 @@ MODELS = {
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 12}),
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from infini_ds import cli
 from infini_ds.conversion.export import load_export
+from infini_ds.conversion.llama import from_config
 from tests.conversion.conftest import MODELS
 
 N = 32
@@ -108,7 +109,11 @@ def test_what_is_lost_is_said(make_plain, tmp_path, capsys):
 
 
 CONFIG_MISTAKES = {
-    "family": ({"model_type": "qwen3"}, "model_type (qwen3) must be one of llama, mistral, qwen2"),
+    "family": (
+        {"model_type": "qwen3_moe"},
+        "model_type (qwen3_moe) must be one of llama, mistral, qwen2, qwen3; our layers lack what "
+        "others have (experts, other norms, ...)",
+    ),
     "task": (
         {"architectures": ["LlamaForSequenceClassification"]},
         "architectures (['LlamaForSequenceClassification']) must be [LlamaForCausalLM]",
@@ -146,6 +151,35 @@ def test_what_ours_lacks_is_named(name, make_plain, tmp_path, capsys):
     assert not list(tmp_path.glob("export*"))
 
 
+OF_GEMMA = "norms that scale by 1 + weight, embeddings scaled by sqrt(hidden_size), GELU-tanh"
+OF_LATER = f"{OF_GEMMA}, norms after attention and feed-forward, layers that slide"
+LACKED = {
+    "Gemma": OF_GEMMA,
+    "Gemma2": f"{OF_LATER}, soft caps on attention scores and logits",
+    "Gemma3Text": f"{OF_LATER} and have a rotary base of their own",
+}
+
+
+@pytest.mark.parametrize("family", LACKED)
+def test_gemma_is_refused_with_what_our_layers_lack(family, tmp_path, capsys):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")()
+    config.save_pretrained(tmp_path)
+    assert cli.main(["convert", "from-llama", str(tmp_path), str(tmp_path / "export")]) == 2
+    assert capsys.readouterr().err == (
+        f"infini-ds: {tmp_path}/config.json: model_type ({config.model_type}) must be one of "
+        f"llama, mistral, qwen2, qwen3; our layers lack {LACKED[family]}\n"
+    )
+
+
+def test_head_dim_of_qwen3_is_128_where_its_config_has_none(make_plain):
+    path = make_plain("qwen3") / "config.json"
+    tree = json.loads(path.read_text())
+    del tree["head_dim"]
+    assert from_config(tree, path, N, -4.0, "linear").head_dim == 128
+
+
 def pickled(source) -> None:
     for file in source.glob("*.safetensors*"):
         file.rename(file.with_name("pytorch_model.bin"))
@@ -168,7 +202,7 @@ FILE_MISTAKES = {
     "cut": (cut, "not a whole safetensors file"),
     "lost": (lambda source: max(source.glob("*.safetensors")).unlink(), "is missing, which model"),
     "renamed": (renamed, ", which config.json asks for"),
-    "no_config": (lambda source: (source / "config.json").unlink(), "hf download NAME"),
+    "no_config": (lambda source: (source / "config.json").unlink(), "or a model on its hub"),
 }
 
 

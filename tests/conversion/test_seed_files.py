@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infini_ds import cli
+from infini_ds.config import ModelConfig
 from infini_ds.conversion.export import load_export
-from infini_ds.conversion.seed import to_seed
+from infini_ds.conversion.seed import check_config, to_seed
+from infini_ds.errors import UserError
 
 seed_library = pytest.importorskip("infini_transformer_pytorch")
 
@@ -52,6 +54,15 @@ def test_round_trip_keeps_every_bit(settings, suffix, wrapped, tmp_path, capsys)
     rebuilt = eval("seed_library." + line.split("load it into ")[1])  # as the user would type it
     rebuilt.load_state_dict(back)
     assert rebuilt.layers[0][0].fastweight_mem.use_mem_delta_rule == (rule == "delta")
+
+
+def test_norms_of_queries_and_keys_are_refused():
+    config = ModelConfig(
+        hidden_size=8, num_layers=1, num_heads=1, hidden_act="gelu", mlp_bias=True, head_bias=True,
+        qk_norm=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"here: model.qk_norm \(True\) must be False for the seed"):
+        check_config(config, "here")
 
 
 def test_mistakes_name_the_file_or_setting(saved, tmp_path, capsys):

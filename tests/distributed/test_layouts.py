@@ -150,7 +150,16 @@ WRITING_CASES = {
         (2, "carried", "delta", "none"),
     ]
 }
-FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES
+NORMALISED = {
+    "pipeline2-qk_norm": (
+        2,
+        {
+            "model.qk_norm": True, "parallel.pipeline_stages": 2, "train.chunks": 2,
+            "model.memory_rule": "delta", "train.activation_checkpointing": "block",
+        },
+    ),
+}  # fmt: skip
+FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 SLOW_CASES = sampled(LAYOUTS, 12)
 

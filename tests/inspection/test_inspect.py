@@ -65,14 +65,14 @@ def test_checkpoint_is_described(run, capsys):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_of_the_parts_are_all_there_are(tmp_path, tied):
-    model = tiny_config(tmp_path, memory=WRITING, tie_embeddings=tied).model
+    model = tiny_config(tmp_path, memory=WRITING, tie_embeddings=tied, qk_norm=True).model
     counts = parameter_counts(model)
     total = counts.pop("total")
     assert total == sum(counts.values()) == count_parameters(model)
     assert counts["embedding"] == 258 * 16
     assert counts.get("head") == (None if tied else 258 * 16)
     assert counts["gates"] == 4
-    assert counts["norms"] == 5 * 16
+    assert counts["norms"] == 5 * 16 + 2 * 2 * 8
     assert counts["feed-forward"] > counts["write gates"] > 0
     assert counts["short convolutions"] > 0
 

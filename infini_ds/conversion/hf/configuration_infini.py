@@ -8,7 +8,8 @@ class InfiniConfig(PretrainedConfig):
 
     Beyond Llama: `segment_length`, tokens that attend to each other; `memory_rule`, `linear` or
     `delta`, how a segment is written into the memory; `write_gate`, whether each token decides how
-    much of it is written; `short_conv`, whether queries, keys and values see the tokens before.
+    much of it is written; `short_conv`, whether queries, keys and values see the tokens before;
+    `qk_norm`, whether each head's queries and keys are normalised.
     """
 
     model_type = "infini_transformer"
@@ -32,6 +33,7 @@ class InfiniConfig(PretrainedConfig):
         rms_norm_eps=1e-5,
         attention_bias=False,
         attention_out_bias=False,
+        qk_norm=False,
         mlp_bias=False,
         head_bias=False,
         tie_word_embeddings=False,
@@ -54,6 +56,7 @@ class InfiniConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.attention_bias = attention_bias
         self.attention_out_bias = attention_out_bias
+        self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.head_bias = head_bias
         super().__init__(**kwargs, tie_word_embeddings=tie_word_embeddings)  # type: ignore[call-arg]

@@ -78,6 +78,10 @@ class InfiniAttention(nn.Module):
         self.o_proj = nn.Linear(
             self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias
         )
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.beta = nn.Parameter(torch.zeros(self.heads))
         self.short_conv = self.write_gate = None
         if config.short_conv:
@@ -92,6 +96,7 @@ class InfiniAttention(nn.Module):
         if self.short_conv is not None:
             qkv, state.tail = self.short_conv(qkv, state.tail)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
         w = hidden.new_ones(batch, t, self.kv_heads, dtype=torch.float32)
         if self.write_gate is not None:
             w = F.hardsigmoid(self.write_gate(hidden).float())

@@ -1,0 +1,185 @@
+"""A tokenizer.json of Hugging Face's library `tokenizers`, as pretrained models have it."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from infini_ds.config import TOKENIZER_FILES
+from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Tokenizer
+from infini_ds.errors import UserError
+
+# One text at a time needs no threads, and processes that prepare a store are many already.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPECIAL = "tokenizer_config.json"
+# Characters on each side of a cut that show whether it changes the tokens, and cuts that are tried.
+_AROUND = 500
+_TRIED = 20
+
+
+class TokenizerJson(Tokenizer):
+    """A tokenizer.json, with the BOS and EOS of the files beside it.
+
+    Ids are those of transformers with `add_special_tokens=False, split_special_tokens=True`: what
+    is written like a special token is text. As lossless as the tokenizer is: where it normalises
+    text, `token_bytes` counts what it restores.
+
+    Args:
+        file: the tokenizer.json. Beside it, tokenizer_config.json has `bos_token` and `eos_token`,
+            or a model's config.json has `bos_token_id` and `eos_token_id`.
+
+    Raises:
+        UserError: a file cannot be read, BOS or EOS is missing, or its decoder is one of which it
+            is not known what its tokens stand for.
+    """
+
+    def __init__(self, file: Path):
+        content = file.read_bytes()
+        try:
+            model = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library has no class of its own
+            reason = " ".join(str(error).split())
+            raise UserError(f"data.tokenizer.model {file}: no tokenizer.json ({reason})") from None
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True
+        self._model, self._content = model, content
+        self._settings = _read(file.with_name(SPECIAL))
+        bos, eos = (_special_id(file, model, name) for name in ("bos", "eos"))
+        table = _table(file, json.loads(content), model)
+        digest = hashlib.sha256(content + f" {bos} {eos}".encode())
+        super().__init__(table, bos, eos, digest.hexdigest())
+
+    def save(self, directory: Path) -> None:
+        """See Tokenizer; BOS and EOS are in tokenizer_config.json, all else there as it was."""
+        (directory / TOKENIZER_FILES["tokenizers"]).write_bytes(self._content)
+        tree = self._settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if not tree.get(name):
+                tree = {**tree, name: self._model.id_to_token(i)}
+        text = json.dumps(tree, indent=2, ensure_ascii=False)
+        (directory / SPECIAL).write_text(text + "\n", encoding="utf-8")
+
+    def _encode_piece(self, text: str) -> list[int]:
+        # Without the offsets of tokens, which take most of the time of `encode`.
+        return self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut only at line ends where the tokens of both sides are those of the whole."""
+        begin = 0
+        while begin < len(text):
+            end = self._cut(text, begin + PIECE_CHARACTERS)
+            yield text[begin:end]
+            begin = end
+
+    def _cut(self, text: str, place: int) -> int:
+        """A place at or after `place`, the end of the text if there is no good one."""
+        for _ in range(_TRIED):
+            place = text.find("\n", place) + 1
+            if not place:
+                break
+            left, right = text[place - _AROUND : place], text[place : place + _AROUND]
+            apart = self._encode_piece(left) + self._encode_piece(right)
+            if apart == self._encode_piece(left + right):
+                return place
+        return len(text)
+
+
+def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
+    """The id of `bos` or `eos`."""
+    for beside in (file.with_name(SPECIAL), file.with_name("config.json")):
+        tree = _read(beside)
+        token = tree.get(f"{name}_token")
+        if token:
+            content = token["content"] if isinstance(token, dict) else token
+            i, said = model.token_to_id(content), f"{name}_token ({content})"
+        else:
+            i = tree.get(f"{name}_token_id")
+            i = i[0] if isinstance(i, list) else i
+            said = f"{name}_token_id ({i})"
+            if i is None:
+                continue
+            i = i if model.id_to_token(i) is not None else None
+        if i is None:
+            raise UserError(f"{beside}: {said} must be a token of {file.name}")
+        return i
+    raise UserError(
+        f"data.tokenizer.model {file}: must have a {name.upper()}, has none; put `{name}_token` "
+        f"into a {SPECIAL} beside it"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of settings says, nothing if there is none."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping of settings")
+    return tree
+
+
+def _table(file: Path, tree: dict[str, Any], model: tokenizers.Tokenizer) -> list[bytes]:
+    """The bytes that each id stands for; nothing for special tokens and ids without one."""
+    kinds = _decoders(tree.get("decoder"))
+    if "ByteLevel" in kinds:
+        bytes_of = _bytes_of_byte_level
+    elif kinds & {"Metaspace", "ByteFallback"}:
+        bytes_of = _bytes_of_sentencepiece
+    else:
+        found = ", ".join(sorted(kinds)) or "none"
+        raise UserError(
+            f"data.tokenizer.model {file}: its decoder ({found}) must have ByteLevel, Metaspace or "
+            "ByteFallback; of others it is not known which bytes a token stands for"
+        )
+    vocabulary = model.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values()) + 1)
+    for token, i in vocabulary.items():
+        table[i] = bytes_of(token)
+    for i, added in model.get_added_tokens_decoder().items():
+        table[i] = b"" if added.special else added.content.encode()
+    unknown = tree["model"].get("unk_token")
+    if unknown in vocabulary:
+        table[vocabulary[unknown]] = b""
+    return table
+
+
+def _decoders(tree: dict[str, Any] | None) -> set[str]:
+    """The types of a decoder, those in a sequence too."""
+    if not tree:
+        return set()
+    if tree["type"] == "Sequence":
+        return set().union(*map(_decoders, tree["decoders"]))
+    return {tree["type"]}
+
+
+def _bytes_of_sentencepiece(token: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE_MARK, " ").encode()
+
+
+def _bytes_of_byte_level(token: str) -> bytes:
+    if all(character in _BYTE_OF for character in token):
+        return bytes(_BYTE_OF[character] for character in token)
+    return token.encode()
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes are themselves, the others characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_of()
