@@ -441,6 +441,13 @@ class ParallelConfig(Settings):
         return self.pipeline_stages
 
 
+class KernelsConfig(Settings):
+    """What computes Infini-attention. The results are the same."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Triton kernels (CUDA, bf16, head_dim 64 or 128), PyTorch's operators, or what fits."""
+
+
 class EvaluationConfig(Settings):
     """Evaluation on held-out documents during the run and at its end."""
 
@@ -481,6 +488,8 @@ class RunConfig(Settings):
     """AdamW and its learning rate."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over processes."""
+    kernels: KernelsConfig = KernelsConfig()
+    """What computes Infini-attention."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation on held-out documents."""
 

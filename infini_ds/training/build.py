@@ -15,6 +15,7 @@ from torch.distributed import DistError
 from infini_ds.cluster.network import name_interface
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
+from infini_ds.kernels.backend import use_backend
 from infini_ds.pipeline.engine import InfiniEngine
 from infini_ds.pipeline.module import InfiniPipeline
 from infini_ds.training.deepspeed_config import deepspeed_config
@@ -63,6 +64,7 @@ def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:
     Raises:
         UserError: the processes do not fit the config.
     """
+    use_backend(config.kernels.backend)
     world = comm.get_world_size()
     stages = config.parallel.resolve_stages(world, config.model.num_layers)
     data = config.data_parallel_size(world)

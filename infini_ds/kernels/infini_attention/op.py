@@ -1,5 +1,29 @@
 """Chooses how Infini-attention is computed."""
 
-from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+from torch import Tensor
 
-infini_attention = infini_attention_parallel
+from infini_ds.kernels.backend import uses_triton
+from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+from infini_ds.kernels.infini_attention.state import LayerMemory
+from infini_ds.layout import Layout
+
+
+def infini_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    memory: LayerMemory,
+    layout: Layout,
+    beta: Tensor,
+    rule: str,
+    rotary: tuple[Tensor, Tensor],
+) -> tuple[Tensor, LayerMemory]:
+    """See `infini_attention_reference`: same arguments, same results."""
+    compute = infini_attention_parallel
+    if uses_triton(q):
+        # Triton cannot be imported everywhere.
+        from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
+
+        compute = infini_attention_triton
+    return compute(q, k, v, w, memory, layout, beta, rule, rotary)

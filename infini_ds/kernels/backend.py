@@ -1,0 +1,57 @@
+"""Which kernels compute: Triton's on GPUs where they fit, PyTorch's operators everywhere else."""
+
+import functools
+import importlib.util
+import warnings
+from typing import Literal
+
+from torch import Tensor
+
+from infini_ds.errors import UserError
+
+Backend = Literal["auto", "torch", "triton"]
+
+TRITON_HEAD_DIMS = (64, 128)
+"""Sizes of a head that the Triton kernels are written for."""
+
+_backend: Backend = "auto"
+
+
+def use_backend(backend: Backend) -> None:
+    """Chooses for the whole process, as `kernels.backend` of the config says."""
+    global _backend
+    _backend = backend
+
+
+def uses_triton(q: Tensor) -> bool:
+    """Whether queries [..., d] go through the Triton kernels.
+
+    `auto`: on a CUDA device, in bf16, for head sizes of TRITON_HEAD_DIMS, where Triton is
+    installed; what is missing is said once.
+
+    Raises:
+        UserError: the Triton kernels were asked for and cannot compute this.
+    """
+    if _backend == "torch" or (_backend == "auto" and not (q.is_cuda and q.itemsize == 2)):
+        return False
+    missing = _missing(q.device.type, q.shape[-1])
+    if missing and _backend == "triton":
+        raise UserError(f"kernels.backend: triton {missing}; auto or torch computes it")
+    if missing:
+        _warn(f"kernels.backend: triton {missing}; PyTorch's operators compute instead")
+    return not missing
+
+
+def _missing(device: str, head_dim: int) -> str:
+    if device != "cuda":
+        return f"needs a CUDA device, not {device}"
+    if head_dim not in TRITON_HEAD_DIMS:
+        return f"has kernels for model.head_dim 64 and 128, not {head_dim}"
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed (pip install triton)"
+    return ""
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

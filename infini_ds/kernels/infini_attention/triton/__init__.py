@@ -1,0 +1,1 @@
+"""Infini-attention by Triton kernels."""

@@ -1,0 +1,174 @@
+"""Local attention, the read of the memory and their mix in one pass, eq. (3) and (6)."""
+
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+import triton
+import triton.language as tl
+
+from infini_ds.kernels.infini_attention.triton.tiles import (
+    load_rotary,
+    load_rows,
+    rotate,
+    sigma,
+    tile,
+)
+
+
+@triton.jit
+def rotate_kernel(
+    x,
+    out,
+    cos,
+    sin,
+    x_segment,
+    x_row,
+    x_head,
+    n,
+    heads,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Rotary positions of x [segments, n, heads, D] as [segments, heads, n, D]."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head = tl.program_id(1)
+    segment = tl.program_id(2).to(tl.int64)
+    values = load_rows(x + segment * x_segment + head * x_head, rows, x_row, n, D)
+    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
+    turned = rotate(values.to(tl.float32), own_cos, own_sin, BLOCK_ROWS, D)
+    places = tile(out + (segment * heads + head) * n * D, rows, D, D)
+    tl.store(places, turned.to(values.dtype), mask=rows[:, None] < n)
+
+
+@triton.jit
+def gate_of(beta, head, norm):
+    """The memory's share of a head: 0 where nothing is stored, that is where norm [D] is zero."""
+    gate = tl.sigmoid(tl.load(beta + head).to(tl.float32))
+    return tl.where(tl.sum(norm, axis=0) > 0, gate, 0.0)
+
+
+@triton.jit
+def attend_to_keys(
+    rotated_q,
+    rotated_k,
+    v,
+    v_row,
+    rows,
+    first,
+    last,
+    n,
+    scale,
+    highest,
+    total,
+    mixed,
+    DIAGONAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Softmax attention as it is summed up over keys first to last (Dao 2023, FlashAttention-2).
+
+    On the diagonal a query sees the keys up to its own place; before it, all of them.
+    Returns the highest score, the sum of weights, and the values mixed by them, of each row.
+    """
+    for start in range(first, last, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        if DIAGONAL:
+            keys = load_rows(rotated_k, columns, D, n, D)
+            values = load_rows(v, columns, v_row, n, D)
+        else:
+            keys = tl.load(tile(rotated_k, columns, D, D))
+            values = tl.load(tile(v, columns, v_row, D))
+        scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee") * scale
+        if DIAGONAL:
+            seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] < n)
+            scores = tl.where(seen, scores, float("-inf"))
+        raised = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - raised[:, None])
+        faded = tl.exp2(highest - raised)
+        total = total * faded + tl.sum(weights, axis=1)
+        mixed = tl.dot(
+            weights.to(values.dtype), values, mixed * faded[:, None], input_precision="ieee"
+        )
+        highest = raised
+    return highest, total, mixed
+
+
+@triton.jit
+def attend_kernel(
+    q,
+    rotated_k,
+    v,
+    kv,
+    norm,
+    beta,
+    cos,
+    sin,
+    out,
+    log_sum,
+    q_segment,
+    q_row,
+    q_head,
+    v_segment,
+    v_row,
+    v_head,
+    n,
+    padded_n,
+    heads,
+    kv_heads,
+    scale,
+    EPSILON: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per BLOCK_M queries of one head of one segment, the longest ones first.
+
+    q [segments, n, heads, D]; rotated_k [segments, kv_heads, n, D]; v [segments, n, kv_heads, D];
+    kv, norm: the memories that the segments read; out [segments, n, heads, D]; log_sum
+    [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are. `scale` is
+    log2(e) / sqrt(D): scores are in powers of two.
+    """
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    segment = tl.program_id(2).to(tl.int64)
+    kv_head = head // (heads // kv_heads)
+    at = segment * kv_heads + kv_head
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    own_q = q + segment * q_segment + head * q_head
+    queries = load_rows(own_q, rows, q_row, n, D)
+    own_norm = tl.load(norm + at * D + tl.arange(0, D))
+    gate = gate_of(beta, head, own_norm)
+    sigma_q = sigma(queries.to(tl.float32))
+    share = gate / tl.maximum(tl.sum(sigma_q * own_norm[None, :], axis=1), EPSILON)
+    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
+    rotated_q = rotate(queries.to(tl.float32), own_cos, own_sin, BLOCK_M, D).to(queries.dtype)
+    own_k = rotated_k + at * n * D
+    own_v = v + segment * v_segment + kv_head * v_head
+
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, D), tl.float32)
+    first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, n)
+    highest, total, mixed = attend_to_keys(
+        rotated_q, own_k, own_v, v_row, rows, 0, first, n, scale, highest, total, mixed,
+        False, D, BLOCK_N,
+    )  # fmt: skip
+    highest, total, mixed = attend_to_keys(
+        rotated_q, own_k, own_v, v_row, rows, first, last, n, scale, highest, total, mixed,
+        True, D, BLOCK_N,
+    )  # fmt: skip
+
+    # The read, by parts of the features, so that few registers are taken beside `mixed`.
+    mixed = mixed * ((1 - gate) / total)[:, None]
+    for start in range(0, D, BLOCK_D):
+        features = start + tl.arange(0, BLOCK_D)
+        own_queries = tl.load(
+            own_q + rows[:, None] * q_row + features[None, :], mask=inside[:, None], other=0.0
+        )
+        reading = (sigma(own_queries.to(tl.float32)) * share[:, None]).to(queries.dtype)
+        stored = tl.load(tile(kv + at * D * D, features, D, D)).to(queries.dtype)
+        mixed = tl.dot(reading, stored, mixed, input_precision="ieee")
+    places = tile(out + (segment * n * heads + head) * D, rows, heads * D, D)
+    tl.store(places, mixed.to(queries.dtype), mask=inside[:, None])
+    own_log_sum = log_sum + (segment * heads + head) * padded_n + rows
+    tl.store(own_log_sum, highest + tl.log2(total), mask=inside)

@@ -1,0 +1,55 @@
+"""Starts kernels, or records what would be started so that it can be compiled without a device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from infini_ds.kernels.infini_attention.triton.tuning import HOPPER
+
+
+class Call(NamedTuple):
+    """One start of a kernel."""
+
+    kernel: Any
+    """A function decorated with triton.jit."""
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    """By parameter name: tensors, numbers, compile-time constants."""
+    options: dict[str, int]
+    """num_warps and num_stages."""
+
+
+class _Recording(NamedTuple):
+    calls: list[Call]
+    generation: int
+
+
+_recording: _Recording | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
+    """Runs a kernel on the grid; arguments go by name."""
+    if _recording is None:
+        kernel[grid](**arguments, **options)
+    else:
+        _recording.calls.append(Call(kernel, grid, arguments, options))
+
+
+def generation(device: torch.device) -> int:
+    """Major compute capability that kernels are started for; the interpreter's is Hopper's."""
+    if _recording is not None:
+        return _recording.generation
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
+
+
+@contextmanager
+def recording(generation: int) -> Iterator[list[Call]]:
+    """Inside it nothing runs: starts are put into the list, and results are left undefined."""
+    global _recording
+    _recording = _Recording([], generation)
+    try:
+        yield _recording.calls
+    finally:
+        _recording = None

@@ -1,0 +1,303 @@
+"""Infini-attention by Triton kernels: one operation, forward and backward.
+
+Neither scores, nor sigma(q), sigma(k), nor A_mem are ever written to device memory, and the
+operation keeps only its inputs, its output with the log-sum-exp of each row, and the memory that
+each segment reads. Rotated keys, and in the backward pass rotated queries, exist while it runs.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
+from infini_ds.kernels.infini_attention.triton.attend import attend_kernel, rotate_kernel
+from infini_ds.kernels.infini_attention.triton.attend_gradient import (
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
+from infini_ds.kernels.infini_attention.triton.delta import (
+    damping_kernel,
+    delta_gradient_kernel,
+    delta_kernel,
+)
+from infini_ds.kernels.infini_attention.triton.launch import generation, launch
+from infini_ds.kernels.infini_attention.triton.memory_gradient import (
+    read_gradient_kernel,
+    write_gradient_kernel,
+)
+from infini_ds.kernels.infini_attention.triton.scan import scan_kernel
+from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
+from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
+from infini_ds.layout import Layout
+
+ROW_PADDING = 128
+"""Figures of each row are kept for a multiple of the largest tile, so that they load unmasked."""
+READ_FEATURES = 32
+"""Features of a query that are read with at a time."""
+SCAN_BLOCK = 1024
+"""Numbers of a state that one program carries from segment to segment."""
+
+
+def infini_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    memory: LayerMemory,
+    layout: Layout,
+    beta: Tensor,
+    rule: str,
+    rotary: tuple[Tensor, Tensor],
+) -> tuple[Tensor, LayerMemory]:
+    """See `infini_attention_reference`: same arguments, same results, for d of TRITON_HEAD_DIMS."""
+    n = k.shape[2]
+    valid = torch.arange(n, device=k.device) < layout.lengths[..., None]  # [batch, segments, n]
+    weight = valid[:, :, None].float()
+    weight = weight.expand(-1, -1, k.shape[3], -1) if w is None else weight * w.float().mT
+    out, kv, norm = _InfiniAttention.apply(  # type: ignore[misc]
+        q, k, v, weight.contiguous(), *memory, beta, layout.starts, rule, *rotary
+    )
+    return out, LayerMemory(kv, norm)
+
+
+class _InfiniAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, weight, kv, norm, beta, starts, rule, cos, sin):
+        window = _Window(q, k, v, weight, beta, starts, rule, cos, sin)
+        states, final = window.write(LayerMemory(kv, norm))
+        out, log_sum = window.attend(states)
+        ctx.save_for_backward(q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states)
+        ctx.rule = rule
+        return out, *final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_kv, d_norm):
+        q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states = ctx.saved_tensors
+        window = _Window(q, k, v, weight, beta, starts, ctx.rule, cos, sin)
+        d_final = LayerMemory(d_kv.contiguous(), d_norm.contiguous())
+        gradients = window.backward(_States(*states), out, log_sum, d_out.contiguous(), d_final)
+        return *gradients, None, None, None, None
+
+
+class _States(NamedTuple):
+    """What segments read; batch and segments are flattened here and below."""
+
+    kv: Tensor
+    """[segments, kv_heads, d, d] fp32."""
+    norm: Tensor
+    """[segments, kv_heads, d] fp32."""
+    damping: Tensor
+    """[segments, kv_heads] fp32: of the delta rule, see `delta_damping`; empty without it."""
+
+
+class _Window:
+    """The kernels' starts on one window's inputs."""
+
+    def __init__(self, q, k, v, weight, beta, starts, rule, cos, sin):
+        self.batch, self.segments, self.n, self.heads, self.d = q.shape
+        self.padded_n = triton.cdiv(self.n, ROW_PADDING) * ROW_PADDING
+        self.kv_heads = k.shape[3]
+        self.rows = self.batch * self.segments
+        self.q, self.k, self.v = (_rows_in_place(x) for x in (q, k, v))
+        self.weight = weight
+        self.beta, self.rule = beta, rule
+        self.starts = starts.contiguous().view(torch.uint8)
+        self.cos, self.sin = cos.contiguous(), sin.contiguous()
+        self.scale = math.log2(math.e) / math.sqrt(self.d)
+
+    def write(self, incoming: LayerMemory) -> tuple[_States, LayerMemory]:
+        """The memory before each segment, and the one after the window."""
+        kv, norm = self._sums(self.k, self.v, self.weight, self.weight)
+        incoming = LayerMemory(*(x.contiguous() for x in incoming))
+        if self.rule == "linear":
+            nothing = norm.new_empty(0)
+            final = LayerMemory(self._scan(kv, incoming.kv), self._scan(norm, incoming.norm))
+            return _States(kv, norm, nothing), final
+        added_norm = norm.clone()
+        final_norm = self._scan(norm, incoming.norm)
+        damping = norm.new_empty(self.rows, self.kv_heads)
+        size = self._tiles("damping")
+        launch(
+            damping_kernel, (self.kv_heads, self.rows), size.options,
+            k=self.k, weight=self.weight, norm=norm, added_norm=added_norm, damping=damping,
+            **_strides("k", self.k), n=self.n, kv_heads=self.kv_heads,
+            EPSILON=EPSILON, D=self.d, BLOCK_ROWS=size.rows,
+        )  # fmt: skip
+        final_kv = torch.empty_like(incoming.kv)
+        size = self._tiles("delta")
+        launch(
+            delta_kernel, (self.d // size.columns, self.batch * self.kv_heads), size.options,
+            k=self.k, v=self.v, weight=self.weight, norm=norm, damping=damping,
+            starts=self.starts, incoming=incoming.kv, kv=kv, final=final_kv,
+            **_strides("k", self.k), **_strides("v", self.v), n=self.n, segments=self.segments,
+            kv_heads=self.kv_heads, EPSILON=EPSILON, D=self.d, BLOCK_ROWS=size.rows,
+            BLOCK_V=size.columns,
+        )  # fmt: skip
+        return _States(kv, norm, damping), LayerMemory(final_kv, final_norm)
+
+    def attend(self, states: _States) -> tuple[Tensor, Tensor]:
+        """The output [batch, segments, n, heads, d], and the log-sum-exp of each row of scores."""
+        out = torch.empty(
+            self.batch, self.segments, self.n, self.heads, self.d,
+            dtype=self.q.dtype, device=self.q.device,
+        )  # fmt: skip
+        # A row that is not there weighs nothing: exp2 of minus infinity.
+        log_sum = torch.full((self.rows, self.heads, self.padded_n), math.inf, device=self.q.device)
+        size = self._tiles("attend")
+        launch(
+            attend_kernel, self._grid(size.rows, self.heads), size.options,
+            q=self.q, rotated_k=self._rotated_k(), v=self.v, kv=states.kv, norm=states.norm,
+            beta=self.beta, cos=self.cos, sin=self.sin, out=out, log_sum=log_sum,
+            **_strides("q", self.q), **_strides("v", self.v), n=self.n,
+            padded_n=self.padded_n, heads=self.heads,
+            kv_heads=self.kv_heads, scale=self.scale, EPSILON=EPSILON, D=self.d,
+            BLOCK_M=size.rows, BLOCK_N=size.columns, BLOCK_D=READ_FEATURES,
+        )  # fmt: skip
+        return out, log_sum
+
+    def backward(
+        self, states: _States, out: Tensor, log_sum: Tensor, d_out: Tensor, d_final: LayerMemory
+    ) -> tuple[Tensor, ...]:
+        """Gradients of q, k, v, weight, the incoming kv and norm, and beta."""
+        rotated_q = self.q.new_empty(self.rows, self.heads, self.n, self.d)
+        along = torch.zeros_like(log_sum)
+        share, d_denominator = (log_sum.new_empty(self.rows, self.heads, self.n) for _ in range(2))
+        size = self._tiles("read_gradient")
+        grid = self._grid(size.rows, self.heads)
+        d_beta = log_sum.new_empty(self.rows, self.heads, grid[0])
+        dq = torch.empty_like(out)
+        launch(
+            read_gradient_kernel, grid, size.options,
+            q=self.q, kv=states.kv, norm=states.norm, beta=self.beta, cos=self.cos, sin=self.sin,
+            out=out, d_out=d_out, rotated_q=rotated_q, dq=dq, along=along, share=share,
+            d_denominator=d_denominator, d_beta=d_beta, **_strides("q", self.q), n=self.n,
+            padded_n=self.padded_n, heads=self.heads, kv_heads=self.kv_heads, EPSILON=EPSILON,
+            D=self.d, BLOCK_ROWS=size.rows,
+        )  # fmt: skip
+        d_read = self._sums(self.q, d_out.flatten(0, 1), share, d_denominator)
+        d_written, d_incoming = self._scan_back(states, *d_read, d_final)
+        dk, dv = (
+            torch.empty(
+                self.batch, self.segments, self.n, self.kv_heads, self.d,
+                dtype=x.dtype, device=x.device,
+            )
+            for x in (self.k, self.v)
+        )  # fmt: skip
+        d_weight = torch.empty_like(self.weight)
+        rotated_k = self.k.new_empty(self.rows, self.kv_heads, self.n, self.d)
+        size = self._tiles("write_gradient")
+        launch(
+            write_gradient_kernel, self._grid(size.rows, self.kv_heads), size.options,
+            k=self.k, v=self.v, weight=self.weight, kv=states.kv, norm=states.norm,
+            damping=states.damping, d_kv=d_written.kv, d_norm=d_written.norm, cos=self.cos,
+            sin=self.sin, rotated_k=rotated_k, dk=dk, dv=dv, d_weight=d_weight,
+            **_strides("k", self.k), **_strides("v", self.v), n=self.n, kv_heads=self.kv_heads,
+            EPSILON=EPSILON, DELTA=self.rule == "delta", D=self.d, BLOCK_ROWS=size.rows,
+            BLOCK_V=size.columns,
+        )  # fmt: skip
+        local: dict[str, Any] = {
+            "rotated_q": rotated_q, "rotated_k": rotated_k, "v": self.v, "norm": states.norm,
+            "beta": self.beta, "cos": self.cos, "sin": self.sin, "d_out": d_out,
+            "log_sum": log_sum, "along": along, **_strides("v", self.v), "n": self.n,
+            "padded_n": self.padded_n, "kv_heads": self.kv_heads, "scale": self.scale,
+            "LN_2": math.log(2), "D": self.d,
+        }  # fmt: skip
+        size = self._tiles("query_gradient")
+        launch(
+            query_gradient_kernel, self._grid(size.rows, self.heads), size.options,
+            dq=dq, heads=self.heads, BLOCK_M=size.rows, BLOCK_N=size.columns, **local,
+        )  # fmt: skip
+        size = self._tiles("key_gradient")
+        launch(
+            key_gradient_kernel, self._grid(size.columns, self.kv_heads), size.options,
+            dk=dk, dv=dv, GROUP=self.heads // self.kv_heads, BLOCK_M=size.rows,
+            BLOCK_N=size.columns, **local,
+        )  # fmt: skip
+        d_beta = d_beta.sum(dim=(0, 2)).to(self.beta.dtype)
+        return dq, dk, dv, d_weight, *d_incoming, d_beta
+
+    def _scan_back(
+        self, states: _States, d_kv: Tensor, d_norm: Tensor, d_final: LayerMemory
+    ) -> tuple[LayerMemory, LayerMemory]:
+        """Gradients of the memory after each segment, from those of the memory before each and
+        of the final one; and of the incoming memory."""
+        if self.rule == "linear":
+            d_incoming_kv = self._scan(d_kv, d_final.kv, reverse=True)
+        else:
+            d_incoming_kv = torch.empty_like(d_final.kv)
+            size = self._tiles("delta_gradient")
+            parts = self.d // size.columns
+            more_d_norm = d_norm.new_empty(parts, *d_norm.shape)
+            launch(
+                delta_gradient_kernel, (parts, self.batch * self.kv_heads), size.options,
+                k=self.k, weight=self.weight, kv=states.kv, norm=states.norm,
+                damping=states.damping, starts=self.starts, d_final=d_final.kv, d_kv=d_kv,
+                d_incoming=d_incoming_kv, d_norm=more_d_norm, **_strides("k", self.k), n=self.n,
+                segments=self.segments, kv_heads=self.kv_heads, EPSILON=EPSILON, D=self.d,
+                BLOCK_ROWS=size.rows, BLOCK_V=size.columns,
+            )  # fmt: skip
+            d_norm = d_norm + more_d_norm.sum(dim=0)
+        d_incoming_norm = self._scan(d_norm, d_final.norm, reverse=True)
+        return LayerMemory(d_kv, d_norm), LayerMemory(d_incoming_kv, d_incoming_norm)
+
+    def _sums(
+        self, x: Tensor, y: Tensor, weight: Tensor, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(weight sigma(x))^T y, and the sum of norm_weight sigma(x), of each key-value head."""
+        kv = torch.empty(self.rows, self.kv_heads, self.d, self.d, device=x.device)
+        norm = torch.empty(self.rows, self.kv_heads, self.d, device=x.device)
+        size = self._tiles("sums")
+        launch(
+            sums_kernel, (self.d // size.columns, self.kv_heads, self.rows), size.options,
+            x=x, y=y, weight=weight, norm_weight=norm_weight, kv=kv, norm=norm,
+            **_strides("x", x), **_strides("y", y), n=self.n, kv_heads=self.kv_heads,
+            GROUP=x.shape[2] // self.kv_heads, D=self.d, BLOCK_ROWS=size.rows,
+            BLOCK_V=size.columns,
+        )  # fmt: skip
+        return kv, norm
+
+    def _scan(self, x: Tensor, incoming: Tensor, reverse: bool = False) -> Tensor:
+        """See `scan_kernel`: x in place, the final state is returned."""
+        final = torch.empty_like(incoming)
+        size = x[0, 0].numel()
+        launch(
+            scan_kernel, (triton.cdiv(size, SCAN_BLOCK), self.batch * self.kv_heads), {},
+            x=x, incoming=incoming, final=final, starts=self.starts, segments=self.segments,
+            kv_heads=self.kv_heads, SIZE=size, BLOCK=SCAN_BLOCK, REVERSE=reverse,
+        )  # fmt: skip
+        return final
+
+    def _rotated_k(self) -> Tensor:
+        """Keys with rotary positions, [segments, kv_heads, n, d]."""
+        out = self.k.new_empty(self.rows, self.kv_heads, self.n, self.d)
+        size = self._tiles("rotate")
+        launch(
+            rotate_kernel, self._grid(size.rows, self.kv_heads), size.options,
+            x=self.k, out=out, cos=self.cos, sin=self.sin, **_strides("x", self.k), n=self.n,
+            heads=self.kv_heads, D=self.d, BLOCK_ROWS=size.rows,
+        )  # fmt: skip
+        return out
+
+    def _grid(self, size: int, heads: int) -> tuple[int, int, int]:
+        return triton.cdiv(self.n, size), heads, self.rows
+
+    def _tiles(self, kernel: str) -> Tiles:
+        return tiles(kernel, self.d, self.q.itemsize, generation(self.q.device))
+
+
+def _rows_in_place(x: Tensor) -> Tensor:
+    """[batch, segments, n, heads, d] as [segments, n, heads, d] without a copy if it can be."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, segments = x.shape[:2]
+    in_place = batch == 1 or x.stride(0) == segments * x.stride(1)
+    return (x if in_place else x.contiguous()).flatten(0, 1)
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """Of x [segments, n, heads, d], as the kernels call them."""
+    return dict(zip((f"{name}_segment", f"{name}_row", f"{name}_head"), x.stride(), strict=False))

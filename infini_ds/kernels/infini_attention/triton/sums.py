@@ -1,0 +1,66 @@
+"""Sums over the tokens of each segment: what a segment writes, and gradients of what was read."""
+
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+import triton
+import triton.language as tl
+
+from infini_ds.kernels.infini_attention.triton.tiles import load_rows, sigma
+
+
+@triton.jit
+def sums_kernel(
+    x,
+    y,
+    weight,
+    norm_weight,
+    kv,
+    norm,
+    x_segment,
+    x_row,
+    x_head,
+    y_segment,
+    y_row,
+    y_head,
+    n,
+    kv_heads,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """kv = (weight sigma(x))^T y and norm = sum of norm_weight sigma(x), fp32.
+
+    One program per part of the columns of y, key-value head and segment; it goes through the rows
+    of all GROUP heads of its key-value head.
+
+    x, y [segments, n, kv_heads GROUP, D]; weight, norm_weight [segments, kv_heads GROUP, n] fp32;
+    kv [segments, kv_heads, D, D]; norm [segments, kv_heads, D].
+    """
+    part = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    segment = tl.program_id(2).to(tl.int64)
+    columns = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    total = tl.zeros((D, BLOCK_V), tl.float32)
+    norm_total = tl.zeros((D,), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        own_x = x + segment * x_segment + head * x_head
+        own_y = y + segment * y_segment + head * y_head
+        own_weights = (segment * kv_heads * GROUP + head) * n
+        for start in range(0, n, BLOCK_ROWS):
+            rows = start + tl.arange(0, BLOCK_ROWS)
+            inside = rows < n
+            sigma_x = sigma(load_rows(own_x, rows, x_row, n, D).to(tl.float32))
+            values = tl.load(
+                own_y + rows[:, None] * y_row + columns[None, :], mask=inside[:, None], other=0.0
+            )
+            scale = tl.load(weight + own_weights + rows, mask=inside, other=0.0)
+            norm_scale = tl.load(norm_weight + own_weights + rows, mask=inside, other=0.0)
+            weighted = (sigma_x * scale[:, None]).to(values.dtype)
+            total = tl.dot(tl.trans(weighted), values, total, input_precision="ieee")
+            norm_total += tl.sum(sigma_x * norm_scale[:, None], axis=0)
+    at = segment * kv_heads + kv_head
+    features = tl.arange(0, D)
+    tl.store(kv + at * D * D + features[:, None] * D + columns[None, :], total)
+    if part == 0:
+        tl.store(norm + at * D + features, norm_total)

@@ -1,0 +1,75 @@
+"""Tile sizes, warps and pipeline stages of each kernel on each generation of GPUs.
+
+All were chosen so that nothing spills (`infini-ds bench kernels --compile-only` shows it); which
+of those is the fastest takes a GPU to tell.
+"""
+
+from typing import NamedTuple
+
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10
+"""Major compute capabilities: sm_80, sm_90, sm_100."""
+
+
+class Tiles(NamedTuple):
+    """Of one kernel."""
+
+    rows: int
+    """Queries, or tokens of a sum."""
+    columns: int
+    """Keys, or columns of a memory."""
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How to start the kernel."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
+    """Of a kernel by its name, for head size d and operands of `itemsize` bytes.
+
+    Generations that are not in the table take what the nearest older one has. fp32 is there to be
+    exact, not to be fast: small tiles.
+    """
+    if itemsize == 4:
+        return Tiles(32, 32, 4, 1)
+    of_generation = _TILES[kernel, d]
+    known = [other for other in of_generation if other <= generation]
+    return of_generation[max(known)]
+
+
+_TILES = {
+    ("attend", 64): {
+        AMPERE: Tiles(128, 64, 8, 3),
+        HOPPER: Tiles(128, 64, 4, 3),
+        BLACKWELL: Tiles(128, 64, 8, 3),
+    },
+    ("attend", 128): {
+        AMPERE: Tiles(64, 64, 4, 2),
+        HOPPER: Tiles(128, 64, 8, 3),
+        BLACKWELL: Tiles(128, 32, 8, 2),
+    },
+    ("read_gradient", 64): {AMPERE: Tiles(64, 64, 4, 1)},
+    ("read_gradient", 128): {AMPERE: Tiles(64, 128, 8, 1)},
+    ("write_gradient", 64): {AMPERE: Tiles(32, 32, 4, 1), HOPPER: Tiles(64, 32, 4, 1)},
+    ("write_gradient", 128): {AMPERE: Tiles(32, 32, 8, 1), HOPPER: Tiles(64, 32, 8, 1)},
+    ("query_gradient", 64): {AMPERE: Tiles(128, 64, 8, 2)},
+    ("query_gradient", 128): {AMPERE: Tiles(64, 64, 4, 2), HOPPER: Tiles(128, 64, 8, 2)},
+    ("key_gradient", 64): {AMPERE: Tiles(32, 128, 8, 2), HOPPER: Tiles(64, 128, 8, 2)},
+    ("key_gradient", 128): {
+        AMPERE: Tiles(64, 64, 8, 2),
+        HOPPER: Tiles(32, 128, 8, 2),
+        BLACKWELL: Tiles(128, 64, 8, 1),
+    },
+    ("sums", 64): {AMPERE: Tiles(64, 64, 4, 3)},
+    ("sums", 128): {AMPERE: Tiles(64, 128, 8, 2)},
+    ("delta", 64): {AMPERE: Tiles(64, 32, 8, 2)},
+    ("delta", 128): {AMPERE: Tiles(64, 32, 8, 2)},
+    ("delta_gradient", 64): {AMPERE: Tiles(32, 32, 4, 2)},
+    ("delta_gradient", 128): {AMPERE: Tiles(32, 16, 8, 2)},
+    ("rotate", 64): {AMPERE: Tiles(64, 64, 4, 1)},
+    ("rotate", 128): {AMPERE: Tiles(64, 128, 4, 1)},
+    ("damping", 64): {AMPERE: Tiles(64, 64, 4, 2)},
+    ("damping", 128): {AMPERE: Tiles(64, 128, 4, 2)},
+}

@@ -1,0 +1,199 @@
+"""The Triton kernels, interpreted on a CPU, against the specification in fp64."""
+
+import json
+import sys
+from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
+
+import pytest
+import torch
+
+from infini_ds.errors import UserError
+from infini_ds.kernels import backend
+from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
+from infini_ds.kernels.infini_attention.triton.launch import recording
+from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
+from infini_ds.kernels.infini_attention.triton.tuning import AMPERE, BLACKWELL, HOPPER, tiles
+from tests.kernels.test_infini_attention import LAYOUTS, NAMES, make_inputs, make_layout
+
+ROOT = Path(__file__).parents[2]
+LIMITS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 8e-3)}
+OUTPUTS = 3  # output, kv, norm; gradients follow
+
+
+def case(layout, rule, precision, n, group=1, gated=False, d=64, tile=0):
+    """tile 0: the tiles that are used on a GPU."""
+    return {
+        "layout": layout, "rule": rule, "precision": precision, "n": n, "group": group,
+        "gated": gated, "d": d, "tile": tile,
+    }  # fmt: skip
+
+
+CASES = [
+    # Every layout by both rules, with parts of tiles and tiles that end early.
+    *(
+        case(layout, rule, "fp32", n, group, gated)
+        for layout, n, group, gated in (
+            ("carried memory", 17, 1, False),
+            ("empty memory", 7, 2, True),
+            ("mid-window starts", 40, 1, True),
+            ("padding", 40, 1, True),
+            ("segments without tokens", 17, 1, False),
+            ("one segment", 63, 3, True),
+        )
+        for rule in ("linear", "delta")
+    ),
+    case("padding", "linear", "fp32", 17, d=128),
+    # Small tiles, so that there are many; then those of a GPU.
+    case("mid-window starts", "delta", "bf16", 40, 1, False, tile=16),
+    case("padding", "linear", "bf16", 40, 2, True, tile=16),
+    case("one segment", "linear", "bf16", 200, 2, True),
+    case("one segment", "delta", "bf16", 150, 1, True, d=128),
+    case("carried memory", "linear", "bf16", 128, 1, False, d=128),
+]
+
+
+def name(case):
+    return "-".join(str(value) for value in case.values())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict[str, list[float]]]:
+    folder = tmp_path_factory.mktemp("triton")
+    halves = [CASES[::2], CASES[1::2]]  # for two cores
+    running = []
+    for half, cases in enumerate(halves):
+        given, taken = folder / f"cases{half}.json", folder / f"results{half}.json"
+        given.write_text(json.dumps(cases))
+        command = [sys.executable, "-m", "tests.kernels.triton_worker", given, taken]
+        running.append(Popen(command, cwd=ROOT, text=True, stdout=PIPE, stderr=STDOUT))
+    outputs = [process.communicate(timeout=540)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "".join(outputs)
+    results = [{}] * len(CASES)
+    for half in range(2):
+        results[half::2] = json.loads((folder / f"results{half}.json").read_text())
+    return results
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[name(case) for case in CASES])
+def test_kernels_match_reference(results, index):
+    precision = CASES[index]["precision"]
+    result = results[index]
+    assert len(result["ours"]) == (len(NAMES) if CASES[index]["gated"] else len(NAMES) - 1)
+    for part, (name, ours, pytorchs) in enumerate(
+        zip(NAMES, result["ours"], result["pytorch"], strict=False)
+    ):
+        gradient = part >= OUTPUTS
+        # A sum over all tokens whose terms largely cancel, in bf16 more than they round.
+        slack = 3 if name == "gradient of beta" else 1
+        assert ours <= slack * LIMITS[precision][gradient], name
+        if precision == "bf16":
+            # Norms are sums in fp32 by both: what is left there is their order.
+            assert ours <= (3 if gradient else 2) * pytorchs + 1e-6, name
+
+
+def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window starts"):
+    """Starts no kernel: the tensors of a call, its output, and what it keeps."""
+    n = 40
+    layout = make_layout(layout_name, n)
+    batch, segments = layout.starts.shape
+    qkv = torch.randn(batch, segments, n, 2 * group + 4, d, dtype=torch.bfloat16)
+    q, k, v = (x.requires_grad_() for x in qkv.split((2 * group, 2, 2), dim=3))
+    w = torch.rand(batch, segments, n, 2).requires_grad_() if gated else None
+    memory = LayerMemory.empty(batch, 2, d)
+    beta = torch.zeros(2 * group, requires_grad=True)
+    rotary = torch.ones(n, d // 2), torch.zeros(n, d // 2)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with recording(generation) as calls, hooks:
+        out, final = infini_attention_triton(q, k, v, w, memory, layout, beta, rule, rotary)
+        forward = len(calls)
+        (out.float().sum() + final.kv.sum() + final.norm.sum()).backward()
+    return (q, k, v, out), kept, calls[:forward], calls[forward:]
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule):
+    (q, k, v, out), kept, forward, _ = record(rule, group=2, gated=True)
+    known = {x.data_ptr() for x in (q, k, v, out)}
+    others = [x for x in kept if x.data_ptr() not in known and x.dtype != torch.bool]
+    rows = q.shape[0] * q.shape[1]
+    padded_n = 128
+    states = rows * 2 * 64 * (64 + 1)
+    row_sums = rows * 4 * padded_n
+    n = q.shape[2]
+    weights = 3 * rows * 2 * n  # w, its product with the valid tokens, and those
+    small = 2 * n * 32 + 4 + rows * 2  # rotary tables, beta, damping
+    assert sum(x.numel() for x in others) <= states + row_sums + weights + small
+    assert {call.kernel.__name__ for call in forward} >= {"sums_kernel", "attend_kernel"}
+
+
+def test_queries_keys_and_values_are_read_in_place():
+    (q, k, v, _), _, forward, _ = record("linear", group=1, gated=False)
+    attend = next(call for call in forward if call.kernel.__name__ == "attend_kernel")
+    assert attend.arguments["q"].data_ptr() == q.data_ptr()
+    assert attend.arguments["v"].data_ptr() == v.data_ptr()
+    sums = next(call for call in forward if call.kernel.__name__ == "sums_kernel")
+    assert sums.arguments["x"].data_ptr() == k.data_ptr()
+
+
+@pytest.mark.parametrize("generation", [AMPERE, HOPPER, BLACKWELL, BLACKWELL + 2])
+@pytest.mark.parametrize("d", backend.TRITON_HEAD_DIMS)
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_every_kernel_has_tiles_on_every_generation(rule, d, generation):
+    _, _, forward, backward = record(rule, 2, True, generation, d)
+    assert all(call.options.get("num_warps", 4) in (4, 8) for call in (*forward, *backward))
+
+
+def test_rows_are_padded_to_a_multiple_of_every_tile():
+    from infini_ds.kernels.infini_attention.triton.op import ROW_PADDING
+
+    for kernel in ("attend", "read_gradient", "query_gradient", "key_gradient"):
+        for d in backend.TRITON_HEAD_DIMS:
+            for generation in (AMPERE, HOPPER, BLACKWELL):
+                assert ROW_PADDING % tiles(kernel, d, 2, generation).rows == 0
+
+
+@pytest.fixture
+def _auto():
+    yield
+    backend.use_backend("auto")
+
+
+@pytest.mark.usefixtures("_auto")
+def test_triton_asked_for_on_a_cpu_is_refused():
+    backend.use_backend("triton")
+    layout = make_layout("one segment", 7)
+    q, k, v, kv, norm, beta = make_inputs(layout, 7, 1, False)
+    rotary = torch.ones(7, 8), torch.zeros(7, 8)
+    with pytest.raises(UserError, match=r"kernels\.backend: triton needs a CUDA device, not cpu"):
+        infini_attention(q, k, v, None, LayerMemory(kv, norm), layout, beta, "linear", rotary)
+
+
+class OnGpu:
+    """Queries as they would be on a GPU."""
+
+    is_cuda = True
+    itemsize = 2
+    device = torch.device("cuda")
+
+    def __init__(self, head_dim):
+        self.shape = (1, head_dim)
+
+
+@pytest.mark.parametrize(("head_dim", "triton"), [(64, True), (128, True), (96, False)])
+def test_auto_takes_triton_where_its_kernels_fit(head_dim, triton, recwarn):
+    backend._warn.cache_clear()
+    assert backend.uses_triton(OnGpu(head_dim)) == triton
+    assert backend.uses_triton(OnGpu(head_dim)) == triton
+    said = [str(warning.message) for warning in recwarn]
+    assert said == ([] if triton else [
+        "kernels.backend: triton has kernels for model.head_dim 64 and 128, not 96; "
+        "PyTorch's operators compute instead"
+    ])  # fmt: skip
+
+
+def test_layouts_are_all_covered():
+    for rule in ("linear", "delta"):
+        covered = {case["layout"] for case in CASES if case["rule"] == rule}
+        assert covered == set(LAYOUTS)
