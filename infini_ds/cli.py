@@ -172,6 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     transport.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     transport.add_argument("--json", metavar="FILE", help="write the figures as well")
     transport.set_defaults(run=_bench_transport)
+    kernels = names.add_parser("kernels", help="speed of the Triton kernels on a GPU")
+    kernels.add_argument(
+        "--compile-only", action="store_true",
+        help="no GPU needed: compile them for A100, H100 and B200, check the machine code",
+    )  # fmt: skip
+    kernels.add_argument("--json", metavar="FILE", help="write the figures as well")
+    kernels.set_defaults(run=_bench_kernels)
     quality = _with_config(
         names, "quality", "what the memory is worth in bits per byte of held-out text",
         _bench_quality,
@@ -440,6 +447,18 @@ def _bench_transport(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import transport
 
     transport.run(options.processes, options.steps, options.dtype, options.json)
+
+
+def _bench_kernels(options: argparse.Namespace) -> None:
+    _check_directories(options, "json")
+    if options.compile_only:
+        from infini_ds.benchmarks import kernels_compile
+
+        kernels_compile.run(options.json)
+        return
+    from infini_ds.benchmarks import kernels
+
+    kernels.run(options.json)
 
 
 def _bench_quality(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import warnings
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from infini_ds.errors import UserError
@@ -32,7 +33,9 @@ def uses_triton(q: Tensor) -> bool:
     Raises:
         UserError: the Triton kernels were asked for and cannot compute this.
     """
-    if _backend == "torch" or (_backend == "auto" and not (q.is_cuda and q.itemsize == 2)):
+    if _backend == "torch" or (
+        _backend == "auto" and not (q.is_cuda and q.dtype == torch.bfloat16)
+    ):
         return False
     missing = _missing(q.device.type, q.shape[-1])
     if missing and _backend == "triton":

@@ -174,7 +174,7 @@ class OnGpu:
     """Queries as they would be on a GPU."""
 
     is_cuda = True
-    itemsize = 2
+    dtype = torch.bfloat16
     device = torch.device("cuda")
 
     def __init__(self, head_dim):

@@ -30,9 +30,10 @@ _recording: _Recording | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
-    """Runs a kernel on the grid; arguments go by name."""
+    """Runs a kernel on the grid, on the device of its tensors; arguments go by name."""
     if _recording is None:
-        kernel[grid](**arguments, **options)
+        with torch.cuda.device_of(next(iter(arguments.values()))):
+            kernel[grid](**arguments, **options)
     else:
         _recording.calls.append(Call(kernel, grid, arguments, options))
 

@@ -54,8 +54,8 @@ def read_gradient_kernel(
     q, out, d_out, dq [segments, n, heads, D], all but q contiguous; kv, norm: the memories that
     the segments read; rotated_q [segments, heads, n, D]; per query, fp32,
     `along` [segments, heads, padded_n], (1 - g) D_loc, and [segments, heads, n] `share`,
-    g / (sigma(q) z), and `d_denominator`, the gradient of sigma(q) z; d_beta
-    [segments, heads, blocks]: parts of the gradient of beta.
+    g / (sigma(q) z), `d_denominator`, the gradient of sigma(q) z, and d_beta, its part of the
+    gradient of beta.
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -87,8 +87,7 @@ def read_gradient_kernel(
     tl.store(share + row_at + rows, own_share, mask=inside)
     tl.store(d_denominator + row_at + rows, own_d_denominator, mask=inside)
     d_beta_rows = gate * ((1 - gate) * d_memory - own_along)
-    d_beta_at = (segment * heads + head) * tl.num_programs(0) + block
-    tl.store(d_beta + d_beta_at, tl.sum(tl.where(inside, d_beta_rows, 0.0), axis=0))
+    tl.store(d_beta + row_at + rows, d_beta_rows, mask=inside)
 
     own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
     turned = rotate(queries.to(tl.float32), own_cos, own_sin, BLOCK_ROWS, D).to(queries.dtype)

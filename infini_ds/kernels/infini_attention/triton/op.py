@@ -166,13 +166,13 @@ class _Window:
         """Gradients of q, k, v, weight, the incoming kv and norm, and beta."""
         rotated_q = self.q.new_empty(self.rows, self.heads, self.n, self.d)
         along = torch.zeros_like(log_sum)
-        share, d_denominator = (log_sum.new_empty(self.rows, self.heads, self.n) for _ in range(2))
+        share, d_denominator, d_beta = (
+            log_sum.new_empty(self.rows, self.heads, self.n) for _ in range(3)
+        )
         size = self._tiles("read_gradient")
-        grid = self._grid(size.rows, self.heads)
-        d_beta = log_sum.new_empty(self.rows, self.heads, grid[0])
         dq = torch.empty_like(out)
         launch(
-            read_gradient_kernel, grid, size.options,
+            read_gradient_kernel, self._grid(size.rows, self.heads), size.options,
             q=self.q, kv=states.kv, norm=states.norm, beta=self.beta, cos=self.cos, sin=self.sin,
             out=out, d_out=d_out, rotated_q=rotated_q, dq=dq, along=along, share=share,
             d_denominator=d_denominator, d_beta=d_beta, **_strides("q", self.q), n=self.n,

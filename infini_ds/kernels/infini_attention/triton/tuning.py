@@ -42,8 +42,6 @@ def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
 _TILES = {
     ("attend", 64): {
         AMPERE: Tiles(128, 64, 8, 3),
-        HOPPER: Tiles(128, 64, 4, 3),
-        BLACKWELL: Tiles(128, 64, 8, 3),
     },
     ("attend", 128): {
         AMPERE: Tiles(64, 64, 4, 2),
@@ -53,17 +51,21 @@ _TILES = {
     ("read_gradient", 64): {AMPERE: Tiles(64, 64, 4, 1)},
     ("read_gradient", 128): {AMPERE: Tiles(64, 128, 8, 1)},
     ("write_gradient", 64): {AMPERE: Tiles(32, 32, 4, 1), HOPPER: Tiles(64, 32, 4, 1)},
-    ("write_gradient", 128): {AMPERE: Tiles(32, 32, 8, 1), HOPPER: Tiles(64, 32, 8, 1)},
+    ("write_gradient", 128): {AMPERE: Tiles(32, 32, 8, 1), HOPPER: Tiles(64, 16, 8, 1)},
     ("query_gradient", 64): {AMPERE: Tiles(128, 64, 8, 2)},
     ("query_gradient", 128): {AMPERE: Tiles(64, 64, 4, 2), HOPPER: Tiles(128, 64, 8, 2)},
-    ("key_gradient", 64): {AMPERE: Tiles(32, 128, 8, 2), HOPPER: Tiles(64, 128, 8, 2)},
+    ("key_gradient", 64): {
+        AMPERE: Tiles(32, 64, 8, 2),
+        HOPPER: Tiles(64, 128, 8, 2),
+        BLACKWELL: Tiles(64, 64, 8, 2),
+    },
     ("key_gradient", 128): {
         AMPERE: Tiles(64, 64, 8, 2),
         HOPPER: Tiles(32, 128, 8, 2),
         BLACKWELL: Tiles(128, 64, 8, 1),
     },
-    ("sums", 64): {AMPERE: Tiles(64, 64, 4, 3)},
-    ("sums", 128): {AMPERE: Tiles(64, 128, 8, 2)},
+    ("sums", 64): {AMPERE: Tiles(64, 64, 4, 3), BLACKWELL: Tiles(64, 64, 4, 2)},
+    ("sums", 128): {AMPERE: Tiles(64, 128, 8, 2), HOPPER: Tiles(64, 64, 8, 2)},
     ("delta", 64): {AMPERE: Tiles(64, 32, 8, 2)},
     ("delta", 128): {AMPERE: Tiles(64, 32, 8, 2)},
     ("delta_gradient", 64): {AMPERE: Tiles(32, 32, 4, 2)},

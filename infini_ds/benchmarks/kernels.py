@@ -1,0 +1,216 @@
+"""`infini-ds bench kernels`: what the Triton kernels of Infini-attention reach on a CUDA device.
+
+First their results are compared with the specification in fp64; nothing is timed that is not right.
+Times are medians by CUDA events. The floor of a call (see `kernel_cost`) is taken at the speed
+that the same card reaches in a large matrix product and in a copy.
+"""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from infini_ds.benchmarks import kernels_model
+from infini_ds.benchmarks.kernels_timing import (
+    PYTORCH,
+    Operation,
+    Shape,
+    Timer,
+    cuda_seconds,
+    measure_accuracy,
+    measure_rates,
+    time_full_attention,
+    time_operation,
+)
+from infini_ds.config import ModelConfig
+from infini_ds.errors import RunError, UserError
+
+ERROR_LIMIT = 0.03
+"""Relative; the gradient of beta, a sum that largely cancels, is off by most."""
+OURS = "Triton kernels"
+
+
+class Sizes(NamedTuple):
+    """What is measured."""
+
+    segment_lengths: tuple[int, ...] = (512, 2048)
+    segments: int = 16
+    heads: int = 32
+    head_dim: int = 128
+    accuracy: Shape = Shape(4, 256, 4, 128)
+    full_tokens: tuple[int, ...] = (32_768, 131_072, 1_048_576)
+    block: ModelConfig = kernels_model.BLOCK
+    model: ModelConfig = kernels_model.MODEL
+    matrix: int = 8192
+
+
+def run(json_path: str | None = None) -> None:
+    """Measures on the current CUDA device, prints tables, and writes their figures as well.
+
+    Raises:
+        UserError: there is no CUDA device with bf16, or no Triton.
+        RunError: results are wrong.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise UserError(
+            "bench kernels: needs a CUDA device of compute capability 8.0 or more; "
+            "--compile-only checks the kernels on any machine"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("bench kernels: Triton is not installed: pip install triton")
+    import triton
+
+    from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
+
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    versions = f"Triton {triton.__version__}, torch {torch.__version__}"
+    print(f"{device.name}, {versions}", flush=True)
+    figures = measure(infini_attention_triton, "cuda", cuda_seconds, Sizes())
+    clocks = _clocks(str(device.uuid))
+    print(f"after the last measurement: {clocks}")
+    figures |= {"card": device.name, "versions": versions, "clocks": clocks}
+    if json_path:
+        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(ours: Operation, device: str, timer: Timer, sizes: Sizes) -> dict[str, Any]:
+    """Every figure, in printed order; each table is printed when it is measured.
+
+    Raises:
+        RunError: results of `ours` are not those of the specification.
+    """
+    operations = {OURS: ours, **PYTORCH}
+    accuracy = measure_accuracy(operations, sizes.accuracy, device)
+    _print_accuracy(accuracy, sizes.accuracy)
+    wrong = [
+        f"{name} by {error:.1e}"
+        for name, error in accuracy[OURS].items()
+        if not error <= ERROR_LIMIT  # nor is NaN
+    ]
+    if wrong:
+        raise RunError(f"bench kernels: wrong results, relative to their size: {', '.join(wrong)}")
+    rates = measure_rates(device, timer, sizes.matrix)
+    shapes = [Shape(sizes.segments, n, sizes.heads, sizes.head_dim) for n in sizes.segment_lengths]
+    calls = [
+        time_operation(name, operation, shape, device, timer, rates)
+        for shape in shapes
+        for name, operation in operations.items()
+    ]
+    _print_calls(calls, sizes, rates._asdict())
+    full = [
+        time_full_attention(ours, tokens, shapes[-1], device, timer) for tokens in sizes.full_tokens
+    ]
+    _print_full(full)
+    steps = kernels_model.time_steps(sizes.block, sizes.model, sizes.segments, device, timer)
+    _print_steps(steps)
+    return {
+        "accuracy": accuracy,
+        "rates": rates._asdict(),
+        "calls": calls,
+        "full_attention": full,
+        "steps": steps,
+    }
+
+
+def _clocks(uuid: str) -> str:
+    """Of the card, as nvidia-smi says."""
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
+    command = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "clocks unknown, no nvidia-smi"
+    values = zip(fields.split(","), shown.stdout.strip().split(", "), strict=False)
+    return ", ".join(f"{name} {value}" for name, value in values)
+
+
+def _print_accuracy(accuracy: dict[str, Any], shape: Shape) -> None:
+    names = next(iter(accuracy.values()))
+    table = _table(
+        f"relative errors in bf16, {shape.segments} segments of {shape.segment_length}", *names
+    )
+    for operation, errors in accuracy.items():
+        table.add_row(operation, *(f"{error:.1e}" for error in errors.values()))
+    _console().print(table)
+
+
+def _print_calls(calls: list[dict[str, Any]], sizes: Sizes, rates: dict[str, float]) -> None:
+    table = _table(
+        f"one call, {sizes.segments} segments, {sizes.heads} heads of {sizes.head_dim}, bf16",
+        "segment", "", "milliseconds", "to ours", "TFLOP/s", "TB/s", "to the floor",
+        caption=f"floor: {rates['flops'] / 1e12:,.0f} TFLOP/s, {rates['bytes'] / 1e12:.2f} TB/s, "
+        "measured on this device",
+    )  # fmt: skip
+    for row in calls:
+        ours = next(
+            each for each in calls
+            if each["operation"] == OURS and each["segment_length"] == row["segment_length"]
+        )  # fmt: skip
+        for direction in ("forward", "backward"):
+            own, base = row[direction], ours[direction]
+            start = row["operation"], str(row["segment_length"]), direction
+            if own is None:
+                table.add_row(*start, "not enough memory")
+                continue
+            table.add_row(
+                *start,
+                f"{1e3 * own['seconds']:.3f}",
+                f"{own['seconds'] / base['seconds']:.2f}" if base else "-",
+                f"{own['flops_per_second'] / 1e12:.1f}",
+                f"{own['bytes_per_second'] / 1e12:.2f}",
+                f"{own['to_floor']:.2f}",
+            )
+    _console().print(table)
+
+
+def _print_full(rows: list[dict[str, Any]]) -> None:
+    table = _table(
+        f"forward, our segments of {rows[0]['segment_length']} beside full causal attention",
+        "ours, milliseconds", "FlashAttention (SDPA)", "ratio",
+    )  # fmt: skip
+    for row in rows:
+        ours, full = row["ours_seconds"], row["full_seconds"]
+        ratio = f"{full / ours:.2f}" if ours is not None and full is not None else "-"
+        table.add_row(f"{row['tokens']:,} tokens", _milliseconds(ours), _milliseconds(full), ratio)
+    _console().print(table)
+
+
+def _print_steps(rows: list[dict[str, Any]]) -> None:
+    table = _table(
+        "forward and backward, batch 1, bf16", "tokens", "milliseconds", "tokens/s", "MFU"
+    )
+    for row in rows:
+        rate, mfu = row["tokens_per_second"], row["mfu"]
+        table.add_row(
+            row["name"],
+            f"{row['tokens']:,}",
+            _milliseconds(row["seconds"]),
+            f"{rate:,.0f}" if rate is not None else "-",
+            f"{mfu:.1%}" if mfu is not None else "-",
+        )
+    _console().print(table)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return f"{1e3 * seconds:,.3f}" if seconds is not None else "not enough memory"
+
+
+def _table(title: str, *headings: str, caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _console() -> Console:
+    """As wide as the widest table where it does not go to a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    return console

@@ -1,0 +1,308 @@
+"""`infini-ds bench kernels --compile-only`: the Triton kernels as machine code, without a GPU.
+
+Every start of a kernel in a forward and a backward call is recorded, and each distinct one is
+compiled for each target as Triton would at run time. A kernel breaks a rule if registers do not
+suffice and it spills to memory (a stack), if it takes more shared memory than a block can have, or
+if one of its matrix products does not use the matrix instructions of its target.
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import product
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from infini_ds.errors import RunError, UserError
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.layout import Layout
+
+
+class Target(NamedTuple):
+    """A generation of chips."""
+
+    shared_kib: int
+    """Shared memory that a block can have (CUDA C++ Programming Guide, compute capabilities)."""
+    instruction: str
+    """Its matrix instruction in PTX."""
+
+
+TARGETS = {80: Target(163, "mma.sync"), 90: Target(227, "wgmma"), 100: Target(227, "tcgen05")}
+"""By compute capability: A100; H100 and H200; B200."""
+MAX_REGISTERS = 255
+HEADS = 8
+SEGMENTS = 4
+KV_HEADS = (8, 2)
+"""Without groups, and with."""
+SEGMENT_LENGTHS = (512, 500)
+"""One that tiles divide, one that they do not."""
+INSTRUCTIONS = {
+    "mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma",
+}  # fmt: skip
+VARIANTS = ("GROUP", "SIZE", "REVERSE", "DELTA")
+"""Constants that tell variants of a kernel apart; tiles are tuning."""
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
+
+
+class Case(NamedTuple):
+    """A call of Infini-attention on a target, whose generation chooses the tiles."""
+
+    head_dim: int
+    rule: str
+    kv_heads: int
+    segment_length: int
+    capability: int
+
+
+class Source(NamedTuple):
+    """How a kernel's arguments are specialised."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    attributes: dict[tuple[int], Any]
+
+
+def run(
+    json_path: str | None = None,
+    head_dims: Sequence[int] = (64, 128),
+    rules: Sequence[str] = ("linear", "delta"),
+    targets: Sequence[int] = tuple(TARGETS),
+) -> list[dict[str, Any]]:
+    """Compiles, prints a table, and writes the same rows to `json_path` if one is given.
+
+    Args:
+        json_path: where to write the rows.
+        head_dims: sizes of a head.
+        rules: of the memory.
+        targets: compute capabilities, keys of TARGETS.
+
+    Returns:
+        One row a distinct kernel and target; `broken` has the rules that it breaks.
+
+    Raises:
+        UserError: Triton is not installed, or only interprets.
+        RunError: a kernel breaks a rule.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("bench kernels: Triton is not installed: pip install triton")
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
+    cases = [Case(*case) for case in product(head_dims, rules, KV_HEADS, SEGMENT_LENGTHS, targets)]
+    jobs = [(*place, users) for place, users in _distinct(cases).items()]
+    processes = min(os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(_row, *zip(*jobs, strict=True))
+        rows = list(track(done, "compiling", len(jobs), console=Console(stderr=True)))
+    rows.sort(key=lambda row: (row["kernel"], row["head_dim"], _variant(row)))
+    _print(rows)
+    if json_path:
+        Path(json_path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    broken = sum(bool(row["broken"]) for row in rows)
+    if broken:
+        raise RunError(f"bench kernels: {broken} of {len(rows)} compiled kernels break a rule")
+    return rows
+
+
+@cache
+def _recorded(case: Case) -> list[Any]:
+    """Starts of kernels in a forward and a backward call, bf16."""
+    from infini_ds.kernels.infini_attention.triton.launch import recording
+    from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
+
+    d, rule, kv_heads, n, capability = case
+    widths = (HEADS, kv_heads, kv_heads)
+    qkv = torch.empty(1, SEGMENTS, n, sum(widths), d, dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = qkv.split(widths, dim=3)
+    memory = LayerMemory.empty(1, kv_heads, d)
+    layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), torch.full((1, SEGMENTS), n))
+    beta = torch.zeros(HEADS, requires_grad=True)
+    table = torch.empty(n, d // 2)
+    with recording(capability // 10) as calls:
+        out, after = infini_attention_triton(
+            q, k, v, None, memory, layout, beta, rule, (table, table)
+        )
+        (out.sum() + after.kv.sum() + after.norm.sum()).backward()
+    return calls
+
+
+def _source(call: Any) -> Source:
+    """Arguments are specialised as at run time: 1 is a constant, multiples of 16 are known."""
+    source = Source({}, {}, {})
+    for place, parameter in enumerate(call.kernel.params):
+        value = call.arguments[parameter.name]
+        kind = "constexpr"
+        divisible = False
+        if isinstance(value, torch.Tensor):
+            kind, divisible = TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif not parameter.is_constexpr and isinstance(value, float):
+            kind = "fp32"
+        elif not parameter.is_constexpr and value != 1:
+            kind, divisible = "i32", value % 16 == 0
+        source.signature[parameter.name] = kind
+        if kind == "constexpr":
+            source.constants[(place,)] = value
+        if divisible:
+            source.attributes[(place,)] = [["tt.divisibility", 16]]
+    return source
+
+
+def _distinct(cases: list[Case]) -> dict[tuple[Case, int], list[Case]]:
+    """Of each distinct kernel a case and its place among the case's starts, and all its cases."""
+    places: dict[str, tuple[Case, int]] = {}
+    users: dict[tuple[Case, int], list[Case]] = {}
+    for case in cases:
+        for index, call in enumerate(_recorded(case)):
+            key = repr((case.capability, call.kernel.__name__, _source(call), call.options))
+            place = places.setdefault(key, (case, index))
+            users.setdefault(place, [])
+            if case not in users[place]:
+                users[place].append(case)
+    return users
+
+
+def _row(case: Case, index: int, users: list[Case]) -> dict[str, Any]:
+    """Compiles one kernel: start `index` of the case, which `users` have as well."""
+    import triton
+
+    call = _recorded(case)[index]
+    row: dict[str, Any] = {
+        "kernel": call.kernel.__name__.removesuffix("_kernel"),
+        "head_dim": case.head_dim,
+        "rules": sorted({user.rule for user in users}),
+        "segment_lengths": sorted({user.segment_length for user in users}),
+        "constants": {name: value for name, value in call.arguments.items() if name.isupper()},
+        "options": call.options,
+        "target": f"sm_{case.capability}",
+        "triton": triton.__version__,
+        "shared_limit": TARGETS[case.capability].shared_kib * 1024,
+    }
+    # A compiler that crashes takes its process with it, and has said why.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryFile("w+") as messages:
+        process = context.Process(
+            target=_compile, args=(call, case.capability, sender, messages.fileno())
+        )
+        process.start()
+        sender.close()
+        try:
+            row |= receiver.recv()
+        except EOFError:
+            row["broken"] = ["the compiler crashes"]
+        process.join()
+        if "registers" not in row:
+            messages.seek(0)
+            row["broken"].append(messages.readline().strip())
+    return row
+
+
+def _compile(call: Any, capability: int, sender: Connection, messages: int) -> None:
+    """Sends what a row says of the machine code; what the compiler prints goes to `messages`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    os.dup2(messages, 2)
+    source, target = ASTSource(call.kernel, *_source(call)), GPUTarget("cuda", capability, 32)
+    try:
+        compiled = triton.compile(source, target=target, options=call.options)
+    except Exception as error:  # of any kind: compilers have many
+        sender.send({"broken": [f"does not compile: {error}"]})
+        return
+    usage = _resources(compiled.asm["cubin"])
+    counts = {
+        name: len(re.findall(pattern, compiled.asm["ptx"]))
+        for name, pattern in INSTRUCTIONS.items()
+    }
+    code = {
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "instructions": {name: count for name, count in counts.items() if count},
+    }
+    broken = _broken(code, TARGETS[capability], compiled.asm["ttir"], compiled.asm["ttgir"])
+    sender.send(code | {"broken": list(broken)})
+
+
+def _broken(code: dict[str, Any], target: Target, ttir: str, ttgir: str) -> Iterator[str]:
+    if code["stack"]:
+        yield f"spills, stack of {code['stack']}"
+    if code["registers"] > MAX_REGISTERS:
+        yield f"{code['registers']} registers"
+    if code["shared"] > target.shared_kib * 1024:
+        yield "too much shared memory"
+    if "tt.dot " in ttir and target.instruction not in code["instructions"]:
+        yield f"no {target.instruction}"
+    scalar = re.findall(r"tt\.dot .*-> tensor<[^>]*#blocked", ttgir)
+    if scalar:
+        yield f"{len(scalar)} products without matrix instructions"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of memory, as the driver will read them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+
+
+def _variant(row: dict[str, Any]) -> str:
+    constants = row["constants"]
+    return " ".join(f"{name}={constants[name]}" for name in VARIANTS if name in constants)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        title=f"Triton {rows[0]['triton']}: the kernels of Infini-attention in bf16",
+        caption="registers of a thread; stack in bytes; shared memory of a block in KiB",
+    )
+    for heading in ("kernel", "head", "rule", "segment", "tile", "target"):
+        table.add_column(heading)
+    for heading in ("registers", "stack", "shared", "of"):
+        table.add_column(heading, justify="right")
+    for heading in ("matrix instructions", "verdict"):
+        table.add_column(heading)
+    for row in rows:
+        constants, options = row["constants"], row["options"]
+        tile = "x".join(str(value) for name, value in constants.items() if name.startswith("BLOCK"))
+        warps = f", {options['num_warps']} warps, {options['num_stages']} stages" if options else ""
+        instructions = [f"{count} {name}" for name, count in row.get("instructions", {}).items()]
+        table.add_row(
+            f"{row['kernel']} {_variant(row)}",
+            str(row["head_dim"]),
+            ", ".join(row["rules"]),
+            ", ".join(map(str, row["segment_lengths"])),
+            tile + warps,
+            row["target"],
+            str(row.get("registers", "-")),
+            str(row.get("stack", "-")),
+            f"{row['shared'] / 1024:.1f}" if "shared" in row else "-",
+            str(row["shared_limit"] // 1024),
+            ", ".join(instructions) or "-",
+            "; ".join(row["broken"]) or "ok",
+        )
+    console = Console()
+    if not console.is_terminal:  # of a file or a pipe nobody knows the width
+        console.width = 200
+    console.print(table)

@@ -1,0 +1,140 @@
+"""Training steps end to end: one block of an 8B model, and a whole model beside the peer's."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from infini_ds.benchmarks.kernels_timing import Call, Timer, seconds_if_it_fits
+from infini_ds.benchmarks.peer import PEER
+from infini_ds.config import ModelConfig
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.model.block import Block
+from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
+from infini_ds.model.transformer import InfiniTransformer, full_layout
+from infini_ds.training.peak import device_peak_flops
+
+BLOCK = ModelConfig(
+    hidden_size=4096,
+    num_layers=1,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    segment_length=2048,
+)
+"""Sizes of Llama 3 8B."""
+MODEL = ModelConfig(
+    vocab_size=32000,
+    hidden_size=1024,
+    num_layers=12,
+    num_heads=8,
+    head_dim=128,
+    intermediate_size=4096,
+    segment_length=2048,
+    memory_rule="delta",
+)
+"""That of configs/infini_1b.yaml."""
+
+
+def time_steps(
+    block: ModelConfig, model: ModelConfig, segments: int, device: str, timer: Timer
+) -> list[dict[str, Any]]:
+    """Forward and backward through a window, batch 1, bf16, nothing computed again."""
+    peer = peer_config(model)
+    contestants: list[tuple[str, ModelConfig, int, Callable[..., Call]]] = [
+        ("one block of 8B", block, 3 * forward_flops_per_token(block)[1], _block_step),
+        ("infini_1b", model, training_flops_per_token(model), _model_step),
+        ("infini_1b as the peer's", peer, training_flops_per_token(peer), _model_step),
+    ]
+    if importlib.util.find_spec("infini_transformer_pytorch") is not None:
+        contestants.append((PEER, peer, training_flops_per_token(peer), _peer_step))
+    peak = device_peak_flops(torch.device(device), "bf16")
+    rows = []
+    for name, config, flops, build in contestants:
+        tokens = segments * config.segment_length
+        torch.manual_seed(0)
+        seconds = seconds_if_it_fits(partial(build, config, segments, device), timer)
+        rate = tokens / seconds if seconds is not None else None
+        mfu = rate * flops / peak if rate is not None and peak is not None else None
+        rows.append(
+            {"name": name, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
+             "flops_per_token": flops, "mfu": mfu}
+        )  # fmt: skip
+    return rows
+
+
+def peer_config(model: ModelConfig) -> ModelConfig:
+    """Our model with what the peer cannot choose: its feed-forward and its linear memory."""
+    return model.model_copy(
+        update={
+            "intermediate_size": int(4 * model.hidden_size * 2 / 3),
+            "hidden_act": "gelu",
+            "mlp_bias": True,
+            "head_bias": True,
+            "memory_rule": "linear",
+        }
+    )
+
+
+def _block_step(config: ModelConfig, segments: int, device: str) -> Call:
+    n = config.segment_length
+    block = Block(config).to(device, torch.bfloat16)
+    hidden = torch.randn(
+        1, segments * n, config.hidden_size, device=device, dtype=torch.bfloat16,
+        requires_grad=True,
+    )  # fmt: skip
+    upstream = torch.randn_like(hidden)
+    layout = full_layout(1, segments, n, torch.device(device))
+    memory = LayerMemory.empty(1, config.kv_heads, config.head_dim, device)
+
+    def step() -> None:
+        block.zero_grad()
+        hidden.grad = None
+        block(hidden, layout, memory)[0].backward(upstream)
+
+    return step
+
+
+def _model_step(config: ModelConfig, segments: int, device: str) -> Call:
+    model = InfiniTransformer(config).to(device, torch.bfloat16)
+    tokens = _tokens(config, segments, device)
+
+    def step() -> None:
+        model.zero_grad()
+        model.loss(tokens).backward()
+
+    return step
+
+
+def _peer_step(config: ModelConfig, segments: int, device: str) -> Call:
+    from infini_transformer_pytorch import InfiniTransformer as Peer
+    from infini_transformer_pytorch import InfiniTransformerWrapper
+
+    peer = Peer(
+        num_tokens=config.vocab_size,
+        dim=config.hidden_size,
+        depth=config.num_layers,
+        dim_head=config.head_dim,
+        heads=config.num_heads,
+    )
+    model = InfiniTransformerWrapper(
+        peer.to(device, torch.bfloat16),
+        segment_length=config.segment_length,
+        detach_mems_every_num_segments=10**9,
+    )
+    tokens = _tokens(config, segments, device)
+
+    def step() -> None:
+        model.zero_grad()
+        model(tokens, backward=True)
+
+    return step
+
+
+def _tokens(config: ModelConfig, segments: int, device: str) -> torch.Tensor:
+    return torch.randint(
+        config.vocab_size, (1, segments * config.segment_length + 1), device=device
+    )

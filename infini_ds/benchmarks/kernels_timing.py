@@ -1,0 +1,199 @@
+"""Times of Infini-attention as an operation: beside its floor, other ways, and full attention."""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from infini_ds.benchmarks.kernel_cost import Cost, Rates, call_cost
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+from infini_ds.kernels.infini_attention.reference import infini_attention_reference
+from infini_ds.layout import Layout
+
+Operation = Callable[..., tuple[Tensor, LayerMemory]]
+"""Arguments and results of `infini_attention_reference`."""
+Call = Callable[[], Any]
+Timer = Callable[[Call], float]
+"""Seconds that a call takes."""
+
+REPEATS = 30
+WARM_UP = 3
+LEAST_REPEATS = 3
+TIME_LIMIT = 20.0
+"""Seconds after which a slow call is not repeated further."""
+NAMES = ("out", "kv", "norm", *(f"gradient of {name}" for name in ("q", "k", "v", "beta")))
+
+
+class Shape(NamedTuple):
+    """Of a window, batch 1, as many key-value heads as heads."""
+
+    segments: int
+    segment_length: int
+    heads: int
+    head_dim: int
+
+
+def cuda_seconds(call: Call) -> float:
+    """Median of REPEATS calls after warm-up, or of as many as TIME_LIMIT allows."""
+    _event_seconds(call)  # compiles
+    first = _event_seconds(call)
+    repeats = max(LEAST_REPEATS, min(REPEATS, int(TIME_LIMIT / first)))
+    for _ in range(min(WARM_UP, repeats - LEAST_REPEATS)):
+        call()
+    return statistics.median(_event_seconds(call) for _ in range(repeats))
+
+
+def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | None:
+    """Of the call that `prepare` returns; None if memory does not suffice for either."""
+    try:
+        return timer(prepare())
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _event_seconds(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def naive(q, k, v, w, memory, layout, beta, rule, rotary) -> tuple[Tensor, LayerMemory]:
+    """The specification in the operands' type, with whole score matrices."""
+    tables = tuple(table.to(q.dtype) for table in rotary)
+    return infini_attention_reference(q, k, v, w, memory, layout, beta, rule, tables)  # type: ignore[arg-type]
+
+
+def measure_rates(device: str, timer: Timer, size: int) -> Rates:
+    """What the device reaches in a bf16 product of matrices [size, size], and in a copy of 16."""
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    product = timer(lambda: matrix @ matrix)
+    source = torch.empty(16, size, size, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = timer(lambda: target.copy_(source))
+    return Rates(2 * size**3 / product, 2 * source.nbytes / copy)
+
+
+def measure_accuracy(operations: dict[str, Operation], shape: Shape, device: str) -> dict[str, Any]:
+    """Relative errors of results and gradients in bf16, by operation and NAMES."""
+    inputs = _inputs(shape, device)
+    expected = _results(infini_attention_reference, _converted(inputs, torch.float64))
+    errors = {}
+    for name, operation in operations.items():
+        parts = zip(expected, _results(operation, inputs), strict=True)
+        ratios = [((want - have).norm() / want.norm()).item() for want, have in parts]
+        errors[name] = dict(zip(NAMES, ratios, strict=True))
+    return errors
+
+
+def time_operation(
+    name: str, operation: Operation, shape: Shape, device: str, timer: Timer, rates: Rates
+) -> dict[str, Any]:
+    """Forward and backward of one way, in bf16."""
+    inputs = _inputs(shape, device)
+    cost = call_cost(*shape)
+    row: dict[str, Any] = {"operation": name, **shape._asdict()}
+    forward = seconds_if_it_fits(lambda: partial(operation, *inputs), timer)
+
+    def prepare_backward() -> Call:
+        outputs = _outputs(operation, inputs)
+        upstream = [torch.randn_like(x) for x in outputs]
+        return partial(torch.autograd.grad, outputs, _leaves(inputs), upstream, retain_graph=True)
+
+    row["forward"] = _figures(forward, cost.forward, rates)
+    row["backward"] = _figures(seconds_if_it_fits(prepare_backward, timer), cost.backward, rates)
+    return row
+
+
+def time_full_attention(
+    ours: Operation, tokens: int, shape: Shape, device: str, timer: Timer
+) -> dict[str, Any]:
+    """Forward of ours over all tokens in segments, and of FlashAttention over as many at once."""
+
+    def prepare_ours() -> Call:
+        inputs = _inputs(shape._replace(segments=tokens // shape.segment_length), device)
+        return partial(ours, *inputs)
+
+    def prepare_full() -> Call:
+        size = (1, shape.heads, tokens, shape.head_dim)
+        q, k, v = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(3))
+        return partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return {
+            "tokens": tokens,
+            "segment_length": shape.segment_length,
+            "ours_seconds": seconds_if_it_fits(prepare_ours, timer),
+            "full_seconds": seconds_if_it_fits(prepare_full, timer),
+        }
+
+
+def _figures(seconds: float | None, cost: Cost, rates: Rates) -> dict[str, float] | None:
+    if seconds is None:
+        return None
+    return {
+        "seconds": seconds,
+        "flops_per_second": cost.flops / seconds,
+        "bytes_per_second": cost.bytes / seconds,
+        "to_floor": seconds / cost.floor(rates),
+    }
+
+
+def _inputs(shape: Shape, device: str) -> tuple:
+    """Arguments of an operation: random numbers, an empty memory, the linear rule."""
+    segments, n, heads, d = shape
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, segments, n, heads, d, device=device, dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    )
+    layout = Layout(
+        torch.zeros(1, segments, dtype=torch.bool, device=device),
+        torch.full((1, segments), n, dtype=torch.int32, device=device),
+    )
+    beta = torch.randn(heads, device=device).requires_grad_()
+    angles = torch.arange(n, device=device)[:, None] * 1e4 ** -torch.linspace(
+        0, 1, d // 2, device=device
+    )
+    memory = LayerMemory.empty(1, heads, d, device)
+    return q, k, v, None, memory, layout, beta, "linear", (angles.cos(), angles.sin())
+
+
+def _leaves(inputs: tuple) -> list[Tensor]:
+    q, k, v, _, _, _, beta, _, _ = inputs
+    return [q, k, v, beta]
+
+
+def _converted(inputs: tuple, dtype: torch.dtype) -> tuple:
+    q, k, v, beta = (x.detach().to(dtype).requires_grad_() for x in _leaves(inputs))
+    _, _, _, w, memory, layout, _, rule, rotary = inputs
+    memory = LayerMemory(*(x.to(dtype) for x in memory))
+    return q, k, v, w, memory, layout, beta, rule, tuple(x.to(dtype) for x in rotary)
+
+
+def _outputs(operation: Operation, inputs: tuple) -> list[Tensor]:
+    out, memory = operation(*inputs)
+    return [out, memory.kv, memory.norm]
+
+
+def _results(operation: Operation, inputs: tuple) -> list[Tensor]:
+    """Outputs and gradients, fp64."""
+    outputs = _outputs(operation, inputs)
+    torch.manual_seed(1)
+    upstream = [torch.randn_like(x, dtype=torch.float32).to(x.dtype) for x in outputs]
+    gradients = torch.autograd.grad(outputs, _leaves(inputs), upstream)
+    return [x.detach().double() for x in (*outputs, *gradients)]
+
+
+PYTORCH: dict[str, Operation] = {"PyTorch": infini_attention_parallel, "naive PyTorch": naive}
+"""What the kernels are compared with: tiled local attention (SDPA), and whole score matrices."""

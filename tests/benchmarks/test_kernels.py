@@ -1,0 +1,115 @@
+"""Timing of the Triton kernels, on a CPU with a timer of its own and PyTorch in their place."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_ds import cli
+from infini_ds import config as configuration
+from infini_ds.benchmarks import kernels, kernels_model
+from infini_ds.benchmarks.kernel_cost import Rates
+from infini_ds.benchmarks.kernels_timing import Shape, time_operation
+from infini_ds.config import ModelConfig
+from infini_ds.errors import RunError
+from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "segment_length": 8}
+SIZES = kernels.Sizes(
+    segment_lengths=(8, 16),
+    segments=2,
+    heads=2,
+    head_dim=8,
+    accuracy=Shape(3, 16, 2, 8),
+    full_tokens=(32, 64),
+    block=ModelConfig(**SMALL),
+    model=ModelConfig(**SMALL, vocab_size=32, memory_rule="delta"),
+    matrix=4,
+)
+SECONDS = 2e-3
+
+
+def timer(call) -> float:
+    call()
+    return SECONDS
+
+
+def test_every_figure_follows_from_the_times(capsys):
+    figures = kernels.measure(infini_attention_parallel, "cpu", timer, SIZES)
+    assert json.loads(json.dumps(figures)) == figures
+    assert figures["rates"] == {
+        "flops": 2 * 4**3 / SECONDS, "bytes": 2 * 16 * 4 * 4 * 2 / SECONDS
+    }  # fmt: skip
+    assert [(row["operation"], row["segment_length"]) for row in figures["calls"]] == [
+        (name, n) for n in (8, 16) for name in (kernels.OURS, "PyTorch", "naive PyTorch")
+    ]
+    forward = figures["calls"][0]["forward"]
+    rows = 2 * 8 * 2
+    assert forward["flops_per_second"] == rows * (2 * 8 * 8 + 4 * 8 * 8) / SECONDS
+    assert forward["bytes_per_second"] == rows * (4 * 8 * 2 + 4) / SECONDS
+    assert [row["tokens"] for row in figures["full_attention"]] == [32, 64]
+    assert all(row["tokens_per_second"] == 2 * 8 / SECONDS for row in figures["steps"])
+    assert len(figures["steps"]) == 4
+    shown = capsys.readouterr().out
+    assert "2 segments, 2 heads of 8" in shown
+    assert "64 tokens" in shown
+    assert "infini-transformer-pytorch" in shown
+
+
+def test_what_does_not_fit_is_said_and_the_rest_goes_on(capsys):
+    figures = kernels.measure(infini_attention_parallel, "cpu", _short_of_memory_after(3), SIZES)
+    first, *others = figures["calls"]
+    assert first["forward"]
+    assert first["backward"] is None
+    assert all(row["forward"] is None and row["backward"] is None for row in others)
+    assert all(row["seconds"] is None for row in figures["steps"])
+    assert "not enough memory" in capsys.readouterr().out
+
+
+def _short_of_memory_after(calls: int):
+    left = iter(range(calls))
+
+    def short(call) -> float:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError
+        return timer(call)
+
+    return short
+
+
+def test_wrong_results_are_not_timed():
+    def wrong(q, *others):
+        out, memory = infini_attention_parallel(q, *others)
+        return out * 1.1, memory
+
+    def never(call):
+        pytest.fail("was timed")
+
+    with pytest.raises(RunError, match=r"wrong results.* out by 1\.0e-01"):
+        kernels.measure(wrong, "cpu", never, SIZES)
+
+
+def test_backward_is_timed_as_often_as_the_timer_wants():
+    def thrice(call) -> float:
+        for _ in range(3):
+            call()
+        return SECONDS
+
+    shape = Shape(2, 8, 2, 8)
+    rates = Rates(flops=1.0, bytes=1.0)
+    row = time_operation("x", infini_attention_parallel, shape, "cpu", thrice, rates)
+    assert row["backward"]["seconds"] == SECONDS
+
+
+def test_model_is_that_of_its_config():
+    path = Path(__file__).parents[2] / "configs/infini_1b.yaml"
+    assert configuration.load(str(path), ["model.vocab_size=32000"]).model == kernels_model.MODEL
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_line_names_what_runs_anywhere(capsys):
+    assert cli.main(["bench", "kernels"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs a CUDA device" in line
+    assert "--compile-only" in line

@@ -1,0 +1,107 @@
+"""The machine code of the Triton kernels, compiled here for chips that are not here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from infini_ds import cli
+from infini_ds.benchmarks import kernels_compile
+from infini_ds.benchmarks.kernels_compile import INSTRUCTIONS, TARGETS
+
+DOTLESS = {"scan", "rotate", "damping"}
+"""Kernels without a matrix product."""
+
+
+def compiled(tmp_path, arguments: str) -> list[dict]:
+    """Rows of the command in a process of its own, compiled anew."""
+    path = tmp_path / "rows.json"
+    code = (
+        "from infini_ds.benchmarks import kernels_compile; from infini_ds.cli import exit_code; "
+        f"raise SystemExit(exit_code(lambda: kernels_compile.run({str(path)!r}, {arguments})))"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert path.exists(), done.stderr
+    rows = json.loads(path.read_text())
+    broken = [row for row in rows if row["broken"]]
+    assert done.returncode == bool(broken)
+    assert not broken, done.stdout
+    return rows
+
+
+def check(rows: list[dict]) -> None:
+    for row in rows:
+        assert 0 < row["registers"] <= 255
+        assert row["stack"] == 0
+        assert row["shared"] <= row["shared_limit"]
+        capability = int(row["target"].removeprefix("sm_"))
+        wanted = TARGETS[capability].instruction
+        assert (wanted in row["instructions"]) == (row["kernel"] not in DOTLESS)
+
+
+def test_kernels_of_one_head_size_keep_the_rules(tmp_path):
+    rows = compiled(tmp_path, "(64,), ('linear',), (90,)")
+    check(rows)
+    assert {row["kernel"] for row in rows} == {
+        "rotate", "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
+        "key_gradient",
+    }  # fmt: skip
+    groups = {row["constants"]["GROUP"] for row in rows if row["kernel"] == "key_gradient"}
+    assert groups == {1, 4}
+    assert all(row["rules"] == ["linear"] and row["head_dim"] == 64 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_all_kernels_keep_the_rules_on_every_target(tmp_path):
+    rows = compiled(tmp_path, "")
+    check(rows)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {"delta", "delta_gradient", "damping"} <= {row["kernel"] for row in rows}
+
+
+GOOD = {
+    "registers": 255, "stack": 0, "shared": 163 * 1024, "instructions": {"mma.sync": 8},
+}  # fmt: skip
+PRODUCT = "%1 = tt.dot %a, %b, %c : tensor<64x64xbf16> -> tensor<64x64xf32, #mma>"
+
+
+@pytest.mark.parametrize(
+    ("change", "ttgir", "broken"),
+    [
+        ({}, PRODUCT, []),
+        ({"stack": 32}, PRODUCT, ["spills, stack of 32"]),
+        ({"registers": 256}, PRODUCT, ["256 registers"]),
+        ({"shared": 163 * 1024 + 1}, PRODUCT, ["too much shared memory"]),
+        ({"instructions": {"wgmma": 8}}, PRODUCT, ["no mma.sync"]),
+        ({}, PRODUCT.replace("#mma", "#blocked2"), ["1 products without matrix instructions"]),
+    ],
+    ids=["nothing", "spills", "registers", "shared", "generation", "scalar"],
+)
+def test_rule_that_is_broken_is_named(change, ttgir, broken):
+    found = kernels_compile._broken(GOOD | change, TARGETS[80], "%1 = tt.dot %a, %b", ttgir)
+    assert list(found) == broken
+
+
+def test_every_target_has_an_instruction_that_is_counted():
+    assert {target.instruction for target in TARGETS.values()} == set(INSTRUCTIONS)
+
+
+def test_missing_triton_is_one_line_with_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", "kernels", "--compile-only"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("Triton is not installed: pip install triton")
+
+
+def test_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["bench", "kernels", "--compile-only"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
