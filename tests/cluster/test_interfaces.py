@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cluster
 PORT = "29555"
 
 
-@pytest.fixture(params=["loopback", "another_interface"])
+@pytest.fixture(params=["loopback", pytest.param("another_interface", marks=pytest.mark.slow)])
 def misnamed(hosts, request):
     """Two hosts, each with its own name at 127.0.1.1, as Debian has it, or at an address apart."""
     usual = (hosts.folder / "hosts").read_text()

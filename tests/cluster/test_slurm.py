@@ -85,6 +85,7 @@ class TestNodeThatIsNotReady:
         cover(data.store, "-t", "tmpfs", "tmpfs")
         assert_not_started(Job(slurm, run, [], []), "node-2: store: data.store .*no valid manifest")
 
+    @pytest.mark.slow
     def test_has_another_version_of_a_file(self, slurm, cover, tmp_path, data):
         other = tmp_path / "layout.py"
         other.write_text(Path(layout.__file__).read_text() + "# another version\n")

@@ -128,7 +128,11 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(tmp_path, data, und
 class TestKilledRank:
     @pytest.mark.parametrize("rank", [0, 1])
     @pytest.mark.parametrize(
-        ("when", "save_every"), [("between_saves", 5), ("during_a_save", 2)], ids=lambda v: str(v)
+        ("when", "save_every"),
+        [
+            pytest.param("between_saves", 5, id="between_saves", marks=pytest.mark.slow),
+            pytest.param("during_a_save", 2, id="during_a_save"),
+        ],
     )
     def test_costs_only_the_steps_since_the_last_save(
         self, tmp_path, data, undisturbed, when, save_every, rank
@@ -191,7 +195,7 @@ class TestResumeInAnotherLayout:
             pytest.param((2, 1), (1, 1), True, [], id="tied_pipeline2_to_1"),
             pytest.param(
                 (2, 1), (2, 2), True, ["parallel.memory_transport=resident"],
-                id="tied_pipeline2_to_2x2_resident",
+                id="tied_pipeline2_to_2x2_resident", marks=pytest.mark.slow,
             ),
         ],
     )  # fmt: skip
