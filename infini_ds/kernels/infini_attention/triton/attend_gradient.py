@@ -196,9 +196,10 @@ def gradient_of_keys(
 ):
     """Adds what queries from the first on give to rotated keys, times sqrt(D), and to values.
 
-    Scores are transposed, [keys, queries].
+    Scores are transposed, [keys, queries]. Tiles of queries are whole ones, beginning with that of
+    the first, so that none reaches beyond the padded rows.
     """
-    for start in range(first, n, BLOCK_M):
+    for start in range(first // BLOCK_M * BLOCK_M, n, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         queries = load_rows(rotated_q, rows, D, n, D)
         gradient = load_rows(d_out, rows, d_out_row, n, D)
