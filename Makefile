@@ -30,7 +30,7 @@ passkey: $(VENV)/installed
 	done
 
 test: $(VENV)/installed lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow

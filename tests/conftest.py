@@ -3,6 +3,11 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.fault_table import pytest_terminal_summary, trial  # noqa: F401
 
 # What a launcher would have set: a test's processes get their own.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -17,6 +22,16 @@ def pytest_configure(config):
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in _LAUNCHER:
         os.environ.pop(name, None)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    # Where workers share the tests (-n 2 --dist loadgroup), the runs of a file are made once, and
+    # the hosts of the cluster belong to one worker.
+    for item in items:
+        path = item.path.relative_to(config.rootpath)
+        group = "cluster" if Path("tests/cluster") in path.parents else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_unconfigure(config):

@@ -80,31 +80,38 @@ def cover(slurm):
 class TestNodeThatIsNotReady:
     """It is named by the job, which does not start."""
 
-    def test_lacks_the_store(self, slurm, cover, tmp_path, data):
+    def test_lacks_the_store(self, slurm, cover, tmp_path, data, trial):
         run = Run(tmp_path, data, **FP32)
         cover(data.store, "-t", "tmpfs", "tmpfs")
-        assert_not_started(Job(slurm, run, [], []), "node-2: store: data.store .*no valid manifest")
+        with trial("node of a Slurm job that lacks the store"):
+            assert_not_started(
+                Job(slurm, run, [], []), "node-2: store: data.store .*no valid manifest"
+            )
 
     @pytest.mark.slow
-    def test_has_another_version_of_a_file(self, slurm, cover, tmp_path, data):
+    def test_has_another_version_of_a_file(self, slurm, cover, tmp_path, data, trial):
         other = tmp_path / "layout.py"
         other.write_text(Path(layout.__file__).read_text() + "# another version\n")
         cover(layout.__file__, "--bind", str(other))
         job = Job(slurm, Run(tmp_path, data, **FP32), [], [])
-        assert_not_started(job, r"node-2: versions: infini_ds \S+ \(sources \w+\), here ")
+        with trial("... that has another version of a file of `infini_ds`"):
+            assert_not_started(job, r"node-2: versions: infini_ds \S+ \(sources \w+\), here ")
 
     @pytest.mark.slow
-    def test_cannot_be_reached(self, slurm, tmp_path, data):
+    def test_cannot_be_reached(self, slurm, tmp_path, data, trial):
         second = slurm.hosts[1]
         second.send("slurmd -D", signal.SIGSTOP)
-        try:
-            job = Job(slurm, Run(tmp_path, data, **FP32), [], [])
-            job.wait_until(lambda: "infini-ds: " in job.log, LIMIT_OF_PREFLIGHT, "its last line")
-        finally:
-            second.send("slurmd -D", signal.SIGCONT)
-        assert_not_started(
-            job, "node-2: reached: .*; see `scontrol show node node-2`, or go without"
-        )
+        with trial("... that cannot be reached"):
+            try:
+                job = Job(slurm, Run(tmp_path, data, **FP32), [], [])
+                job.wait_until(
+                    lambda: "infini-ds: " in job.log, LIMIT_OF_PREFLIGHT, "its last line"
+                )
+            finally:
+                second.send("slurmd -D", signal.SIGCONT)
+            assert_not_started(
+                job, "node-2: reached: .*; see `scontrol show node node-2`, or go without"
+            )
 
 
 STEPS = 40
@@ -150,31 +157,35 @@ def finish_resumed(slurm, job: Job, undisturbed: Run) -> None:
 
 @pytest.mark.slow
 class TestInterruptedJob:
-    def test_goes_on_after_its_time_limit(self, slurm, start_long, undisturbed):
-        # Slurm gives the signal up to a minute earlier than it is asked to.
-        job = start_long("--time=3", "--signal=B:USR1@60")
-        finish_resumed(slurm, job, undisturbed)
+    def test_goes_on_after_its_time_limit(self, slurm, start_long, undisturbed, trial):
+        with trial("Slurm's time limit"):
+            # Slurm gives the signal up to a minute earlier than it is asked to.
+            job = start_long("--time=3", "--signal=B:USR1@60")
+            finish_resumed(slurm, job, undisturbed)
 
-    def test_goes_on_after_the_signal(self, slurm, start_long, undisturbed):
-        job = start_long()
-        job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
-        slurm.run("scancel", "--batch", "--signal=USR1", job.id)
-        finish_resumed(slurm, job, undisturbed)
-        assert job.log.count("queued again") == 1
+    def test_goes_on_after_the_signal(self, slurm, start_long, undisturbed, trial):
+        with trial("`scancel --signal` of a Slurm job"):
+            job = start_long()
+            job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
+            slurm.run("scancel", "--batch", "--signal=USR1", job.id)
+            finish_resumed(slurm, job, undisturbed)
+            assert job.log.count("queued again") == 1
 
-    def test_goes_on_after_a_more_urgent_one(self, slurm, start_long, undisturbed, tmp_path):
-        job = start_long()
-        job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
-        urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--wrap=srun hostname"]
-        other = slurm.submit(*urgent, cwd=tmp_path)
-        finish_resumed(slurm, job, undisturbed)
-        assert slurm.job(other)["JobState"] == "COMPLETED"
+    def test_goes_on_after_a_more_urgent_one(self, slurm, start_long, undisturbed, tmp_path, trial):
+        with trial("preemption by a more urgent job"):
+            job = start_long()
+            job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
+            urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--wrap=srun hostname"]
+            other = slurm.submit(*urgent, cwd=tmp_path)
+            finish_resumed(slurm, job, undisturbed)
+            assert slurm.job(other)["JobState"] == "COMPLETED"
 
-    def test_stays_cancelled(self, slurm, start_long):
-        job = start_long()
-        job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
-        slurm.run("scancel", job.id)
-        state = job.finish(LIMIT)
-        assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
-        stopped = max(job.run.losses)
-        assert (job.run.checkpoint(stopped) / "manifest.json").exists(), job.outputs
+    def test_stays_cancelled(self, slurm, start_long, trial):
+        with trial("`scancel` of a Slurm job"):
+            job = start_long()
+            job.wait_until(lambda: len(job.run.losses) >= 5, LIMIT, "step 5")
+            slurm.run("scancel", job.id)
+            state = job.finish(LIMIT)
+            assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
+            stopped = max(job.run.losses)
+            assert (job.run.checkpoint(stopped) / "manifest.json").exists(), job.outputs

@@ -76,19 +76,23 @@ class Disturbed:
         return (self.run.output / "stacks" / f"rank_{rank}.txt").read_text()
 
 
-def test_host_cut_off_ends_the_run_on_all(hosts, tmp_path, data):
-    with Disturbed(hosts, tmp_path, data) as disturbed:
-        hosts.cut(hosts[1])
-        disturbed.wait_for_end(HANG_TIMEOUT + SLACK)
-        disturbed.wait_for_launcher()
-        output = disturbed.launcher.all[0].output
-    assert "rank 1 on node-2 is lost" in output
-    assert "rank 0, or the host where the ranks met" in disturbed.stacks(1)
+def test_host_cut_off_ends_the_run_on_all(hosts, tmp_path, data, trial):
+    with trial("host cut off"):
+        with Disturbed(hosts, tmp_path, data) as disturbed:
+            hosts.cut(hosts[1])
+            disturbed.wait_for_end(HANG_TIMEOUT + SLACK)
+            disturbed.wait_for_launcher()
+            output = disturbed.launcher.all[0].output
+        assert "rank 1 on node-2 is lost" in output
+        assert "rank 0, or the host where the ranks met" in disturbed.stacks(1)
 
 
 @pytest.mark.slow
-def test_frozen_rank_ends_the_others_and_the_launcher_ends_it(hosts, tmp_path, data):
-    with Disturbed(hosts, tmp_path, data) as disturbed:
+def test_frozen_rank_ends_the_others_and_the_launcher_ends_it(hosts, tmp_path, data, trial):
+    with (
+        trial("`SIGSTOP` of the rank on another host"),
+        Disturbed(hosts, tmp_path, data) as disturbed,
+    ):
         hosts[1].send(RANK, signal.SIGSTOP)
         disturbed.wait_for_end(HANG_TIMEOUT + SLACK, hosts[0])
         assert f"train.hang_timeout = {HANG_TIMEOUT} s" in disturbed.stacks(0)
@@ -100,32 +104,36 @@ def test_frozen_rank_ends_the_others_and_the_launcher_ends_it(hosts, tmp_path, d
 
 
 @pytest.mark.slow
-def test_supervisor_starts_a_run_again_whose_rank_was_killed_on_another_host(hosts, tmp_path, data):
+def test_supervisor_starts_a_run_again_whose_rank_was_killed_on_another_host(
+    hosts, tmp_path, data, trial
+):
     steps, saved = 200, 20
     settings = {"train__steps": steps, "train__save_every": saved, "train__keep_last": 3}
     run = Run(tmp_path, data, **{**FP32, **settings})
     options = ["--max-restarts", "2", "--hostfile", str(hosts.hostfile(2))]
     command = ["bash", str(SCRIPT), *options, str(run.config)]
-    with Processes([hosts[0].start(*command, log=tmp_path / "log", cwd=ROOT)]) as supervisor:
-        supervisor.wait_until(lambda: len(run.losses) > saved, LIMIT, "a checkpoint")
-        hosts[1].send(RANK, signal.SIGKILL)
-        assert supervisor.wait(LIMIT) == [0], supervisor.outputs()
-        output = supervisor.all[0].output
-    assert "rank 1 on node-2 is lost" in output
-    assert output.count("; restart 1 of 2 in 5 s") == 1
-    assert sorted(run.losses) == list(range(1, steps + 1))
-    assert not any(host.processes() for host in hosts.all)
+    with trial("`kill -9` of the rank on another host, started again by the supervisor"):
+        with Processes([hosts[0].start(*command, log=tmp_path / "log", cwd=ROOT)]) as supervisor:
+            supervisor.wait_until(lambda: len(run.losses) > saved, LIMIT, "a checkpoint")
+            hosts[1].send(RANK, signal.SIGKILL)
+            assert supervisor.wait(LIMIT) == [0], supervisor.outputs()
+            output = supervisor.all[0].output
+        assert "rank 1 on node-2 is lost" in output
+        assert output.count("; restart 1 of 2 in 5 s") == 1
+        assert sorted(run.losses) == list(range(1, steps + 1))
+        assert not any(host.processes() for host in hosts.all)
 
 
-def test_interrupted_launcher_leaves_a_checkpoint_to_go_on_from(hosts, tmp_path, data):
-    with Disturbed(hosts, tmp_path, data) as disturbed:
-        hosts[0].send("bin/deepspeed", signal.SIGINT)
-        disturbed.wait_for_end(LIMIT_OF_STOP)
-        disturbed.wait_for_launcher()
-    run = disturbed.run
-    stopped = max(run.losses)
-    assert (run.checkpoint(stopped) / "manifest.json").exists()
-    with launch(hosts, 2, run, f"train.steps={stopped + 1}") as launcher:
-        assert launcher.wait(LIMIT) == [0], launcher.outputs()
-        assert f"at step {stopped}\n" in launcher.all[0].output
-    assert max(run.losses) == stopped + 1
+def test_interrupted_launcher_leaves_a_checkpoint_to_go_on_from(hosts, tmp_path, data, trial):
+    with trial("`SIGINT` of DeepSpeed's launcher"):
+        with Disturbed(hosts, tmp_path, data) as disturbed:
+            hosts[0].send("bin/deepspeed", signal.SIGINT)
+            disturbed.wait_for_end(LIMIT_OF_STOP)
+            disturbed.wait_for_launcher()
+        run = disturbed.run
+        stopped = max(run.losses)
+        assert (run.checkpoint(stopped) / "manifest.json").exists()
+        with launch(hosts, 2, run, f"train.steps={stopped + 1}") as launcher:
+            assert launcher.wait(LIMIT) == [0], launcher.outputs()
+            assert f"at step {stopped}\n" in launcher.all[0].output
+        assert max(run.losses) == stopped + 1

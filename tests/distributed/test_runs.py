@@ -103,7 +103,7 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content[:-1])
 
 
-def test_damaged_checkpoints_are_passed_over_with_the_reason(tmp_path, data, undisturbed):
+def test_damaged_checkpoints_are_passed_over_with_the_reason(tmp_path, data, undisturbed, trial):
     run = copied(undisturbed, tmp_path, data)
     flipped, truncated, unfinished = (run.checkpoint(step) for step in (STEPS, 15, 10))
     layer = next(flipped.glob("layer_*"))
@@ -113,16 +113,17 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(tmp_path, data, und
     size = memory.stat().st_size
     (unfinished / "manifest.json").unlink()
 
-    output = run.finish(2)
-    for directory, reason in (
-        (flipped, f"{layer.name} does not have its checksum"),
-        (unfinished, "it was not finished (no manifest.json)"),
-        (truncated, f"memory/{memory.name} has {size} bytes, not {size + 1}"),
-    ):
-        assert f"checkpoint {directory}: passed over, {reason}" in output
-    assert f"resumed from {run.checkpoint(5)} at step 5" in output
-    assert run.losses == undisturbed.losses
-    assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+    with trial("newest checkpoints with a flipped bit, cut short, not finished"):
+        output = run.finish(2)
+        for directory, reason in (
+            (flipped, f"{layer.name} does not have its checksum"),
+            (unfinished, "it was not finished (no manifest.json)"),
+            (truncated, f"memory/{memory.name} has {size} bytes, not {size + 1}"),
+        ):
+            assert f"checkpoint {directory}: passed over, {reason}" in output
+        assert f"resumed from {run.checkpoint(5)} at step 5" in output
+        assert run.losses == undisturbed.losses
+        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
 
 
 class TestKilledRank:
@@ -135,24 +136,27 @@ class TestKilledRank:
         ],
     )
     def test_costs_only_the_steps_since_the_last_save(
-        self, tmp_path, data, undisturbed, when, save_every, rank
+        self, tmp_path, data, undisturbed, when, save_every, rank, trial
     ):
         run = Run(tmp_path, data, train__save_every=save_every)
-        with run.start(2) as ranks:
-            ranks.wait_until(lambda: len(run.losses) >= 6, START, "step 6")
-            if when == "during_a_save":
-                # One of the frequent saves is caught halfway.
-                ranks.wait_until(lambda: run.unfinished_save, START, "a save")
-            ranks.all[rank].send(signal.SIGKILL)
-            codes = ranks.wait(END)
-            assert codes[rank] == -signal.SIGKILL
-            assert codes[1 - rank] != 0, ranks.outputs()
-        saved = max(int(p.parent.name[5:]) for p in run.output.glob("checkpoints/*/manifest.json"))
-        assert saved >= max(run.losses) - save_every
-        output = run.finish(2)
-        assert f"at step {saved}\n" in output
-        assert run.losses == undisturbed.losses
-        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+        with trial("`kill -9` of a rank, then the same command"):
+            with run.start(2) as ranks:
+                ranks.wait_until(lambda: len(run.losses) >= 6, START, "step 6")
+                if when == "during_a_save":
+                    # One of the frequent saves is caught halfway.
+                    ranks.wait_until(lambda: run.unfinished_save, START, "a save")
+                ranks.all[rank].send(signal.SIGKILL)
+                codes = ranks.wait(END)
+                assert codes[rank] == -signal.SIGKILL
+                assert codes[1 - rank] != 0, ranks.outputs()
+            saved = max(
+                int(p.parent.name[5:]) for p in run.output.glob("checkpoints/*/manifest.json")
+            )
+            assert saved >= max(run.losses) - save_every
+            output = run.finish(2)
+            assert f"at step {saved}\n" in output
+            assert run.losses == undisturbed.losses
+            assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
 
 
 FP32 = {
@@ -285,26 +289,27 @@ class TestRankFailingAloneAtStart:
 
 
 class TestGradientsThatAreNotFinite:
-    def test_stop_the_run_and_leave_the_checkpoint(self, tmp_path, data, undisturbed):
+    def test_stop_the_run_and_leave_the_checkpoint(self, tmp_path, data, undisturbed, trial):
         run = copied(undisturbed, tmp_path, data)
         # The first step makes the weights useless, every one after it is skipped.
         overrides = ["optimizer.learning_rate=1e30", "train.max_skipped_steps=3"]
         overrides += ["train.steps=60", "train.save_every=2", "train.keep_last=1"]
-        with run.start(2, *overrides) as ranks:
-            assert ranks.wait(START) == [1, 1], ranks.outputs()
-            lines = error_lines(ranks)
-        assert lines
-        for line in lines:
-            assert "the gradient was not finite in 3 steps in a row" in line
-            assert "optimizer.learning_rate" in line
-        skipped = [run.metrics[step]["train/skipped_steps"] for step in (17, 18, 19)]
-        assert skipped == [0, 1, 2]
-        # The config's learning rate counts, not the one of when the checkpoint was written.
-        assert run.metrics[STEPS + 1]["learning_rate/weights"] > 1e28
-        assert max(run.losses) == 19, "the step that ends the run is not written"
-        assert max(run.output.glob("checkpoints/step_*")) == run.checkpoint(STEPS)
-        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
-        assert "passed over" not in ranks.all[0].output
+        with trial("gradients that are not finite, step after step"):
+            with run.start(2, *overrides) as ranks:
+                assert ranks.wait(START) == [1, 1], ranks.outputs()
+                lines = error_lines(ranks)
+            assert lines
+            for line in lines:
+                assert "the gradient was not finite in 3 steps in a row" in line
+                assert "optimizer.learning_rate" in line
+            skipped = [run.metrics[step]["train/skipped_steps"] for step in (17, 18, 19)]
+            assert skipped == [0, 1, 2]
+            # The config's learning rate counts, not the one of when the checkpoint was written.
+            assert run.metrics[STEPS + 1]["learning_rate/weights"] > 1e28
+            assert max(run.losses) == 19, "the step that ends the run is not written"
+            assert max(run.output.glob("checkpoints/step_*")) == run.checkpoint(STEPS)
+            assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+            assert "passed over" not in ranks.all[0].output
 
 
 def launch(command: list[str], folder: Path) -> Processes:

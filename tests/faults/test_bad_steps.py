@@ -78,7 +78,7 @@ def test_rollback_is_as_if_the_window_had_never_been_read(
     }  # fmt: skip
     faults = {"nan": [BAD]} if fault == "nan" else {"unchecked": True}
     source, document = corrupt if fault == "corrupt" else (data, None)
-    with trial("bad window, rollback"):
+    with trial("window with a NaN or a corrupt token: rollback"):
         run = FaultyRun(tmp_path, source, json.dumps(faults), **settings)
         output = run.finish(WORLD)
         assert f"back to {run.checkpoint(SAVED)}, from where step {BAD + 1} will be" in output
@@ -101,7 +101,7 @@ def test_rollback_goes_the_same_way_in_every_layout(skipping):
 @pytest.mark.parametrize("stages", LAYOUTS)
 def test_skip_counts_and_empties_the_memories_of_corrupt_lanes(tmp_path, corrupt, trial, stages):
     settings = {**SETTINGS, "train__steps": BAD + 1, "parallel__pipeline_stages": stages}
-    with trial("bad window, skip"):
+    with trial("window with a NaN or a corrupt token: skip"):
         run = FaultyRun(tmp_path, corrupt[0], '{"unchecked": true}', **settings)
         run.finish(WORLD)
         assert run.metrics[BAD + 1]["train/skipped_steps"] == 1
@@ -117,7 +117,7 @@ def test_skip_counts_and_empties_the_memories_of_corrupt_lanes(tmp_path, corrupt
 @pytest.mark.parametrize("stages", LAYOUTS)
 def test_stop_ends_all_ranks_with_the_reason(tmp_path, data, trial, stages):
     settings = {**SETTINGS, "parallel__pipeline_stages": stages, "train__on_bad_step": "stop"}
-    with trial("bad window, stop"):
+    with trial("window with a NaN or a corrupt token: stop"):
         run = FaultyRun(tmp_path, data, json.dumps({"nan": [BAD]}), **settings)
         with run.start(WORLD) as ranks:
             assert ranks.wait(START) == [1, 1], ranks.outputs()
@@ -129,7 +129,7 @@ def test_stop_ends_all_ranks_with_the_reason(tmp_path, data, trial, stages):
 
 def test_rollback_gives_up_where_every_window_is_bad(tmp_path, data, trial):
     settings = {**SETTINGS, "train__on_bad_step": "rollback", "train__max_skipped_steps": 3}
-    with trial("bad window, rollback"):
+    with trial("window with a NaN or a corrupt token: rollback"):
         faults = json.dumps({"nan": list(range(SAVED, STEPS))})
         run = FaultyRun(tmp_path, data, faults, **settings)
         with run.start(1) as ranks:
@@ -159,7 +159,7 @@ def test_rollback_to_a_checkpoint_of_another_layout(tmp_path, data, trial):
         run.finish(1, f"train.steps={SAVED}")
         return run, run.finish(WORLD)
 
-    with trial("bad window, rollback"):
+    with trial("window with a NaN or a corrupt token: rollback"):
         expected, _ = resumed("expected", {"skip": [BAD]})
         run, output = resumed("run", {"nan": [BAD]}, train__on_bad_step="rollback")
         assert f"back to {run.checkpoint(SAVED)}, from where step {BAD + 1} will be" in output

@@ -46,7 +46,7 @@ SETTINGS = {"train__steps": 100000, "train__hang_timeout": HANG, "train__timeout
 @pytest.mark.parametrize("rank", [0, 1])
 def test_frozen_rank_is_named_by_the_other(tmp_path, data, trial, rank):
     run = FaultyRun(tmp_path, data, **SETTINGS)
-    with trial("SIGSTOP of a rank"), run.start(2) as ranks:
+    with trial("`SIGSTOP` of a rank"), run.start(2) as ranks:
         ranks.wait_until(lambda: run.step >= 3, START, "steps")
         ranks.all[rank].send(signal.SIGSTOP)
         seconds = end_of_others(ranks, rank, HANG + 40)
@@ -67,7 +67,7 @@ def test_frozen_rank_does_not_keep_the_job(tmp_path, data, trial):
     command = ["deepspeed", *options, *run.command()[1:]]
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     job = Processes([Process(command, tmp_path / "log", env, tmp_path)])
-    with trial("SIGSTOP of a rank, under the launcher"), job as processes:
+    with trial("`SIGSTOP` of a rank, under the launcher"), job as processes:
         processes.wait_until(lambda: run.step >= 3, START, "steps")
         frozen = rank_of(processes.all[0].pid, "1")
         os.kill(frozen, signal.SIGSTOP)

@@ -64,7 +64,7 @@ def test_killed_ranks_cost_no_more_than_steps_since_the_last_save(
     draw.shuffle(moments)
     run = FaultyRun(tmp_path, data, **SETTINGS)
     for moment, rank in moments:
-        with trial(f"kill -9 of a rank {moment}"):
+        with trial(f"`kill -9` of a rank {moment}"):
             begin = max((int(p.parent.name[5:]) for p in run.output.glob(
                 "checkpoints/*/manifest.json")), default=0)  # fmt: skip
             with run.start(WORLD) as ranks:
@@ -80,7 +80,7 @@ def test_killed_ranks_cost_no_more_than_steps_since_the_last_save(
 def test_every_rank_of_a_grid_names_the_one_that_was_killed(tmp_path, data, trial):
     """Two pipelines of two stages: most ranks have no traffic with the lost one."""
     run = FaultyRun(tmp_path, data, parallel__pipeline_stages=2, train__steps=100000)
-    with trial("kill -9 of a rank of four"), run.start(4) as ranks:
+    with trial("`kill -9` of one rank of four"), run.start(4) as ranks:
         ranks.wait_until(lambda: run.step >= 3, START, "steps")
         ranks.all[3].send(signal.SIGKILL)
         end_of_others(ranks, 3)
@@ -123,7 +123,7 @@ def test_killed_prepare_leaves_no_half_store(tmp_path, corpus, trial):
     draw = random.Random(2)
     command, store = corpus("store")
     for number in range(6):
-        with trial("kill -9 of `infini-ds prepare`"):
+        with trial("`kill -9` of `infini-ds prepare`"):
             process = Process(command, tmp_path / f"prepare{number}.log", {}, None)
             with Processes([process]) as processes:
                 time.sleep(draw.uniform(0.3, 0.95) * seconds)

@@ -36,7 +36,7 @@ def test_killed_rank_is_started_again_and_a_signal_ends_the_job(tmp_path, data, 
     undisturbed = FaultyRun(tmp_path / "undisturbed", data, **SETTINGS)
     undisturbed.finish(2)
     run = FaultyRun(tmp_path / "run", data, **SETTINGS)
-    with trial("kill -9 of a rank, restarted"), supervised(run, 1) as job:
+    with trial("`kill -9` of a rank, started again by the supervisor"), supervised(run, 1) as job:
         job.wait_until(lambda: run.step >= 6, START, "steps")
         os.kill(rank_of(launcher_of(job), "1"), signal.SIGKILL)
         assert job.wait(LIMIT) == [0]
@@ -49,7 +49,7 @@ def test_killed_rank_is_started_again_and_a_signal_ends_the_job(tmp_path, data, 
 
 def test_asked_to_stop_the_run_saves_and_is_not_started_again(tmp_path, data, trial):
     run = FaultyRun(tmp_path, data, train__steps=100000)
-    with trial("SIGTERM of the supervisor"), supervised(run, 3) as job:
+    with trial("`SIGTERM` of the supervisor"), supervised(run, 3) as job:
         job.wait_until(lambda: run.step >= 3, START, "steps")
         group = launcher_of(job)
         job.all[0].send(signal.SIGTERM)
