@@ -21,8 +21,8 @@ LIMITS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 8e-3)}
 OUTPUTS = 3  # output, kv, norm; gradients follow
 
 
-def case(layout, rule, precision, n, group=1, gated=False, d=64, tile=0):
-    """tile 0: the tiles that are used on a GPU."""
+def case(layout, rule, precision, n, group=1, gated=False, d=64, tile=None):
+    """tile: rows and columns of key_gradient, the others have rows >= columns; None: a GPU's."""
     return {
         "layout": layout, "rule": rule, "precision": precision, "n": n, "group": group,
         "gated": gated, "d": d, "tile": tile,
@@ -44,9 +44,9 @@ CASES = [
         for rule in ("linear", "delta")
     ),
     case("padding", "linear", "fp32", 17, d=128),
-    # Small tiles, so that there are many; then those of a GPU.
-    case("mid-window starts", "delta", "bf16", 40, 1, False, tile=16),
-    case("padding", "linear", "bf16", 40, 2, True, tile=16),
+    # Small tiles, so that there are many, wider and higher ones; then those of a GPU.
+    case("mid-window starts", "delta", "bf16", 40, 1, False, tile=(16, 32)),
+    case("padding", "linear", "bf16", 40, 2, True, tile=(32, 16)),
     case("one segment", "linear", "bf16", 200, 2, True),
     case("one segment", "delta", "bf16", 150, 1, True, d=128),
     case("carried memory", "linear", "bf16", 128, 1, False, d=128),

@@ -32,8 +32,10 @@ def errors(expected: plain.Result, actual: plain.Result) -> list[float]:
 def compute(case: dict) -> dict[str, list[float]]:
     plain.DIM = case["d"]
     if case["tile"]:
-        small = tuning.Tiles(case["tile"], case["tile"], 4, 1)
-        op.tiles = lambda kernel, d, itemsize, generation: small
+        rows, columns = case["tile"]
+        small = tuning.Tiles(max(rows, columns), min(rows, columns), 4, 1)
+        of_keys = tuning.Tiles(rows, columns, 4, 1)
+        op.tiles = lambda kernel, *_: of_keys if kernel == "key_gradient" else small
     else:
         op.tiles = tuning.tiles
     layout = plain.make_layout(case["layout"], case["n"])

@@ -127,6 +127,7 @@ def attend_kernel(
     [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are. `scale` is
     log2(e) / sqrt(D): scores are in powers of two.
     """
+    tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     segment = tl.program_id(2).to(tl.int64)

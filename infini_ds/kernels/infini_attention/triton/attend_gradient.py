@@ -42,6 +42,7 @@ def query_gradient_kernel(
 
     Shapes as in `attend_kernel` and `read_gradient_kernel`.
     """
+    tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     segment = tl.program_id(2).to(tl.int64)
