@@ -29,6 +29,7 @@ passkey: $(VENV)/installed
 	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
 	done
 
+# Two workers: most tests wait for processes of their own. A file's tests stay in one worker.
 test: $(VENV)/installed lint
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
