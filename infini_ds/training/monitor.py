@@ -28,7 +28,7 @@ class Monitor:
 
     def __init__(self, output_dir: Path, step: int, steps: int, config: str):
         self.console = Console(highlight=False, soft_wrap=True)
-        self._first_step, self._steps = step, steps
+        self._first_step, self._last_step, self._steps = step, step, steps
         self._began = time.monotonic()
         self._next_line = self._began
         self._live: Live | None = None
@@ -54,6 +54,7 @@ class Monitor:
 
     def step(self, step: int, metrics: dict[str, Any], log: bool) -> None:
         """One training step. `metrics` are flat, named as in TensorBoard, such as "train/loss"."""
+        self._last_step = step
         if log:
             self.record(step, metrics)
         seconds = time.monotonic() - self._began
@@ -96,9 +97,12 @@ class Monitor:
         self._board.add_text(name, "```text\n" + text + "\n```", step)
 
     def close(self) -> None:
-        """Writes everything out."""
+        """Says how long it took, and writes everything out."""
         if self._live:
             self._live.stop()
+        if self._last_step > self._first_step:
+            taken = f"{self._last_step - self._first_step:,} steps"
+            self.console.print(f"{taken} in {_duration(time.monotonic() - self._began)}")
         self._metrics.close()
         self._board.close()
 

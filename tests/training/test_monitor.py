@@ -117,6 +117,13 @@ def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
     assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
+def test_end_says_how_long_the_steps_of_this_process_took(tmp_path, capsys, monkeypatch):
+    now = iter([0.0, 50.0, 50.0, 50.0, 50.0, 185.0])
+    monkeypatch.setattr("infini_ds.training.monitor.time.monotonic", lambda: next(now))
+    run(tmp_path, 2, [3, 4])
+    assert capsys.readouterr().out.splitlines()[-1] == "2 steps in 3:05"
+
+
 def test_line_shows_step_loss_speed_and_skipped_steps(tmp_path, capsys):
     run(tmp_path, 0, [10], skipped=3, rollbacks=2)
     line = capsys.readouterr().out
