@@ -64,7 +64,7 @@ class MemoryConfig(Settings):
     write_penalty: float = 0.0
     """Added to the loss: this x the sum over layers of the mean write weight (with write_gate)."""
     short_conv: bool = False
-    """Queries, keys and values see the 3 tokens before them: a causal convolution, 0 at start."""
+    """Queries, keys and values see the 4 tokens before them: a causal convolution, 0 at start."""
 
     @model_validator(mode="after")
     def _check(self) -> "MemoryConfig":

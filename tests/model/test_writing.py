@@ -20,24 +20,24 @@ def conv_with(weight) -> ShortConv:
 
 def test_convolution_adds_the_weighted_tokens_before():
     x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).view(1, 5, 1, 1)
-    conv = conv_with([[0.1, 0.01, 0.001]])
+    conv = conv_with([[0.1, 0.01, 0.001, 0.0001]])
     mixed, last = conv(x, torch.zeros(1, TAPS, 1, 1))
-    expected = [1.0, 2.1, 4.21, 8.421, 16.842]
+    expected = [1.0, 2.1, 4.21, 8.421, 16.8421]
     torch.testing.assert_close(mixed.flatten(), torch.tensor(expected))
-    assert last.flatten().tolist() == [4.0, 8.0, 16.0]
+    assert last.flatten().tolist() == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_convolution_has_taps_of_each_channel():
-    conv = conv_with([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0, 0, 0]])
-    x = torch.randn(2, 6, 2, 2)
-    mixed, _ = conv(x, torch.zeros(2, TAPS, 2, 2))
+    conv = conv_with(torch.eye(5, TAPS).tolist())
+    x = torch.randn(2, 6, 5, 1)
+    mixed, _ = conv(x, torch.zeros(2, TAPS, 5, 1))
     difference = (mixed - x).flatten(2)
-    for channel, back in enumerate((1, 2, 3)):
+    for channel, back in enumerate((1, 2, 3, 4)):
         torch.testing.assert_close(
             difference[:, back:, channel], x.flatten(2)[:, :-back, channel], rtol=1e-5, atol=1e-5
         )
         assert not difference[:, :back, channel].any()
-    assert not difference[..., 3].any()
+    assert not difference[..., 4].any()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5])

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_infini import InfiniConfig
 
-TAPS = 3  # tokens that a short convolution looks back
+TAPS = 4  # tokens that a short convolution looks back
 EPSILON = 1e-10  # least denominator of a read
 IGNORED = -100  # label of a token without a loss
 
