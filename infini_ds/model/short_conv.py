@@ -7,7 +7,7 @@ TAPS = 4
 """Earlier tokens that each token sees.
 
 With 3, the usual number, the last two of a pass key's five digits see nothing but digits: keys with
-a digit twice were now and then answered with these two in the wrong order."""
+a digit twice were now and then answered with these two wrong."""
 
 
 class ShortConv(nn.Module):
