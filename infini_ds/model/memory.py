@@ -29,7 +29,7 @@ class OpenSegment(NamedTuple):
     weights: Tensor
     """[batch, segment_length, kv_heads or 0] fp32"""
     tail: Tensor
-    """[batch, 4 or 0, heads + 2 kv_heads, d]"""
+    """[batch, TAPS or 0, heads + 2 kv_heads, d]"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Memory:
     """[layers, batch, segment_length, kv_heads] fp32: how much of each token will be written;
     the last size is 0 without memory.write_gate."""
     tail: Tensor
-    """[layers, batch, 4, heads + 2 kv_heads, d]: queries, keys and values of the open segment's
+    """[layers, batch, TAPS, heads + 2 kv_heads, d]: queries, keys and values of the open segment's
     last tokens, before the convolution; none without memory.short_conv."""
     lengths: tuple[int, ...]
     """Tokens in the open segment of each row."""

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,9 +119,14 @@ def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
 
 
 def test_end_says_how_long_the_steps_of_this_process_took(tmp_path, capsys, monkeypatch):
-    now = iter([0.0, 50.0, 50.0, 50.0, 50.0, 185.0])
-    monkeypatch.setattr("infini_ds.training.monitor.time.monotonic", lambda: next(now))
-    run(tmp_path, 2, [3, 4])
+    now = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("infini_ds.training.monitor.time", clock)
+    monitor = Monitor(tmp_path, 2, 10, "")
+    for step in (3, 4):
+        monitor.step(step, metrics(), log=True)
+    now = 185.0
+    monitor.close()
     assert capsys.readouterr().out.splitlines()[-1] == "2 steps in 3:05"
 
 
