@@ -46,7 +46,7 @@ def exit_code(command: Callable[[], None]) -> int:
 def _fail(error: UserError | RunError, code: int) -> int:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     # A mistake of the user is the same on all ranks; what ends a run may be known to one alone.
-    if code == 2 and rank != "0":
+    if code == 2 and rank.isdecimal() and rank != "0":
         return code
     where = f" rank {rank}" if code == 1 and world != "1" else ""
     print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
@@ -290,9 +290,25 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare(config.data, force=options.force)
 
 
+def _world_size() -> int:
+    """Number of processes that the launcher started.
+
+    Raises:
+        UserError: what it says of this process are no numbers.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(
+                f"environment variable {name}={value!r}: must be a number, which whatever starts "
+                "several processes sets for each; unset it for a single process"
+            )
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _pretrain(options: argparse.Namespace) -> None:
     config = configuration.load(options.config, options.overrides)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _world_size()
     config.data_parallel_size(world)
     if world == 1:  # what one of several ranks finds alone, it must tell the others
         from infini_ds.data.opening import open_data

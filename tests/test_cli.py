@@ -360,3 +360,10 @@ def test_ranks_tell_each_error_once(monkeypatch, capsys, error, rank, shown):
 
     cli.exit_code(command)
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_launchers_variable_without_a_number_is_named(monkeypatch, capsys, config, name):
+    monkeypatch.setenv(name, "")
+    assert cli.main(["pretrain", str(config)]) == 2
+    assert f"infini-ds: environment variable {name}='': must be a number" in capsys.readouterr().err

@@ -86,6 +86,12 @@ def test_after_a_failure_without_one_it_is_not(start, code):
     assert state["ExitCode"] == f"{code}:0"
 
 
+def test_after_a_failure_of_one_task_that_ends_the_others_it_is_not(start):
+    job = start("trap - TERM; (( RANK )) || exit 1; exec sleep 1000")
+    state = job.finish(LIMIT)
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), job.outputs
+
+
 def test_cancelled_it_is_not(slurm, start):
     job = start("wait_for_signal; save 1; exit 0")
     slurm.run("scancel", job.id)
