@@ -46,7 +46,8 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
     """
     if "RANK" in os.environ:
         measure(steps, dtype, json_path)
-        return
+        sys.stdout.flush()
+        os._exit(0)  # threads of the process group may abort an orderly exit, as in `pretrain`
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "infini_ds.cli", "bench", "transport"]
     command += ["--steps", str(steps), "--dtype", dtype]
@@ -61,7 +62,7 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
 
 
 def measure(steps: int, dtype: str, json_path: str | None) -> None:
-    """One process of the benchmark."""
+    """One process of the benchmark; the process group stays open."""
     from infini_ds.pipeline.engine import StepSize
     from infini_ds.training.build import build_engine, start_distributed
 
@@ -89,7 +90,7 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
     dist.all_gather_object(gathered, (sent, formula))
     if dist.get_rank() == 0:
         _print(configs["carried"], seconds, gathered, json_path)
-    dist.destroy_process_group()
+    dist.barrier()
 
 
 def _print(
