@@ -3,7 +3,7 @@
 Every start of a kernel in a forward and a backward call is recorded, and each distinct one is
 compiled for each target as Triton would at run time. A kernel breaks a rule if registers do not
 suffice and it spills to memory (a stack), if it takes more shared memory than a block can have, or
-if one of its matrix products does not use the matrix instructions of its target.
+if one of its matrix products does not use the matrix instructions of its target's generation.
 """
 
 import importlib.util
@@ -27,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from infini_ds.errors import RunError, UserError
+from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 
@@ -47,6 +48,7 @@ HEADS = 8
 SEGMENTS = 4
 KV_HEADS = (8, 2)
 """Without groups, and with."""
+RULES = ("linear", "delta")
 SEGMENT_LENGTHS = (512, 500)
 """One that tiles divide, one that they do not."""
 INSTRUCTIONS = {
@@ -76,18 +78,13 @@ class Source(NamedTuple):
 
 
 def run(
-    json_path: str | None = None,
-    head_dims: Sequence[int] = (64, 128),
-    rules: Sequence[str] = ("linear", "delta"),
-    targets: Sequence[int] = tuple(TARGETS),
+    json_path: str | None = None, segment_lengths: Sequence[int] = SEGMENT_LENGTHS
 ) -> list[dict[str, Any]]:
     """Compiles, prints a table, and writes the same rows to `json_path` if one is given.
 
     Args:
         json_path: where to write the rows.
-        head_dims: sizes of a head.
-        rules: of the memory.
-        targets: compute capabilities, keys of TARGETS.
+        segment_lengths: tokens of a segment.
 
     Returns:
         One row a distinct kernel and target; `broken` has the rules that it breaks.
@@ -100,7 +97,8 @@ def run(
         raise UserError("bench kernels: Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
-    cases = [Case(*case) for case in product(head_dims, rules, KV_HEADS, SEGMENT_LENGTHS, targets)]
+    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, segment_lengths, TARGETS)
+    cases = [Case(*case) for case in grid]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -244,8 +242,9 @@ def _broken(code: dict[str, Any], target: Target, ttir: str, ttgir: str) -> Iter
         yield f"{code['registers']} registers"
     if code["shared"] > target.shared_kib * 1024:
         yield "too much shared memory"
-    if "tt.dot " in ttir and target.instruction not in code["instructions"]:
-        yield f"no {target.instruction}"
+    used = sorted(code["instructions"])
+    if "tt.dot " in ttir and used != [target.instruction]:
+        yield f"products by {', '.join(used) or 'none'} and not {target.instruction} alone"
     scalar = re.findall(r"tt\.dot .*-> tensor<[^>]*#blocked", ttgir)
     if scalar:
         yield f"{len(scalar)} products without matrix instructions"

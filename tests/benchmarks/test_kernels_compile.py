@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -43,28 +44,33 @@ def check(rows: list[dict]) -> None:
         assert row["shared"] <= row["shared_limit"]
         capability = int(row["target"].removeprefix("sm_"))
         wanted = TARGETS[capability].instruction
-        assert (wanted in row["instructions"]) == (row["kernel"] not in DOTLESS)
+        assert list(row["instructions"]) == ([] if row["kernel"] in DOTLESS else [wanted])
 
 
-def test_kernels_of_one_head_size_keep_the_rules(tmp_path):
-    rows = compiled(tmp_path, "(64,), ('linear',), (90,)")
-    check(rows)
-    assert {row["kernel"] for row in rows} == {
+def check_coverage(rows: list[dict]) -> None:
+    kernels = {
         "rotate", "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
-        "key_gradient",
+        "key_gradient", "delta", "delta_gradient", "damping",
     }  # fmt: skip
+    found = {(row["kernel"], row["head_dim"], row["target"]) for row in rows}
+    assert found >= set(product(kernels - {"scan"}, (64, 128), ("sm_80", "sm_90", "sm_100")))
+    assert {row["kernel"] for row in rows} == kernels
     groups = {row["constants"]["GROUP"] for row in rows if row["kernel"] == "key_gradient"}
     assert groups == {1, 4}
-    assert all(row["rules"] == ["linear"] and row["head_dim"] == 64 for row in rows)
+
+
+def test_kernels_keep_the_rules_on_every_target(tmp_path):
+    rows = compiled(tmp_path, "(500,)")
+    check(rows)
+    check_coverage(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_all_kernels_keep_the_rules_on_every_target(tmp_path):
-    rows = compiled(tmp_path, "")
+def test_kernels_for_segments_that_tiles_divide_keep_them_too(tmp_path):
+    rows = compiled(tmp_path, "(512,)")
     check(rows)
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    assert {"delta", "delta_gradient", "damping"} <= {row["kernel"] for row in rows}
+    check_coverage(rows)
 
 
 GOOD = {
@@ -80,10 +86,15 @@ PRODUCT = "%1 = tt.dot %a, %b, %c : tensor<64x64xbf16> -> tensor<64x64xf32, #mma
         ({"stack": 32}, PRODUCT, ["spills, stack of 32"]),
         ({"registers": 256}, PRODUCT, ["256 registers"]),
         ({"shared": 163 * 1024 + 1}, PRODUCT, ["too much shared memory"]),
-        ({"instructions": {"wgmma": 8}}, PRODUCT, ["no mma.sync"]),
+        (
+            {"instructions": {"mma.sync": 1, "wgmma": 8}},
+            PRODUCT,
+            ["products by mma.sync, wgmma and not mma.sync alone"],
+        ),
+        ({"instructions": {}}, PRODUCT, ["products by none and not mma.sync alone"]),
         ({}, PRODUCT.replace("#mma", "#blocked2"), ["1 products without matrix instructions"]),
     ],
-    ids=["nothing", "spills", "registers", "shared", "generation", "scalar"],
+    ids=["nothing", "spills", "registers", "shared", "generation", "none", "scalar"],
 )
 def test_rule_that_is_broken_is_named(change, ttgir, broken):
     found = kernels_compile._broken(GOOD | change, TARGETS[80], "%1 = tt.dot %a, %b", ttgir)

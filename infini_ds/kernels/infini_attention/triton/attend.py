@@ -70,12 +70,8 @@ def attend_to_keys(
     """
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        if DIAGONAL:
-            keys = load_rows(rotated_k, columns, D, n, D)
-            values = load_rows(v, columns, v_row, n, D)
-        else:
-            keys = tl.load(tile(rotated_k, columns, D, D))
-            values = tl.load(tile(v, columns, v_row, D))
+        keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
+        values = load_rows(v, columns, v_row, n, D, DIAGONAL)
         scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee") * scale
         if DIAGONAL:
             seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] < n)

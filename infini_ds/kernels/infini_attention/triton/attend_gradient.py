@@ -98,12 +98,8 @@ def gradient_of_queries(
     """Adds what keys first to last give to the rotated queries, times sqrt(D)."""
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        if DIAGONAL:
-            keys = load_rows(rotated_k, columns, D, n, D)
-            values = load_rows(v, columns, v_row, n, D)
-        else:
-            keys = tl.load(tile(rotated_k, columns, D, D))
-            values = tl.load(tile(v, columns, v_row, D))
+        keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
+        values = load_rows(v, columns, v_row, n, D, DIAGONAL)
         scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee")
         weights = tl.exp2(scores * scale - log_sum[:, None])
         if DIAGONAL:

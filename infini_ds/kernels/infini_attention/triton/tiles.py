@@ -17,9 +17,10 @@ def tile(start, rows, row_stride, D: tl.constexpr):
 
 
 @triton.jit
-def load_rows(start, rows, row_stride, n, D: tl.constexpr):
-    """Rows of a tile, [rows, D]; zero from row n on."""
-    return tl.load(tile(start, rows, row_stride, D), mask=rows[:, None] < n, other=0.0)
+def load_rows(start, rows, row_stride, n, D: tl.constexpr, ENDS: tl.constexpr = True):
+    """Rows of a tile, [rows, D]; zero from row n on, if the tile ENDS beyond it."""
+    inside = rows[:, None] < n if ENDS else None
+    return tl.load(tile(start, rows, row_stride, D), mask=inside, other=0.0 if ENDS else None)
 
 
 @triton.jit
