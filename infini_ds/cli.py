@@ -33,11 +33,10 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        code = _fail(error, 2)
         if os.environ.get("RANK", "0") != "0":
-            # A launcher ends all ranks when one leaves, and only rank 0 says why.
+            # Rank 0 most often says the same, and when it leaves, the launcher ends the others.
             time.sleep(_HEAD_START_SECONDS)
-        return code
+        return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
     return 0
@@ -45,10 +44,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 def _fail(error: UserError | RunError, code: int) -> int:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    # A mistake of the user is the same on all ranks; what ends a run may be known to one alone.
-    if code == 2 and rank.isdecimal() and rank != "0":
-        return code
-    where = f" rank {rank}" if code == 1 and world != "1" else ""
+    where = f" rank {rank}" if rank != "0" or (code == 1 and world != "1") else ""
     print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
     return code
 
@@ -321,10 +317,10 @@ def _pretrain(options: argparse.Namespace) -> None:
         pretrain(config)
     except RunError as error:
         code = _fail(error, 1)
-    except UserError as error:
+    except UserError as error:  # the same on all ranks
         if world == 1:
             raise
-        code = _fail(error, 2)
+        code = _fail(error, 2) if os.environ["RANK"] == "0" else 2
     sys.stdout.flush()
     # After an error other ranks may be gone, so the process group cannot be closed; once in some
     # hundred runs its threads abort a process that closes it or exits with it; and in an orderly
