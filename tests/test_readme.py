@@ -17,7 +17,7 @@ def test_configuration_reference_in_the_readme_is_that_of_the_code():
 
 
 def test_python_example_in_the_readme_runs_as_shown(tmp_path, monkeypatch):
-    example = re.search(r"### From Python\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = re.search(r"## From Python\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert example
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -229,6 +229,11 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
         _write_directory(plan, partial, console)
         (partial / CONFIG).write_text(config_text(config, None))
     _report(plan, task, console)
+    console.print(
+        f"  taken to be (no state_dict tells): segments of {config.segment_length} tokens, "
+        f"{config.memory_rule} memory rule",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def to_seed(task: Task, step: int | None = None) -> None:
