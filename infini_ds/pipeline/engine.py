@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -185,8 +186,8 @@ class InfiniEngine(PipelineEngine):
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Receives what the previous stage sent with `send_hidden`."""
-        self._previous.expect([math.prod(shape) * dtype.itemsize])
-        return self._previous.receive().view(dtype).view(shape)
+        message = self._previous.receive(math.prod(shape) * dtype.itemsize)
+        return message.view(dtype).view(shape)
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Sums a small tensor over all ranks."""
@@ -237,21 +238,19 @@ class InfiniEngine(PipelineEngine):
         self._units: dict[tuple[int, int], Unit] = {}
         self._windows: dict[int, Windows] = {}
         self._passing: dict[int, dict[int, LayerMemory]] = {}
-        units = list(schedule)
-        self._expect(units)
-        for unit in units:
+        for unit in schedule:
             if isinstance(unit, Forward):
                 self._forward(unit, read, memories, scale is not None)
             else:
                 assert scale is not None
                 self._backward(unit, scale)
+                if unit.chunk == self._train.chunks - 1:
+                    self._take_back(unit.micro_batch, memories)
             kind = type(unit).__name__.lower()
             self.on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
-        if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
-            blocks = list(range(self._model.num_layers))
+        if scale is None:
             for micro_batch in range(self.micro_batches):
-                message = self._return.receive()
-                memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
+                self._take_back(micro_batch, memories)
         for channel in self._channels:
             channel.flush()
 
@@ -309,7 +308,7 @@ class InfiniEngine(PipelineEngine):
         if self.is_last_stage():
             tensors, gradients = [done.output], [torch.full_like(done.output, scale.loss)]
         else:
-            message = self._next_gradient.receive()
+            message = self._next_gradient.receive(self._wire.gradient_bytes())
             gradient = message.view(self._wire.dtype)[: done.output.numel()]
             tensors, gradients = [done.output], [gradient.view_as(done.output)]
         if done.mass is not None:
@@ -359,6 +358,16 @@ class InfiniEngine(PipelineEngine):
             everything = {block: _detach(passing[block]) for block in sorted(passing)}
             self._return.send(self._wire.pack_memories(everything))
 
+    def _take_back(self, micro_batch: int, memories: LaneMemory) -> None:
+        """On the first stage: what the last one has returned, if memories are returned at all.
+
+        The last stage returns them before the window's first gradient.
+        """
+        if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
+            message = self._return.receive(self._wire.memories_bytes(self._model.num_layers))
+            blocks = list(range(self._model.num_layers))
+            memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
+
     def _cut(self, windows: Windows, chunk: int) -> Windows:
         tokens, labels, weights, *layout = (
             part.chunk(self._train.chunks, dim=1)[chunk]
@@ -369,51 +378,43 @@ class InfiniEngine(PipelineEngine):
     # Messages
 
     def _open_channels(self) -> None:
+        """Every rank takes part in making all groups, and connects its own one after another."""
         topology = self.module.topology()
         pipelines = topology.get_axis_comm_lists("pipe") if self.num_stages > 1 else []
         self._channels: list[Channel] = []
         for ranks in pipelines:
-            # Each direction has its own group; every rank takes part in making all of them.
-            limit = timedelta(seconds=self._train.timeout)
-            groups = [dist.new_group(ranks, timeout=limit) for _ in range(3)]
-            if self.global_rank not in ranks:
-                continue
-            for step, name in ((1, "next"), (-1, "previous")):
-                stage = self.stage_id + step
-                if 0 <= stage < self.num_stages:
-                    forward, backward, _ = groups
-                    peer = ranks[stage]
-                    activations = self._open(f"activations of stage {stage}", peer, forward, 2)
-                    gradients = self._open(f"gradients of stage {stage}", peer, backward, 2)
-                    setattr(self, f"_{name}", activations)
-                    setattr(self, f"_{name}_gradient", gradients)
-            other = {0: ranks[-1], self.num_stages - 1: ranks[0]}.get(self.stage_id)
-            if other is not None:
-                # The first stage has room for all of them: it is where they are kept.
-                ahead = self.micro_batches
-                self._return = self._open("returned memories", other, groups[2], ahead)
+            hops = list(pairwise(range(len(ranks))))
+            for here, there in hops:
+                self._open("activations", ranks, ("_next", here), ("_previous", there))
+            for here, there in hops:
+                gradient = ("_previous_gradient", there), ("_next_gradient", here)
+                self._open("gradients", ranks, *gradient)
+            last = len(ranks) - 1
+            self._open("returned memories", ranks, ("_return", last), ("_return", 0))
 
-    def _open(self, name: str, peer: int, group, ahead: int) -> Channel:
-        channel = Channel(name, peer, group, self._train.timeout, ahead)
+    def _open(
+        self, what: str, ranks: list[int], sender: tuple[str, int], receiver: tuple[str, int]
+    ) -> None:
+        """A channel between two stages of a pipeline, each with the name that it has there."""
+        ends = {ranks[stage]: (name, stage) for name, stage in (sender, receiver)}
+        # Later than a channel's own limit, which says more.
+        limit = timedelta(seconds=2 * self._train.timeout)
+        group = dist.new_group(list(ends), timeout=limit)
+        if self.global_rank not in ends:
+            return
+        assert isinstance(group, dist.ProcessGroup)
+        name, stage = ends[self.global_rank]
+        sends = (name, stage) == sender
+        _, other = receiver if sends else sender
+        channel = Channel(f"{what} of stage {other}", ranks[other], group, self._train.timeout)
+        channel.connect(sends)
         self._channels.append(channel)
-        return channel
-
-    def _expect(self, units: list[Forward | Backward]) -> None:
-        """Tells the channels what this stage will receive, in order."""
-        forwards = [unit for unit in units if isinstance(unit, Forward)]
-        if not self.is_first_stage():
-            riding = [len(self._riding(self.stage_id - 1, unit.chunk)) for unit in forwards]
-            self._previous.expect([self._wire.payload_bytes(count) for count in riding])
-        if not self.is_last_stage():
-            backwards = len(units) - len(forwards)
-            self._next_gradient.expect([self._wire.gradient_bytes()] * backwards)
-        if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
-            size = self._wire.memories_bytes(self._model.num_layers)
-            self._return.expect([size] * self.micro_batches)
+        setattr(self, name, channel)
 
     def _receive_payload(self, chunk: int) -> Payload:
         riding = self._riding(self.stage_id - 1, chunk)
-        return self._wire.unpack(self._previous.receive(), riding)
+        message = self._previous.receive(self._wire.payload_bytes(len(riding)))
+        return self._wire.unpack(message, riding)
 
     def _riding(self, stage: int, chunk: int) -> list[int]:
         return self._transport.riding(stage, chunk == 0, chunk == self._train.chunks - 1)
