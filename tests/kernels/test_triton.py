@@ -13,7 +13,13 @@ from infini_ds.kernels import backend
 from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
 from infini_ds.kernels.infini_attention.triton.launch import recording
 from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
-from infini_ds.kernels.infini_attention.triton.tuning import AMPERE, BLACKWELL, HOPPER, tiles
+from infini_ds.kernels.infini_attention.triton.tuning import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    RTX_BLACKWELL,
+    tiles,
+)
 from tests.kernels.test_infini_attention import LAYOUTS, NAMES, make_inputs, make_layout
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +143,7 @@ def test_queries_keys_and_values_are_read_in_place():
     assert sums.arguments["x"].data_ptr() == k.data_ptr()
 
 
-@pytest.mark.parametrize("generation", [AMPERE, HOPPER, BLACKWELL, BLACKWELL + 2])
+@pytest.mark.parametrize("generation", [AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL])
 @pytest.mark.parametrize("d", backend.TRITON_HEAD_DIMS)
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_every_kernel_has_tiles_on_every_generation(rule, d, generation):
@@ -150,7 +156,7 @@ def test_rows_are_padded_to_a_multiple_of_every_tile():
 
     for kernel in ("attend", "read_gradient", "query_gradient", "key_gradient"):
         for d in backend.TRITON_HEAD_DIMS:
-            for generation in (AMPERE, HOPPER, BLACKWELL):
+            for generation in (AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL):
                 assert ROW_PADDING % tiles(kernel, d, 2, generation).rows == 0
 
 

@@ -327,7 +327,8 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _head(self, hidden: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.layers[0].weight)  # type: ignore[arg-type]
+            weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
+            return F.linear(hidden.to(weight.device), weight)  # which may be on another device
         return self.layers[-1](hidden)
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:

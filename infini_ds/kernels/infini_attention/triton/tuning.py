@@ -6,8 +6,8 @@ of those is the fastest takes a GPU to tell.
 
 from typing import NamedTuple
 
-AMPERE, HOPPER, BLACKWELL = 8, 9, 10
-"""Major compute capabilities: sm_80, sm_90, sm_100."""
+AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL = 8, 9, 10, 12
+"""Major compute capabilities: sm_80, sm_90, sm_100 and sm_120."""
 
 
 class Tiles(NamedTuple):
@@ -29,11 +29,14 @@ class Tiles(NamedTuple):
 def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
     """Of a kernel by its name, for head size d and operands of `itemsize` bytes.
 
-    Generations that are not in the table take what the nearest older one has. fp32 is there to be
-    exact, not to be fast: small tiles.
+    Generations that are not in the table take what the nearest older one has; RTX_BLACKWELL has the
+    matrix instructions of AMPERE and 99 KiB of shared memory, and takes AMPERE's, of which three
+    kernels then spill up to 40 bytes. fp32 is there to be exact, not to be fast: small tiles.
     """
     if itemsize == 4:
         return Tiles(32, 32, 4, 1)
+    if generation >= RTX_BLACKWELL:
+        generation = AMPERE
     of_generation = _TILES[kernel, d]
     known = [other for other in of_generation if other <= generation]
     return of_generation[max(known)]
