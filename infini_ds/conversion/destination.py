@@ -1,6 +1,7 @@
 """A file or directory that appears only when it is whole."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
     """Where to write: PATH.partial, which becomes `path` if nothing goes wrong.
 
     Args:
-        path: of the file or directory to make.
+        path: of the file or directory to make; where it leads to, if it is a link.
         source: what is converted, which must not be the same.
         force: whether what is there is replaced, once the new one is whole.
 
@@ -29,6 +30,8 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
         UserError: the destination exists, or cannot be written.
     """
     check_destination(path, source, force)
+    if path.is_symlink():  # a directory cannot be renamed over a link
+        path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

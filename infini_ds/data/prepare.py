@@ -57,16 +57,19 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
             there and `force` is not given.
     """
     path = Path(config.store)
+    if path.is_symlink():  # a directory cannot be renamed over a link
+        path = Path(os.path.realpath(path))
     console = Console()
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    if path.exists() and not force:
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not force:
         store = Store.open(path, config)
         _check_unchanged(store, config)
         console.print(f"data.store {path}: already prepared", highlight=False, soft_wrap=True)
         return store
     _check_replaceable(path)
     try:
+        if empty:
+            path.rmdir()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_beside(path) as unfinished:
             _write_store(config, unfinished, workers or _cores(), console)

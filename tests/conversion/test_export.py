@@ -189,6 +189,18 @@ def test_force_replaces_neither_the_source_nor_something_else(tmp_path, capsys):
     assert (other / "letter.txt").exists()
 
 
+@pytest.mark.parametrize("target", ["export", "one.safetensors"])
+def test_destination_is_where_a_link_leads(target, tmp_path):
+    source = make_export(tmp_path / "source")
+    place, link = tmp_path / "disk" / target, tmp_path / target
+    link.symlink_to(place)
+    for force in ([], ["--force"]):
+        assert run("to-safetensors", source, link, *force) == 0
+        assert link.readlink() == place
+        load_export(place)
+    assert list(place.parent.iterdir()) == [place]
+
+
 def without_config(source: Path) -> None:
     (source / "config.yaml").unlink()
 

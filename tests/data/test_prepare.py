@@ -235,6 +235,28 @@ def test_prepare_never_deletes_what_is_not_a_store(tmp_path, corpus, force):
     assert (place / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("before", ["nothing", "empty", "store"])
+def test_prepare_writes_where_a_link_leads(tmp_path, corpus, before):
+    place, link = tmp_path / "disk" / "place", tmp_path / "store"
+    link.symlink_to(place)
+    if before == "empty":
+        place.mkdir(parents=True)
+    elif before == "store":
+        prepare(config_of(corpus, place, BYTES), workers=1)
+    store = prepare(config_of(corpus, link), force=before == "store", workers=1)
+    assert store.tokenizer.vocab_size == 400
+    assert link.readlink() == place
+    assert Store.open(place).fingerprint == Store.open(link).fingerprint == store.fingerprint
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_prepare_says_that_an_empty_directory_cannot_be_replaced(tmp_path, corpus, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"^data\.store \.: cannot be written \("):
+        prepare(config_of(corpus, ".", BYTES), workers=1)
+
+
 def test_prepare_without_any_text_leaves_nothing(tmp_path):
     (tmp_path / "corpus.jsonl").write_text('{"text": ""}\n')
     for tokenizer in (BYTES, SMALL):
