@@ -194,7 +194,7 @@ class Corpus:
             except UnicodeDecodeError:
                 self.skipped.add("invalid UTF-8", name)
                 continue
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # Python's integers have a limit of digits
                 self.skipped.add("invalid JSON", name)
                 continue
             if not isinstance(record, dict) or field not in record:

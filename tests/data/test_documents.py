@@ -82,6 +82,7 @@ def test_corpus_skips_and_counts_what_is_no_text(tmp_path):
         b'{"text": "\xff"}\n'
         b'{"text": "half \\ud800 pair"}\n'
         b'{"text": \n'
+        b'{"text": "x", "id": ' + b"9" * 5000 + b"}\n"
         b'{"text": null}\n'
         b'{"text": 3}\n'
         b'{"text": "last"}'
@@ -93,7 +94,7 @@ def test_corpus_skips_and_counts_what_is_no_text(tmp_path):
     assert corpus.skipped.counts == {
         "empty": 2,
         "invalid UTF-8": 3,
-        "invalid JSON": 1,
+        "invalid JSON": 2,
         "field is not text": 2,
     }
     assert corpus.skipped.lines()[0] == (
