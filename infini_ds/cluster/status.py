@@ -128,7 +128,7 @@ def _state(
     if reported == config.train.steps:
         return "finished"
     record = directory / failures.NAME
-    if record.exists() and _age(record) <= _age(metrics):
+    if record.exists() and record.stat().st_mtime >= metrics.stat().st_mtime:
         return "failed"
     being_saved = sorted((directory / "checkpoints").glob("step_*"))[-1:]
     quiet = min(_age(path) for path in (metrics, *being_saved))

@@ -181,6 +181,15 @@ def test_error_of_an_earlier_start_is_told_of_a_run_that_goes_on(directory):
     assert figures["last_error"]["step"] == 7
 
 
+def test_error_of_an_earlier_start_is_no_end_where_this_hosts_clock_is_behind(directory):
+    failures.record(directory.path, 7, "no space left on device")
+    directory.leave(-100)
+    directory.add_steps(1, 7)
+    then = time.time() + 200
+    os.utime(directory.metrics, (then, then))
+    assert figures_of(directory.path)["state"] == "running"
+
+
 def test_only_the_end_of_a_large_file_is_read(directory):
     with directory.metrics.open("wb") as file:
         file.seek(8 << 30)  # a hole, which takes no room
