@@ -450,12 +450,14 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _bench_peer(options: argparse.Namespace) -> None:
+    _check_directories(options, "json")
     from infini_ds.benchmarks import peer
 
     peer.run(options.json, _integers(options.segments), options.repeats, options.dtype)
 
 
 def _bench_transport(options: argparse.Namespace) -> None:
+    _check_directories(options, "json")
     from infini_ds.benchmarks import transport
 
     transport.run(options.processes, options.steps, options.dtype, options.json)
@@ -479,6 +481,7 @@ def _bench_quality(options: argparse.Namespace) -> None:
         overrides.append(f"train.steps={options.steps}")
     config = configuration.load(options.config, overrides)
     seeds = _integers(options.seeds)
+    _check_directories(options, "json", "plot")
     from infini_ds.benchmarks import quality
 
     quality.run(config, options.variants.split(","), seeds, options.json, options.plot)
@@ -499,6 +502,8 @@ def _check_directories(options: argparse.Namespace, *names: str) -> None:
         path = getattr(options, name)
         if path and not Path(path).parent.is_dir():
             raise UserError(f"--{name} {path}: its directory does not exist")
+        if path and Path(path).is_dir():
+            raise UserError(f"--{name} {path}: is a directory; name a file")
 
 
 def _integers(text: str) -> list[int]:

@@ -268,6 +268,23 @@ def test_bench_names_what_must_be_integers(capsys):
     assert "'512,x': must be integers" in capsys.readouterr().err
 
 
+WRITING = [
+    ["preflight", "{config}"], ["status", "none"], ["inspect", "none"], ["evaluate", "none"],
+    ["passkey", "none"], ["bench", "peer"], ["bench", "transport"], ["bench", "kernels"],
+    ["bench", "quality", "{config}"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WRITING, ids=" ".join)
+def test_file_of_figures_that_is_a_directory_is_told_before_any_work(config, arguments, capsys):
+    arguments = [argument.format(config=config) for argument in arguments]
+    assert cli.main([*arguments, "--json", str(config.parent)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line == f"infini-ds: --json {config.parent}: is a directory; name a file"
+
+
 PASSKEY_MISTAKES = {
     "no_such_run": ([], "run {run}: no such directory; name the output_dir of a run"),
     "segments_not_integers": (["--segments=16,x"], "'16,x': must be integers"),

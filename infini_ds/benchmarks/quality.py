@@ -53,7 +53,7 @@ def run(
         UserError: a setting is wrong, or the store is missing or too small.
         RunError: a process ended before it was done.
     """
-    _check(variants, seeds, json_path, plot_path)
+    _check(variants, seeds)
     if config.train.curriculum:
         raise UserError("train.curriculum: bench quality reads documents of all lengths; remove it")
     store, _ = open_data(config)
@@ -110,9 +110,7 @@ def run(
     return figures
 
 
-def _check(
-    variants: Sequence[str], seeds: Sequence[int], json_path: str | None, plot_path: str
-) -> None:
+def _check(variants: Sequence[str], seeds: Sequence[int]) -> None:
     for name in variants:
         if name not in VARIANTS:
             raise UserError(f"--variants ({name}) must be among {', '.join(VARIANTS)}")
@@ -121,9 +119,6 @@ def _check(
             raise UserError(f"--{option}: each must be named once")
     if min(seeds) < 0:
         raise UserError(f"--seeds ({min(seeds)}) must each be at least 0")
-    for option, path in (("json", json_path), ("plot", plot_path)):
-        if path and not Path(path).parent.is_dir():
-            raise UserError(f"--{option} {path}: its directory does not exist")
 
 
 def _run_all(jobs: list[Job], progress: QualityProgress) -> list[tuple[Job, dict[str, Any]]]:
