@@ -106,7 +106,7 @@ class CurriculumLanes:
         return Plan(documents, offsets, lengths.astype(np.int32), indices == 0)
 
     def observe(self, exact_match: float) -> None:
-        """Takes in how the step that was planned last went; to be called once after each step.
+        """Takes in how the step planned last went; to be called once after each step with answers.
 
         The level, and so the next plan, may change: all ranks must see the same number.
 

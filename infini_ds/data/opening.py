@@ -12,7 +12,7 @@ def open_data(config: RunConfig) -> tuple[Store, Lanes | CurriculumLanes]:
 
     Raises:
         UserError: the store is missing, damaged, of other settings, or too small for a step or
-            for the curriculum.
+            for the curriculum, or has no answers for it.
     """
     store = Store.open(config.data.store, config.data)
     settings = (
@@ -23,6 +23,11 @@ def open_data(config: RunConfig) -> tuple[Store, Lanes | CurriculumLanes]:
         config.seed,
     )
     if config.train.curriculum:
+        if not store.split("train").has_answers():
+            raise UserError(
+                f"train.curriculum: data.store {store.path} has no answers, which are text of a "
+                "weight above 1; remove it, or prepare a store with data.weighted_field"
+            )
         return store, CurriculumLanes(*settings, config.train.curriculum)
     return store, Lanes(*settings)
 

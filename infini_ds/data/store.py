@@ -94,6 +94,14 @@ class Split:
         begin, end = self.offsets[document], self.offsets[document + 1]
         return self.data[min(begin + start, end) : min(begin + stop, end)]
 
+    def has_answers(self) -> bool:
+        """Whether a weight is above 1; reads up to the first one."""
+        weights = self.weights
+        if weights is None:
+            return False
+        blocks = range(0, len(weights), _COUNTED_AT_ONCE)
+        return any((weights[i : i + _COUNTED_AT_ONCE] > 1).any() for i in blocks)
+
 
 class Store:
     """An open token store; `Store.open` checks and opens one."""

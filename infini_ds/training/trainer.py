@@ -179,7 +179,7 @@ class Trainer:
         if engine.fault and self._went_back(plan):
             return asked > 0
         curriculum = {}
-        if isinstance(self.lanes, CurriculumLanes) and not engine.fault:
+        if isinstance(self.lanes, CurriculumLanes) and answers and not engine.fault:
             self.lanes.observe(right / answers)
             curriculum = {
                 "train/exact_match": right / answers,

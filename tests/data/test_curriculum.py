@@ -234,3 +234,38 @@ def test_open_data_gives_the_lanes_of_a_curriculum(tmp_path):
     plan = lanes.next_plan()
     assert plan.num_tokens == 2 * 4 * 128
     assert set(store.split("train").lengths[plan.documents].flat) == {2 * 128 + 1}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"text": "x" * 31}, {"turns": [["x" * 30, 0.5], ["y", 1]]}],
+    ids=["no_weights", "weights_up_to_1"],
+)
+def test_open_data_refuses_a_curriculum_without_answers(tmp_path, record):
+    (tmp_path / "a.jsonl").write_text((json.dumps(record) + "\n") * 4)
+    config = parse(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": 16},
+            "data": {
+                "source": "files",
+                "files": [str(tmp_path / "a.jsonl")],
+                "weighted_field": "turns" if "turns" in record else "",
+                "held_out_fraction": 0.0,
+                "store": str(tmp_path / "store"),
+                "tokenizer": {"kind": "bytes"},
+            },
+            "train": {
+                "steps": 1,
+                "batch_size": 1,
+                "window_segments": 2,
+                "curriculum": {"segments": [2]},
+            },
+        },
+        "of a test",
+    )
+    prepare(config.data, workers=1)
+    says = r"^train\.curriculum: data\.store .* has no answers, which are text of a weight above 1"
+    with pytest.raises(UserError, match=says) as caught:
+        open_data(config)
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Whole runs through launch/pretrain.sh: resumed, moved, killed, stopped, broken."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from infini_ds.data.prepare import prepare
 from infini_ds.training.dtype import computes_bf16
 from tests.distributed.conftest import SCRIPT, Run
 from tests.distributed.processes import Process, Processes, free_port
@@ -92,6 +94,24 @@ def test_type_is_that_of_the_device_or_of_the_checkpoint(tmp_path, data):
     run.finish(1)
     assert dtype_of(run) == other
     assert sorted(run.losses) == [1, 2]
+
+
+def test_curriculum_takes_in_only_the_steps_that_have_answers(tmp_path, data):
+    """One document of twenty has an answer; a step reads four, each once."""
+    records = [
+        {"turns": [[f"number {i:02d} of the questions ", 1], ["end.", 1]]} for i in range(20)
+    ]
+    records[7]["turns"][1][1] = 2
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+    changes = {"files": [str(corpus)], "weighted_field": "turns", "held_out_fraction": 0.0}
+    config = data.model_copy(update={**changes, "store": str(tmp_path / "store")})
+    prepare(config, workers=1)
+    run = Run(tmp_path / "run", config, train__steps=5, train__curriculum={"segments": [2]})
+    run.finish(1)
+    answered = [step for step, metrics in run.metrics.items() if "train/exact_match" in metrics]
+    assert len(run.metrics) == 5
+    assert len(answered) == 1
 
 
 def damage(file: Path, how: str) -> None:
