@@ -24,6 +24,17 @@ def use_backend(backend: Backend) -> None:
     _backend = backend
 
 
+def check_backend(backend: Backend, device: str, head_dim: int) -> None:
+    """Whether a backend can compute on devices of a type, before anything is computed.
+
+    Raises:
+        UserError: the Triton kernels are asked for and cannot.
+    """
+    missing = _missing(device, head_dim)
+    if missing and backend == "triton":
+        raise _refused(missing)
+
+
 def uses_triton(q: Tensor) -> bool:
     """Whether queries [..., d] go through the Triton kernels.
 
@@ -39,7 +50,7 @@ def uses_triton(q: Tensor) -> bool:
         return False
     missing = _missing(q.device.type, q.shape[-1])
     if missing and _backend == "triton":
-        raise UserError(f"kernels.backend: triton {missing}; auto or torch computes it")
+        raise _refused(missing)
     if missing:
         _warn(f"kernels.backend: triton {missing}; PyTorch's operators compute instead")
     return not missing
@@ -53,6 +64,10 @@ def _missing(device: str, head_dim: int) -> str:
     if importlib.util.find_spec("triton") is None:
         return "is not installed (pip install triton)"
     return ""
+
+
+def _refused(missing: str) -> UserError:
+    return UserError(f"kernels.backend: triton {missing}; auto or torch computes it")
 
 
 @functools.cache

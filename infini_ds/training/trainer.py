@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from infini_ds import config as configuration
 from infini_ds.allocator import keep_freed_memory
@@ -21,6 +22,7 @@ from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.data.windows import Windows, read_windows, total_weight
 from infini_ds.errors import RunError, UserError
 from infini_ds.evaluation.held_out import HeldOut
+from infini_ds.kernels.backend import check_backend
 from infini_ds.model.flops import training_flops_per_token
 from infini_ds.model.layers import count_parameters
 from infini_ds.pipeline.balance import describe
@@ -77,6 +79,8 @@ class Trainer:
             config.data_parallel_size(dist.get_world_size())
             self.store, self.lanes = open_data(config)
             config = with_vocabulary(config, self.store)
+            device = get_accelerator().device_name()
+            check_backend(config.kernels.backend, device, config.model.head_dim)
         self.config, self.stop, self.watchdog = config, stop, watchdog
         self.step = 0
         self.saved: int | None = None

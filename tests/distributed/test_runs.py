@@ -299,6 +299,14 @@ class TestRankFailingAloneAtStart:
         assert message in line
         assert line.endswith(f"(rank 1 on {socket.gethostname()})")
 
+    def test_backend_that_cannot_run_is_told_before_the_run_begins(self, tmp_path, data):
+        run = Run(tmp_path, data, kernels__backend="triton")
+        with run.start(2) as ranks:
+            assert ranks.wait(START) == [2, 2], ranks.outputs()
+            (line,) = error_lines(ranks)
+        assert "kernels.backend: triton needs a CUDA device, not cpu" in line
+        assert not (run.output / "failures.jsonl").exists()
+
     def test_rank_that_never_comes_does_not_hang_the_other(self, tmp_path, data):
         run = Run(tmp_path, data, train__timeout=5.0)
         with run.start(2) as ranks:

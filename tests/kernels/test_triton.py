@@ -1,5 +1,6 @@
 """The Triton kernels, interpreted on a CPU, against the specification in fp64."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -174,6 +175,26 @@ def test_triton_asked_for_on_a_cpu_is_refused():
     rotary = torch.ones(7, 8), torch.zeros(7, 8)
     with pytest.raises(UserError, match=r"kernels\.backend: triton needs a CUDA device, not cpu"):
         infini_attention(q, k, v, None, LayerMemory(kv, norm), layout, beta, "linear", rotary)
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "installed", "says"),
+    [
+        ("cpu", 64, True, "needs a CUDA device, not cpu"),
+        ("cuda", 96, True, "has kernels for model.head_dim 64 and 128, not 96"),
+        ("cuda", 64, False, "is not installed"),
+    ],
+)
+def test_check_backend_refuses_only_triton_where_it_cannot_run(
+    monkeypatch, device, head_dim, installed, says
+):
+    backend.check_backend("triton", "cuda", 64)
+    if not installed:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    backend.check_backend("auto", device, head_dim)
+    backend.check_backend("torch", device, head_dim)
+    with pytest.raises(UserError, match=rf"^kernels\.backend: triton {says}"):
+        backend.check_backend("triton", device, head_dim)
 
 
 class OnGpu:
