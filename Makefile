@@ -7,8 +7,9 @@ STEPS := 250
 SEEDS := 0
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
   slurm-client
-# Where a finished run has left its report, train for as many steps again.
-DONE = $(shell sed -n 's/.*"step": \([0-9]*\).*/\1/p' runs/quickstart/report.json 2>/dev/null)
+# What the run was to make, and as many steps again where it has left its report.
+GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
+MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
 .PHONY: pretrain passkey test test-slow test-cluster cluster-packages lint format docs clean
 
@@ -17,7 +18,7 @@ pretrain: $(VENV)/installed
 	$(BIN)/infini-ds prepare configs/quickstart.yaml
 	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning \
 	  --num_accelerators 2 launch/pretrain.sh configs/quickstart.yaml \
-	  train.steps=$$(( $(STEPS) + $(or $(DONE),0) ))
+	  train.steps=$$(( $(or $(GOAL),$(STEPS)) + $(or $(MORE),0) ))
 
 # Trains a model to keep pass keys and asks it for them, up to 1,048,576 bytes later, for each seed.
 passkey: $(VENV)/installed

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-"eval" 'case "$1" in --*) exec python3 -m infini_ds.cluster.supervisor "$0" "$@" ;; esac'
-"exec" "deepspeed" "--log_level" "warning" "$0" "$@"
-# This file is valid in two languages. A shell runs the lines above and becomes the DeepSpeed
-# launcher, which runs the file once more in each process, with Python: there the lines above are
-# strings, and what follows is the program. So all of these work:
+"exec" "python3" "-m" "infini_ds.cluster.supervisor" "$0" "$@"
+# This file is valid in two languages. A shell runs the line above and becomes a supervisor around
+# DeepSpeed's launcher, which runs the file once more in each process, with Python: there that line
+# is strings, and what follows is the program. So all of these work:
 #
 #   bash launch/pretrain.sh CONFIG [key.path=value ...]
 #   bash launch/pretrain.sh --max-restarts N [--hostfile HOSTS] CONFIG ...
@@ -11,7 +10,8 @@
 #   deepspeed --hostfile HOSTS launch/pretrain.sh CONFIG ...
 #   torchrun --nproc-per-node N launch/pretrain.sh CONFIG ...
 #
-# With options first, a shell starts a supervisor around the launcher: see --help.
+# The first two hand Ctrl-C and SIGTERM on to the processes, and start a run again if they are told
+# to: see --help.
 
 import sys
 

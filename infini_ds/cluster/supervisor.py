@@ -1,6 +1,7 @@
-"""What `bash launch/pretrain.sh OPTIONS CONFIG` runs: starts a run, and again when it fails.
+"""What `bash launch/pretrain.sh [OPTIONS] CONFIG` runs: starts a run, and again when it fails.
 
-For machines without a scheduler that does this. A run that is started again goes on from its newest
+It hands signals on, as DeepSpeed's launcher does not, and restarts for machines without a scheduler
+that does this. A run that is started again goes on from its newest
 valid checkpoint. It is not started again after a mistake of the user (exit code 2), when it was
 asked to stop, or when it has failed without having made a step.
 """
@@ -95,6 +96,8 @@ def supervise(
         reason = f"the run ended with exit code {code}"
         if records:
             reason += f" (rank {records[-1]['rank']}: {records[-1]['message']})"
+        if max_restarts == 0:
+            return code
         if code == 2:
             _say(f"{reason}; not started again, as this is a mistake in the command")
             return code
@@ -196,8 +199,9 @@ class Progress:
     """How far a run has come, as its files say."""
 
     def __init__(self, output_dir: Path):
-        manifests = output_dir.glob(f"checkpoints/step_*/{manifest.NAME}")
-        self._saved = max((int(path.parent.name[5:]) for path in manifests), default=0)
+        steps = manifest.directories(output_dir / "checkpoints")
+        finished = [path for path in steps if (path / manifest.NAME).exists()]
+        self._saved = manifest.step_of(finished[0]) if finished else 0
         metrics = output_dir / "metrics.jsonl"
         self._written, self._step = 0, 0
         if metrics.exists():

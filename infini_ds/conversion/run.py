@@ -79,8 +79,8 @@ def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
             raise UserError(f"run {path}: is a checkpoint; name its run to choose step {step}")
         candidates = [path.resolve()]
     else:
-        found = (path / "checkpoints").glob("step_*")
-        candidates = sorted((directory.resolve() for directory in found), reverse=True)
+        found = manifest.directories(path / "checkpoints")
+        candidates = [directory.resolve() for directory in found]
         if step is not None:
             steps = [_step_of(directory) for directory in candidates]
             if step not in steps:
@@ -105,9 +105,12 @@ def _problem(directory: Path) -> str | None:
         files = manifest.read(directory)
     except ValueError as error:
         return str(error)
-    for file in (*layer_files(directory), directory / "config.yaml", directory / "state.json"):
-        if file.name not in files or sha256_of(file) != files[file.name]["sha256"]:
-            return f"{file.name} does not have its checksum"
+    try:
+        for file in (*layer_files(directory), directory / "config.yaml", directory / "state.json"):
+            if file.name not in files or sha256_of(file) != files[file.name]["sha256"]:
+                return f"{file.name} does not have its checksum"
+    except OSError as error:  # or the run that it belongs to has just deleted it
+        return f"it cannot be read ({error.strerror})"
     return None
 
 

@@ -13,7 +13,7 @@ from infini_ds.data.store import SPLITS, sha256_of
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import gates, parameter_counts
 from infini_ds.model.memory import Memory
-from infini_ds.training.manifest import NAME
+from infini_ds.training.manifest import NAME, directories
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -36,9 +36,9 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    directories = sorted((path / "checkpoints").glob("step_*"))
-    problems = {directory.name: problems_of(directory) for directory in directories}
-    valid = [directory for directory in directories if not problems[directory.name]]
+    steps = directories(path / "checkpoints")[::-1]
+    problems = {directory.name: problems_of(directory) for directory in steps}
+    valid = [directory for directory in steps if not problems[directory.name]]
     return {
         "kind": "run",
         "path": str(path),

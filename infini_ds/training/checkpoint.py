@@ -51,7 +51,9 @@ def directory_of(config: RunConfig) -> Path:
 def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path:
     """Writes the checkpoint of state["step"]; to be called on all ranks together.
 
-    The newest older one is deleted only after this one is valid.
+    What it makes useless is deleted only after it is valid: older ones but the newest
+    train.keep_last - 1, saves that were cut off, and what is left of later steps, which this run
+    passed over when it began.
 
     Raises:
         RunError: it could not be written.
@@ -91,11 +93,22 @@ def _save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any], direct
     dist.barrier()
     _write_manifest(directory, engine.on_progress)
     if first:
-        valid = [path for path in _steps(config) if (path / manifest.NAME).exists()]
-        for old in valid[config.train.keep_last :]:
-            (old / manifest.NAME).unlink()  # no half-deleted directory must look valid
-            shutil.rmtree(old)
+        _delete_useless(directory, config.train.keep_last)
     dist.barrier()
+
+
+def _delete_useless(written: Path, keep_last: int) -> None:
+    steps = manifest.directories(written.parent)
+    place = steps.index(written)
+    later, older = steps[:place], steps[place + 1 :]
+    finished = [path for path in older if (path / manifest.NAME).exists()]
+    kept = finished[: keep_last - 1]
+    for path in (*later, *older):
+        if path not in kept:
+            with contextlib.suppress(OSError):  # it is in the way of nothing
+                # No half-deleted directory must look valid.
+                (path / manifest.NAME).unlink(missing_ok=True)
+                shutil.rmtree(path)
 
 
 def find(config: RunConfig) -> tuple[Path | None, list[str]]:
@@ -104,7 +117,7 @@ def find(config: RunConfig) -> tuple[Path | None, list[str]]:
     Checksums are shared out among the ranks.
     """
     skipped = []
-    for directory in _shared(_steps(config)):
+    for directory in _shared(manifest.directories(directory_of(config))):
         reason = _problem(directory)
         if reason is None:
             return directory, skipped
@@ -230,11 +243,6 @@ def _fixed_settings(config: dict[str, Any]) -> list[str]:
     return ["seed", *model, *train, "parallel.zero_stage", "parallel.offload_optimizer"]
 
 
-def _steps(config: RunConfig) -> list[Path]:
-    """Directories of steps, newest first, valid or not."""
-    return sorted(directory_of(config).glob("step_*"), reverse=True)
-
-
 def _shared(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
@@ -261,8 +269,11 @@ def _problem(directory: Path) -> str | None:
         return problem
     mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
     for name in mine:
-        if manifest.sha256(directory / name) != files[name]["sha256"]:
-            problem = f"{name} does not have its checksum"
+        try:
+            if manifest.sha256(directory / name) != files[name]["sha256"]:
+                problem = f"{name} does not have its checksum"
+        except OSError as error:
+            problem = f"{name} cannot be read ({error.strerror})"
     return next(filter(None, _gathered(problem)), None)
 
 

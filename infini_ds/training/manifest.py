@@ -2,12 +2,24 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from infini_ds.data.store import sha256_of
 
 NAME = "manifest.json"
 FORMAT = 1
+
+
+def directories(checkpoints: Path) -> list[Path]:
+    """Those of a run's checkpoints, finished or not, newest first; others are none."""
+    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(directory: Path) -> int:
+    """The step of a checkpoint, by the name of its directory."""
+    return int(directory.name.removeprefix("step_"))
 
 
 def files_of(directory: Path) -> list[str]:
@@ -41,7 +53,8 @@ def read(directory: Path) -> dict[str, dict]:
     """What a manifest says of each file.
 
     Raises:
-        ValueError: there is no valid manifest, or a file is missing or of another size.
+        ValueError: there is no valid manifest, or a file is missing, of another size, or cannot
+            be looked at.
     """
     try:
         manifest = json.loads((directory / NAME).read_text())
@@ -54,9 +67,12 @@ def read(directory: Path) -> dict[str, dict]:
     if not known:
         raise ValueError(f"manifest.json is of format {manifest['format']}, not {FORMAT}")
     for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != expected["size"]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
+        try:
+            size = (directory / name).stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"{name} is missing") from None
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read ({error.strerror})") from None
+        if size != expected["size"]:
+            raise ValueError(f"{name} has {size} bytes, not {expected['size']}")
     return files

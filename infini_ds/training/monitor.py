@@ -4,6 +4,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ class Monitor:
             self._live.start()
         output_dir.mkdir(parents=True, exist_ok=True)
         self._output_dir = output_dir
+        self._complained = False
         self._open(step)
-        self._board.add_text("config", f"```yaml\n{config}\n```", step)
+        self.text(step, "config", config, "yaml")
 
     def _open(self, step: int) -> None:
         path = self._output_dir / "metrics.jsonl"
@@ -78,9 +81,15 @@ class Monitor:
         """Numbers of a step, to metrics.jsonl and TensorBoard."""
         # JSON knows no infinity.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether that of a step is in metrics.jsonl."""
+        lines = map(json.loads, (self._output_dir / "metrics.jsonl").read_text().splitlines())
+        return any(line["step"] == step and "memory/norm_of_block_000" in line for line in lines)
 
     def say(self, message: str) -> None:
         """A line that stays."""
@@ -88,13 +97,15 @@ class Monitor:
 
     def gates(self, step: int, gates: np.ndarray) -> None:
         """The memory's share of every head, [layers, heads], as histogram and as image."""
-        self._board.add_histogram("memory/gate", gates, step)
         pixels = np.kron(gates, np.ones((16, 16)))[None]
-        self._board.add_image("memory/gate_by_layer_and_head", pixels, step)
+        with self._writing():
+            self._board.add_histogram("memory/gate", gates, step)
+            self._board.add_image("memory/gate_by_layer_and_head", pixels, step)
 
-    def text(self, step: int, name: str, text: str) -> None:
+    def text(self, step: int, name: str, text: str, language: str = "text") -> None:
         """Text, to TensorBoard."""
-        self._board.add_text(name, "```text\n" + text + "\n```", step)
+        with self._writing():
+            self._board.add_text(name, f"```{language}\n{text}\n```", step)
 
     def close(self) -> None:
         """Says how long it took, and writes everything out."""
@@ -103,8 +114,22 @@ class Monitor:
         if self._last_step > self._first_step:
             taken = f"{self._last_step - self._first_step:,} steps"
             self.console.print(f"{taken} in {_duration(time.monotonic() - self._began)}")
-        self._metrics.close()
-        self._board.close()
+        with self._writing():
+            self._metrics.close()
+            self._board.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A run goes on without its figures where they cannot be written, and says so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._complained:
+                self.console.print(
+                    f"warning: {self._output_dir}: figures cannot be written ({error.strerror}), "
+                    "and are missing from here on; the run goes on"
+                )
+            self._complained = True
 
 
 def _drop_steps_after(path: Path, step: int) -> None:

@@ -9,6 +9,9 @@ from rich.table import Table
 from infini_ds.config import RunConfig
 from infini_ds.training.checkpoint import directory_of
 
+REPORT = "report.json"
+"""Figures of a finished run, in its directory."""
+
 
 def report(
     config: RunConfig,
@@ -46,7 +49,7 @@ def report(
         console.print(sample, markup=False)
         console.rule()
     output_dir = Path(config.output_dir)
-    (output_dir / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (output_dir / REPORT).write_text(json.dumps(figures, indent=1) + "\n")
     console.print(f"checkpoint   {directory_of(config) / f'step_{step:08d}'}")
     console.print(f"TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}")
     console.print(

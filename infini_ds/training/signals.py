@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask the run to finish its step, save and end."""
+"""SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to finish its step, save and end."""
 
 import signal
 
@@ -8,7 +8,7 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:

@@ -32,10 +32,11 @@ from infini_ds.training import checkpoint, failures
 from infini_ds.training.bad_steps import BadSteps, bad_documents
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.dtype import with_dtype
+from infini_ds.training.lock import lock
 from infini_ds.training.monitor import Monitor
 from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
 from infini_ds.training.peak import device_peak_flops
-from infini_ds.training.report import report
+from infini_ds.training.report import REPORT, report
 from infini_ds.training.signals import StopRequest
 from infini_ds.training.startup import together
 from infini_ds.training.watchdog import Watchdog
@@ -77,12 +78,14 @@ class Trainer:
     def __init__(self, config: RunConfig, stop: StopRequest, watchdog: Watchdog):
         with together():
             config.data_parallel_size(dist.get_world_size())
+            if dist.get_rank() == 0:
+                self._lock = lock(Path(config.output_dir), config.train.timeout / 2)
             self.store, self.lanes = open_data(config)
             config = with_vocabulary(config, self.store)
             device = get_accelerator().device_name()
             check_backend(config.kernels.backend, device, config.model.head_dim)
         self.config, self.stop, self.watchdog = config, stop, watchdog
-        self.step = 0
+        self.step = self.first_step = 0
         self.saved: int | None = None
         """Step of the checkpoint that is as the run is now, if there is one."""
         self.bad_steps = BadSteps(config.train)
@@ -118,6 +121,7 @@ class Trainer:
         if found and load_from and state:
             self.bad_steps.rollbacks = state.get("rollbacks", 0)
             self._load(found, load_from, state)
+            self.first_step = self.step
         self.held_out = None
         if len(self.store.split("held_out").lengths):
             with together():
@@ -128,6 +132,8 @@ class Trainer:
             text = configuration.dump(config)
             self.monitor = Monitor(output_dir, self.step, config.train.steps, text)
             (output_dir / "config.yaml").write_text(text)
+            if self.step < config.train.steps:
+                (output_dir / REPORT).unlink(missing_ok=True)  # of when there were fewer to make
             self._introduce(found, passed_over)
 
     def run(self) -> None:
@@ -137,6 +143,8 @@ class Trainer:
         stopping = False
         if config.train.on_bad_step == "rollback" and self.saved is None:
             self._save()  # to have something to go back to
+        if self._evaluation_is_due() and self._ended_before_evaluation():
+            quality = self._evaluate()
         while self.step < config.train.steps and not stopping:
             if self.step in self.bad_steps.skip:
                 self._skip_step()
@@ -146,13 +154,12 @@ class Trainer:
             if self.saved == self.step:
                 continue  # it went back to a checkpoint
             ended = self.step == config.train.steps
-            every = config.evaluation.every
-            if not stopping and (ended or (every and self.step % every == 0)):
-                quality = self._evaluate()
             # A step that was skipped may have left memories that are not finite.
             due = self.step % config.train.save_every == 0 and not self.engine.skipped_in_a_row
             if stopping or ended or due:
                 self._save()
+            if not stopping and (ended or self._evaluation_is_due()):
+                quality = self._evaluate()
         if self.saved != self.step:
             self._save()
         if stopping:
@@ -191,7 +198,8 @@ class Trainer:
             }
         self.step += 1
         self.tokens += plan.num_tokens
-        log = self.step % config.train.log_every == 0
+        # The first one too: a supervisor reads there that a step was made.
+        log = self.step % config.train.log_every == 0 or self.step == self.first_step + 1
         writes = self._describe_writes(size.tokens) if log else {}
         if self.monitor:
             elapsed = time.perf_counter() - begin
@@ -306,6 +314,15 @@ class Trainer:
             "skipped_steps": self.engine.skipped_steps,
             "rollbacks": self.bad_steps.rollbacks,
         }
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.evaluation.every
+        return bool(every) and self.step > 0 and self.step % every == 0
+
+    def _ended_before_evaluation(self) -> bool:
+        """Whether the process that saved this step ended in its evaluation."""
+        ended = self.monitor is not None and not self.monitor.has_evaluation(self.step)
+        return bool(self.engine.all_sum(torch.tensor(float(ended), device=self.engine.device)))
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out quality with and without memory, and what the memory looks like."""

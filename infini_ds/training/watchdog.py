@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -24,6 +25,8 @@ _GRACE_SECONDS = 3.0
 """In which a rank notices by itself that another one has ended."""
 _WRITE_SECONDS = 20.0
 """For stacks and records to be written; the file system may be what hangs."""
+_END_SECONDS = 120.0
+"""For all that is said and written at the end."""
 
 
 class Watchdog:
@@ -68,7 +71,9 @@ class Watchdog:
     def failed(self, error: Exception) -> RunError:
         """Puts what ended this rank on record; the error in one line, with the lost ranks."""
         self._ending.acquire()  # for good: from here on the thread must not end the process
-        where = self._place(traceback.extract_tb(error.__traceback__))
+        self._stopped.set()
+        faulthandler.dump_traceback_later(_END_SECONDS, exit=True)
+        where = self._place(traceback.walk_tb(error.__traceback__))
         if is_lost_contact(error):
             others = self._peers.explain()
             text = f"lost another rank at step {self.step}, after {self._done}, {where}"
@@ -77,10 +82,11 @@ class Watchdog:
         elif isinstance(error, RunError | OSError):
             message = str(error)
         else:
-            traceback.print_exception(error)
+            within(_WRITE_SECONDS, lambda: traceback.print_exception(error), None)
             kind = type(error).__name__
             message = f"{kind} at step {self.step}, after {self._done}, {where}: {_one_line(error)}"
         self._finish(message, is_cause=not is_lost_contact(error))
+        faulthandler.cancel_dump_traceback_later()
         return RunError(message)
 
     def _finish(self, message: str, is_cause: bool) -> None:
@@ -105,9 +111,10 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        faulthandler.cancel_dump_traceback_later()
+        # Should this thread hang as well, as on a file system that does not answer.
+        faulthandler.dump_traceback_later(_END_SECONDS, exit=True)
         frames = sys._current_frames()
-        where = self._place(traceback.extract_stack(frames[self._main]))
+        where = self._place(reversed(list(traceback.walk_stack(frames[self._main]))))
         waiting = self.waiting_for()
         waiting = f", waiting for {waiting}" if waiting else ""
         message = f"{reason} at step {self.step}, after {self._done}{waiting}, {where}"
@@ -116,7 +123,8 @@ class Watchdog:
         stacks = within(_WRITE_SECONDS, lambda: self._write_stacks(message), None)
         message += f"; stacks are in {stacks}" if stacks else ""
         self._finish(message, is_cause=False)
-        print(f"infini-ds rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
+        line = f"infini-ds rank {dist.get_rank()}: {message}"
+        within(_WRITE_SECONDS, lambda: print(line, file=sys.stderr, flush=True), None)
         os._exit(1)
 
     def _write_stacks(self, message: str) -> Path:
@@ -132,9 +140,10 @@ class Watchdog:
                     subprocess.run(command, stdout=file, stderr=file, timeout=10, check=False)
         return path
 
-    def _place(self, stack: traceback.StackSummary) -> str:
-        """The innermost place in this package."""
+    def _place(self, frames: Iterator[tuple[FrameType, int]]) -> str:
+        """The innermost place in this package; no source is read, whose disk may not answer."""
         own = Path(__file__).parents[1]
+        stack = traceback.StackSummary.extract(frames, lookup_lines=False)
         inner = [frame for frame in stack if own in Path(frame.filename).parents]
         if not inner:
             return "in an unknown place"

@@ -10,9 +10,13 @@ from tests.distributed.conftest import Run
 
 pytestmark = pytest.mark.cluster
 STAND_IN = """#!/usr/bin/env bash
-# Instead of `infini-ds`: preflight is content; of the attempts to pretrain the first does what the
-# test says, the second finishes.
-[[ $1 != preflight ]] || exit 0
+# Instead of `infini-ds`: at the first attempt to start or pretrain it does what the test says, at
+# the second it is content, and finishes.
+if [[ $1 == preflight ]]; then
+  touch output/preflight.$SLURM_RESTART_COUNT
+  [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || { PREFLIGHT; }
+  exit 0
+fi
 save() { mkdir -p output/checkpoints/step_$1; touch output/checkpoints/step_$1/manifest.json; }
 wait_for_signal() { until [[ $asked ]]; do sleep 0.2; done; }
 trap asked=1 USR1 TERM
@@ -28,15 +32,16 @@ fi
 def start(slurm, tmp_path, data):
     """Starts the job whose tasks do something at the first attempt; it is past its start."""
 
-    def start_job(first: str) -> Job:
+    def start_job(first: str, preflight: str = "true") -> Job:
         program = tmp_path / "bin" / "infini-ds"
         program.parent.mkdir()
-        program.write_text(STAND_IN.replace("FIRST", first))
+        program.write_text(STAND_IN.replace("FIRST", first).replace("PREFLIGHT", preflight))
         program.chmod(0o755)
         run = Run(tmp_path, data, train__steps=8)
         path = slurm.run("bash", "-c", "echo $PATH").strip()
         job = Job(slurm, run, [f"--export=ALL,PATH={program.parent}:{path}"], [])
-        job.wait_until((run.output / "started.").exists, LIMIT, "the tasks")
+        begun = "started." if preflight == "true" else "preflight."
+        job.wait_until((run.output / begun).exists, LIMIT, begun)
         return job
 
     return start_job
@@ -72,6 +77,14 @@ def test_after_preemption_before_the_first_step_it_is(slurm, start, tmp_path):
     job = start("trap - USR1 TERM; exec sleep 1000")
     preempt(slurm, tmp_path)
     assert_finished_after_one_restart(job)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_after_a_signal_in_its_preflight_it_is(slurm, start, code):
+    job = start("exit 1", preflight=f"sleep 5; exit {code}")
+    slurm.run("scancel", "--batch", "--signal=USR1", job.id)
+    assert_finished_after_one_restart(job)
+    assert "told to end before its start" in job.log
 
 
 def test_after_a_failure_beyond_a_checkpoint_it_is(start):

@@ -52,7 +52,8 @@ def undisturbed(tmp_path_factory, data) -> Run:
 class TestExactResume:
     def test_run_stopped_twice_equals_the_undisturbed_one(self, tmp_path, data, undisturbed):
         run = Run(tmp_path, data)
-        for number, after, rank in ((signal.SIGTERM, 3, 0), (signal.SIGUSR1, 8, 1)):
+        stops = ((signal.SIGTERM, 3, 0), (signal.SIGUSR1, 8, 1), (signal.SIGINT, 11, 0))
+        for number, after, rank in stops:
             with run.start(2) as ranks:
                 ranks.wait_until(lambda: len(run.losses) >= after, START, f"step {after}")  # noqa: B023
                 ranks.all[rank].send(number)

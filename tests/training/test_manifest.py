@@ -103,3 +103,18 @@ def test_read_names_what_is_wrong(checkpoint, damage, message):
     damage(checkpoint)
     with pytest.raises(ValueError, match=message):
         manifest.read(checkpoint)
+
+
+def test_directories_are_those_of_steps_newest_first(tmp_path):
+    for name in (
+        "step_00000002",
+        "step_00000010",
+        "step_100000000",
+        "step_best",
+        "step_2",
+        "other",
+    ):
+        (tmp_path / name).mkdir()
+    found = [path.name for path in manifest.directories(tmp_path)]
+    assert found == ["step_100000000", "step_00000010", "step_00000002"]
+    assert manifest.step_of(manifest.directories(tmp_path)[0]) == 100000000

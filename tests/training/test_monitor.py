@@ -56,6 +56,29 @@ def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path):
     assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
+def test_figures_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys):
+    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor._metrics.close()
+    monitor._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    for step in (1, 2):
+        monitor.step(step, metrics(), log=True)
+    monitor.close()
+    said = capsys.readouterr().out
+    assert said.count(f"warning: {tmp_path}: figures cannot be written (No space left on") == 1
+
+
+def test_evaluation_of_a_step_is_found_by_the_next_process(tmp_path):
+    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor.step(1, metrics(), log=True)
+    assert not monitor.has_evaluation(1)
+    monitor.record(1, {"memory/norm_of_block_000": 1.0})
+    monitor.close()
+    again = Monitor(tmp_path, 1, 10, "")
+    assert again.has_evaluation(1)
+    assert not again.has_evaluation(0)
+    again.close()
+
+
 def test_resuming_drops_a_line_that_was_cut_off(tmp_path):
     run(tmp_path, 0, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -1,0 +1,59 @@
+"""What a save deletes, once it is valid."""
+
+from pathlib import Path
+
+from infini_ds.training import checkpoint, manifest
+
+
+def make(folder: Path, step: int, finished: bool = True) -> Path:
+    directory = folder / f"step_{step:08d}"
+    directory.mkdir(parents=True)
+    if finished:
+        manifest.write(directory, {})
+    return directory
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_older_ones_but_the_newest_are_deleted(tmp_path):
+    names = [make(tmp_path, step).name for step in (1, 2, 3, 4)]
+    checkpoint._delete_useless(tmp_path / names[3], keep_last=2)
+    assert left(tmp_path) == names[2:]
+
+
+def test_saves_that_were_cut_off_are_deleted(tmp_path):
+    old, cut = make(tmp_path, 10), make(tmp_path, 13, finished=False)
+    new = make(tmp_path, 20)
+    checkpoint._delete_useless(new, keep_last=2)
+    assert left(tmp_path) == [old.name, new.name]
+    assert not cut.exists()
+
+
+def test_later_ones_that_were_passed_over_are_deleted_and_never_this_one(tmp_path):
+    make(tmp_path, 1000)
+    old, new = make(tmp_path, 500), make(tmp_path, 600)
+    checkpoint._delete_useless(new, keep_last=1)
+    assert left(tmp_path) == [new.name]
+    assert not old.exists()
+
+
+def test_copies_by_other_names_are_left_alone(tmp_path):
+    copy = tmp_path / "step_best"
+    copy.mkdir()
+    make(tmp_path, 1)
+    new = make(tmp_path, 2)
+    checkpoint._delete_useless(new, keep_last=1)
+    assert left(tmp_path) == [new.name, copy.name]
+
+
+def test_what_cannot_be_deleted_is_left(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr("infini_ds.training.checkpoint.shutil.rmtree", refuse)
+    old, new = make(tmp_path, 1), make(tmp_path, 2)
+    checkpoint._delete_useless(new, keep_last=1)
+    assert left(tmp_path) == [old.name, new.name]
+    assert not (old / manifest.NAME).exists(), "it no longer counts"
