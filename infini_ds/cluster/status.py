@@ -107,11 +107,14 @@ def _last_lines(path: Path) -> tuple[list[dict], dict]:
 
 def _last_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest one that is whole by its manifest; checksums are not compared."""
-    for path in sorted((directory / "checkpoints").glob("step_*"), reverse=True):
+    for path in manifest.directories(directory / "checkpoints"):
         try:
             manifest.read(path)
-            step = int(path.name.removeprefix("step_"))
-            return {"step": step, "path": str(path), "age": _age(path / manifest.NAME)}
+            return {
+                "step": manifest.step_of(path),
+                "path": str(path),
+                "age": _age(path / manifest.NAME),
+            }
         except (OSError, ValueError):
             continue  # unfinished, or being deleted
     return None
@@ -130,7 +133,7 @@ def _state(
     record = directory / failures.NAME
     if record.exists() and record.stat().st_mtime >= metrics.stat().st_mtime:
         return "failed"
-    being_saved = sorted((directory / "checkpoints").glob("step_*"))[-1:]
+    being_saved = manifest.directories(directory / "checkpoints")[:1]
     quiet = min(_age(path) for path in (metrics, *being_saved))
     limit = config.train.timeout
     if seconds is not None:

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import sysconfig
 import zlib
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import zstandard
 
 from infini_ds.config import DataConfig
@@ -21,6 +21,7 @@ from infini_ds.errors import UserError
 _NAMES_KEPT = 3
 _PARQUET_ROWS = 64
 _READ_BYTES = 1 << 20
+_LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 class Span(NamedTuple):
@@ -274,7 +275,7 @@ def _checked_text(value: Any) -> str:
 
 def _is_weight(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
+    return number and 0 <= value <= _LARGEST_WEIGHT
 
 
 def _load_dataset(config: DataConfig):

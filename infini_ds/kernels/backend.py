@@ -61,6 +61,8 @@ def _missing(device: str, head_dim: int) -> str:
         return f"needs a CUDA device, not {device}"
     if head_dim not in TRITON_HEAD_DIMS:
         return f"has kernels for model.head_dim 64 and 128, not {head_dim}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
     if importlib.util.find_spec("triton") is None:
         return "is not installed (pip install triton)"
     return ""

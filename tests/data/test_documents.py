@@ -186,6 +186,8 @@ def test_corpus_dataset_has_weighted_pieces(tmp_path):
         ([["x", -1]], "weight is not a number of at least 0"),
         ([["x", float("nan")]], "weight is not a number of at least 0"),
         ([["x", float("inf")]], "weight is not a number of at least 0"),
+        pytest.param([["x", 10**400]], "weight is not a number of at least 0", id="huge integer"),
+        pytest.param([["x", 1e39]], "weight is not a number of at least 0", id="beyond fp32"),
         ([{"text": "x"}], "weight is not a number of at least 0"),
         ([["x", 0], ["y", 0.0]], "all weights are 0"),
         ([], "empty"),

@@ -220,6 +220,14 @@ def test_auto_takes_triton_where_its_kernels_fit(head_dim, triton, recwarn):
     ])  # fmt: skip
 
 
+def test_auto_leaves_older_gpus_to_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    backend._warn.cache_clear()
+    with pytest.warns(UserWarning, match="needs a GPU of compute capability 8.0 or newer"):
+        assert not backend.uses_triton(OnGpu(64))
+
+
 def test_layouts_are_all_covered():
     for rule in ("linear", "delta"):
         covered = {case["layout"] for case in CASES if case["rule"] == rule}
