@@ -1,9 +1,9 @@
 """What `bash launch/pretrain.sh [OPTIONS] CONFIG` runs: starts a run, and again when it fails.
 
-It hands signals on, as DeepSpeed's launcher does not, and restarts for machines without a scheduler
-that does this. A run that is started again goes on from its newest
-valid checkpoint. It is not started again after a mistake of the user (exit code 2), when it was
-asked to stop, or when it has failed without having made a step.
+It hands signals on, which DeepSpeed's launcher does not do on a single machine. The restarts are
+for machines without a scheduler: a run that is started again goes on from its newest valid
+checkpoint. It is not after a mistake of the user (exit code 2), when it was asked to stop, or when
+it has failed without having made a step.
 """
 
 import argparse
@@ -90,14 +90,12 @@ def supervise(
     for restarts in range(max_restarts + 1):
         before, known = Progress(output_dir), len(failures.read(output_dir))
         code = job.run()
-        if code == 0 or job.asked_to_stop:
+        if code == 0 or job.asked_to_stop or max_restarts == 0:
             return code
         records = failures.read(output_dir)[known:]
         reason = f"the run ended with exit code {code}"
         if records:
             reason += f" (rank {records[-1]['rank']}: {records[-1]['message']})"
-        if max_restarts == 0:
-            return code
         if code == 2:
             _say(f"{reason}; not started again, as this is a mistake in the command")
             return code

@@ -3,7 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from infini_ds.pipeline.channel import Channel
 from tests.distributed.processes import run_ranks
 
 WORKER = Path(__file__).with_name("channel_worker.py")
@@ -35,3 +38,13 @@ def test_receive_gives_up_within_the_limit_and_names_what_and_whom(outcome, peer
     assert seen["waited"] < LIMIT + 3
     if peer == "silent":
         assert seen["waited"] > LIMIT - 0.5
+
+
+def test_errors_of_the_device_are_not_told_as_those_of_another_rank(monkeypatch):
+    def run_out(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dist, "isend", run_out)
+    channel = Channel("activations of stage 1", 1, None, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(torch.OutOfMemoryError):
+        channel.send(torch.zeros(1, dtype=torch.uint8))
