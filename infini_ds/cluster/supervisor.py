@@ -90,14 +90,15 @@ def supervise(
     for restarts in range(max_restarts + 1):
         before, known = Progress(output_dir), len(failures.read(output_dir))
         code = job.run()
-        if code == 0 or job.asked_to_stop or max_restarts == 0:
+        if code == 0 or job.asked_to_stop:
             return code
         records = failures.read(output_dir)[known:]
         reason = f"the run ended with exit code {code}"
         if records:
             reason += f" (rank {records[-1]['rank']}: {records[-1]['message']})"
         if code == 2:
-            _say(f"{reason}; not started again, as this is a mistake in the command")
+            if max_restarts:
+                _say(f"{reason}; not started again, as this is a mistake in the command")
             return code
         if restarts == max_restarts:
             _say(f"{reason}; not started again, after {restarts} restarts")
