@@ -56,6 +56,7 @@ def uses_triton(q: Tensor) -> bool:
     return not missing
 
 
+@functools.cache  # it is asked in every layer
 def _missing(device: str, head_dim: int) -> str:
     if device != "cuda":
         return f"needs a CUDA device, not {device}"

@@ -12,7 +12,7 @@ FORMAT = 1
 
 
 def directories(checkpoints: Path) -> list[Path]:
-    """Those of a run's checkpoints, finished or not, newest first; others are none."""
+    """Those of a run's checkpoints, by their names; finished or not, newest first."""
     found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=step_of, reverse=True)
 
