@@ -79,12 +79,22 @@ def test_after_preemption_before_the_first_step_it_is(slurm, start, tmp_path):
     assert_finished_after_one_restart(job)
 
 
+def test_after_preemption_in_its_preflight_it_is(slurm, start, tmp_path):
+    job = start("exit 1", preflight="sleep 5; exit 2")
+    preempt(slurm, tmp_path)
+    assert_finished_after_one_restart(job)
+    assert "preempted before its start" in job.log
+
+
 @pytest.mark.parametrize("code", [0, 2])
-def test_after_a_signal_in_its_preflight_it_is(slurm, start, code):
+def test_after_a_signal_in_its_preflight_it_is_not(slurm, start, code):
+    """A time limit that is no longer than the time before it at which Slurm sends the signal."""
     job = start("exit 1", preflight=f"sleep 5; exit {code}")
     slurm.run("scancel", "--batch", "--signal=USR1", job.id)
-    assert_finished_after_one_restart(job)
-    assert "told to end before its start" in job.log
+    state = job.finish(LIMIT)
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), job.outputs
+    assert state["ExitCode"] == "2:0"
+    assert "--time must leave room" in job.log
 
 
 def test_after_a_failure_beyond_a_checkpoint_it_is(start):
