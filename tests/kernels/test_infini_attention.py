@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention import LayerMemory, infini_attention, parallel, reference
+from infini_ds.kernels.infini_attention import (
+    LayerMemory,
+    infini_attention,
+    reference,
+    segment_overlaps,
+)
 from infini_ds.kernels.infini_attention.reference import (
     delta_damping,
     infini_attention_reference,
@@ -185,13 +190,17 @@ def test_delta_guard_bounds_memory_after_short_first_segment(function, monkeypat
     writes = repetitive_writes([2, 64, 64, 64], n=64)
     assert all(norm <= bound * (1 + 1e-5) for norm, bound in memory_norms(function, writes))
 
-    def undamped(sigma_k, weighted_k, norm, added_norm):
+    def undamped(overlap, norm, added_norm):
         return torch.ones(norm.shape[:-1])
 
     monkeypatch.setattr(reference, "delta_damping", undamped)
-    monkeypatch.setattr(parallel, "delta_damping", undamped)
+    monkeypatch.setattr(segment_overlaps, "delta_damping", undamped)
     amplified = max(norm / bound for norm, bound in memory_norms(function, writes))
     assert amplified > 2, "the case no longer shows what the guard is for"
+
+
+def overlap(k: Tensor, norm: Tensor) -> Tensor:
+    return (k / (k @ norm[..., None])).mT @ k
 
 
 def test_delta_guard_is_exactly_one_for_equal_segments():
@@ -199,10 +208,12 @@ def test_delta_guard_is_exactly_one_for_equal_segments():
     k = sigma(torch.randn(8, 4, 2, 64, DIM))  # [batch, segments, kv_heads, n, d]
     added = k.sum(-2)
     for s in range(1, 4):
-        damping = delta_damping(k[:, s], k[:, s], added[:, :s].sum(1), added[:, s])
+        norm = added[:, :s].sum(1)
+        damping = delta_damping(overlap(k[:, s], norm), norm, added[:, s])
         assert torch.equal(damping, torch.ones_like(damping))
 
 
 def test_delta_guard_is_zero_where_nothing_is_stored():
     k = sigma(torch.randn(1, 1, 8, DIM))
-    assert delta_damping(k, k, torch.zeros(1, 1, DIM), k.sum(-2)).item() == 0
+    nothing = torch.zeros(1, 1, DIM)
+    assert delta_damping(overlap(k, nothing + 1e-12), nothing, k.sum(-2)).item() == 0

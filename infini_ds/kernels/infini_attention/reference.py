@@ -86,9 +86,11 @@ def infini_attention_reference(
         added_norm = weighted_k.sum(dim=1)
         values = v[:, s].to(kv.dtype)
         if rule == "delta":
-            damping = delta_damping(
-                sigma_k.transpose(1, 2), weighted_k.transpose(1, 2), norm, added_norm
-            )[:, None, :, None]  # [batch, 1, kv_heads, 1]
+            reads = torch.einsum("b n h k, b h k -> b n h", sigma_k, norm).clamp(min=EPSILON)
+            overlap = torch.einsum(
+                "b n h i, b n h j -> b h i j", weighted_k / reads[..., None], sigma_k
+            )
+            damping = delta_damping(overlap, norm, added_norm)[:, None, :, None]
             values = values - damping * _read(sigma_k, kv, norm)  # eq. (5)
         kv = kv + torch.einsum("b n h k, b n h v -> b h k v", weighted_k, values)  # eq. (4)
         norm = norm + added_norm
@@ -96,7 +98,7 @@ def infini_attention_reference(
 
 
 @torch.no_grad()
-def delta_damping(sigma_k: Tensor, weighted_k: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
+def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
     """The guard of the delta rule: the factor on what is subtracted, 1 wherever eq. (5) is stable.
 
     A segment multiplies the stored M by I - c G, with G = sum of w sigma(k)^T sigma(k) /
@@ -108,16 +110,14 @@ def delta_damping(sigma_k: Tensor, weighted_k: Tensor, norm: Tensor, added_norm:
     c brings it down to 2. The factor is a constant to the gradients.
 
     Args:
-        sigma_k, weighted_k: [..., n, d], sigma(k) and w sigma(k).
+        overlap: [..., d, d], G.
         norm, added_norm: [..., d].
 
     Returns:
         [...], in [0, 1]; 0 where nothing is stored.
     """
-    denominator = (sigma_k @ norm[..., None]).clamp(min=EPSILON)  # [..., n, 1]
-    x = added_norm
-    for _ in range(2):
-        previous, x = x, (weighted_k.mT @ (sigma_k @ x[..., None] / denominator))[..., 0]
+    previous = (overlap @ added_norm[..., None])[..., 0]
+    x = (overlap @ previous[..., None])[..., 0]
     bound = (x / previous.clamp(min=EPSILON)).amax(dim=-1)
     damping = (2 / bound.clamp(min=EPSILON)).clamp(max=1)
     return torch.where(norm.sum(-1) > 0, damping, torch.zeros_like(damping))

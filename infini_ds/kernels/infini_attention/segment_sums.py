@@ -49,6 +49,11 @@ def parts(segments: int, n: int, kv_heads: int, d: int, device: torch.device) ->
     ]
 
 
+def rows_of(x: Tensor, part: Part) -> Tensor:
+    """A view of one part of x [segments, n, heads, d], [s, h, n, d]."""
+    return rearrange(x[part.segments, :, part.heads], "s n h d -> s h n d")
+
+
 def sigma(x: Tensor) -> Tensor:
     """The feature map of the memory, elu + 1, in fp32; its derivative is min(sigma(x), 1).
 
@@ -66,7 +71,7 @@ class _SegmentSums(torch.autograd.Function):
         kv = torch.empty(segments, kv_heads, d, d, device=k.device)
         norm = torch.empty(segments, kv_heads, d, device=k.device)
         for part in parts(segments, n, kv_heads, d, k.device):
-            own_k, own_v, own_weight = (_rows(x, part) for x in (k, v, weight[..., None]))
+            own_k, own_v, own_weight = (rows_of(x, part) for x in (k, v, weight[..., None]))
             weighted_k = sigma(own_k).mul_(own_weight)
             # [s, h, d, n] @ [s, h, n, d] -> [s, h, d, d]
             kv[part] = weighted_k.mT @ own_v.float()
@@ -82,21 +87,16 @@ class _SegmentSums(torch.autograd.Function):
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, weight)
         )
         for part in parts(segments, n, kv_heads, d, k.device):
-            own_k, own_v, own_weight = (_rows(x, part) for x in (k, v, weight[..., None]))
+            own_k, own_v, own_weight = (rows_of(x, part) for x in (k, v, weight[..., None]))
             sigma_k = sigma(own_k)  # [s, h, n, d]
             own_d_kv = d_kv[part].to(k.dtype)
-            _rows(dv, part).copy_((sigma_k * own_weight).to(k.dtype) @ own_d_kv)
+            rows_of(dv, part).copy_((sigma_k * own_weight).to(k.dtype) @ own_d_kv)
             d_weighted = (own_v @ own_d_kv.mT).float()
             d_weighted += d_norm[part].unsqueeze(-2)
             if ctx.needs_input_grad[2]:
-                _rows(d_weight[..., None], part).copy_(
+                rows_of(d_weight[..., None], part).copy_(
                     (d_weighted * sigma_k).sum(dim=-1, keepdim=True)
                 )
             d_weighted *= own_weight
-            _rows(dk, part).copy_(d_weighted.mul_(sigma_k.clamp_(max=1)))
+            rows_of(dk, part).copy_(d_weighted.mul_(sigma_k.clamp_(max=1)))
         return dk, dv, d_weight if ctx.needs_input_grad[2] else None
-
-
-def _rows(x: Tensor, part: Part) -> Tensor:
-    """A view of one part, [segments, heads, n, d]."""
-    return rearrange(x[part.segments, :, part.heads], "s n h d -> s h n d")
