@@ -50,7 +50,8 @@ def check(rows: list[dict]) -> None:
 def check_coverage(rows: list[dict]) -> None:
     kernels = {
         "rotate", "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
-        "key_gradient", "delta", "delta_gradient", "damping",
+        "key_gradient", "overlap", "damping", "delta", "delta_gradient",
+        "overlap_gradient",
     }  # fmt: skip
     found = {(row["kernel"], row["head_dim"], row["target"]) for row in rows}
     assert found >= set(product(kernels - {"scan"}, (64, 128), ("sm_80", "sm_90", "sm_100")))

@@ -1,7 +1,8 @@
 """Triton's interpreter, mended where it is not what the hardware does.
 
-Version 3.9 multiplies the bits of bf16 numbers as integers, and cuts fp32 to bf16 where hardware
-rounds to nearest even. Calls of functions are made faster. Import this before any kernel.
+Version 3.9 multiplies the bits of bf16 numbers as integers, cuts fp32 to bf16 where hardware rounds
+to nearest even, and multiplies fp32 in full where tf32 is asked for. Calls of functions are made
+faster. Import this before any kernel.
 """
 
 import os
@@ -29,11 +30,17 @@ def _convert(values, source, target, rounding_mode):
     return _convert_others(values, source, target, rounding_mode)
 
 
+def _cut_to_tf32(values):
+    return (values.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 def _dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
     a, b = (
         _convert(x.data, tl.bfloat16, tl.float32, None) if x.dtype.scalar == tl.bfloat16 else x.data
         for x in (a, b)
     )
+    if input_precision == interpreter._ir.INPUT_PRECISION.TF32:
+        a, b = (_cut_to_tf32(x) for x in (a, b))
     product = np.matmul(a, b, dtype=d.data.dtype)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 

@@ -1,23 +1,30 @@
-"""The delta rule, eq. (5): a walk over the segments with the state on chip, and its gradient.
+"""The delta rule, eq. (5), as one matrix a segment, see `segment_overlaps`; and its gradient.
 
-Each column of a memory's kv depends on the same column of the values alone, so the columns are
-shared out among programs.
+Of all segments the overlaps are summed up at once; then a walk from segment to segment goes over
+matrices alone. Each column of a memory depends on the same column of what is written, so the walk
+shares the columns out among programs. Products of states are in PRECISION, of fp32 operands.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 import triton
 import triton.language as tl
 
-from infini_ds.kernels.infini_attention.triton.tiles import load_rows, sigma
+from infini_ds.kernels.infini_attention.triton.tiles import load_rows, load_state, sigma, tile
 
 
 @triton.jit
-def damping_kernel(
+def reciprocal_read(sigma_k, norm, EPSILON: tl.constexpr):
+    """1 / (sigma(k) z) of each row; 0 where nothing is stored."""
+    read = tl.maximum(tl.sum(sigma_k * norm[None, :], axis=1), EPSILON)
+    return tl.where(tl.sum(norm, axis=0) > 0, 1 / read, 0.0)
+
+
+@triton.jit
+def overlap_kernel(
     k,
     weight,
     norm,
-    added_norm,
-    damping,
+    overlaps,
     k_segment,
     k_row,
     k_head,
@@ -27,172 +34,172 @@ def damping_kernel(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """The guard of the delta rule, see `delta_damping`: one program per key-value head and segment.
+    """O / damping of one key-value head and segment; zero where nothing is stored.
 
-    k [segments, n, kv_heads, D]; weight [segments, kv_heads, n]; norm, before the segment, and
-    added_norm [segments, kv_heads, D]; damping [segments, kv_heads]. All but k in fp32.
+    k [segments, n, kv_heads, D]; weight [segments, kv_heads, n]; norm, before the segment
+    [segments, kv_heads, D]; overlaps [segments, kv_heads, D, D]. All but k in fp32.
     """
     kv_head = tl.program_id(0)
     segment = tl.program_id(1).to(tl.int64)
     at = segment * kv_heads + kv_head
     features = tl.arange(0, D)
     own_norm = tl.load(norm + at * D + features)
-    x = tl.load(added_norm + at * D + features)
-    previous = x
-    for _ in range(2):
-        previous = x
-        x = tl.zeros((D,), tl.float32)
-        for start in range(0, n, BLOCK_ROWS):
-            rows = start + tl.arange(0, BLOCK_ROWS)
-            keys = load_rows(k + segment * k_segment + kv_head * k_head, rows, k_row, n, D)
-            own_weight = tl.load(weight + at * n + rows, mask=rows < n, other=0.0)
-            sigma_k = sigma(keys.to(tl.float32))
-            denominator = tl.maximum(tl.sum(sigma_k * own_norm[None, :], axis=1), EPSILON)
-            along = tl.sum(sigma_k * previous[None, :], axis=1) / denominator
-            x += tl.sum(sigma_k * (own_weight * along)[:, None], axis=0)
+    overlap = tl.zeros((D, D), tl.float32)
+    for start in range(0, n, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        keys = load_rows(k + segment * k_segment + kv_head * k_head, rows, k_row, n, D)
+        own_weight = tl.load(weight + at * n + rows, mask=rows < n, other=0.0)
+        sigma_k = sigma(keys.to(tl.float32))
+        share = own_weight * reciprocal_read(sigma_k, own_norm, EPSILON)
+        root = (sigma_k * tl.sqrt(share)[:, None]).to(keys.dtype)
+        overlap = tl.dot(tl.trans(root), root, overlap, input_precision="ieee")
+    tl.store(tile(overlaps + at * D * D, features, D, D), overlap)
+
+
+@triton.jit
+def damping_kernel(overlaps, added_norm, damping, kv_heads, EPSILON: tl.constexpr, D: tl.constexpr):
+    """The guard, see `delta_damping`, of one key-value head and segment.
+
+    overlaps [segments, kv_heads, D, D]; added_norm [segments, kv_heads, D]; damping
+    [segments, kv_heads].
+    """
+    at = tl.program_id(1).to(tl.int64) * kv_heads + tl.program_id(0)
+    overlap = load_state(overlaps, at, D)
+    added = tl.load(added_norm + at * D + tl.arange(0, D))
+    previous = tl.sum(overlap * added[None, :], axis=1)
+    x = tl.sum(overlap * previous[None, :], axis=1)
     bound = tl.max(x / tl.maximum(previous, EPSILON), axis=0)
-    own = tl.minimum(2 / tl.maximum(bound, EPSILON), 1.0)
-    tl.store(damping + at, tl.where(tl.sum(own_norm, axis=0) > 0, own, 0.0))
+    tl.store(damping + at, tl.minimum(2 / tl.maximum(bound, EPSILON), 1.0))
 
 
 @triton.jit
 def delta_kernel(
-    k,
-    v,
-    weight,
-    norm,
+    overlaps,
     damping,
     starts,
     incoming,
     kv,
     final,
-    k_segment,
-    k_row,
-    k_head,
-    v_segment,
-    v_row,
-    v_head,
-    n,
     segments,
     kv_heads,
-    EPSILON: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """kv, before each segment, and `final` from the `incoming` one.
+    """kv in place, from what each segment writes to what it finds, and `final` from `incoming`.
 
     One program per part of the columns, and per lane and key-value head.
 
-    k, v [batch x segments, n, kv_heads, D]; weight [batch x segments, kv_heads, n]; norm, before
-    each segment [batch x segments, kv_heads, D]; damping [batch x segments, kv_heads]; kv
-    [batch x segments, kv_heads, D, D]; incoming, final [batch, kv_heads, D, D].
+    overlaps, kv [batch x segments, kv_heads, D, D]; damping [batch x segments, kv_heads]; starts
+    [batch x segments] bytes; incoming, final [batch, kv_heads, D, D].
     """
-    features = tl.arange(0, D)
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     lane = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(1) % kv_heads
-    places = features[:, None] * D + columns[None, :]
+    places = tl.arange(0, D)[:, None] * D + columns[None, :]
     outer = (lane * kv_heads + kv_head) * D * D
     state = tl.load(incoming + outer + places)
     for step in range(segments):
         segment = lane * segments + step
         at = segment * kv_heads + kv_head
         state = tl.where(tl.load(starts + segment) != 0, 0.0, state)
+        added = tl.load(kv + at * D * D + places)
         tl.store(kv + at * D * D + places, state)
-        own_norm = tl.load(norm + at * D + features)
-        own_damping = tl.load(damping + at)
-        own_k = k + segment * k_segment + kv_head * k_head
-        own_v = v + segment * v_segment + kv_head * v_head
-        added = tl.zeros((D, BLOCK_V), tl.float32)
-        for start in range(0, n, BLOCK_ROWS):
-            rows = start + tl.arange(0, BLOCK_ROWS)
-            keys = load_rows(own_k, rows, k_row, n, D)
-            values = tl.load(
-                own_v + rows[:, None] * v_row + columns[None, :],
-                mask=rows[:, None] < n,
-                other=0.0,
-            )
-            own_weight = tl.load(weight + at * n + rows, mask=rows < n, other=0.0)
-            sigma_k = sigma(keys.to(tl.float32))
-            denominator = tl.maximum(tl.sum(sigma_k * own_norm[None, :], axis=1), EPSILON)
-            read = tl.dot(sigma_k.to(keys.dtype), state.to(keys.dtype), input_precision="ieee")
-            written = values.to(tl.float32) - read * (own_damping / denominator)[:, None]
-            weighted = (sigma_k * own_weight[:, None]).to(keys.dtype)
-            added = tl.dot(
-                tl.trans(weighted), written.to(keys.dtype), added, input_precision="ieee"
-            )
-        state += added
+        overlap = load_state(overlaps, at, D) * tl.load(damping + at)
+        state += added - tl.dot(overlap, state, input_precision=PRECISION)
     tl.store(final + outer + places, state)
 
 
 @triton.jit
 def delta_gradient_kernel(
-    k,
-    weight,
-    kv,
-    norm,
+    overlaps,
     damping,
     starts,
     d_final,
     d_kv,
     d_incoming,
+    segments,
+    kv_heads,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The walk back: d_kv in place, from the gradient of what each segment found to that of the
+    memory after it, and d_incoming from d_final. Shapes as in `delta_kernel`."""
+    columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    lane = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(1) % kv_heads
+    places = tl.arange(0, D)[:, None] * D + columns[None, :]
+    outer = (lane * kv_heads + kv_head) * D * D
+    d_state = tl.load(d_final + outer + places)
+    for step in range(segments):
+        segment = lane * segments + segments - 1 - step
+        at = segment * kv_heads + kv_head
+        d_found = tl.load(d_kv + at * D * D + places)
+        tl.store(d_kv + at * D * D + places, d_state)
+        overlap = load_state(overlaps, at, D) * tl.load(damping + at)
+        d_state += d_found - tl.dot(overlap, d_state, input_precision=PRECISION)
+        d_state = tl.where(tl.load(starts + segment) != 0, 0.0, d_state)
+    tl.store(d_incoming + outer + places, d_state)
+
+
+@triton.jit
+def overlap_gradient_kernel(
+    k,
+    weight,
+    kv,
+    norm,
+    damping,
+    d_kv,
+    both,
     d_norm,
     k_segment,
     k_row,
     k_head,
     n,
-    segments,
     kv_heads,
     EPSILON: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The walk back: d_kv in place, from the gradient of what each segment read to that of the
-    memory after it, and d_incoming from d_final. Shapes as in `delta_kernel`.
+    """`both`, the gradient of O / damping and its transpose, of one key-value head and segment,
+    and added to d_norm what the norm before the segment gets through the overlap.
 
-    d_norm [parts of the columns, batch x segments, kv_heads, D] takes what the norm before each
-    segment gets through the delta rule's own read.
+    k, weight, norm as in `overlap_kernel`; damping [segments, kv_heads]; kv, before the segment,
+    and d_kv, of the memory after it [segments, kv_heads, D, D]; both the same, in k's type; d_norm
+    [segments, kv_heads, D].
     """
-    part = tl.program_id(0)
+    kv_head = tl.program_id(0)
+    segment = tl.program_id(1).to(tl.int64)
+    at = segment * kv_heads + kv_head
     features = tl.arange(0, D)
-    columns = part * BLOCK_V + tl.arange(0, BLOCK_V)
-    lanes = tl.num_programs(1) // kv_heads
-    lane = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = tl.program_id(1) % kv_heads
-    places = features[:, None] * D + columns[None, :]
-    outer = (lane * kv_heads + kv_head) * D * D
-    d_state = tl.load(d_final + outer + places)
-    for step in range(segments):
-        segment = lane * segments + segments - 1 - step
-        at = segment * kv_heads + kv_head
-        d_read_state = tl.load(d_kv + at * D * D + places)
-        tl.store(d_kv + at * D * D + places, d_state)
-        state = tl.load(kv + at * D * D + places)
-        own_norm = tl.load(norm + at * D + features)
-        own_damping = tl.load(damping + at)
-        own_k = k + segment * k_segment + kv_head * k_head
-        taken = tl.zeros((D, BLOCK_V), tl.float32)
-        own_d_norm = tl.zeros((D,), tl.float32)
-        for start in range(0, n, BLOCK_ROWS):
-            rows = start + tl.arange(0, BLOCK_ROWS)
-            keys = load_rows(own_k, rows, k_row, n, D)
-            own_weight = tl.load(weight + at * n + rows, mask=rows < n, other=0.0)
-            sigma_k = sigma(keys.to(tl.float32))
-            denominator = tl.maximum(tl.sum(sigma_k * own_norm[None, :], axis=1), EPSILON)
-            share = own_damping / denominator
-            weighted = (sigma_k * own_weight[:, None]).to(keys.dtype)
-            d_values = tl.dot(weighted, d_state.to(keys.dtype), input_precision="ieee")
-            read = tl.dot(sigma_k.to(keys.dtype), state.to(keys.dtype), input_precision="ieee")
-            along = tl.sum(d_values * read, axis=1) * share / denominator
-            own_d_norm += tl.sum(sigma_k * along[:, None], axis=0)
-            shared_out = (sigma_k * share[:, None]).to(keys.dtype)
-            taken = tl.dot(
-                tl.trans(shared_out), d_values.to(keys.dtype), taken, input_precision="ieee"
-            )
-        norm_at = (part * lanes * segments + segment) * kv_heads + kv_head
-        tl.store(d_norm + norm_at * D + features, own_d_norm)
-        started = tl.load(starts + segment) != 0
-        d_state = tl.where(started, 0.0, d_state - taken + d_read_state)
-    tl.store(d_incoming + outer + places, d_state)
+    product = tl.zeros((D, D), tl.float32)
+    for start in range(0, D, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        in_state = at * D * D + features[:, None] * D + columns[None, :]
+        d_after = tl.load(d_kv + in_state).to(both.dtype.element_ty)
+        found = tl.load(kv + in_state).to(both.dtype.element_ty)
+        product = tl.dot(d_after, tl.trans(found), product, input_precision="ieee")
+    own_both = (-tl.load(damping + at) * (product + tl.trans(product))).to(both.dtype.element_ty)
+    tl.store(tile(both + at * D * D, features, D, D), own_both)
+
+    own_norm = tl.load(norm + at * D + features)
+    own_d_norm = tl.load(d_norm + at * D + features)
+    for start in range(0, n, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        keys = load_rows(k + segment * k_segment + kv_head * k_head, rows, k_row, n, D)
+        own_weight = tl.load(weight + at * n + rows, mask=rows < n, other=0.0)
+        sigma_k = sigma(keys.to(tl.float32))
+        d_sigma = tl.dot(sigma_k.to(keys.dtype), own_both, input_precision="ieee")
+        _, d_read = gradient_of_read(sigma_k, d_sigma, own_weight, own_norm, EPSILON)
+        own_d_norm += tl.sum(sigma_k * d_read[:, None], axis=0)
+    tl.store(d_norm + at * D + features, own_d_norm)
+
+
+@triton.jit
+def gradient_of_read(sigma_k, d_sigma, weight, norm, EPSILON: tl.constexpr):
+    """Gradients of the weight and of sigma(k) z of each row, from d_sigma, sigma(k) `both`."""
+    reciprocal = reciprocal_read(sigma_k, norm, EPSILON)
+    d_weight = tl.sum(d_sigma * sigma_k, axis=1) * reciprocal / 2
+    return d_weight, -d_weight * weight * reciprocal

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from infini_ds.kernels.infini_attention.triton.attend import gate_of
+from infini_ds.kernels.infini_attention.triton.delta import gradient_of_read, reciprocal_read
 from infini_ds.kernels.infini_attention.triton.tiles import (
     load_rotary,
     load_rows,
@@ -99,9 +100,8 @@ def write_gradient_kernel(
     k,
     v,
     weight,
-    kv,
     norm,
-    damping,
+    both,
     d_kv,
     d_norm,
     cos,
@@ -128,12 +128,11 @@ def write_gradient_kernel(
 
     One program per BLOCK_ROWS keys of one key-value head of one segment, that goes through the
     memory's columns BLOCK_V at a time. What was written:
-    kv += (weight sigma(k))^T v, norm += sum of weight sigma(k); by the delta rule v less what the
-    key reads back, damped.
+    kv += (weight sigma(k))^T v, norm += sum of weight sigma(k); by the delta rule kv -= O kv too.
 
     k, v, dk, dv [segments, n, kv_heads, D], the last two contiguous; weight, d_weight
     [segments, kv_heads, n] fp32; d_kv, d_norm: gradients of the memory after each segment; for
-    the delta rule kv, norm: the memory before it, and damping [segments, kv_heads]; rotated_k
+    the delta rule the norm before it, and `both` of `overlap_gradient_kernel`; rotated_k
     [segments, kv_heads, n, D].
     """
     kv_head = tl.program_id(1)
@@ -141,19 +140,15 @@ def write_gradient_kernel(
     at = segment * kv_heads + kv_head
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < n
-    keys = load_rows(k + segment * k_segment + kv_head * k_head, rows, k_row, n, D)
+    own_k = k + segment * k_segment + kv_head * k_head
+    keys = load_rows(own_k, rows, k_row, n, D)
     own_v = v + segment * v_segment + kv_head * v_head
     own_weight = tl.load(weight + at * n + rows, mask=inside, other=0.0)
     sigma_k = sigma(keys.to(tl.float32))
     weighted = (sigma_k * own_weight[:, None]).to(keys.dtype)
-    own_norm = tl.load(norm + at * D + tl.arange(0, D))
-    denominator = tl.maximum(tl.sum(sigma_k * own_norm[None, :], axis=1), EPSILON)
     d_weighted = tl.zeros((BLOCK_ROWS, D), tl.float32)
     if DELTA:
-        own_damping = tl.load(damping + at)
-        share = own_damping / denominator
-        d_through_read = tl.zeros((BLOCK_ROWS, D), tl.float32)
-        d_denominator = tl.zeros((BLOCK_ROWS,), tl.float32)
+        d_overlap = tl.zeros((BLOCK_ROWS, D), tl.float32)
     for start in range(0, D, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         in_state = at * D * D + tl.arange(0, D)[:, None] * D + columns[None, :]
@@ -167,20 +162,23 @@ def write_gradient_kernel(
             own_v + rows[:, None] * v_row + columns[None, :], mask=inside[:, None], other=0.0
         )
         if DELTA:
-            stored = tl.load(kv + in_state).to(keys.dtype)
-            read = tl.dot(sigma_k.to(keys.dtype), stored, input_precision="ieee") * share[:, None]
-            values = (values.to(tl.float32) - read).to(keys.dtype)
-            d_denominator += tl.sum(d_values * read, axis=1) / denominator
-            d_read = (-d_values * share[:, None]).to(keys.dtype)
-            d_through_read = tl.dot(
-                d_read, tl.trans(stored), d_through_read, input_precision="ieee"
+            part = tl.load(
+                own_k + rows[:, None] * k_row + columns[None, :], mask=inside[:, None], other=0.0
             )
+            part = sigma(part.to(tl.float32)).to(keys.dtype)
+            own_both = tl.load(tile(both + at * D * D, columns, D, D))
+            d_overlap = tl.dot(part, own_both, d_overlap, input_precision="ieee")
         d_weighted = tl.dot(values, tl.trans(d_stored), d_weighted, input_precision="ieee")
     d_weighted += tl.load(d_norm + at * D + tl.arange(0, D))[None, :]
-    tl.store(d_weight + at * n + rows, tl.sum(d_weighted * sigma_k, axis=1), mask=inside)
+    own_d_weight = tl.sum(d_weighted * sigma_k, axis=1)
     d_sigma = d_weighted * own_weight[:, None]
     if DELTA:
-        d_sigma += d_through_read + d_denominator[:, None] * own_norm[None, :]
+        own_norm = tl.load(norm + at * D + tl.arange(0, D))
+        more, d_read = gradient_of_read(sigma_k, d_overlap, own_weight, own_norm, EPSILON)
+        share = own_weight * reciprocal_read(sigma_k, own_norm, EPSILON)
+        d_sigma += d_overlap * share[:, None] + d_read[:, None] * own_norm[None, :]
+        own_d_weight += more
+    tl.store(d_weight + at * n + rows, own_d_weight, mask=inside)
     d_keys = d_sigma * tl.minimum(sigma_k, 1.0)
     places = tile((segment * n * kv_heads + kv_head) * D, rows, kv_heads * D, D)
     tl.store(dk + places, d_keys.to(keys.dtype), mask=inside[:, None])

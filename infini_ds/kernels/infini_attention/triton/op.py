@@ -23,6 +23,8 @@ from infini_ds.kernels.infini_attention.triton.delta import (
     damping_kernel,
     delta_gradient_kernel,
     delta_kernel,
+    overlap_gradient_kernel,
+    overlap_kernel,
 )
 from infini_ds.kernels.infini_attention.triton.launch import generation, launch
 from infini_ds.kernels.infini_attention.triton.memory_gradient import (
@@ -120,23 +122,17 @@ class _Window:
             return _States(kv, norm, nothing), final
         added_norm = norm.clone()
         final_norm = self._scan(norm, incoming.norm)
+        overlaps = self._overlaps(norm)
         damping = norm.new_empty(self.rows, self.kv_heads)
-        size = self._tiles("damping")
         launch(
-            damping_kernel, (self.kv_heads, self.rows), size.options,
-            k=self.k, weight=self.weight, norm=norm, added_norm=added_norm, damping=damping,
-            **_strides("k", self.k), n=self.n, kv_heads=self.kv_heads,
-            EPSILON=EPSILON, D=self.d, BLOCK_ROWS=size.rows,
+            damping_kernel, (self.kv_heads, self.rows), {"num_warps": 8, "num_stages": 1},
+            overlaps=overlaps, added_norm=added_norm, damping=damping, kv_heads=self.kv_heads,
+            EPSILON=EPSILON, D=self.d,
         )  # fmt: skip
         final_kv = torch.empty_like(incoming.kv)
-        size = self._tiles("delta")
-        launch(
-            delta_kernel, (self.d // size.columns, self.batch * self.kv_heads), size.options,
-            k=self.k, v=self.v, weight=self.weight, norm=norm, damping=damping,
-            starts=self.starts, incoming=incoming.kv, kv=kv, final=final_kv,
-            **_strides("k", self.k), **_strides("v", self.v), n=self.n, segments=self.segments,
-            kv_heads=self.kv_heads, EPSILON=EPSILON, D=self.d, BLOCK_ROWS=size.rows,
-            BLOCK_V=size.columns,
+        self._walk(
+            "delta", delta_kernel, overlaps=overlaps, damping=damping, kv=kv,
+            incoming=incoming.kv, final=final_kv,
         )  # fmt: skip
         return _States(kv, norm, damping), LayerMemory(final_kv, final_norm)
 
@@ -180,7 +176,8 @@ class _Window:
             D=self.d, BLOCK_ROWS=size.rows,
         )  # fmt: skip
         d_read = self._sums(self.q, d_out.flatten(0, 1), share, d_denominator)
-        d_written, d_incoming = self._scan_back(states, *d_read, d_final)
+        both = self.k.new_empty(states.kv.shape if self.rule == "delta" else 0)
+        d_written, d_incoming = self._scan_back(states, *d_read, d_final, both)
         dk, dv = (
             torch.empty(
                 self.batch, self.segments, self.n, self.kv_heads, self.d,
@@ -193,9 +190,9 @@ class _Window:
         size = self._tiles("write_gradient")
         launch(
             write_gradient_kernel, self._grid(size.rows, self.kv_heads), size.options,
-            k=self.k, v=self.v, weight=self.weight, kv=states.kv, norm=states.norm,
-            damping=states.damping, d_kv=d_written.kv, d_norm=d_written.norm, cos=self.cos,
-            sin=self.sin, rotated_k=rotated_k, dk=dk, dv=dv, d_weight=d_weight,
+            k=self.k, v=self.v, weight=self.weight, norm=states.norm, both=both,
+            d_kv=d_written.kv, d_norm=d_written.norm, cos=self.cos, sin=self.sin,
+            rotated_k=rotated_k, dk=dk, dv=dv, d_weight=d_weight,
             **_strides("k", self.k), **_strides("v", self.v), n=self.n, kv_heads=self.kv_heads,
             EPSILON=EPSILON, DELTA=self.rule == "delta", D=self.d, BLOCK_ROWS=size.rows,
             BLOCK_V=size.columns,
@@ -222,28 +219,49 @@ class _Window:
         return dq, dk, dv, d_weight, *d_incoming, d_beta
 
     def _scan_back(
-        self, states: _States, d_kv: Tensor, d_norm: Tensor, d_final: LayerMemory
+        self, states: _States, d_kv: Tensor, d_norm: Tensor, d_final: LayerMemory, both: Tensor
     ) -> tuple[LayerMemory, LayerMemory]:
         """Gradients of the memory after each segment, from those of the memory before each and
-        of the final one; and of the incoming memory."""
+        of the final one; and of the incoming memory. By the delta rule, `both` too."""
         if self.rule == "linear":
             d_incoming_kv = self._scan(d_kv, d_final.kv, reverse=True)
         else:
             d_incoming_kv = torch.empty_like(d_final.kv)
-            size = self._tiles("delta_gradient")
-            parts = self.d // size.columns
-            more_d_norm = d_norm.new_empty(parts, *d_norm.shape)
-            launch(
-                delta_gradient_kernel, (parts, self.batch * self.kv_heads), size.options,
-                k=self.k, weight=self.weight, kv=states.kv, norm=states.norm,
-                damping=states.damping, starts=self.starts, d_final=d_final.kv, d_kv=d_kv,
-                d_incoming=d_incoming_kv, d_norm=more_d_norm, **_strides("k", self.k), n=self.n,
-                segments=self.segments, kv_heads=self.kv_heads, EPSILON=EPSILON, D=self.d,
-                BLOCK_ROWS=size.rows, BLOCK_V=size.columns,
+            self._walk(
+                "delta_gradient", delta_gradient_kernel, overlaps=self._overlaps(states.norm),
+                damping=states.damping, d_kv=d_kv, d_final=d_final.kv, d_incoming=d_incoming_kv,
             )  # fmt: skip
-            d_norm = d_norm + more_d_norm.sum(dim=0)
+            size = self._tiles("overlap_gradient")
+            launch(
+                overlap_gradient_kernel, (self.kv_heads, self.rows), size.options,
+                k=self.k, weight=self.weight, kv=states.kv, norm=states.norm,
+                damping=states.damping, d_kv=d_kv, both=both, d_norm=d_norm,
+                **_strides("k", self.k), n=self.n, kv_heads=self.kv_heads, EPSILON=EPSILON,
+                D=self.d, BLOCK_ROWS=size.rows, BLOCK_V=size.columns,
+            )  # fmt: skip
         d_incoming_norm = self._scan(d_norm, d_final.norm, reverse=True)
         return LayerMemory(d_kv, d_norm), LayerMemory(d_incoming_kv, d_incoming_norm)
+
+    def _overlaps(self, norm: Tensor) -> Tensor:
+        """See `overlap_kernel`."""
+        overlaps = torch.empty(self.rows, self.kv_heads, self.d, self.d, device=norm.device)
+        size = self._tiles("overlap")
+        launch(
+            overlap_kernel, (self.kv_heads, self.rows), size.options,
+            k=self.k, weight=self.weight, norm=norm, overlaps=overlaps, **_strides("k", self.k),
+            n=self.n, kv_heads=self.kv_heads, EPSILON=EPSILON, D=self.d, BLOCK_ROWS=size.rows,
+        )  # fmt: skip
+        return overlaps
+
+    def _walk(self, name: str, kernel: Any, **tensors: Tensor) -> None:
+        """Starts `delta_kernel` or `delta_gradient_kernel`."""
+        size = self._tiles(name)
+        launch(
+            kernel, (self.d // size.columns, self.batch * self.kv_heads), size.options,
+            **tensors, starts=self.starts, segments=self.segments, kv_heads=self.kv_heads,
+            PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32", D=self.d,
+            BLOCK_V=size.columns,
+        )  # fmt: skip
 
     def _sums(
         self, x: Tensor, y: Tensor, weight: Tensor, norm_weight: Tensor
