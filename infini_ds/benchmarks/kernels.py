@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
     segments: int = 16
     heads: int = 32
     head_dim: int = 128
-    accuracy: Shape = Shape(4, 256, 4, 128)
+    accuracy: tuple[Shape, ...] = (Shape(4, 256, 4, 128), Shape(4, 256, 4, 128, "delta"))
     full_tokens: tuple[int, ...] = (32_768, 131_072, 1_048_576)
     block: ModelConfig = kernels_model.BLOCK
     model: ModelConfig = kernels_model.MODEL
@@ -85,17 +85,24 @@ def measure(ours: Operation, device: str, timer: Timer, sizes: Sizes) -> dict[st
         RunError: results of `ours` are not those of the specification.
     """
     operations = {OURS: ours, **PYTORCH}
-    accuracy = measure_accuracy(operations, sizes.accuracy, device)
-    _print_accuracy(accuracy, sizes.accuracy)
+    accuracy = {}
+    for shape in sizes.accuracy:
+        accuracy[shape.rule] = measure_accuracy(operations, shape, device)
+        _print_accuracy(accuracy[shape.rule], shape)
     wrong = [
-        f"{name} by {error:.1e}"
-        for name, error in accuracy[OURS].items()
+        f"{name} by {error:.1e} ({rule} rule)"
+        for rule, errors in accuracy.items()
+        for name, error in errors[OURS].items()
         if not error <= ERROR_LIMIT  # nor is NaN
     ]
     if wrong:
         raise RunError(f"bench kernels: wrong results, relative to their size: {', '.join(wrong)}")
     rates = measure_rates(device, timer, sizes.matrix)
-    shapes = [Shape(sizes.segments, n, sizes.heads, sizes.head_dim) for n in sizes.segment_lengths]
+    shapes = [
+        Shape(sizes.segments, n, sizes.heads, sizes.head_dim, rule)
+        for rule in ("delta", "linear")
+        for n in sizes.segment_lengths
+    ]
     calls = [
         time_operation(name, operation, shape, device, timer, rates)
         for shape in shapes
@@ -132,7 +139,9 @@ def _clocks(uuid: str) -> str:
 def _print_accuracy(accuracy: dict[str, Any], shape: Shape) -> None:
     names = next(iter(accuracy.values()))
     table = _table(
-        f"relative errors in bf16, {shape.segments} segments of {shape.segment_length}", *names
+        f"relative errors in bf16, {shape.rule} rule, {shape.segments} segments of "
+        f"{shape.segment_length}",
+        *names,
     )
     for operation, errors in accuracy.items():
         table.add_row(operation, *(f"{error:.1e}" for error in errors.values()))
@@ -142,18 +151,19 @@ def _print_accuracy(accuracy: dict[str, Any], shape: Shape) -> None:
 def _print_calls(calls: list[dict[str, Any]], sizes: Sizes, rates: dict[str, float]) -> None:
     table = _table(
         f"one call, {sizes.segments} segments, {sizes.heads} heads of {sizes.head_dim}, bf16",
-        "segment", "", "milliseconds", "to ours", "TFLOP/s", "TB/s", "to the floor",
+        "rule", "segment", "", "milliseconds", "to ours", "TFLOP/s", "TB/s", "to the floor",
         caption=f"floor: {rates['flops'] / 1e12:,.0f} TFLOP/s, {rates['bytes'] / 1e12:.2f} TB/s, "
         "measured on this device",
     )  # fmt: skip
     for row in calls:
         ours = next(
             each for each in calls
-            if each["operation"] == OURS and each["segment_length"] == row["segment_length"]
+            if each["operation"] == OURS
+            and (each["rule"], each["segment_length"]) == (row["rule"], row["segment_length"])
         )  # fmt: skip
         for direction in ("forward", "backward"):
             own, base = row[direction], ours[direction]
-            start = row["operation"], str(row["segment_length"]), direction
+            start = row["operation"], row["rule"], str(row["segment_length"]), direction
             if own is None:
                 table.add_row(*start, "not enough memory")
                 continue

@@ -31,12 +31,13 @@ NAMES = ("out", "kv", "norm", *(f"gradient of {name}" for name in ("q", "k", "v"
 
 
 class Shape(NamedTuple):
-    """Of a window, batch 1, as many key-value heads as heads."""
+    """Of a window, batch 1, as many key-value heads as heads; and the memory's rule."""
 
     segments: int
     segment_length: int
     heads: int
     head_dim: int
+    rule: str = "linear"
 
 
 def cuda_seconds(call: Call) -> float:
@@ -150,8 +151,8 @@ def _figures(seconds: float | None, cost: Cost, rates: Rates) -> dict[str, float
 
 
 def _inputs(shape: Shape, device: str) -> tuple:
-    """Arguments of an operation: random numbers, an empty memory, the linear rule."""
-    segments, n, heads, d = shape
+    """Arguments of an operation: random numbers, an empty memory."""
+    segments, n, heads, d, rule = shape
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, segments, n, heads, d, device=device, dtype=torch.bfloat16).requires_grad_()
@@ -166,7 +167,7 @@ def _inputs(shape: Shape, device: str) -> tuple:
         0, 1, d // 2, device=device
     )
     memory = LayerMemory.empty(1, heads, d, device)
-    return q, k, v, None, memory, layout, beta, "linear", (angles.cos(), angles.sin())
+    return q, k, v, None, memory, layout, beta, rule, (angles.cos(), angles.sin())
 
 
 def _leaves(inputs: tuple) -> list[Tensor]:

@@ -35,6 +35,11 @@ def check_backend(backend: Backend, device: str, head_dim: int) -> None:
         raise _refused(missing)
 
 
+def compiles(x: Tensor) -> bool:
+    """Whether chains of operators on a tensor are compiled to kernels (by TorchInductor)."""
+    return _backend != "torch" and x.is_cuda and not _cannot_run()
+
+
 def uses_triton(q: Tensor) -> bool:
     """Whether queries [..., d] go through the Triton kernels.
 
@@ -62,6 +67,11 @@ def _missing(device: str, head_dim: int) -> str:
         return f"needs a CUDA device, not {device}"
     if head_dim not in TRITON_HEAD_DIMS:
         return f"has kernels for model.head_dim 64 and 128, not {head_dim}"
+    return _cannot_run()
+
+
+@functools.cache
+def _cannot_run() -> str:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     if importlib.util.find_spec("triton") is None:

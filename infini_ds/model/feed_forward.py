@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infini_ds.config import ModelConfig
+from infini_ds.kernels.fused import fused
 
 
 class FeedForward(nn.Module):
@@ -20,12 +21,11 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, length, hidden_size] to the same."""
-        gate_up = self.gate_up_proj(hidden)
-        return self.down_proj(_Gated.apply(gate_up, self.hidden_act))  # type: ignore[arg-type]
+        return self.down_proj(gated(self.gate_up_proj(hidden), self.hidden_act))
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up, keeping only the two: act(gate) is computed again in the backward pass."""
+    """`gated`, keeping only its input: act(gate) is computed again in the backward pass."""
 
     @staticmethod
     def forward(ctx, gate_up, hidden_act):
@@ -51,3 +51,12 @@ _DERIVATIVES = {
     "silu": torch.ops.aten.silu_backward.grad_input,
     "gelu": torch.ops.aten.gelu_backward.grad_input,
 }
+
+
+def _gated(gate_up: Tensor, hidden_act: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _ACTIVATIONS[hidden_act](gate) * up
+
+
+gated = fused(_gated, elsewhere=_Gated.apply)
+"""act(gate) * up, of gate and up side by side [..., 2 size] and the activation's name."""

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infini_ds.config import ModelConfig
 from infini_ds.data.windows import IGNORE_INDEX
+from infini_ds.kernels.fused import fused
 
 
 class Head(nn.Module):
@@ -54,5 +55,10 @@ def token_losses(
 
 
 def _chunk_losses(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    logits = F.linear(rows, weight, bias).float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return cross_entropy(F.linear(rows, weight, bias), targets)
+
+
+@fused
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of logits [rows, vocab_size] and targets [rows]: [rows], fp32, 0 for IGNORE_INDEX."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -26,7 +26,7 @@ from infini_ds.data.windows import Windows, answers_right
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.write_gate import WriteStats
-from infini_ds.pipeline.channel import Channel
+from infini_ds.pipeline.channel import Channel, settle
 from infini_ds.pipeline.lane_memory import LaneMemory
 from infini_ds.pipeline.module import InfiniPipeline
 from infini_ds.pipeline.payload import Payload, Wire
@@ -505,6 +505,7 @@ class InfiniEngine(PipelineEngine):
                 _gradient(parameter).mul_(limit / self._global_grad_norm)
 
     def _clock(self, phase: str, begin: float) -> float:
+        settle(self.device)
         now = time.perf_counter()
         self.seconds[phase] += now - begin
         return now

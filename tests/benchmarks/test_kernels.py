@@ -21,7 +21,7 @@ SIZES = kernels.Sizes(
     segments=2,
     heads=2,
     head_dim=8,
-    accuracy=Shape(3, 16, 2, 8),
+    accuracy=(Shape(3, 16, 2, 8), Shape(3, 16, 2, 8, "delta")),
     full_tokens=(32, 64),
     block=ModelConfig(**SMALL),
     model=ModelConfig(**SMALL, vocab_size=32, memory_rule="delta"),
@@ -41,11 +41,15 @@ def test_every_figure_follows_from_the_times(capsys):
     assert figures["rates"] == {
         "flops": 2 * 4**3 / SECONDS, "bytes": 2 * 16 * 4 * 4 * 2 / SECONDS
     }  # fmt: skip
-    assert [(row["operation"], row["segment_length"]) for row in figures["calls"]] == [
-        (name, n) for n in (8, 16) for name in (kernels.OURS, "PyTorch", "naive PyTorch")
+    assert [(row["rule"], row["segment_length"], row["operation"]) for row in figures["calls"]] == [
+        (rule, n, name)
+        for rule in ("delta", "linear")
+        for n in (8, 16)
+        for name in (kernels.OURS, "PyTorch", "naive PyTorch")
     ]
-    forward = figures["calls"][0]["forward"]
     rows = 2 * 8 * 2
+    delta, forward = figures["calls"][0]["forward"], figures["calls"][6]["forward"]
+    assert delta["flops_per_second"] == rows * (2 * 8 * 8 + 6 * 8 * 8) / SECONDS
     assert forward["flops_per_second"] == rows * (2 * 8 * 8 + 4 * 8 * 8) / SECONDS
     assert forward["bytes_per_second"] == rows * (4 * 8 * 2 + 4) / SECONDS
     assert [row["tokens"] for row in figures["full_attention"]] == [32, 64]
