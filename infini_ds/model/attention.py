@@ -12,6 +12,7 @@ from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
 from infini_ds.layout import Layout
 from infini_ds.model.memory import OpenSegment
+from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
 from infini_ds.model.short_conv import TAPS, ShortConv
 from infini_ds.model.write_gate import WriteGate, WriteStats, write_stats
@@ -32,8 +33,8 @@ class InfiniAttention(nn.Module):
         )
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.beta = nn.Parameter(torch.full((config.num_heads,), config.gate_init))
         channels = heads * config.head_dim
         self.short_conv = ShortConv(channels) if config.memory.short_conv else None

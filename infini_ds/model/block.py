@@ -11,6 +11,7 @@ from infini_ds.layout import Layout
 from infini_ds.model.attention import InfiniAttention
 from infini_ds.model.feed_forward import FeedForward
 from infini_ds.model.memory import OpenSegment
+from infini_ds.model.norm import RMSNorm
 from infini_ds.model.write_gate import WriteStats
 
 Checkpointing = Literal["none", "attention", "block"]
@@ -26,9 +27,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, activation_checkpointing: Checkpointing = "none"):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = InfiniAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = FeedForward(config)
 
     def forward(

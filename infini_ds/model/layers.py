@@ -9,6 +9,7 @@ from torch import nn
 from infini_ds.config import ModelConfig
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import Head
+from infini_ds.model.norm import RMSNorm
 from infini_ds.model.write_gate import INITIAL_DEVIATION
 
 
@@ -19,7 +20,7 @@ class Embedding(nn.Embedding):
         super().__init__(config.vocab_size, config.hidden_size)
 
 
-class FinalNorm(nn.RMSNorm):
+class FinalNorm(RMSNorm):
     """The norm before the head."""
 
     def __init__(self, config: ModelConfig):
