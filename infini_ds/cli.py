@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         commands, "pretrain", "train on this process; launch/pretrain.sh starts several", _pretrain
     )
 
+    plan = _with_config(
+        commands, "plan", "what a run needs on so many devices, without having them", _plan
+    )
+    plan.add_argument("--processes", type=int, required=True, help="one a device")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="of a device: what does not fit")
+    plan.add_argument("--tflops", type=float, help="TFLOP/s that a device sustains: for times")
+    plan.add_argument("--json", metavar="FILE", help="write the figures as well")
+
     preflight = _with_config(
         commands, "preflight", "check that every host is ready for a run", _preflight
     )
@@ -326,6 +334,20 @@ def _pretrain(options: argparse.Namespace) -> None:
     # hundred runs its threads abort a process that closes it or exits with it; and in an orderly
     # exit a scheduler's SIGTERM, as another task has ended, would change the code.
     os._exit(code)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    for name in ("processes", "memory", "tflops"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} ({value:g}) must be more than 0")
+    _check_directories(options, "json")
+    from infini_ds.planning import report
+
+    report.run(
+        options.config, options.overrides, options.processes, options.memory, options.tflops,
+        options.json,
+    )  # fmt: skip
 
 
 def _preflight(options: argparse.Namespace) -> None:

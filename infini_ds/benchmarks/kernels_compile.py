@@ -117,8 +117,8 @@ def run(
 @cache
 def _recorded(case: Case) -> list[Any]:
     """Starts of kernels in a forward and a backward call, bf16."""
-    from infini_ds.kernels.infini_attention.triton.launch import recording
     from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
+    from infini_ds.kernels.launch import recording
 
     d, rule, kv_heads, n, capability = case
     widths = (HEADS, kv_heads, kv_heads)

@@ -75,7 +75,7 @@ def judge(config: RunConfig, here: dict[str, str], hosts: list[Host]) -> Iterato
     yield from each("output_dir", lambda host: _output_dir(host, answering))
     sizes = [host.facts["vocab_size"] for host in answering if "vocab_size" in host.facts]
     if sizes:
-        from infini_ds.cluster.estimate import checkpoint_bytes, process_bytes  # needs torch
+        from infini_ds.planning.estimate import checkpoint_bytes, process_bytes  # needs torch
 
         vocab_size = config.model.vocab_size or sizes[0]
         model = config.model.model_copy(update={"vocab_size": vocab_size})

@@ -50,7 +50,7 @@ def run(
     here = versions()
     with ThreadPoolExecutor(1) as background:
         # It needs torch, which loads while the hosts look.
-        background.submit(importlib.import_module, "infini_ds.cluster.estimate")
+        background.submit(importlib.import_module, "infini_ds.planning.estimate")
         facts, lost = gather(ways, config_path, list(overrides))
     hosts = [
         Host(name, count or facts[name].get("processes", 1), facts[name], lost.get(name))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infini_ds.errors import UserError
+from infini_ds.kernels.launch import is_recording
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -49,11 +50,12 @@ def uses_triton(q: Tensor) -> bool:
     Raises:
         UserError: the Triton kernels were asked for and cannot compute this.
     """
+    device = "cuda" if is_recording() else q.device.type
     if _backend == "torch" or (
-        _backend == "auto" and not (q.is_cuda and q.dtype == torch.bfloat16)
+        _backend == "auto" and not (device == "cuda" and q.dtype == torch.bfloat16)
     ):
         return False
-    missing = _missing(q.device.type, q.shape[-1])
+    missing = _missing(device, q.shape[-1])
     if missing and _backend == "triton":
         raise _refused(missing)
     if missing:

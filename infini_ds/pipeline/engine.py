@@ -215,16 +215,9 @@ class InfiniEngine(PipelineEngine):
         return next((channel.describe() for channel in self._channels if channel.waiting), "")
 
     def step_bytes(self) -> int:
-        """What this stage sends in a training step, by the formula in `Wire`."""
-        chunks, total = self._train.chunks, 0
-        if not self.is_last_stage():
-            riding = [len(self._riding(self.stage_id, chunk)) for chunk in range(chunks)]
-            total += sum(self._wire.payload_bytes(memories) for memories in riding)
-        if not self.is_first_stage():
-            total += chunks * self._wire.gradient_bytes()
-            if self.is_last_stage() and self._transport.returns:
-                total += self._wire.memories_bytes(self._model.num_layers)
-        return self.micro_batches * total
+        """What this rank sends in a training step, by the formula."""
+        chunks = self._train.chunks
+        return self._transport.step_bytes(self._wire, self.stage_id, self.micro_batches, chunks)
 
     # The schedule
 

@@ -7,6 +7,8 @@ holds any between steps. `Resident`: each stage keeps those of its own layers.
 
 from dataclasses import dataclass
 
+from infini_ds.pipeline.payload import Wire
+
 
 @dataclass(frozen=True)
 class MemoryTransport:
@@ -25,6 +27,20 @@ class MemoryTransport:
     def riding(self, stage: int, first_chunk: bool, last_chunk: bool) -> list[int]:
         """Blocks whose memories go from this stage to the next with a chunk of a window."""
         raise NotImplementedError
+
+    def step_bytes(self, wire: Wire, stage: int, micro_batches: int, chunks: int) -> int:
+        """What a rank of a stage sends to other stages in a training step, see `Wire`."""
+        last, total = len(self.bounds) - 2, 0
+        if stage != last:
+            riding = [
+                len(self.riding(stage, chunk == 0, chunk == chunks - 1)) for chunk in range(chunks)
+            ]
+            total += sum(wire.payload_bytes(memories) for memories in riding)
+        if stage != 0:
+            total += chunks * wire.gradient_bytes()
+            if stage == last and self.returns:
+                total += wire.memories_bytes(self.bounds[-1])
+        return micro_batches * total
 
 
 class Carried(MemoryTransport):

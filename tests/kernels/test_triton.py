@@ -12,7 +12,6 @@ import torch
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
 from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
-from infini_ds.kernels.infini_attention.triton.launch import recording
 from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 from infini_ds.kernels.infini_attention.triton.tuning import (
     AMPERE,
@@ -21,6 +20,7 @@ from infini_ds.kernels.infini_attention.triton.tuning import (
     RTX_BLACKWELL,
     tiles,
 )
+from infini_ds.kernels.launch import recording
 from tests.kernels.test_infini_attention import LAYOUTS, NAMES, make_inputs, make_layout
 
 ROOT = Path(__file__).parents[2]

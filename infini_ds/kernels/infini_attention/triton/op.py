@@ -26,7 +26,6 @@ from infini_ds.kernels.infini_attention.triton.delta import (
     overlap_gradient_kernel,
     overlap_kernel,
 )
-from infini_ds.kernels.infini_attention.triton.launch import generation, launch
 from infini_ds.kernels.infini_attention.triton.memory_gradient import (
     read_gradient_kernel,
     write_gradient_kernel,
@@ -34,6 +33,7 @@ from infini_ds.kernels.infini_attention.triton.memory_gradient import (
 from infini_ds.kernels.infini_attention.triton.scan import scan_kernel
 from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
+from infini_ds.kernels.launch import generation, launch
 from infini_ds.layout import Layout
 
 ROW_PADDING = 128

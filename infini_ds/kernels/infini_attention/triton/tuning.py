@@ -6,8 +6,7 @@ of those is the fastest takes a GPU to tell.
 
 from typing import NamedTuple
 
-AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL = 8, 9, 10, 12
-"""Major compute capabilities: sm_80, sm_90, sm_100 and sm_120."""
+from infini_ds.kernels.launch import AMPERE, BLACKWELL, HOPPER, RTX_BLACKWELL
 
 
 class Tiles(NamedTuple):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from infini_ds.cluster.estimate import checkpoint_bytes, layer_parameters, process_bytes
 from infini_ds.config import ModelConfig, RunConfig, parse
 from infini_ds.model.layers import layer_list
+from infini_ds.planning.estimate import checkpoint_bytes, layer_parameters, process_bytes
 
 OPTIONS = [
     {},

@@ -1,5 +1,7 @@
 """What a run needs at least, in bytes: activations are not counted, nor what libraries take."""
 
+from typing import NamedTuple
+
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.model.short_conv import TAPS
 from infini_ds.pipeline.balance import balance
@@ -12,15 +14,32 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """A checkpoint on disk; model.vocab_size must be set."""
     weights = 2 if config.train.dtype == "bf16" else 4
     lanes, layers = config.train.batch_size, config.model.num_layers
-    memories = lanes * layers * _memory_bytes(config.model)
+    memories = lanes * layers * memory_bytes(config.model)
     return sum(layer_parameters(config.model)) * (weights + _state_bytes(config)) + memories
 
 
-def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
-    """Bytes of each rank on its device, and of its offloaded optimizer in the host's memory.
+class StageNeeds(NamedTuple):
+    """What each rank of a stage keeps during a whole run, in bytes."""
 
-    Model.vocab_size must be set, and `world` processes must fit the config.
-    """
+    parameters: int
+    """Number of them, not bytes."""
+    weights: int
+    """Weights, gradients and their sums."""
+    optimizer: int
+    """Its states on the device."""
+    offloaded: int
+    """Its states in the host's memory."""
+    memories: int
+    """Between the windows of all its lanes."""
+
+    @property
+    def device(self) -> int:
+        """On its device, all together."""
+        return self.weights + self.optimizer + self.memories
+
+
+def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
+    """Of each stage; model.vocab_size must be set, and `world` processes must fit the config."""
     data = config.data_parallel_size(world)
     stages = world // data
     model, parallel = config.model, config.parallel
@@ -29,7 +48,7 @@ def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
     last = counts[1 + model.num_layers :]
     bounds = balance(model, stages)
     transport = TRANSPORTS[parallel.memory_transport](tuple(bounds))
-    by_stage = []
+    needs = []
     for stage in range(stages):
         parameters = sum(blocks[bounds[stage] : bounds[stage + 1]])
         if stage == 0 or (stage == stages - 1 and model.tie_embeddings):
@@ -38,11 +57,20 @@ def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
             parameters += sum(last)
         shards = data if parallel.zero_stage else 1
         states = parameters * _state_bytes(config) // shards
+        here, there = (0, states) if parallel.offload_optimizer else (states, 0)
         lanes = config.train.batch_size // data
-        memories = lanes * len(transport.held(stage)) * _memory_bytes(model)
-        device = parameters * _WEIGHTS_AND_GRADIENTS + memories
-        by_stage.append((device, states) if parallel.offload_optimizer else (device + states, 0))
-    return [by_stage[rank // data] for rank in range(world)]
+        memories = lanes * len(transport.held(stage)) * memory_bytes(model)
+        needs.append(
+            StageNeeds(parameters, parameters * _WEIGHTS_AND_GRADIENTS, here, there, memories)
+        )
+    return needs
+
+
+def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
+    """Bytes of each rank on its device, and of its offloaded optimizer in the host's memory."""
+    needs = stage_needs(config, world)
+    ranks = world // len(needs)
+    return [(stage.device, stage.offloaded) for stage in needs for _ in range(ranks)]
 
 
 def _state_bytes(config: RunConfig) -> int:
@@ -69,6 +97,6 @@ def layer_parameters(model: ModelConfig) -> list[int]:
     return layers if model.tie_embeddings else [*layers, head]
 
 
-def _memory_bytes(model: ModelConfig) -> int:
+def memory_bytes(model: ModelConfig) -> int:
     """Of one lane in one layer."""
     return 4 * model.kv_heads * model.head_dim * (model.head_dim + 1)

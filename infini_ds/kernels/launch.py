@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from infini_ds.kernels.infini_attention.triton.tuning import HOPPER
+AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL = 8, 9, 10, 12
+"""Major compute capabilities: sm_80, sm_90, sm_100 and sm_120."""
 
 
 class Call(NamedTuple):
@@ -43,6 +44,11 @@ def generation(device: torch.device) -> int:
     if _recording is not None:
         return _recording.generation
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
+
+
+def is_recording() -> bool:
+    """Whether nothing runs, so that no device is needed."""
+    return _recording is not None
 
 
 @contextmanager

@@ -1,0 +1,159 @@
+"""A run's layout on paper: what each device holds, what is sent, and how much of the time computes.
+
+Counted in bytes are weights, gradients, optimizer states, memories, activations, and the largest
+temporary ones; not the libraries, their buffers, and what fragmentation takes. Time is counted in
+FLOPs: messages, reductions and the optimizer's step take none.
+"""
+
+from itertools import pairwise, product
+from typing import NamedTuple, get_args
+
+import torch
+
+from infini_ds.config import ModelConfig, RunConfig
+from infini_ds.errors import UserError
+from infini_ds.model.block import Checkpointing
+from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
+from infini_ds.pipeline.balance import balance
+from infini_ds.pipeline.payload import Wire
+from infini_ds.pipeline.transport import TRANSPORTS
+from infini_ds.planning.activations import Unit, block_bytes
+from infini_ds.planning.estimate import StageNeeds, layer_parameters, stage_needs
+from infini_ds.planning.schedule_time import most_units, step_time
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LOGIT_BYTES = 16
+"""Of one logit and its gradient in the loss: as computed, in fp32, its log-softmax, and back."""
+
+
+class StagePlan(NamedTuple):
+    """Of each rank of a stage; sizes in bytes."""
+
+    first_block: int
+    last_block: int
+    needs: StageNeeds
+    units: int
+    """Chunks whose activations are kept at one time, at most."""
+    activations: int
+    temporary: int
+    sent: int
+    """To other stages, in a step."""
+
+    @property
+    def device(self) -> int:
+        """On its device, all together."""
+        return self.needs.device + self.activations + self.temporary
+
+
+class Plan(NamedTuple):
+    """Of a run on so many processes."""
+
+    data: int
+    """Data-parallel ranks of each stage."""
+    micro_batches: int
+    checkpointing: Checkpointing
+    parameters: int
+    stages: list[StagePlan]
+    tokens: int
+    """Read in a step, if no segment were padded."""
+    flops: int
+    """Of the model in a step, whatever is computed again."""
+    waiting: float
+    """Share of the devices' time: the pipeline's bubble, and stages of unequal work."""
+    again: float
+    """Share of the devices' time in which activations are computed again."""
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the devices' time that goes into the model."""
+        return 1 - self.waiting - self.again
+
+    @property
+    def most(self) -> int:
+        """Bytes on the fullest device."""
+        return max(stage.device for stage in self.stages)
+
+
+def plan(config: RunConfig, processes: int) -> Plan:
+    """Of a config whose model.vocab_size and train.dtype are known.
+
+    Raises:
+        UserError: the processes do not fit the config.
+    """
+    data = config.data_parallel_size(processes)
+    model, train = config.model, config.train
+    stages, chunks = processes // data, train.chunks
+    micro_batches = train.batch_size // (data * train.micro_batch_size)
+    segments = train.window_segments // chunks
+    unit = Unit(train.micro_batch_size, segments, DTYPES[train.dtype])
+    tokens = unit.batch * segments * model.segment_length
+    bounds = balance(model, stages)
+    forward, again = _costs(config, bounds, tokens)
+    backward = [2 * own + more for own, more in zip(forward, again, strict=True)]
+    time = step_time(forward, backward, micro_batches, chunks)
+    whole = time.step * stages
+    transport = TRANSPORTS[config.parallel.memory_transport](tuple(bounds))
+    wire = Wire(model, unit.batch, segments, unit.dtype, torch.device("cpu"))
+    kept = block_bytes(model, unit, train.activation_checkpointing)
+    made_again = block_bytes(model, unit, "none") - kept
+    hidden = tokens * model.hidden_size * unit.dtype.itemsize
+    made = []
+    for stage, needs in enumerate(stage_needs(config, processes)):
+        first, end = bounds[stage], bounds[stage + 1]
+        units = most_units(stage, stages, micro_batches, chunks)
+        # Each block's input is counted with it; there is the last one's output besides.
+        activations = units * ((end - first) * kept + hidden)
+        temporary = made_again + 3 * tokens * model.mlp_size * unit.dtype.itemsize
+        if stage == stages - 1:
+            logits = min(tokens, train.loss_chunk_tokens) * model.vocab_size * LOGIT_BYTES
+            temporary = max(temporary, logits)
+        sent = transport.step_bytes(wire, stage, micro_batches, chunks)
+        made.append(StagePlan(first, end - 1, needs, units, activations, temporary, sent))
+    read = train.batch_size * train.window_segments * model.segment_length
+    return Plan(
+        data,
+        micro_batches,
+        train.activation_checkpointing,
+        sum(layer_parameters(model)),
+        made,
+        read,
+        read * training_flops_per_token(model),
+        time.bubble,
+        micro_batches * chunks * sum(again) / whole,
+    )
+
+
+def alternatives(config: RunConfig, processes: int) -> list[Plan]:
+    """The same run in every pipeline degree that fits, and with all kinds of checkpointing."""
+    plans = []
+    degrees = [n for n in range(1, processes + 1) if processes % n == 0]
+    for stages, checkpointing in product(degrees, get_args(Checkpointing)):
+        parallel = config.parallel.model_copy(update={"pipeline_stages": stages})
+        train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
+        try:
+            plans.append(
+                plan(config.model_copy(update={"parallel": parallel, "train": train}), processes)
+            )
+        except UserError:
+            continue  # so many stages do not fit the layers, or the lanes the ranks
+    return plans
+
+
+def _costs(config: RunConfig, bounds: list[int], tokens: int) -> tuple[list[float], list[float]]:
+    """FLOPs of a unit by stage: forward, and what its backward computes again."""
+    model, train = config.model, config.train
+    _, block, *_, head = forward_flops_per_token(model)
+    block_again = {"none": 0, "attention": block - _feed_forward(model), "block": block}
+    again = block_again[train.activation_checkpointing]
+    forward, more = [], []
+    for first, end in pairwise(bounds):
+        forward.append(float(tokens * (end - first) * block))
+        more.append(float(tokens * (end - first) * again))
+    forward[-1] += tokens * head
+    if tokens > train.loss_chunk_tokens:
+        more[-1] += tokens * head
+    return forward, more
+
+
+def _feed_forward(model: ModelConfig) -> int:
+    return 2 * 3 * model.hidden_size * model.mlp_size

@@ -1,0 +1,59 @@
+"""How long a training step takes by its schedule, if messages took no time."""
+
+from typing import NamedTuple
+
+from infini_ds.pipeline.schedule import Backward, Forward, train_schedule
+
+
+class StepTime(NamedTuple):
+    """In the unit in which the costs of forward and backward are given."""
+
+    step: float
+    """From the first forward to the last backward of all stages."""
+    busy: list[float]
+    """Of it, how long each stage computes."""
+
+    @property
+    def bubble(self) -> float:
+        """Share of all stages' time in which they wait."""
+        return 1 - sum(self.busy) / (len(self.busy) * self.step)
+
+
+def step_time(
+    forward: list[float], backward: list[float], micro_batches: int, chunks: int
+) -> StepTime:
+    """Plays the schedule.
+
+    Args:
+        forward, backward: of one unit, by stage.
+        micro_batches, chunks: see `train_schedule`.
+    """
+    stages = len(forward)
+    left = [list(train_schedule(stage, stages, micro_batches, chunks)) for stage in range(stages)]
+    for units in left:
+        units.reverse()
+    done: dict[tuple[int, Forward | Backward], float] = {}
+    clock = [0.0] * stages
+    while any(left):
+        for stage, units in enumerate(left):
+            while units:
+                unit = units[-1]
+                source = stage - 1 if isinstance(unit, Forward) else stage + 1
+                arrived = done.get((source, unit)) if 0 <= source < stages else 0.0
+                if arrived is None:
+                    break
+                cost = forward[stage] if isinstance(unit, Forward) else backward[stage]
+                clock[stage] = max(clock[stage], arrived) + cost
+                done[stage, units.pop()] = clock[stage]
+    units = micro_batches * chunks
+    busy = [units * (one + other) for one, other in zip(forward, backward, strict=True)]
+    return StepTime(max(clock), busy)
+
+
+def most_units(stage: int, stages: int, micro_batches: int, chunks: int) -> int:
+    """Units that a stage keeps for their backward at one time, at most."""
+    kept = most = 0
+    for unit in train_schedule(stage, stages, micro_batches, chunks):
+        kept += 1 if isinstance(unit, Forward) else -1
+        most = max(most, kept)
+    return most
