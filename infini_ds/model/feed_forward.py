@@ -10,7 +10,10 @@ from infini_ds.kernels.fused import fused
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)); gate and up are one product."""
+    """down(act(gate(x)) * up(x)); gate and up are one product.
+
+    Of what is between the products only gate and up are kept: the rest is cheap to compute again.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -21,36 +24,31 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, length, hidden_size] to the same."""
-        return self.down_proj(gated(self.gate_up_proj(hidden), self.hidden_act))
+        gate_up = self.gate_up_proj(hidden)
+        down = self.down_proj.weight, self.down_proj.bias
+        return _Down.apply(gate_up, *down, self.hidden_act)  # type: ignore[return-value]
 
 
-class _Gated(torch.autograd.Function):
-    """`gated`, keeping only its input: act(gate) is computed again in the backward pass."""
+class _Down(torch.autograd.Function):
+    """F.linear(gated(gate_up), weight, bias), keeping gate_up and weight."""
 
     @staticmethod
-    def forward(ctx, gate_up, hidden_act):
-        ctx.save_for_backward(gate_up)
+    def forward(ctx, gate_up, weight, bias, hidden_act):
+        ctx.save_for_backward(gate_up, weight)
         ctx.hidden_act = hidden_act
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _ACTIVATIONS[hidden_act](gate).mul_(up)
+        return F.linear(gated(gate_up, hidden_act), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        torch.mul(gradient, _ACTIVATIONS[ctx.hidden_act](gate), out=d_up)
-        _DERIVATIVES[ctx.hidden_act](gradient * up, gate, grad_input=d_gate)
-        return d_gate_up, None
-
-
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
-_DERIVATIVES = {
-    "silu": torch.ops.aten.silu_backward.grad_input,
-    "gelu": torch.ops.aten.gelu_backward.grad_input,
-}
+        gate_up, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_weight = rows.T @ gated(gate_up, ctx.hidden_act).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(dim=0)
+        return gated_gradient(gradient @ weight, gate_up, ctx.hidden_act), d_weight, d_bias, None
 
 
 def _gated(gate_up: Tensor, hidden_act: str) -> Tensor:
@@ -58,5 +56,32 @@ def _gated(gate_up: Tensor, hidden_act: str) -> Tensor:
     return _ACTIVATIONS[hidden_act](gate) * up
 
 
-gated = fused(_gated, elsewhere=_Gated.apply)
+def _gated_in_place(gate_up: Tensor, hidden_act: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _ACTIVATIONS[hidden_act](gate).mul_(up)
+
+
+gated = fused(_gated, elsewhere=_gated_in_place)
 """act(gate) * up, of gate and up side by side [..., 2 size] and the activation's name."""
+
+
+def _gated_gradient(gradient: Tensor, gate_up: Tensor, hidden_act: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate = _DERIVATIVES[hidden_act](gradient * up, gate)
+    return torch.cat((d_gate, gradient * _ACTIVATIONS[hidden_act](gate)), dim=-1)
+
+
+def _gated_gradient_in_place(gradient: Tensor, gate_up: Tensor, hidden_act: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate_up = torch.empty_like(gate_up)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    torch.mul(gradient, _ACTIVATIONS[hidden_act](gate), out=d_up)
+    _DERIVATIVES[hidden_act].grad_input(gradient * up, gate, grad_input=d_gate)
+    return d_gate_up
+
+
+gated_gradient = fused(_gated_gradient, elsewhere=_gated_gradient_in_place)
+"""Of gate and up, from the gradient of `gated` [..., size]."""
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+_DERIVATIVES = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}
