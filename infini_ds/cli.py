@@ -344,10 +344,8 @@ def _plan(options: argparse.Namespace) -> None:
     _check_directories(options, "json")
     from infini_ds.planning import report
 
-    report.run(
-        options.config, options.overrides, options.processes, options.memory, options.tflops,
-        options.json,
-    )  # fmt: skip
+    devices = report.Devices(options.processes, options.memory, options.tflops)
+    report.run(options.config, options.overrides, devices, options.json)
 
 
 def _preflight(options: argparse.Namespace) -> None:

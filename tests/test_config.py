@@ -53,11 +53,12 @@ class TestShippedConfig:
 
 def test_the_required_configs_are_shipped():
     names = {path.stem for path in CONFIGS}
-    assert {"quickstart", "enwik8", "pg19", "infini_150m", "infini_1b"} <= names
+    large = {"infini_150m", "infini_paper", "infini_1b", "llama3_8b_continual", "infini_70b"}
+    assert {"quickstart", "enwik8", "pg19", *large} <= names
 
 
-def test_infini_1b_has_the_paper_s_sizes():
-    (path,) = (path for path in CONFIGS if path.stem == "infini_1b")
+def test_infini_paper_has_the_paper_s_sizes():
+    (path,) = (path for path in CONFIGS if path.stem == "infini_paper")
     config = load(path)
     model = config.model
     sizes = (model.num_layers, model.num_heads, model.head_dim, model.hidden_size)

@@ -27,7 +27,6 @@ from infini_ds.benchmarks.kernels_timing import (
     time_full_attention,
     time_operation,
 )
-from infini_ds.config import ModelConfig
 from infini_ds.errors import RunError, UserError
 
 ERROR_LIMIT = 0.03
@@ -44,8 +43,7 @@ class Sizes(NamedTuple):
     head_dim: int = 128
     accuracy: tuple[Shape, ...] = (Shape(4, 256, 4, 128), Shape(4, 256, 4, 128, "delta"))
     full_tokens: tuple[int, ...] = (32_768, 131_072, 1_048_576)
-    block: ModelConfig = kernels_model.BLOCK
-    model: ModelConfig = kernels_model.MODEL
+    models: kernels_model.Models = kernels_model.Models()
     matrix: int = 8192
 
 
@@ -113,7 +111,7 @@ def measure(ours: Operation, device: str, timer: Timer, sizes: Sizes) -> dict[st
         time_full_attention(ours, tokens, shapes[-1], device, timer) for tokens in sizes.full_tokens
     ]
     _print_full(full)
-    steps = kernels_model.time_steps(sizes.block, sizes.model, sizes.segments, device, timer)
+    steps = kernels_model.time_steps(sizes.models, sizes.segments, device, timer)
     _print_steps(steps)
     return {
         "accuracy": accuracy,

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,19 @@ BLOCK = ModelConfig(
     segment_length=2048,
 )
 """Sizes of Llama 3 8B."""
-MODEL = ModelConfig(
+LARGE = ModelConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=8192,
+    segment_length=2048,
+    memory_rule="delta",
+)
+"""That of configs/infini_1b.yaml."""
+PAPER = ModelConfig(
     vocab_size=32000,
     hidden_size=1024,
     num_layers=12,
@@ -36,24 +48,40 @@ MODEL = ModelConfig(
     segment_length=2048,
     memory_rule="delta",
 )
-"""That of configs/infini_1b.yaml."""
+"""That of configs/infini_paper.yaml, small enough for what the peer keeps."""
+DOCUMENT_WINDOWS = 32
+"""Windows of the long document: 1,048,576 tokens of 16 segments of 2048."""
 
 
-def time_steps(
-    block: ModelConfig, model: ModelConfig, segments: int, device: str, timer: Timer
-) -> list[dict[str, Any]]:
-    """Forward and backward through a window, batch 1, bf16, nothing computed again."""
-    peer = peer_config(model)
-    contestants: list[tuple[str, ModelConfig, int, Callable[..., Call]]] = [
-        ("one block of 8B", block, 3 * forward_flops_per_token(block)[1], _block_step),
-        ("infini_1b", model, training_flops_per_token(model), _model_step),
-        ("infini_1b as the peer's", peer, training_flops_per_token(peer), _model_step),
-    ]
+class Models(NamedTuple):
+    """What is timed."""
+
+    block: ModelConfig = BLOCK
+    large: ModelConfig = LARGE
+    paper: ModelConfig = PAPER
+
+
+def time_steps(models: Models, segments: int, device: str, timer: Timer) -> list[dict[str, Any]]:
+    """Forward and backward, batch 1, bf16, nothing computed again: through one window, and of the
+    large model through a document of many, window by window."""
+    block, large, paper = models
+    peer = peer_config(paper)
+    one_block = 3 * forward_flops_per_token(block)[1]
+    contestants: list[tuple[str, ModelConfig, int, int, Callable[..., Call]]] = [
+        ("one block of 8B", block, one_block, segments, _block_step),
+        ("infini_1b", large, training_flops_per_token(large), segments, _model_step),
+        (
+            "infini_1b, a long document", large, training_flops_per_token(large),
+            DOCUMENT_WINDOWS * segments, partial(_document_step, window_segments=segments),
+        ),
+        ("infini_paper", paper, training_flops_per_token(paper), segments, _model_step),
+        ("infini_paper as the peer's", peer, training_flops_per_token(peer), segments, _model_step),
+    ]  # fmt: skip
     if importlib.util.find_spec("infini_transformer_pytorch") is not None:
-        contestants.append((PEER, peer, training_flops_per_token(peer), _peer_step))
+        contestants.append((PEER, peer, training_flops_per_token(peer), segments, _peer_step))
     peak = device_peak_flops(torch.device(device), "bf16")
     rows = []
-    for name, config, flops, build in contestants:
+    for name, config, flops, segments, build in contestants:
         tokens = segments * config.segment_length
         torch.manual_seed(0)
         seconds = seconds_if_it_fits(partial(build, config, segments, device), timer)
@@ -105,6 +133,17 @@ def _model_step(config: ModelConfig, segments: int, device: str) -> Call:
     def step() -> None:
         model.zero_grad()
         model.loss(tokens).backward()
+
+    return step
+
+
+def _document_step(config: ModelConfig, segments: int, device: str, window_segments: int) -> Call:
+    model = InfiniTransformer(config).to(device, torch.bfloat16)
+    tokens = _tokens(config, segments, device)
+
+    def step() -> None:
+        model.zero_grad()
+        model.backward(tokens, window_segments=window_segments)
 
     return step
 

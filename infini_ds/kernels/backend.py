@@ -50,12 +50,14 @@ def uses_triton(q: Tensor) -> bool:
     Raises:
         UserError: the Triton kernels were asked for and cannot compute this.
     """
-    device = "cuda" if is_recording() else q.device.type
+    if is_recording():  # for a GPU that is not here
+        fits = q.dtype == torch.bfloat16 and q.shape[-1] in TRITON_HEAD_DIMS
+        return fits and importlib.util.find_spec("triton") is not None
     if _backend == "torch" or (
-        _backend == "auto" and not (device == "cuda" and q.dtype == torch.bfloat16)
+        _backend == "auto" and not (q.is_cuda and q.dtype == torch.bfloat16)
     ):
         return False
-    missing = _missing(device, q.shape[-1])
+    missing = _missing(q.device.type, q.shape[-1])
     if missing and _backend == "triton":
         raise _refused(missing)
     if missing:

@@ -1,5 +1,6 @@
 """What autograd keeps of a block, found by running it on tensors without data."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,17 @@ def block_bytes(model: ModelConfig, unit: Unit, checkpointing: Checkpointing) ->
 
     As on GPUs, through the Triton kernels where they fit.
     """
-    one, two = (_bytes(model, segments, unit.dtype, checkpointing) for segments in (1, 2))
+    one, two = (
+        _bytes(model, segments, unit.dtype, checkpointing)  # type: ignore[arg-type]  # frozen
+        for segments in (1, 2)
+    )
     return unit.batch * (one + (unit.segments - 1) * (two - one))
 
 
-def _bytes(model: ModelConfig, segments: int, dtype: torch.dtype, checkpointing: Checkpointing):
+@functools.cache
+def _bytes(
+    model: ModelConfig, segments: int, dtype: torch.dtype, checkpointing: Checkpointing
+) -> int:
     kept = {}
 
     def keep(x: Tensor) -> Tensor:

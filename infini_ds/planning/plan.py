@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     data: int
     """Data-parallel ranks of each stage."""
     micro_batches: int
+    chunks: int
     checkpointing: Checkpointing
     parameters: int
     stages: list[StagePlan]
@@ -113,6 +114,7 @@ def plan(config: RunConfig, processes: int) -> Plan:
     return Plan(
         data,
         micro_batches,
+        chunks,
         train.activation_checkpointing,
         sum(layer_parameters(model)),
         made,
@@ -124,19 +126,28 @@ def plan(config: RunConfig, processes: int) -> Plan:
 
 
 def alternatives(config: RunConfig, processes: int) -> list[Plan]:
-    """The same run in every pipeline degree that fits, and with all kinds of checkpointing."""
-    plans = []
+    """The same run in other pipeline degrees, chunks and kinds of checkpointing: of those that fit
+    the config the ones that no other beats in memory and efficiency, the most efficient first."""
+    train = config.train
     degrees = [n for n in range(1, processes + 1) if processes % n == 0]
-    for stages, checkpointing in product(degrees, get_args(Checkpointing)):
+    cuts = [n for n in range(1, train.window_segments + 1) if train.window_segments % n == 0]
+    plans = []
+    for stages, chunks, checkpointing in product(degrees, cuts, get_args(Checkpointing)):
+        if stages == 1 and chunks > 1:
+            continue  # there is no bubble to shorten
+        choice = {"chunks": chunks, "activation_checkpointing": checkpointing}
         parallel = config.parallel.model_copy(update={"pipeline_stages": stages})
-        train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
+        changes = {"parallel": parallel, "train": train.model_copy(update=choice)}
         try:
-            plans.append(
-                plan(config.model_copy(update={"parallel": parallel, "train": train}), processes)
-            )
+            plans.append(plan(config.model_copy(update=changes), processes))
         except UserError:
             continue  # so many stages do not fit the layers, or the lanes the ranks
-    return plans
+    plans.sort(key=lambda each: (-each.efficiency, each.most))
+    best: list[Plan] = []
+    for each in plans:
+        if not best or each.most < best[-1].most:
+            best.append(each)
+    return best
 
 
 def _costs(config: RunConfig, bounds: list[int], tokens: int) -> tuple[list[float], list[float]]:

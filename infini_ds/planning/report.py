@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,45 +17,47 @@ from infini_ds.planning.plan import Plan, alternatives, plan
 GIB, MIB = 2**30, 2**20
 
 
-def run(
-    path: str,
-    overrides: list[str],
-    processes: int,
-    memory_gib: float | None,
-    tflops: float | None,
-    json_path: str | None,
-) -> None:
-    """Prints the plan of a config and those of its alternatives.
+class Devices(NamedTuple):
+    """What the run is to have."""
 
-    Args:
-        path, overrides: of the config.
-        processes: as many as devices.
-        memory_gib: of a device, if what does not fit is to be named.
-        tflops: that a device sustains, for times.
-        json_path: where to write the figures as well.
+    count: int
+    """As many as processes."""
+    memory_gib: float | None
+    """Of each, if what does not fit is to be named."""
+    tflops: float | None
+    """That each sustains, if times are to be told."""
+
+    def hold(self, plan: Plan) -> bool:
+        """Whether the plan fits into their memory, if that is known."""
+        return self.memory_gib is None or plan.most <= self.memory_gib * GIB
+
+
+def run(path: str, overrides: list[str], devices: Devices, json_path: str | None) -> None:
+    """Prints the plan of a config and better ones, and writes their figures as well.
 
     Raises:
         UserError: the config is wrong, or the processes do not fit it.
         RunError: a device has not memory enough.
     """
     config = _resolved(configuration.load(path, overrides))
-    chosen, others = plan(config, processes), alternatives(config, processes)
+    chosen, others = plan(config, devices.count), alternatives(config, devices.count)
     console = Console(highlight=False)
     if not console.is_terminal:  # of a file or a pipe nobody knows the width
-        console.width = 120
-    _print(chosen, others, config, processes, memory_gib, tflops, console)
+        console.width = 130
+    _print_plan(chosen, config, devices, console)
+    _print_layouts(chosen, others, devices, console)
     if json_path:
         figures = {
-            "processes": processes,
+            "processes": devices.count,
             "config": config.model_dump(),
-            "plan": _figures(chosen, processes, tflops),
-            "alternatives": [_figures(other, processes, tflops) for other in others],
+            "plan": _figures(chosen, devices),
+            "alternatives": [_figures(other, devices) for other in others],
         }
         Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if memory_gib is not None and chosen.most > memory_gib * GIB:
+    if not devices.hold(chosen):
         raise RunError(
-            f"plan: a device needs {chosen.most / GIB:.1f} GiB of {memory_gib:g}; the table shows "
-            "layouts that need less"
+            f"plan: a device needs {_size(chosen.most)} of {devices.memory_gib:g} GiB; the table "
+            "shows layouts that need less"
         )
 
 
@@ -82,51 +84,43 @@ def _vocab_size(config: RunConfig) -> int:
     )
 
 
-def _times(plan: Plan, processes: int, tflops: float) -> tuple[float, float]:
+def _times(plan: Plan, devices: Devices) -> tuple[float, float]:
     """Seconds of a step, and tokens a second."""
-    seconds = plan.flops / (processes * tflops * 1e12 * plan.efficiency)
+    assert devices.tflops is not None
+    seconds = plan.flops / (devices.count * devices.tflops * 1e12 * plan.efficiency)
     return seconds, plan.tokens / seconds
 
 
-def _figures(plan: Plan, processes: int, tflops: float | None) -> dict[str, Any]:
+def _figures(plan: Plan, devices: Devices) -> dict[str, Any]:
     figures = plan._asdict() | {"efficiency": plan.efficiency, "device_bytes": plan.most}
     figures["stages"] = [
         stage._asdict() | {"needs": stage.needs._asdict(), "device_bytes": stage.device}
         for stage in plan.stages
     ]
-    if tflops is not None:
-        seconds, rate = _times(plan, processes, tflops)
+    if devices.tflops is not None:
+        seconds, rate = _times(plan, devices)
         figures |= {"step_seconds": seconds, "tokens_per_second": rate}
     return figures
 
 
-def _print(
-    chosen: Plan,
-    others: list[Plan],
-    config: RunConfig,
-    processes: int,
-    memory_gib: float | None,
-    tflops: float | None,
-    console: Console,
-) -> None:
+def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Console) -> None:
     train = config.train
     console.print(
-        f"{chosen.parameters / 1e9:.3g} B parameters in {train.dtype} on {processes} processes: "
-        f"{len(chosen.stages)} pipeline stages x {chosen.data} data-parallel, "
-        f"{chosen.micro_batches} micro-batches of {train.micro_batch_size} lanes in "
-        f"{train.chunks} chunks, memories {config.parallel.memory_transport}, checkpointing "
-        f"{chosen.checkpointing}"
+        f"{plan.parameters / 1e9:.3g} B parameters in {train.dtype} on {devices.count} processes: "
+        f"{len(plan.stages)} pipeline stages x {plan.data} data-parallel, {plan.micro_batches} "
+        f"micro-batches of {train.micro_batch_size} lanes in {plan.chunks} chunks, memories "
+        f"{config.parallel.memory_transport}, checkpointing {plan.checkpointing}"
     )
     console.print(
-        f"a step reads {chosen.tokens:,} tokens, {chosen.flops:.3g} FLOPs; of the devices' time "
-        f"{chosen.efficiency:.1%} goes into the model, {chosen.waiting:.1%} waits in the pipeline, "
-        f"{chosen.again:.1%} computes activations again"
+        f"a step reads {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs; of the devices' time "
+        f"{plan.efficiency:.1%} goes into the model, {plan.waiting:.1%} waits in the pipeline, "
+        f"{plan.again:.1%} computes activations again"
     )
-    if tflops is not None:
-        seconds, rate = _times(chosen, processes, tflops)
+    if devices.tflops is not None:
+        seconds, rate = _times(plan, devices)
         console.print(
-            f"at {tflops:g} TFLOP/s a device: {seconds:.3g} s a step, {rate:,.0f} tokens/s, "
-            f"{train.steps * seconds / 86400:.3g} days for {train.steps:,} steps; messages, "
+            f"at {devices.tflops:g} TFLOP/s a device: {seconds:.3g} s a step, {rate:,.0f} tokens/s,"
+            f" {train.steps * seconds / 86400:.3g} days for {train.steps:,} steps; messages, "
             "reductions and the optimizer come on top"
         )
     columns = {
@@ -144,23 +138,28 @@ def _print(
     if config.parallel.offload_optimizer:
         columns["on the host"] = lambda stage: _size(stage.needs.offloaded)
     table = _table("memory of a device (weights with gradients)", "stage", *columns)
-    for index, stage in enumerate(chosen.stages):
+    for index, stage in enumerate(plan.stages):
         table.add_row(str(index), *(text(stage) for text in columns.values()))
     console.print(table)
+
+
+def _print_layouts(chosen: Plan, others: list[Plan], devices: Devices, console: Console) -> None:
+    plans = [other for other in others if devices.hold(other)]
+    if chosen not in plans:
+        plans.append(chosen)
+        plans.sort(key=lambda each: -each.efficiency)
+    title = "layouts that no other beats in both memory and use of time"
+    if devices.memory_gib is not None:
+        title += f", in {devices.memory_gib:g} GiB"
     table = _table(
-        "layouts", "pipeline x data", "checkpointing", "fullest device", "", "waits", "again",
-        "into the model",
+        title, "pipeline x data", "chunks", "checkpointing", "fullest device", "waits", "again",
+        "into the model", "",
     )  # fmt: skip
-    for other in sorted(others, key=lambda other: -other.efficiency):
-        fits = memory_gib is None or other.most <= memory_gib * GIB
-        layout = f"{len(other.stages)} x {other.data}"
-        mark = "" if fits else "too much"
-        same = (len(chosen.stages), chosen.checkpointing)
-        if (len(other.stages), other.checkpointing) == same:
-            mark = f"{mark} (the config's)".strip()
+    for each in plans:
         table.add_row(
-            layout, other.checkpointing, _size(other.most), mark, f"{other.waiting:.1%}",
-            f"{other.again:.1%}", f"{other.efficiency:.1%}",
+            f"{len(each.stages)} x {each.data}", str(each.chunks), each.checkpointing,
+            _size(each.most), f"{each.waiting:.1%}", f"{each.again:.1%}", f"{each.efficiency:.1%}",
+            "this one" if each == chosen else "",
         )  # fmt: skip
     console.print(table)
 

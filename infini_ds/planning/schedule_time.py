@@ -32,19 +32,19 @@ def step_time(
     left = [list(train_schedule(stage, stages, micro_batches, chunks)) for stage in range(stages)]
     for units in left:
         units.reverse()
-    done: dict[tuple[int, Forward | Backward], float] = {}
+    # Forward and backward of a unit are equal as tuples.
+    done: dict[tuple[type, int, Forward | Backward], float] = {}
     clock = [0.0] * stages
     while any(left):
         for stage, units in enumerate(left):
             while units:
-                unit = units[-1]
-                source = stage - 1 if isinstance(unit, Forward) else stage + 1
-                arrived = done.get((source, unit)) if 0 <= source < stages else 0.0
+                kind, unit = type(units[-1]), units[-1]
+                source, costs = (stage - 1, forward) if kind is Forward else (stage + 1, backward)
+                arrived = done.get((kind, source, unit)) if 0 <= source < stages else 0.0
                 if arrived is None:
                     break
-                cost = forward[stage] if isinstance(unit, Forward) else backward[stage]
-                clock[stage] = max(clock[stage], arrived) + cost
-                done[stage, units.pop()] = clock[stage]
+                clock[stage] = max(clock[stage], arrived) + costs[stage]
+                done[kind, stage, units.pop()] = clock[stage]
     units = micro_batches * chunks
     busy = [units * (one + other) for one, other in zip(forward, backward, strict=True)]
     return StepTime(max(clock), busy)

@@ -23,8 +23,11 @@ SIZES = kernels.Sizes(
     head_dim=8,
     accuracy=(Shape(3, 16, 2, 8), Shape(3, 16, 2, 8, "delta")),
     full_tokens=(32, 64),
-    block=ModelConfig(**SMALL),
-    model=ModelConfig(**SMALL, vocab_size=32, memory_rule="delta"),
+    models=kernels_model.Models(
+        ModelConfig(**SMALL),
+        ModelConfig(**SMALL, vocab_size=40, memory_rule="delta"),
+        ModelConfig(**SMALL, vocab_size=32),
+    ),
     matrix=4,
 )
 SECONDS = 2e-3
@@ -53,8 +56,8 @@ def test_every_figure_follows_from_the_times(capsys):
     assert forward["flops_per_second"] == rows * (2 * 8 * 8 + 4 * 8 * 8) / SECONDS
     assert forward["bytes_per_second"] == rows * (4 * 8 * 2 + 4) / SECONDS
     assert [row["tokens"] for row in figures["full_attention"]] == [32, 64]
-    assert all(row["tokens_per_second"] == 2 * 8 / SECONDS for row in figures["steps"])
-    assert len(figures["steps"]) == 4
+    windows = [row["tokens_per_second"] * SECONDS / (2 * 8) for row in figures["steps"]]
+    assert windows == [1, 1, kernels_model.DOCUMENT_WINDOWS, 1, 1, 1]
     shown = capsys.readouterr().out
     assert "2 segments, 2 heads of 8" in shown
     assert "64 tokens" in shown
@@ -106,9 +109,12 @@ def test_backward_is_timed_as_often_as_the_timer_wants():
     assert row["backward"]["seconds"] == SECONDS
 
 
-def test_model_is_that_of_its_config():
-    path = Path(__file__).parents[2] / "configs/infini_1b.yaml"
-    assert configuration.load(str(path), ["model.vocab_size=32000"]).model == kernels_model.MODEL
+@pytest.mark.parametrize(
+    ("name", "model"), [("infini_1b", kernels_model.LARGE), ("infini_paper", kernels_model.PAPER)]
+)
+def test_models_are_those_of_their_configs(name, model):
+    path = Path(__file__).parents[2] / f"configs/{name}.yaml"
+    assert configuration.load(str(path), ["model.vocab_size=32000"]).model == model
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

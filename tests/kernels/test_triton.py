@@ -191,17 +191,23 @@ def test_check_backend_refuses_only_triton_where_it_cannot_run(
     backend.check_backend("triton", "cuda", 64)
     if not installed:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-        backend._missing.cache_clear()
+        forget()
     backend.check_backend("auto", device, head_dim)
     backend.check_backend("torch", device, head_dim)
     with pytest.raises(UserError, match=rf"^kernels\.backend: triton {says}"):
         backend.check_backend("triton", device, head_dim)
 
 
+def forget():
+    """What is known of this machine."""
+    backend._missing.cache_clear()
+    backend._cannot_run.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_known():
     yield
-    backend._missing.cache_clear()
+    forget()
 
 
 class OnGpu:
@@ -230,7 +236,7 @@ def test_auto_takes_triton_where_its_kernels_fit(head_dim, triton, recwarn):
 def test_auto_leaves_older_gpus_to_pytorch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    backend._missing.cache_clear()
+    forget()
     backend._warn.cache_clear()
     with pytest.warns(UserWarning, match="needs a GPU of compute capability 8.0 or newer"):
         assert not backend.uses_triton(OnGpu(64))

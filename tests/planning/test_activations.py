@@ -1,0 +1,69 @@
+"""What a block keeps, beside a block that really runs."""
+
+import pytest
+import torch
+
+from infini_ds.config import ModelConfig
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.model.block import Block
+from infini_ds.model.transformer import full_layout
+from infini_ds.planning.activations import Unit, block_bytes
+
+OPTIONS = {
+    "plain": {},
+    "all": {
+        "num_kv_heads": 1, "memory_rule": "delta", "qk_norm": True, "attention_bias": True,
+        "memory": {"write_gate": True, "short_conv": True},
+    },
+}  # fmt: skip
+
+
+def model_of(**options) -> ModelConfig:
+    sizes = {"hidden_size": 96, "num_layers": 1, "num_heads": 2, "head_dim": 40}
+    return ModelConfig.model_validate({**sizes, "segment_length": 48, **options})
+
+
+def really_kept(model, unit, checkpointing) -> int:
+    batch, segments, dtype = unit
+    block = Block(model, checkpointing).to(dtype)
+    length = segments * model.segment_length
+    hidden = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
+    layout = full_layout(batch, segments, model.segment_length, hidden.device)
+    memory = LayerMemory.empty(batch, model.kv_heads, model.head_dim)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        block(hidden, layout, memory)
+    for x in (hidden, *memory):
+        keep(x)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "block"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_kept_is_what_a_running_block_keeps(options, checkpointing, dtype):
+    model = model_of(**options)
+    for unit in (Unit(1, 2, dtype), Unit(2, 5, dtype)):
+        really = really_kept(model, unit, checkpointing)
+        assert block_bytes(model, unit, checkpointing) == pytest.approx(really, rel=0.03)
+    if checkpointing != "none":
+        assert block_bytes(model, unit, checkpointing) == really
+
+
+def test_where_the_kernels_fit_less_is_kept():
+    """Inputs of both halves, their norms, q, k, v, attention's output, gate and up; the memories
+    that segments read; and a few numbers a token."""
+    model = model_of(head_dim=64, segment_length=128)
+    unit = Unit(1, 4, torch.bfloat16)
+    kept = block_bytes(model, unit, "none")
+    tokens, inner = 4 * 128, 2 * 64
+    width = 2 * 96 + 2 * 96 + 3 * inner + inner + 2 * model.mlp_size
+    states = 4 * 4 * 2 * 64 * 65
+    assert kept == pytest.approx(tokens * 2 * width + states, rel=0.05)
+    assert kept < really_kept(model, unit, "none")

@@ -1,0 +1,138 @@
+"""A run on paper: consistent with itself, with the layouts, and as a command."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from infini_ds import cli
+from infini_ds.config import load
+from infini_ds.planning.plan import alternatives, plan
+from infini_ds.planning.report import GIB
+from tests.test_config import CONFIGS
+
+SETTINGS = [
+    "model.vocab_size=300", "model.hidden_size=64", "model.num_layers=4", "model.num_heads=2",
+    "model.head_dim=64", "model.segment_length=32", "train.batch_size=8",
+    "train.micro_batch_size=1", "train.window_segments=4", "train.dtype=bf16",
+]  # fmt: skip
+QUICKSTART = next(str(path) for path in CONFIGS if path.stem == "quickstart")
+HEADERS = {
+    "enwik8": (1, 40), "pg19": (8, 40), "infini_150m": (8, 40), "infini_paper": (8, 80),
+    "infini_1b": (16, 80), "llama3_8b_continual": (64, 80), "infini_70b": (256, 80),
+}  # fmt: skip
+"""GPUs that the files say they are for, and GiB of each."""
+
+
+def config(*overrides):
+    return load(QUICKSTART, [*SETTINGS, *overrides])
+
+
+def test_shares_of_the_time_are_all_of_it():
+    chosen = plan(config("parallel.pipeline_stages=2", "train.chunks=2"), 4)
+    assert (len(chosen.stages), chosen.data, chosen.micro_batches) == (2, 2, 4)
+    whole = chosen.efficiency + chosen.waiting + chosen.again
+    assert whole == pytest.approx(1)
+    assert chosen.tokens == 8 * 4 * 32
+
+
+def test_one_stage_that_computes_nothing_again_wastes_nothing():
+    chosen = plan(config("parallel.pipeline_stages=1", "train.loss_chunk_tokens=128"), 1)
+    assert chosen.efficiency == pytest.approx(1)
+    assert chosen.stages[0].sent == 0
+
+
+def test_computing_blocks_again_is_another_forward():
+    settings = ["parallel.pipeline_stages=1", "train.activation_checkpointing=block"]
+    assert plan(config(*settings), 1).again == pytest.approx(1 / 4, abs=0.01)
+
+
+def test_more_chunks_wait_less_and_keep_less():
+    plans = [
+        plan(config("parallel.pipeline_stages=4", f"train.chunks={chunks}"), 4)
+        for chunks in (1, 2, 4)
+    ]
+    waiting = [each.waiting for each in plans]
+    kept = [each.stages[0].activations for each in plans]
+    assert waiting == sorted(waiting, reverse=True)
+    assert kept == sorted(kept, reverse=True)
+
+
+def test_activations_are_of_each_stage_s_blocks_and_units():
+    first, last = plan(config("parallel.pipeline_stages=2"), 2).stages
+    assert (first.units, last.units) == (2, 1)
+    assert first.activations > last.activations
+    assert (first.first_block, last.last_block) == (0, 3)
+
+
+def test_no_alternative_beats_another_in_both():
+    found = alternatives(config(), 4)
+    assert len(found) > 3
+    assert {len(each.stages) for each in found} <= {1, 2, 4}
+    for one, other in pairwise(found):
+        assert one.efficiency >= other.efficiency
+        assert one.most > other.most
+
+
+def test_the_chosen_layout_is_not_better_than_all_alternatives():
+    chosen = plan(config("parallel.pipeline_stages=2"), 4)
+    found = alternatives(config("parallel.pipeline_stages=2"), 4)
+    assert any(each.efficiency >= chosen.efficiency and each.most <= chosen.most for each in found)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_fit_what_they_say_they_are_for(path, capsys):
+    if path.stem not in HEADERS:
+        assert path.stem in ("quickstart", "passkey")
+        return
+    processes, memory = HEADERS[path.stem]
+    text = path.read_text()
+    assert f"{memory} GiB" in text or processes == 1
+    arguments = ["plan", str(path), "--processes", str(processes), "--memory", str(0.9 * memory)]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert "this one" in capsys.readouterr().out
+
+
+def test_command_prints_tables_and_writes_figures(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    arguments = ["plan", QUICKSTART, *SETTINGS, "parallel.pipeline_stages=2"]
+    arguments += ["--processes", "4", "--tflops", "2", "--json", str(path)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "2 pipeline stages x 2 data-parallel" in shown
+    assert "tokens/s" in shown
+    figures = json.loads(path.read_text())
+    own = figures["plan"]
+    assert own["step_seconds"] == pytest.approx(own["flops"] / (4 * 2e12 * own["efficiency"]))
+    assert max(stage["device_bytes"] for stage in own["stages"]) == own["device_bytes"]
+    assert figures["alternatives"]
+
+
+def test_too_little_memory_is_one_line_with_code_1(capsys):
+    gib = 1e6 / GIB
+    arguments = ["plan", QUICKSTART, *SETTINGS, "--processes", "2", "--memory", str(gib)]
+    assert cli.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("infini-ds: plan: a device needs ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--processes", "0"], "--processes (0) must be more than 0"),
+        (["--processes", "3"], "train.batch_size (8) must be a multiple of"),
+        (["--processes", "1", "--memory", "-1"], "--memory (-1) must be more than 0"),
+    ],
+)
+def test_mistakes_are_one_line_with_code_2(arguments, says, capsys):
+    settings = [*SETTINGS, "parallel.pipeline_stages=1"]
+    assert cli.main(["plan", QUICKSTART, *settings, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_vocabulary_that_is_not_known_is_asked_for(tmp_path, capsys):
+    arguments = ["plan", QUICKSTART, "--processes", "1", f"data.store={tmp_path / 'none'}"]
+    arguments += ["data.tokenizer.kind=tokenizers", "data.tokenizer.model=tokenizer.json"]
+    assert cli.main(arguments) == 2
+    assert "add model.vocab_size=NUMBER" in capsys.readouterr().err
