@@ -6,9 +6,7 @@ that the same card reaches in a large matrix product and in a copy.
 """
 
 import importlib.util
-import json
 import subprocess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +26,7 @@ from infini_ds.benchmarks.kernels_timing import (
     time_operation,
 )
 from infini_ds.errors import RunError, UserError
+from infini_ds.figures import write_figures
 
 ERROR_LIMIT = 0.03
 """Relative; the gradient of beta, a sum that largely cancels, is off by most."""
@@ -72,8 +71,7 @@ def run(json_path: str | None = None) -> None:
     clocks = _clocks(str(device.uuid))
     print(f"after the last measurement: {clocks}")
     figures |= {"card": device.name, "versions": versions, "clocks": clocks}
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(json_path, figures)
 
 
 def measure(ours: Operation, device: str, timer: Timer, sizes: Sizes) -> dict[str, Any]:

@@ -7,7 +7,6 @@ if one of its matrix products does not use the matrix instructions of its target
 """
 
 import importlib.util
-import json
 import multiprocessing
 import os
 import re
@@ -18,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from infini_ds.errors import RunError, UserError
+from infini_ds.figures import write_figures
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
@@ -106,8 +105,7 @@ def run(
         rows = list(track(done, "compiling", len(jobs), console=Console(stderr=True)))
     rows.sort(key=lambda row: (row["kernel"], row["head_dim"], _variant(row)))
     _print(rows)
-    if json_path:
-        Path(json_path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_figures(json_path, rows)
     broken = sum(bool(row["broken"]) for row in rows)
     if broken:
         raise RunError(f"bench kernels: {broken} of {len(rows)} compiled kernels break a rule")

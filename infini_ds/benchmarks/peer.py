@@ -11,7 +11,6 @@ This module imports no torch itself: a process counts its parent's memory as its
 from __future__ import annotations
 
 import importlib.util
-import json
 import multiprocessing
 import os
 import resource
@@ -19,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -27,6 +25,7 @@ from rich.table import Table
 
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
+from infini_ds.figures import write_figures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +71,7 @@ def run(
         raise UserError(f"bench peer: dtype ({dtype}) must be bf16 or fp32")
     rows = [_measure(segment, repeats, dtype, window_tokens) for segment in segments]
     _print(rows)
-    if json_path:
-        Path(json_path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_figures(json_path, rows)
     return rows
 
 

@@ -9,7 +9,6 @@ This module imports no torch itself: a mistake is told at once.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from infini_ds.config import RunConfig
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.errors import RunError, UserError
+from infini_ds.figures import write_figures
 
 if TYPE_CHECKING:
     from infini_ds.benchmarks.quality_run import Job
@@ -104,8 +104,7 @@ def run(
             )
     write_plot(figures, Path(plot_path))
     console.print(f"bits per byte by position in the document: {plot_path}", soft_wrap=True)
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(json_path, figures)
     console.print(figures["conclusion"], soft_wrap=True)
     return figures
 

@@ -12,13 +12,11 @@ windows. Bytes that a stage sends in a step, for each of its micro-batches (see 
     last stage to the first  carried: the memories of all layers, once a window
 """
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +27,7 @@ from infini_ds import config as configuration
 from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.errors import RunError
+from infini_ds.figures import write_figures
 from infini_ds.layout import Layout
 
 TIME_LIMIT = 900.0
@@ -118,15 +117,14 @@ def _print(
         row(f"bytes a step sent by stage {stage}", sent, "{:,}")
         row("  by the formula", formula, "{:,}")
     Console().print(table)
-    if json_path:
-        figures = {
-            "stages": stages,
-            "dtype": train.dtype,
-            "seconds": medians,
-            "sent_bytes": [sent for sent, _ in gathered],
-            "formula_bytes": [formula for _, formula in gathered],
-        }
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    figures = {
+        "stages": stages,
+        "dtype": train.dtype,
+        "seconds": medians,
+        "sent_bytes": [sent for sent, _ in gathered],
+        "formula_bytes": [formula for _, formula in gathered],
+    }
+    write_figures(json_path, figures)
 
 
 def _config(transport: str, stages: int, dtype: str) -> RunConfig:

@@ -1,11 +1,9 @@
 """`infini-ds preflight`: is every host ready for a run, before anything slow starts."""
 
 import importlib
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,6 +18,7 @@ from infini_ds.cluster.preflight_host import versions
 from infini_ds.cluster.slurm import nodes_of_job
 from infini_ds.cluster.way import Way, over_srun, over_ssh, to_here
 from infini_ds.errors import UserError
+from infini_ds.figures import write_figures
 
 _ROWS_OF_A_CHECK = 3
 _COLOURS = {"good": "green", "warning": "yellow", "failed": "red"}
@@ -60,17 +59,16 @@ def run(
     seconds = time.monotonic() - began
     failed = [finding for finding in findings if finding.state == "failed"]
     warnings = sum(finding.state == "warning" for finding in findings)
-    if json_path:
-        figures = {
-            "good": not failed,
-            "seconds": seconds,
-            "findings": [finding._asdict() for finding in findings],
-            "hosts": facts,
-        }
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     if failed or warnings or not quiet:
         console.print(_table(findings))
+    figures = {
+        "good": not failed,
+        "seconds": seconds,
+        "findings": [finding._asdict() for finding in findings],
+        "hosts": facts,
+    }
+    write_figures(json_path, figures)
     if failed:
         raise UserError(f"preflight: {one_line(failed)}")
     told = f"{len(hosts)} host{'s' * (len(hosts) > 1)} good"

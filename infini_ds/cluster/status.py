@@ -16,6 +16,7 @@ from infini_ds import config as configuration
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
+from infini_ds.figures import write_figures
 from infini_ds.training import failures, manifest
 
 _AVERAGED_STEPS = 20
@@ -33,8 +34,7 @@ def run(directory: str, json_path: str | None) -> None:
     for name, text in _rows(figures):
         table.add_row(name, Text(text))
     Console(highlight=False, soft_wrap=True).print(table)
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(json_path, figures)
 
 
 def figures_of(directory: Path) -> dict[str, Any]:

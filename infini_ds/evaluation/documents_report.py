@@ -1,6 +1,5 @@
 """What an evaluation on documents found: figures, table, curve, TensorBoard."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch.utils.tensorboard.writer import SummaryWriter
+
+from infini_ds.figures import write_figures
 
 NAMES = ("with_memory", "ablated")
 
@@ -52,8 +53,7 @@ def write(
     """Writes the curve, the TensorBoard events and, if it is asked for, the JSON."""
     figure = _curve(figures)
     figure.savefig(plot_path, format="png", dpi=150)
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(json_path, figures)
     board = SummaryWriter(str(tensorboard))
     step = figures["step"]
     board.add_figure("evaluate/by_position", figure, step, close=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch.utils.tensorboard.writer import SummaryWriter
+
+from infini_ds.figures import write_figures
 
 if TYPE_CHECKING:
     from infini_ds.evaluation.passkey import Outcome
@@ -69,8 +70,7 @@ def write(
     """Writes the heat map, the TensorBoard events and, if it is asked for, the JSON."""
     figure = _heat_map(figures)
     figure.savefig(plot_path, format="png")
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(json_path, figures)
     board = SummaryWriter(str(tensorboard))
     step = figures["step"]
     board.add_figure("passkey/by_length_and_depth", figure, step, close=False)

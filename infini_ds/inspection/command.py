@@ -1,10 +1,10 @@
 """`infini-ds inspect`: says what something is, and how it differs from another."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
+from infini_ds.figures import write_figures
 from infini_ds.inspection.describe import describe
 from infini_ds.inspection.difference import difference
 from infini_ds.inspection.report import show, show_difference
@@ -27,5 +27,4 @@ def run(path: str, other: str | None, json_path: str | None) -> None:
     if found:
         show_difference(found, console)
         figures["difference"] = found
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(json_path, figures)

@@ -1,6 +1,5 @@
 """`infini-ds plan`: a run's plan as tables, and as figures for programs."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from infini_ds import config as configuration
 from infini_ds.config import RunConfig
 from infini_ds.data.store import Store
 from infini_ds.errors import RunError, UserError
+from infini_ds.figures import write_figures
 from infini_ds.planning.plan import Plan, alternatives, plan
 
 GIB, MIB = 2**30, 2**20
@@ -46,14 +46,13 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
         console.width = 130
     _print_plan(chosen, config, devices, console)
     _print_layouts(chosen, others, devices, console)
-    if json_path:
-        figures = {
-            "processes": devices.count,
-            "config": config.model_dump(),
-            "plan": _figures(chosen, devices),
-            "alternatives": [_figures(other, devices) for other in others],
-        }
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = {
+        "processes": devices.count,
+        "config": config.model_dump(),
+        "plan": _figures(chosen, devices),
+        "alternatives": [_figures(other, devices) for other in others],
+    }
+    write_figures(json_path, figures)
     if not devices.hold(chosen):
         raise RunError(
             f"plan: a device needs {_size(chosen.most)} of {devices.memory_gib:g} GiB; the table "
