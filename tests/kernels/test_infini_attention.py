@@ -62,25 +62,29 @@ def make_inputs(layout: Layout, n: int, group: int, gated: bool) -> list[Tensor]
     return [*exact, stored_k.mT @ stored_v, stored_k.sum(-2), beta.bfloat16().float(), *w]
 
 
-def compute(function, inputs: list[Tensor], layout: Layout, rule: str, dtype, state) -> Result:
+def compute(
+    function, inputs: list[Tensor], layout: Layout, rule: str, dtype, state, device="cpu"
+) -> Result:
     dtypes = (dtype, dtype, dtype, state, state, state, dtype)
     leaves = [
-        x.to(kind).requires_grad_() for x, kind in zip(inputs, dtypes[: len(inputs)], strict=True)
+        x.to(device, kind).requires_grad_()
+        for x, kind in zip(inputs, dtypes[: len(inputs)], strict=True)
     ]
     q, k, v, kv, norm, beta, *gate = leaves
     w = gate[0] if gate else None
     n = q.shape[2]
     angle = torch.arange(n)[:, None] * 10.0 ** -torch.arange(DIM // 2)
-    rotary = angle.cos().to(state), angle.sin().to(state)
+    rotary = angle.cos().to(device, state), angle.sin().to(device, state)
+    layout = Layout(*(part.to(device) for part in layout))
     out, memory = function(q, k, v, w, LayerMemory(kv, norm), layout, beta, rule, rotary)
     torch.manual_seed(1)
     outputs = [out, memory.kv, memory.norm]
-    upstream = [torch.randn(x.shape).bfloat16().to(x.dtype) for x in outputs]
+    upstream = [torch.randn(x.shape).bfloat16().to(x) for x in outputs]
     return Result(outputs, list(torch.autograd.grad(outputs, leaves, upstream)))
 
 
 def error_ratio(expected: Tensor, actual: Tensor) -> float:
-    expected, actual = expected.double(), actual.double()
+    expected, actual = expected.double().cpu(), actual.double().cpu()
     scale = expected.norm()
     return ((expected - actual).norm() / scale if scale > 0 else actual.norm()).item()
 

@@ -12,6 +12,7 @@ import torch
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
 from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
+from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 from infini_ds.kernels.infini_attention.triton.tuning import (
     AMPERE,
@@ -21,47 +22,11 @@ from infini_ds.kernels.infini_attention.triton.tuning import (
     tiles,
 )
 from infini_ds.kernels.launch import recording
-from tests.kernels.test_infini_attention import LAYOUTS, NAMES, make_inputs, make_layout
+from tests.kernels import test_infini_attention
+from tests.kernels.test_infini_attention import LAYOUTS, make_inputs, make_layout
+from tests.kernels.triton_cases import CASES, check, compute, name
 
 ROOT = Path(__file__).parents[2]
-LIMITS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 8e-3)}
-OUTPUTS = 3  # output, kv, norm; gradients follow
-
-
-def case(layout, rule, precision, n, group=1, gated=False, d=64, tile=None):
-    """tile: rows and columns of key_gradient, the others have rows >= columns; None: a GPU's."""
-    return {
-        "layout": layout, "rule": rule, "precision": precision, "n": n, "group": group,
-        "gated": gated, "d": d, "tile": tile,
-    }  # fmt: skip
-
-
-CASES = [
-    # Every layout by both rules, with parts of tiles and tiles that end early.
-    *(
-        case(layout, rule, "fp32", n, group, gated)
-        for layout, n, group, gated in (
-            ("carried memory", 17, 1, False),
-            ("empty memory", 7, 2, True),
-            ("mid-window starts", 40, 1, True),
-            ("padding", 40, 1, True),
-            ("segments without tokens", 17, 1, False),
-            ("one segment", 63, 3, True),
-        )
-        for rule in ("linear", "delta")
-    ),
-    case("padding", "linear", "fp32", 17, d=128),
-    # Small tiles, so that there are many, wider and higher ones; then those of a GPU.
-    case("mid-window starts", "delta", "bf16", 40, 1, False, tile=(16, 32)),
-    case("padding", "linear", "bf16", 40, 2, True, tile=(32, 16)),
-    case("one segment", "linear", "bf16", 200, 2, True),
-    case("one segment", "delta", "bf16", 150, 1, True, d=128),
-    case("carried memory", "linear", "bf16", 128, 1, False, d=128),
-]
-
-
-def name(case):
-    return "-".join(str(value) for value in case.values())
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +49,15 @@ def results(tmp_path_factory) -> list[dict[str, list[float]]]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name(case) for case in CASES])
 def test_kernels_match_reference(results, index):
-    precision = CASES[index]["precision"]
-    result = results[index]
-    assert len(result["ours"]) == (len(NAMES) if CASES[index]["gated"] else len(NAMES) - 1)
-    for part, (name, ours, pytorchs) in enumerate(
-        zip(NAMES, result["ours"], result["pytorch"], strict=False)
-    ):
-        gradient = part >= OUTPUTS
-        # A sum over all tokens whose terms largely cancel, in bf16 more than they round.
-        slack = 3 if name == "gradient of beta" else 1
-        assert ours <= slack * LIMITS[precision][gradient], name
-        if precision == "bf16":
-            # Norms are sums in fp32 by both: what is left there is their order.
-            assert ours <= (3 if gradient else 2) * pytorchs + 1e-6, name
+    check(CASES[index], results[index])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_kernels_match_reference_on_a_gpu(case, monkeypatch):
+    for module, attribute in ((test_infini_attention, "DIM"), (op, "tiles")):
+        monkeypatch.setattr(module, attribute, getattr(module, attribute))  # a case changes them
+    check(case, compute(case, "cuda"))
 
 
 def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window starts"):
