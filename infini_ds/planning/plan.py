@@ -38,6 +38,8 @@ class StagePlan(NamedTuple):
     temporary: int
     sent: int
     """To other stages, in a step."""
+    waiting: float
+    """Share of its time in which it waits for other stages."""
 
     @property
     def device(self) -> int:
@@ -109,7 +111,8 @@ def plan(config: RunConfig, processes: int) -> Plan:
             logits = min(tokens, train.loss_chunk_tokens) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
         sent = transport.step_bytes(wire, stage, micro_batches, chunks)
-        made.append(StagePlan(first, end - 1, needs, units, activations, temporary, sent))
+        waiting = 1 - time.busy[stage] / time.step
+        made.append(StagePlan(first, end - 1, needs, units, activations, temporary, sent, waiting))
     read = train.batch_size * train.window_segments * model.segment_length
     return Plan(
         data,

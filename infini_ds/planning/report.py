@@ -133,10 +133,11 @@ def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Consol
         "temporary": lambda stage: _size(stage.temporary),
         "all": lambda stage: _size(stage.device),
         "sent a step": lambda stage: _size(stage.sent),
+        "waits": lambda stage: f"{stage.waiting:.1%}",
     }
     if config.parallel.offload_optimizer:
         columns["on the host"] = lambda stage: _size(stage.needs.offloaded)
-    table = _table("memory of a device (weights with gradients)", "stage", *columns)
+    table = _table("a device of each stage (weights with gradients)", "stage", *columns)
     for index, stage in enumerate(plan.stages):
         table.add_row(str(index), *(text(stage) for text in columns.values()))
     console.print(table)
@@ -171,7 +172,7 @@ def _size(count: int) -> str:
 
 def _table(title: str, *headings: str) -> Table:
     table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for heading in headings:
         table.add_column(heading, justify="right")

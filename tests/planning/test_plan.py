@@ -33,6 +33,7 @@ def test_shares_of_the_time_are_all_of_it():
     assert (len(chosen.stages), chosen.data, chosen.micro_batches) == (2, 2, 4)
     whole = chosen.efficiency + chosen.waiting + chosen.again
     assert whole == pytest.approx(1)
+    assert sum(stage.waiting for stage in chosen.stages) / 2 == pytest.approx(chosen.waiting)
     assert chosen.tokens == 8 * 4 * 32
 
 
