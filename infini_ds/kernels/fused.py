@@ -22,7 +22,9 @@ def fused(function: Callable[..., Tensor], elsewhere: Callable[..., Any] | None 
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        return torch.compile(function)  # what this imports takes seconds
+        # What this imports takes seconds. A pool of processes for so little is not worth its start,
+        # in every rank.
+        return torch.compile(function, options={"compile_threads": 1})
 
     @functools.wraps(function)
     def call(x: Tensor, *others: Any) -> Tensor:
