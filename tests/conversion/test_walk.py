@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_the_way_from_hugging_face_and_back_runs_as_shown(tmp_path):
-    section = (ROOT / "README.md").read_text().split("### From Hugging Face and back")[1]
+    section = (ROOT / "README.md").read_text().split("# From Hugging Face and back\n")[1]
     _, walk = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[:2]
     for name in ("README.md", "launch"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
