@@ -51,18 +51,11 @@ class _Down(torch.autograd.Function):
         return gated_gradient(gradient @ weight, gate_up, ctx.hidden_act), d_weight, d_bias, None
 
 
-def _gated(gate_up: Tensor, hidden_act: str) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return _ACTIVATIONS[hidden_act](gate) * up
-
-
-def _gated_in_place(gate_up: Tensor, hidden_act: str) -> Tensor:
+@fused
+def gated(gate_up: Tensor, hidden_act: str) -> Tensor:
+    """act(gate) * up, of gate and up side by side [..., 2 size] and the activation's name."""
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[hidden_act](gate).mul_(up)
-
-
-gated = fused(_gated, elsewhere=_gated_in_place)
-"""act(gate) * up, of gate and up side by side [..., 2 size] and the activation's name."""
 
 
 def _gated_gradient(gradient: Tensor, gate_up: Tensor, hidden_act: str) -> Tensor:

@@ -80,9 +80,8 @@ class Channel:
             WaitError: it did not arrive within the time limit, or the other process is gone.
         """
         message = torch.empty(size, dtype=torch.uint8, device=self._device)
-        settle(
-            self._device
-        )  # the message comes after it anyway, and the wait is for the other rank
+        # The message comes after it anyway, and the wait is for the other rank.
+        settle(self._device)
         with self._contact():
             work = dist.irecv(message, self.peer, group=self._group)
             assert work is not None

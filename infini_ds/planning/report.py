@@ -10,6 +10,7 @@ from rich.table import Table
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
 from infini_ds.data.store import Store
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
 from infini_ds.figures import write_figures
 from infini_ds.planning.plan import Plan, alternatives, plan
@@ -75,7 +76,7 @@ def _vocab_size(config: RunConfig) -> int:
         return Store.open(config.data.store, config.data).tokenizer.vocab_size
     tokenizer = config.data.tokenizer
     if tokenizer.kind == "bytes":
-        return 258
+        return load_tokenizer(tokenizer.kind).vocab_size
     if tokenizer.kind == "sentencepiece" and not tokenizer.model:
         return tokenizer.vocab_size
     raise UserError(
