@@ -74,6 +74,7 @@ class InfiniAttention(nn.Module):
         memory: LayerMemory,
         segment: OpenSegment,
         positions: Tensor,
+        used: int,
     ) -> tuple[Tensor, OpenSegment, WriteStats | None]:
         """A few more tokens of a segment that is not full yet; nothing is written to the memory.
 
@@ -82,6 +83,7 @@ class InfiniAttention(nn.Module):
             memory: as it was before the segment.
             segment: what was read of it so far.
             positions: [batch, t], places of the new tokens in the segment.
+            used: how far the fullest row's segment is filled with them.
 
         Returns:
             The output, the segment with the new tokens in place, and statistics of what will be
@@ -99,7 +101,6 @@ class InfiniAttention(nn.Module):
             stats = write_stats(w, torch.ones_like(positions, dtype=torch.bool))
         index = positions[..., None, None].expand_as(k)
         keys, values = keys.scatter(1, index, k), values.scatter(1, index, v)
-        used = int(positions.max()) + 1
         cos, sin = self._rotary_table(hidden.device)
         causal = torch.arange(used, device=hidden.device) <= positions[..., None]  # [b, t, used]
         a_dot = F.scaled_dot_product_attention(

@@ -42,11 +42,16 @@ class Block(nn.Module):
         return self._forward(hidden, layout, memory)
 
     def extend(
-        self, hidden: Tensor, memory: LayerMemory, segment: OpenSegment, positions: Tensor
+        self,
+        hidden: Tensor,
+        memory: LayerMemory,
+        segment: OpenSegment,
+        positions: Tensor,
+        used: int,
     ) -> tuple[Tensor, OpenSegment, WriteStats | None]:
         """A few more tokens of an open segment, see InfiniAttention.extend."""
         attended, segment, stats = self.self_attn.extend(
-            self.input_layernorm(hidden), memory, segment, positions
+            self.input_layernorm(hidden), memory, segment, positions, used
         )
         return self._feed_forward(hidden + attended), segment, stats
 

@@ -28,9 +28,10 @@ def extend(
     t = hidden.shape[1]
     start = torch.tensor(memory.lengths, device=hidden.device)
     positions = start[:, None] + torch.arange(t, device=hidden.device)
+    used = max(memory.lengths) + t
     segments, writes = [], []
     for block, layer, segment in zip(blocks, memory.layers(), memory.segments(), strict=True):
-        hidden, segment, stats = block.extend(hidden, layer, segment, positions)
+        hidden, segment, stats = block.extend(hidden, layer, segment, positions, used)
         segments.append(segment)
         if stats is not None:
             writes.append(stats)

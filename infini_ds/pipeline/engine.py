@@ -518,8 +518,10 @@ def _detach(memory: LayerMemory) -> LayerMemory:
 
 
 def _to_device(windows: Windows, device: torch.device) -> Windows:
-    layout = Layout(*(part.to(device) for part in windows.layout))
-    tokens, labels, weights = (
-        part.to(device) for part in (windows.tokens, windows.labels, windows.weights)
-    )
-    return Windows(tokens, labels, layout, weights)
+    def move(part: Tensor) -> Tensor:
+        # From pageable memory the copy would wait for all that the device has been given to do.
+        part = part.pin_memory() if device.type == "cuda" else part
+        return part.to(device, non_blocking=True)
+
+    tokens, labels, layout, weights = windows
+    return Windows(move(tokens), move(labels), Layout(*map(move, layout)), move(weights))
