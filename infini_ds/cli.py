@@ -148,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         "--documents", metavar="FILE", nargs="+", default=[],
         help="files or globs as in data.files (the run's held-out documents)",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--corpus", metavar="NAME", default="", help="whose held-out documents, in a mixture"
+    )
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as well")
     evaluate.add_argument("--plot", metavar="FILE", help="the curve (evaluation.png, in the run)")
 
@@ -291,7 +294,8 @@ def _prepare(options: argparse.Namespace) -> None:
     config = configuration.load(options.config, options.overrides)
     from infini_ds.data.prepare import prepare
 
-    prepare(config.data, force=options.force)
+    for corpus in config.data.corpora.values():
+        prepare(corpus, force=options.force)
 
 
 def _world_size() -> int:
@@ -456,7 +460,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     _check_directories(options, "json", "plot")
     from infini_ds.evaluation import documents
 
-    documents.run(options.directory, options.step, options.documents, options.json, options.plot)
+    documents.run(
+        options.directory, options.step, options.documents, options.corpus, options.json,
+        options.plot,
+    )  # fmt: skip
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -205,7 +205,7 @@ class PasskeyConfig(Settings):
         return self
 
 
-class DataConfig(Settings):
+class CorpusConfig(Settings):
     """Where documents come from, and the token store made of them."""
 
     source: Literal["python-stdlib", "files", "huggingface", "passkey"] = "python-stdlib"
@@ -230,10 +230,8 @@ class DataConfig(Settings):
     """Stop after this many documents; 0 means all."""
     held_out_fraction: float = 0.02
     """Share of documents kept for evaluation, chosen by a hash of their text so it never moves."""
-    store: str
-    """Directory of the memory-mapped token store that `infini-ds prepare` writes."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """What turns text into token ids."""
+    store: str = ""
+    """Directory of the token store that `infini-ds prepare` writes; must be given."""
     passkey: PasskeyConfig = PasskeyConfig()
     """`passkey`: the documents that are made."""
 
@@ -243,18 +241,81 @@ class DataConfig(Settings):
         return self.source == "passkey" or self.weighted_field != ""
 
     @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
+    def _check_corpus(self) -> "CorpusConfig":
         if self.source == "files" and not self.files:
             raise ValueError("files must name at least one path or glob when source is files")
         if self.source == "huggingface" and not self.dataset:
             raise ValueError("dataset must be named when source is huggingface")
-        if self.source == "passkey" and self.tokenizer.kind != "bytes":
-            raise ValueError("tokenizer.kind must be bytes when source is passkey")
         if self.weighted_field and self.source not in ("files", "huggingface"):
             raise ValueError("weighted_field must be empty unless source is files or huggingface")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction ({self.held_out_fraction}) must be in [0, 1)")
         _require_at_least(self, "max_documents", 0)
+        return self
+
+
+class MixtureCorpus(CorpusConfig):
+    """A corpus of a mixture, under a name; also all settings of `data` above, store included."""
+
+    weight: float = 1.0
+    """Its share of the tokens that are trained on, relative to the other corpora's weights."""
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> "MixtureCorpus":
+        if not 1e-6 <= self.weight <= 1e6:
+            raise ValueError(f"weight ({self.weight}) must be from 1e-6 to 1e6")
+        return self
+
+
+class DataConfig(CorpusConfig):
+    """Where documents come from, and the token store made of them."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """What turns text into token ids."""
+    mixture: dict[str, MixtureCorpus] = {}
+    """Instead of one corpus: several, by name, which share the tokenizer."""
+
+    @property
+    def corpora(self) -> dict[str, "DataConfig"]:
+        """The corpora by name, in alphabetical order, each with the tokenizer; one without a
+        mixture is named ""."""
+        if not self.mixture:
+            return {"": self}
+        return {name: self._alone(self.mixture[name]) for name in sorted(self.mixture)}
+
+    def _alone(self, corpus: MixtureCorpus) -> "DataConfig":
+        settings = {name: getattr(corpus, name) for name in CorpusConfig.model_fields}
+        return DataConfig(**settings, tokenizer=self.tokenizer)
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.mixture:
+            if "store" not in self.model_fields_set:
+                raise ValueError("store must name the directory of the token store")
+            if self.source == "passkey" and self.tokenizer.kind != "bytes":
+                raise ValueError("tokenizer.kind must be bytes when source is passkey")
+            return self
+        for name, field in CorpusConfig.model_fields.items():
+            if getattr(self, name) != field.default:
+                raise ValueError(f"{name} must be given to each corpus of mixture, not beside it")
+        if self.tokenizer.kind == "sentencepiece" and not self.tokenizer.model:
+            raise ValueError(
+                "tokenizer.model must name a model for the corpora of mixture to share; "
+                "tokenizer/train.sh trains one"
+            )
+        stores: dict[str, str] = {}
+        for name, corpus in self.mixture.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"mixture: name {name!r} must be of letters, digits, - and _")
+            try:
+                self._alone(corpus)
+            except ValidationError as error:
+                raise ValueError(
+                    f"mixture.{name}: {error.errors()[0].get('ctx', {})['error']}"
+                ) from None
+            other = stores.setdefault(corpus.store, name)
+            if other != name or not corpus.store:
+                raise ValueError(f"mixture.{name}.store must name a directory of its own")
         return self
 
 
@@ -495,11 +556,15 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        made, read = self.data.passkey.segment_length, self.model.segment_length
-        if self.data.source == "passkey" and made != read:
-            raise ValueError(
-                f"data.passkey.segment_length ({made}) must be model.segment_length ({read})"
-            )
+        read = self.model.segment_length
+        for corpus in self.data.corpora.values():
+            made = corpus.passkey.segment_length
+            if corpus.source == "passkey" and made != read:
+                raise ValueError(
+                    f"data.passkey.segment_length ({made}) must be model.segment_length ({read})"
+                )
+        if self.data.mixture and self.train.curriculum:
+            raise ValueError("train.curriculum must be left out with data.mixture")
         return self
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -564,7 +629,7 @@ def reference() -> str:
     for prefix, section in _sections("", RunConfig):
         rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
         for name, field in section.model_fields.items():
-            if _section_of(field.annotation):
+            if _section_of(field.annotation) or not _is_told_here(section, name):
                 continue
             default = "required" if field.is_required() else f"`{field.default!r}`"
             kind = _type_name(field.annotation).replace("|", "\\|")
@@ -572,6 +637,11 @@ def reference() -> str:
         title = prefix.rstrip(".") or "run"
         parts.append(f"**{title}**: {(section.__doc__ or '').strip()}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _is_told_here(section: type[BaseModel], setting: str) -> bool:
+    """Not of a corpus of a mixture, whose settings are those of `data` but one."""
+    return section is not MixtureCorpus or setting not in CorpusConfig.model_fields
 
 
 class _Loader(yaml.SafeLoader):
@@ -662,7 +732,8 @@ def _explain(error: ValidationError) -> str:
 def _section_at(location: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for name in location:
-        section = _section_of(section.model_fields[name].annotation) or section
+        if name in section.model_fields:  # or it is the name of a corpus
+            section = _section_of(section.model_fields[name].annotation) or section
     return section
 
 
@@ -677,8 +748,9 @@ def _sections(prefix: str, section: type[BaseModel]):
     yield prefix, section
     for name, field in section.model_fields.items():
         inner = _section_of(field.annotation)
-        if inner:
-            yield from _sections(f"{prefix}{name}.", inner)
+        if inner and _is_told_here(section, name):
+            named = "NAME." if inner is MixtureCorpus else ""
+            yield from _sections(f"{prefix}{name}.{named}", inner)
 
 
 def _type_name(annotation: Any) -> str:

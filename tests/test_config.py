@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import typing
@@ -8,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from infini_ds import config as configuration
-from infini_ds.config import RunConfig, dump, load, parse, reference
+from infini_ds.config import MixtureCorpus, RunConfig, dump, load, parse, reference
 from infini_ds.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -34,6 +35,75 @@ def message_of(file, *overrides) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+BOOKS = {"source": "files", "files": ["books/*.txt"], "store": "stores/books", "weight": 3}
+CODE = {"store": "stores/code"}
+
+
+def mixture_tree(**data):
+    mixture = {"books": BOOKS, "code": CODE}
+    return TREE | {"data": {"tokenizer": {"kind": "bytes"}, "mixture": mixture} | data}
+
+
+class TestMixture:
+    def test_corpora_are_those_of_the_mixture_with_one_tokenizer(self):
+        data = parse(mixture_tree(), "of a test").data
+        assert [*data.corpora] == ["books", "code"]
+        assert data.corpora["books"].files == ["books/*.txt"]
+        assert data.corpora["code"].source == "python-stdlib"
+        assert {corpus.tokenizer.kind for corpus in data.corpora.values()} == {"bytes"}
+        assert [data.mixture[name].weight for name in data.corpora] == [3, 1]
+
+    def test_without_one_the_data_is_one_corpus_without_a_name(self):
+        data = parse(TREE, "of a test").data
+        assert data.corpora == {"": data}
+
+    def test_weights_are_overridden_by_their_path(self, tmp_path):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(mixture_tree()))
+        config = load(path, ["data.mixture.code.weight=0.5"])
+        assert config.data.mixture["code"].weight == 0.5
+        path.write_text(dump(config))
+        assert load(path) == config
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ({"store": "stores/all"}, "data: store must be given to each corpus of mixture"),
+            ({"files": ["a.txt"]}, "data: files must be given to each corpus of mixture"),
+            ({"tokenizer": {}}, "data: tokenizer.model must name a model for the corpora"),
+            ({"mixture": {"a b": CODE}}, "data: mixture: name 'a b' must be of letters"),
+            ({"mixture": {"a": {}}}, "data: mixture.a.store must name a directory of its own"),
+            (
+                {"mixture": {"a": CODE, "b": CODE}},
+                "data: mixture.b.store must name a directory of its own",
+            ),
+            ({"mixture": {"a": CODE | {"weight": 0.0}}}, "data.mixture.a: weight (0.0) must be"),
+            ({"mixture": {"a": CODE | {"wait": 2}}}, "unknown setting data.mixture.a.wait; did"),
+            ({"mixture": {"a": CODE | {"source": "files"}}}, "data.mixture.a: files must name"),
+            (
+                {
+                    "mixture": {"a": CODE | {"source": "passkey"}},
+                    "tokenizer": {"kind": "tokenizers", "model": "a.json"},
+                },
+                "data: mixture.a: tokenizer.kind must be bytes when source is passkey",
+            ),
+            (
+                {"mixture": {"a": CODE | {"source": "passkey", "passkey": {"segment_length": 9}}}},
+                "data.passkey.segment_length (9) must be model.segment_length (2048)",
+            ),
+        ],
+    )
+    def test_refuses(self, data, message):
+        with pytest.raises(UserError, match=re.escape(message)):
+            parse(mixture_tree(**data), "of a test")
+
+    def test_refuses_a_curriculum(self):
+        tree = mixture_tree()
+        tree["train"] = tree["train"] | {"window_segments": 16, "curriculum": {}}
+        with pytest.raises(UserError, match=r"train\.curriculum must be left out"):
+            parse(tree, "of a test")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -207,7 +277,9 @@ def sections(prefix: str, section: type[BaseModel]):
     for name, field in section.model_fields.items():
         kinds = (field.annotation, *typing.get_args(field.annotation))
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if inner:
+        if inner == [MixtureCorpus]:  # the rest of it is told with `data`
+            yield f"{prefix}{name}.NAME.weight", MixtureCorpus.model_fields["weight"]
+        elif inner:
             yield from sections(f"{prefix}{name}.", inner[0])
         else:
             yield f"{prefix}{name}", field

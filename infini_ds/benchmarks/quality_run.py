@@ -12,8 +12,8 @@ from infini_ds.allocator import keep_freed_memory
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
+from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
-from infini_ds.data.store import Store
 from infini_ds.evaluation.by_position import means, read_documents, windows_of
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.head import token_losses
@@ -144,7 +144,7 @@ def train(
     }
 
 
-def evaluation_plans(config: RunConfig, store: Store, documents: int) -> list[Plan]:
+def evaluation_plans(config: RunConfig, store: Mixture, documents: int) -> list[Plan]:
     """A pass over the first held-out documents, each read once."""
     lengths = store.split("held_out").lengths[:documents]
     # With more lanes than this, most would wait for the one that reads the longest document.

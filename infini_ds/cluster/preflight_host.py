@@ -154,9 +154,9 @@ def _existing(path: Path) -> Path:
 
 
 def _open_store(config: configuration.RunConfig, found: dict[str, Any]) -> str:
-    store, _ = open_data(config)
-    found["vocab_size"] = store.tokenizer.vocab_size
-    return store.fingerprint
+    data, _ = open_data(config)
+    found["vocab_size"] = data.tokenizer.vocab_size
+    return data.fingerprint
 
 
 if __name__ == "__main__":

@@ -106,11 +106,15 @@ def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
 def _training(model: Model, checkpoint: Path) -> dict[str, Any]:
     settings, state = model.settings, _read(checkpoint / "state.json")
     train, data = settings.train, settings.data
-    source = _read(Path(data.store) / store.MANIFEST).get("source", {})
+    sources = []
+    for name, corpus in data.corpora.items():
+        source = _read(Path(corpus.store) / store.MANIFEST).get("source", {})
+        share = f" ({name}, weight {data.mixture[name].weight:g})" if name else ""
+        sources.append(source.get("description", corpus.source) + share)
     rows = {
         "steps": f"{state['step']:,}",
         "tokens": f"{state['tokens']:,}",
-        "data": source.get("description", data.source),
+        "data": "; ".join(sources),
         "lanes": f"{train.batch_size}, windows of {train.window_segments} segments",
         "learning rate": f"{settings.optimizer.learning_rate:g}, {settings.optimizer.schedule}",
     }

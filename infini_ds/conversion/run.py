@@ -13,7 +13,8 @@ from torch import Tensor
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
-from infini_ds.data.store import Store, sha256_of
+from infini_ds.data.mixture import Mixture
+from infini_ds.data.store import sha256_of
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
@@ -145,10 +146,10 @@ def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:
     """
     if config.data.tokenizer.kind == "bytes":
         return load_tokenizer("bytes")
-    store = Store.open(config.data.store)
-    if store.fingerprint != json.loads((checkpoint / "state.json").read_text())["store"]:
+    data = Mixture.open(config.data, settings=False)
+    if data.fingerprint != json.loads((checkpoint / "state.json").read_text())["store"]:
         raise UserError(
-            f"data.store {config.data.store}: is not what checkpoint {checkpoint} was trained on, "
-            "so its tokenizer may be another; put the run's store there"
+            f"{data.place}: is not what checkpoint {checkpoint} was trained on, "
+            "so its tokenizer may be another; put what the run had there"
         )
-    return store.tokenizer
+    return data.tokenizer

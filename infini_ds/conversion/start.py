@@ -11,7 +11,7 @@ from torch import nn
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.conversion.export import export_tokenizer, open_model
 from infini_ds.conversion.weights import Weights
-from infini_ds.data.store import Store
+from infini_ds.data.mixture import Mixture
 from infini_ds.errors import UserError
 from infini_ds.pipeline.module import single_process_name
 
@@ -19,7 +19,7 @@ _FREE = ("gate_init", "initializer_range", "memory.write_penalty")
 """Settings that say nothing about weights that are there already."""
 
 
-def open_start(config: RunConfig, store: Store) -> Weights:
+def open_start(config: RunConfig, data: Mixture) -> Weights:
     """The export of config.init_from, after checking that the run's model and tokenizer are its.
 
     Args:
@@ -41,15 +41,15 @@ def open_start(config: RunConfig, store: Store) -> Weights:
                 f"model.{name} ({ours[name]}) must be {value}, as in {origin}; left out of the "
                 "run's config, it is taken from there"
             )
-    tokenizer, used = export_tokenizer(export.settings), store.tokenizer
+    tokenizer, used = export_tokenizer(export.settings), data.tokenizer
     if tokenizer is None and used.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"data.tokenizer: that of data.store {store.path} has {used.vocab_size} tokens, but "
+            f"data.tokenizer: that of {data.place} has {used.vocab_size} tokens, but "
             f"{origin} has {config.model.vocab_size}, and no tokenizer that could be compared"
         )
     if tokenizer is not None and tokenizer.fingerprint != used.fingerprint:
         raise UserError(
-            f"data.tokenizer: that of data.store {store.path} is not that of {origin}; left out of "
+            f"data.tokenizer: that of {data.place} is not that of {origin}; left out of "
             "the run's config, it is taken from there: do so, and prepare another data.store"
         )
     return export.weights

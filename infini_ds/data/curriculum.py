@@ -142,7 +142,7 @@ class CurriculumLanes:
             "level": self.level,
             "level_step": self._level_step,
             "answers": self._answers,
-            "queues": [[queue.epoch, queue.next] for queue in self._queues],
+            "queues": [queue.state() for queue in self._queues],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -158,4 +158,4 @@ class CurriculumLanes:
         self._level_step = state["level_step"]
         self._answers = state["answers"]
         for queue, place in zip(self._queues, state["queues"], strict=True):
-            queue.go_to(*place)
+            queue.load_state(place)

@@ -11,11 +11,13 @@ with the smallest (end slot, lane): a heap replays millions of documents without
 """
 
 import heapq
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from infini_ds.data.document_queue import DocumentQueue
+from infini_ds.data.document_queue import DocumentQueue, Queue
+from infini_ds.data.mixed_queue import MixedQueue
 from infini_ds.errors import UserError
 
 
@@ -46,6 +48,8 @@ class Lanes:
         window_segments: segments each lane reads in a step.
         batch_size: number of lanes.
         seed: seed of the order of documents, which is new in every epoch.
+        shares: of a mixture, documents and weight of each corpus, in the order of `lengths`; lanes
+            take tokens of the corpora in proportion to the weights. Empty: all are one corpus.
 
     Raises:
         UserError: the corpus has not enough segments for one step.
@@ -58,11 +62,13 @@ class Lanes:
         window_segments: int,
         batch_size: int,
         seed: int,
+        shares: Sequence[tuple[int, float]] = (),
     ):
         self.segment_length = segment_length
         self.window_segments = window_segments
         self.batch_size = batch_size
         self.seed = seed
+        self._shares = shares
         self.positions = np.asarray(lengths, dtype=np.int64) - 1  # a token's label is its successor
         self.segments = -(-self.positions // segment_length)
         self.total_segments = int(self.segments.sum())
@@ -78,11 +84,23 @@ class Lanes:
     def _rewind(self) -> None:
         self.step = 0
         self._slot = 0
-        self._queue = DocumentQueue(len(self.segments), self.seed)
+        self._queue = self._new_queue()
         # Per lane: its document, the slot where that started and the first slot after it.
         self._documents = np.full(self.batch_size, -1, dtype=np.int64)
         self._starts = np.zeros(self.batch_size, dtype=np.int64)
         self._ends = np.zeros(self.batch_size, dtype=np.int64)
+
+    def _new_queue(self) -> Queue:
+        if not self._shares:
+            return DocumentQueue(len(self.segments), self.seed)
+        counts, weights = zip(*self._shares, strict=True)
+        sizes = np.split(self.positions, np.cumsum(counts[:-1]))
+        return MixedQueue(sizes, weights, self.seed)
+
+    @property
+    def corpus_epochs(self) -> list[float]:
+        """Passes over each corpus of a mixture so far; empty without one."""
+        return self._queue.epochs if isinstance(self._queue, MixedQueue) else []
 
     @property
     def epoch(self) -> float:
@@ -133,7 +151,7 @@ class Lanes:
                 documents[lane] = document
                 starts[lane] = first // batch
                 taken += 1
-            self._queue.next += taken
+            self._queue.advance(order[:taken])
         self._documents = np.array(documents, dtype=np.int64)
         self._starts = np.array(starts, dtype=np.int64)
         self._ends = np.empty(batch, dtype=np.int64)
@@ -150,8 +168,7 @@ class Lanes:
             "num_tokens": int(self.positions.sum()),
             "step": self.step,
             "slot": self._slot,
-            "epoch": self._queue.epoch,
-            "next": self._queue.next,
+            "queue": self._queue.state(),
             "documents": self._documents.tolist(),
             "segments": (self._slot - self._starts).tolist(),
         }
@@ -165,7 +182,7 @@ class Lanes:
         check_same_run(self.state(), state)
         self.step = state["step"]
         self._slot = state["slot"]
-        self._queue.go_to(state["epoch"], state["next"])
+        self._queue.load_state(state["queue"])
         self._documents = np.array(state["documents"], dtype=np.int64)
         self._starts = self._slot - np.array(state["segments"], dtype=np.int64)
         # Before the first step no lane has a document, and all are free at slot 0.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
+from infini_ds.data.joined import Joined
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 
@@ -73,7 +74,7 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
 
 
 class Split:
-    """Documents of one part of a store.
+    """Documents of one part of a store, or of several stores.
 
     Attributes:
         offsets: int64 [documents + 1], where each document begins in `data`.
@@ -83,7 +84,12 @@ class Split:
             label. None where all have weight 1.
     """
 
-    def __init__(self, data: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None):
+    def __init__(
+        self,
+        data: np.ndarray | Joined,
+        offsets: np.ndarray,
+        weights: np.ndarray | Joined | None = None,
+    ):
         self.data = data
         self.weights = weights
         self.offsets = offsets

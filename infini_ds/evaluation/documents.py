@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from infini_ds.allocator import keep_freed_memory
-from infini_ds.config import RunConfig
+from infini_ds.config import DataConfig, RunConfig
 from infini_ds.conversion.export import load_model
 from infini_ds.conversion.run import Loaded
 from infini_ds.data.documents import Corpus
@@ -32,6 +32,7 @@ def run(
     path: str,
     step: int | None,
     documents: Sequence[str],
+    corpus: str,
     json_path: str | None,
     plot: str | None,
 ) -> None:
@@ -41,6 +42,7 @@ def run(
         path, step: see `load_model`.
         documents: files as in data.files; none: the held-out split of the run's store, as much of
             it as the run's evaluation.max_segments.
+        corpus: of a run that was trained on a mixture, whose held-out split; else empty.
         json_path: where to write the figures as well.
         plot: where to write the curve, by default evaluation.png of the run.
 
@@ -54,14 +56,16 @@ def run(
         console.print(line, style="yellow")
     config, model = loaded.config, loaded.model
     if documents:
+        if corpus:
+            raise UserError(f"--corpus {corpus}: is for held-out documents; leave out --documents")
+        source: list[str] | str = list(documents)
         split, skipped = _encoded(loaded, documents)
         for line in skipped:
             console.print(line, markup=False)
         plans = _plans(split.lengths, config, max_segments=0)
-    elif not config.data.store:
-        raise UserError(f"{path}: is an export, without held-out documents; name --documents")
     else:
-        store = Store.open(config.data.store, config.data)
+        data = _data_of(path, config.data, corpus)
+        store, source = Store.open(data.store, data), data.store
         split = store.split("held_out")
         plans = _plans(split.lengths, config, config.evaluation.max_segments)
         store.check_tokens("held_out", _count(plans))
@@ -87,7 +91,7 @@ def run(
     setup = {
         "checkpoint": str(loaded.checkpoint),
         "step": loaded.step,
-        "source": list(documents) or config.data.store,
+        "source": source,
         "documents": count,
         "segment_length": config.model.segment_length,
         "tokens_per_second": rate,
@@ -98,6 +102,17 @@ def run(
     report.write(figures, loaded.directory / "tensorboard" / "evaluate", plot_path, json_path)
     console.print(report.table(figures))
     console.print(f"curve: {plot_path}")
+
+
+def _data_of(path: str, data: DataConfig, corpus: str) -> DataConfig:
+    """The corpus whose held-out documents are read."""
+    if corpus not in data.corpora:
+        names = ", ".join(data.mixture)
+        right = f"must be one of the run's mixture: {names}" if names else "the run has no mixture"
+        raise UserError(f"--corpus {corpus!r}: {right}")
+    if not data.corpora[corpus].store:
+        raise UserError(f"{path}: is an export, without held-out documents; name --documents")
+    return data.corpora[corpus]
 
 
 def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:

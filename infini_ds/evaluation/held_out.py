@@ -3,11 +3,14 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
-from infini_ds.data.store import Store
+from infini_ds.data.mixture import Mixture
+from infini_ds.data.store import Split, Store
 from infini_ds.data.windows import Windows, read_windows
 from infini_ds.pipeline.engine import InfiniEngine
 
@@ -23,56 +26,108 @@ class Quality(NamedTuple):
     """Bits over the bytes of text that the tokens stand for: comparable between tokenizers."""
 
 
+class _Corpus(NamedTuple):
+    """The held-out documents of one store that are read."""
+
+    split: Split
+    plans: list[Plan]
+    unigram_bits_per_byte: float
+    """Of the tokenizer's unigram baseline on them."""
+
+
 class HeldOut:
     """The run's evaluation: a finite pass over held-out documents through the pipeline."""
 
-    def __init__(self, config: RunConfig, store: Store, engine: InfiniEngine):
-        """Plans it; needs no other rank.
+    def __init__(self, config: RunConfig, data: Mixture, engine: InfiniEngine):
+        """Plans it; needs no other rank. Stores that hold nothing out are left out.
 
         Raises:
             UserError: a document that will be read holds tokens that the tokenizer does not have.
         """
-        self._split = store.split("held_out")
-        self._token_bytes = torch.from_numpy(store.tokenizer.token_bytes).long()
+        self._token_bytes = torch.from_numpy(data.tokenizer.token_bytes).long()
         self._segment_length = config.model.segment_length
         self._engine = engine
-        self._plans = held_out_plans(
-            self._split.lengths,
-            config.model.segment_length,
-            config.train.window_segments,
-            config.train.batch_size,
-            config.evaluation.max_segments,
-        )
-        documents = 1 + max(int(plan.documents.max()) for plan in self._plans)
-        store.check_tokens("held_out", documents)
-        self.unigram_bits_per_byte = store.unigram_bits_per_byte(documents)
-        """Of the tokenizer's unigram baseline on the documents that are read."""
+        self._corpora = {
+            name: _plan(config, store)
+            for name, store in data.stores.items()
+            if len(store.split("held_out").lengths)
+        }
 
-    def evaluate(self, memory: bool) -> Quality:
-        """Reads all documents; to be called on all ranks together.
+    def evaluate(self) -> dict[str, float]:
+        """Reads all documents, with memory and without; to be called on all ranks together.
+
+        Returns:
+            Figures by name: `held_out/`, `held_out_without_memory/` and `held_out_unigram/`, each
+            with bits_per_byte, the first two with loss and perplexity as well; of all corpora,
+            and, in a mixture, of each under its name, as `held_out/NAME/loss`. Empty if nothing
+            is held out.
+        """
+        if not self._corpora:
+            return {}
+        figures = {}
+        for title, memory in (("held_out", True), ("held_out_without_memory", False)):
+            totals = self._read(memory)
+            parts = dict(zip(self._corpora, totals, strict=True)) | {"": totals.sum(dim=0)}
+            for name, part in parts.items():
+                for key, value in _quality(part)._asdict().items():
+                    figures[figure_name(title, name, key)] = value
+        baselines = {name: part.unigram_bits_per_byte for name, part in self._corpora.items()}
+        text_bytes = totals[:, 2].numpy()
+        baselines[""] = float(np.average([*baselines.values()], weights=text_bytes))
+        for name, value in baselines.items():
+            figures[figure_name("held_out_unigram", name, "bits_per_byte")] = value
+        return figures
+
+    def _read(self, memory: bool) -> Tensor:
+        """Sum of losses, tokens and bytes of text of each corpus: [corpora, 3], on the CPU.
 
         Args:
             memory: False ablates it: every segment reads an empty memory.
         """
         engine = self._engine
-        memories = engine.empty_memories()
-        totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
-        for plan in self._plans:
-            totals[0] += engine.evaluate_window(self._reader(plan, memory, totals), memories)
-        loss_sum, tokens, text_bytes = engine.all_sum(totals).tolist()
-        loss = loss_sum / tokens
-        return Quality(loss, math.exp(min(loss, 700)), loss_sum / math.log(2) / text_bytes)
+        totals = torch.zeros(len(self._corpora), 3, dtype=torch.float64, device=engine.device)
+        for corpus, sums in zip(self._corpora.values(), totals, strict=True):
+            memories = engine.empty_memories()
+            for plan in corpus.plans:
+                read = self._reader(corpus.split, plan, memory, sums)
+                sums[0] += engine.evaluate_window(read, memories)
+        return engine.all_sum(totals).cpu()
 
-    def _reader(self, plan: Plan, memory: bool, totals: torch.Tensor):
+    def _reader(self, split: Split, plan: Plan, memory: bool, sums: Tensor):
         def read(micro_batch: int) -> Windows:
             lanes = self._engine.lanes_of(micro_batch)
-            windows = read_windows(self._split, plan, lanes, self._segment_length)
+            windows = read_windows(split, plan, lanes, self._segment_length)
             if not memory:
                 windows.layout.starts.fill_(True)
             if self._engine.is_last_stage():
                 labels = windows.labels[windows.labels >= 0]
-                totals[1] += len(labels)
-                totals[2] += self._token_bytes[labels].sum()
+                sums[1] += len(labels)
+                sums[2] += self._token_bytes[labels].sum()
             return windows
 
         return read
+
+
+def figure_name(title: str, corpus: str, key: str) -> str:
+    """Of a figure of a corpus, or of all of them where its name is empty."""
+    return "/".join(filter(None, (title, corpus, key)))
+
+
+def _plan(config: RunConfig, store: Store) -> _Corpus:
+    split = store.split("held_out")
+    plans = held_out_plans(
+        split.lengths,
+        config.model.segment_length,
+        config.train.window_segments,
+        config.train.batch_size,
+        config.evaluation.max_segments,
+    )
+    documents = 1 + max(int(plan.documents.max()) for plan in plans)
+    store.check_tokens("held_out", documents)
+    return _Corpus(split, plans, store.unigram_bits_per_byte(documents))
+
+
+def _quality(sums: Tensor) -> Quality:
+    loss_sum, tokens, text_bytes = sums.tolist()
+    loss = loss_sum / tokens
+    return Quality(loss, math.exp(min(loss, 700)), loss_sum / math.log(2) / text_bytes)

@@ -72,8 +72,9 @@ def _resolved(config: RunConfig) -> RunConfig:
 def _vocab_size(config: RunConfig) -> int:
     if config.model.vocab_size:
         return config.model.vocab_size
-    if Path(config.data.store).exists():
-        return Store.open(config.data.store, config.data).tokenizer.vocab_size
+    for corpus in config.data.corpora.values():
+        if Path(corpus.store).exists():
+            return Store.open(corpus.store, corpus).tokenizer.vocab_size
     tokenizer = config.data.tokenizer
     if tokenizer.kind == "bytes":
         return load_tokenizer(tokenizer.kind).vocab_size

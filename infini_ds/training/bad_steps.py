@@ -59,7 +59,6 @@ class BadSteps:
         self.skip = {bad for bad in self.skip if bad >= step}
 
 
-def bad_documents(bad_lanes: Tensor, plan: Plan) -> str:
-    """The documents that the marked lanes read in a step, for a message; empty if none is."""
-    documents = np.unique(plan.documents[bad_lanes.cpu().numpy() > 0])
-    return ", ".join(map(str, documents))
+def bad_documents(bad_lanes: Tensor, plan: Plan) -> list[int]:
+    """The documents that the marked lanes read in a step."""
+    return np.unique(plan.documents[bad_lanes.cpu().numpy() > 0]).tolist()

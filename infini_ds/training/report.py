@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import RunConfig
+from infini_ds.evaluation.held_out import figure_name
 from infini_ds.training.checkpoint import directory_of
 
 REPORT = "report.json"
@@ -28,18 +29,12 @@ def report(
     """
     figures = {"step": step, **counts, **quality}
     if quality:
-        baseline = quality["held_out_unigram/bits_per_byte"]
         table = Table(title=f"held-out documents after {step} steps")
         for column in ("", "bits per byte", "below unigram", "perplexity"):
             table.add_column(column, justify="left" if not column else "right")
-        table.add_row("tokenizer unigram baseline", f"{baseline:.4f}", "", "")
-        for title, name in (
-            ("model, memory ablated", "held_out_without_memory"),
-            ("model, with memory", "held_out"),
-        ):
-            bits = quality[f"{name}/bits_per_byte"]
-            perplexity = quality[f"{name}/perplexity"]
-            table.add_row(title, f"{bits:.4f}", f"{1 - bits / baseline:.1%}", f"{perplexity:.2f}")
+        for name in dict.fromkeys(["", *config.data.corpora]):
+            if figure_name("held_out", name, "loss") in quality:
+                _add_corpus(table, quality, name)
         console.print(table)
     happened = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count]
     if happened:
@@ -56,3 +51,20 @@ def report(
         "go on        the same command resumes; to train longer add train.steps="
         f"{2 * config.train.steps}"
     )
+
+
+def _add_corpus(table: Table, quality: dict[str, float], corpus: str) -> None:
+    """Rows of one corpus of a mixture, or of everything that is held out."""
+    of = f" ({corpus})" if corpus else ""
+    baseline = quality[figure_name("held_out_unigram", corpus, "bits_per_byte")]
+    if corpus:
+        table.add_section()
+    table.add_row(f"tokenizer unigram baseline{of}", f"{baseline:.4f}", "", "")
+    for title, name in (
+        ("model, memory ablated", "held_out_without_memory"),
+        ("model, with memory", "held_out"),
+    ):
+        bits = quality[figure_name(name, corpus, "bits_per_byte")]
+        perplexity = quality[figure_name(name, corpus, "perplexity")]
+        below = f"{1 - bits / baseline:.1%}"
+        table.add_row(title + of, f"{bits:.4f}", below, f"{perplexity:.2f}")

@@ -80,8 +80,8 @@ class Trainer:
             config.data_parallel_size(dist.get_world_size())
             if dist.get_rank() == 0:
                 self._lock = lock(Path(config.output_dir), config.train.timeout / 2)
-            self.store, self.lanes = open_data(config)
-            config = with_vocabulary(config, self.store)
+            self.data, self.lanes = open_data(config)
+            config = with_vocabulary(config, self.data)
             device = get_accelerator().device_name()
             check_backend(config.kernels.backend, device, config.model.head_dim)
         self.config, self.stop, self.watchdog = config, stop, watchdog
@@ -103,16 +103,16 @@ class Trainer:
         if found:
             with together():
                 state = checkpoint.read_state(found, config)
-                if state["store"] != self.store.fingerprint:
+                if state["store"] != self.data.fingerprint:
                     raise UserError(
-                        f"data.store {config.data.store}: not the one that checkpoint {found} was "
-                        "trained on; prepare it as it was, or choose another output_dir"
+                        f"{self.data.place}: not what checkpoint {found} was trained on; "
+                        "prepare it as it was, or choose another output_dir"
                     )
                 self.lanes.load_state(state["lanes"])
             load_from = checkpoint.source(found, state, config, dist.get_world_size())
         elif config.init_from:
             with together():
-                start = open_start(config, self.store)
+                start = open_start(config, self.data)
         self.engine = build_engine(config, universal=load_from != found)
         if start:
             load_start(self.engine.module.named_parameters(), start)
@@ -122,10 +122,8 @@ class Trainer:
             self.bad_steps.rollbacks = state.get("rollbacks", 0)
             self._load(found, load_from, state)
             self.first_step = self.step
-        self.held_out = None
-        if len(self.store.split("held_out").lengths):
-            with together():
-                self.held_out = HeldOut(config, self.store, self.engine)
+        with together():
+            self.held_out = HeldOut(config, self.data, self.engine)
         self.monitor = None
         if dist.get_rank() == 0:
             output_dir = Path(config.output_dir)
@@ -180,7 +178,7 @@ class Trainer:
         plan = self.lanes.next_plan()
         factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
         set_learning_rate(engine.optimizer, factor)
-        weight = total_weight(self.store.split("train"), plan)
+        weight = total_weight(self.data.split("train"), plan)
         # Without any weight there is no loss, whatever it is divided by.
         size = StepSize(weight or 1.0, plan.num_tokens)
         loss_sum = engine.train_step(self._reader(plan), size)
@@ -208,11 +206,11 @@ class Trainer:
             metrics = {
                 "train/loss": loss,
                 "train/perplexity": math.exp(min(loss, 700)),
-                "train/bits_per_byte": loss / math.log(2) / self._bytes_per_token(),
+                "train/bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
                 "train/gradient_norm": engine.gradient_norm,
                 **{f"train/{name}": count for name, count in self._count_bad_steps().items()},
                 "train/tokens": self.tokens,
-                "train/epoch": self.lanes.epoch,
+                **self._epochs(),
                 "speed/tokens_per_second": speed,
                 "seconds/step": elapsed,
                 "seconds/waiting_for_stages": engine.waiting_seconds - waited,
@@ -242,8 +240,8 @@ class Trainer:
         return metrics
 
     def _reader(self, plan: Plan):
-        split, n = self.store.split("train"), self.config.model.segment_length
-        last_token = self.store.tokenizer.vocab_size - 1
+        split, n = self.data.split("train"), self.config.model.segment_length
+        last_token = self.data.tokenizer.vocab_size - 1
 
         def read(micro_batch: int) -> Windows:
             lanes = self.engine.lanes_of(micro_batch)
@@ -266,7 +264,7 @@ class Trainer:
         """
         fault = self.engine.fault
         if documents := bad_documents(self.engine.bad_lanes, plan):
-            fault += f" (data.store {self.store.path}, in train documents {documents})"
+            fault += f" ({self.data.place_of(documents)})"
         back = self.bad_steps.must_roll_back(self.step, fault, self.engine.skipped_in_a_row)
         if back:
             self._roll_back(fault)
@@ -326,13 +324,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out quality with and without memory, and what the memory looks like."""
-        quality: dict[str, float] = {}
-        if self.held_out:
-            for name, memory in (("held_out", True), ("held_out_without_memory", False)):
-                for key, value in self.held_out.evaluate(memory)._asdict().items():
-                    quality[f"{name}/{key}"] = value
-            baseline = self.held_out.unigram_bits_per_byte
-            quality["held_out_unigram/bits_per_byte"] = baseline
+        quality = self.held_out.evaluate()
         gates, norms = self._describe_memory()
         self.sample = self._write_sample()
         self.evaluated = self.step == self.config.train.steps
@@ -378,7 +370,7 @@ class Trainer:
         settings = self.config.evaluation
         if not settings.sample_tokens:
             return ""
-        tokenizer = self.store.tokenizer
+        tokenizer = self.data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(settings.sample_prompt)]
         tokens = generate(self.engine, prompt, settings.sample_tokens, 0.8, self.step)
         return settings.sample_prompt + tokenizer.decode(tokens)
@@ -389,7 +381,7 @@ class Trainer:
             "tokens": self.tokens,
             **self._count_bad_steps(),
             "lanes": self.lanes.state(),
-            "store": self.store.fingerprint,
+            "store": self.data.fingerprint,
         }
         directory = checkpoint.save(self.engine, self.config, state)
         self.saved = self.step
@@ -398,9 +390,12 @@ class Trainer:
             checkpoint.delete_universal(self.config)
         self._say(f"step {self.step}: saved {directory}")
 
-    def _bytes_per_token(self) -> float:
-        sizes = self.store.manifest["splits"]["train"]
-        return sizes["bytes"] / sizes["tokens"]
+    def _epochs(self) -> dict[str, float]:
+        """Passes over the corpus, or over each of a mixture."""
+        if isinstance(self.lanes, CurriculumLanes) or not self.lanes.corpus_epochs:
+            return {"train/epoch": self.lanes.epoch}
+        epochs = zip(self.data.stores, self.lanes.corpus_epochs, strict=True)
+        return {f"train/epoch/{name}": epoch for name, epoch in epochs}
 
     def _introduce(self, found: Path | None, passed_over: list[str]) -> None:
         config, engine = self.config, self.engine

@@ -15,8 +15,8 @@ from infini_ds.config import DataConfig, ModelConfig
 from infini_ds.conversion.convert import config_text
 from infini_ds.conversion.export import load_export
 from infini_ds.conversion.start import open_start
+from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
-from infini_ds.data.store import Store
 from infini_ds.errors import UserError
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
@@ -114,7 +114,7 @@ def test_what_differs_is_named(name, export, tmp_path, data):  # noqa: F811
         run.config.write_text(configuration.dump(config))
     config = configuration.load(run.config, overrides)
     with pytest.raises(UserError, match=message) as raised:
-        open_start(config, Store.open(data.store))
+        open_start(config, Mixture.open(data))
     assert "\n" not in str(raised.value)
 
 
@@ -124,11 +124,11 @@ def test_a_run_is_no_export(tmp_path, data):  # noqa: F811
     (tmp_path / "other" / "config.yaml").write_text(configuration.dump(config))
     run = run_from(tmp_path / "other", tmp_path / "run", data)
     with pytest.raises(UserError, match="is a run; make an export of it with `infini-ds convert"):
-        open_start(configuration.load(run.config), Store.open(data.store))
+        open_start(configuration.load(run.config), Mixture.open(data))
 
 
 def test_vocabulary_and_tokenizer_are_those_of_the_store(export, tmp_path, data):  # noqa: F811
-    store = Store.open(data.store)
+    store = Mixture.open(data)
     made = {}
     for name, vocabulary in (("larger", 300), ("same", 258)):
         model = ModelConfig(vocab_size=vocabulary, hidden_size=8, num_layers=1, num_heads=1)

@@ -10,6 +10,7 @@ from infini_ds import cli
 from infini_ds import config as configuration
 from infini_ds.conversion.export import load_model
 from infini_ds.conversion.start import open_start
+from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
@@ -66,10 +67,11 @@ def run(export, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     config = configuration.load(path)
-    store = prepare(config.data, workers=1)
-    config = with_vocabulary(config, store)
-    open_start(config, store)
-    write_checkpoint(config, store=store.fingerprint)
+    prepare(config.data, workers=1)
+    data = Mixture.open(config.data)
+    config = with_vocabulary(config, data)
+    open_start(config, data)
+    write_checkpoint(config, store=data.fingerprint)
     return config
 
 

@@ -18,10 +18,10 @@ def test_take_does_not_depend_on_how_many_are_taken_at_once(parts):
     assert (queue.epoch, queue.next) == (2, 6)
 
 
-def test_go_to_goes_on_from_there():
+def test_load_state_goes_on_from_there():
     queue, other = DocumentQueue(7, 3), DocumentQueue(7, 3)
     queue.take(7)  # the epoch has ended and the next one has not begun
-    other.go_to(queue.epoch, queue.next)
+    other.load_state(queue.state())
     assert other.take(9).tolist() == queue.take(9).tolist()
 
 

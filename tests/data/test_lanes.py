@@ -122,8 +122,7 @@ def test_epoch_is_exact_when_documents_end_together():
     for step in range(10):
         assert lanes.epoch == step / 5
         lanes.next_plan()
-    assert lanes.state()["epoch"] == 1
-    assert lanes.state()["next"] == 20
+    assert lanes.state()["queue"] == [1, 20]
 
 
 def test_load_state_at_every_step_goes_on_equally(corpus):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,6 +92,20 @@ class Run:
         manifest = json.loads((self.checkpoint(step) / "manifest.json").read_text())
         other = ("config.yaml", "state.json")
         return {k: v["sha256"] for k, v in manifest["files"].items() if k not in other}
+
+
+def copied(run: Run, folder: Path, data, **settings) -> Run:
+    """A run whose output directory begins as that of another one."""
+    copy = Run(folder, data, **settings)
+    shutil.copytree(run.output, copy.output)
+    return copy
+
+
+def without_checkpoints_after(run: Run, step: int) -> Run:
+    for directory in (run.output / "checkpoints").glob("step_*"):
+        if int(directory.name.rpartition("_")[2]) > step:
+            shutil.rmtree(directory)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import yaml
 
 from infini_ds.data.prepare import prepare
 from infini_ds.training.dtype import computes_bf16
-from tests.distributed.conftest import SCRIPT, Run
+from tests.distributed.conftest import SCRIPT, Run, copied, without_checkpoints_after
 from tests.distributed.processes import Process, Processes, free_port
 
 STEPS = 16
@@ -24,20 +24,6 @@ START = 60
 """Seconds that anything may take to start."""
 END = 30
 """Seconds in which processes must end when another one has."""
-
-
-def copied(run: Run, folder: Path, data, **settings) -> Run:
-    """A run whose output directory begins as that of another one."""
-    copy = Run(folder, data, **settings)
-    shutil.copytree(run.output, copy.output)
-    return copy
-
-
-def without_checkpoints_after(run: Run, step: int) -> Run:
-    for directory in (run.output / "checkpoints").glob("step_*"):
-        if int(directory.name.rpartition("_")[2]) > step:
-            shutil.rmtree(directory)
-    return run
 
 
 @pytest.fixture(scope="module")

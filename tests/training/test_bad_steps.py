@@ -51,5 +51,5 @@ def test_only_steps_after_the_last_checkpoint_count():
 def test_documents_of_bad_lanes_are_named_once():
     documents = np.array([[4, 4], [9, 2], [9, 9]])
     plan = Plan(documents, documents * 0, documents * 0 + 1, documents < 0)
-    assert bad_documents(torch.tensor([0.0, 1.0, 2.0]), plan) == "2, 9"
-    assert bad_documents(torch.zeros(3), plan) == ""
+    assert bad_documents(torch.tensor([0.0, 1.0, 2.0]), plan) == [2, 9]
+    assert bad_documents(torch.zeros(3), plan) == []

@@ -1,0 +1,86 @@
+"""The order in which documents of several corpora are taken, in proportion to weights of tokens.
+
+Each corpus has an order of its own and a clock: taking a document moves it on by the document's
+tokens over the weight of the corpus. The next document is of the corpus whose clock is behind.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infini_ds.data.document_queue import DocumentQueue, Queue
+
+_AHEAD = 4096
+"""Documents of each corpus that are put in order at once."""
+
+
+class MixedQueue(Queue):
+    """Indices of the documents of several corpora, numbered one corpus after another.
+
+    Args:
+        sizes: of each corpus, int64 [documents]: tokens of each document, at least 1.
+        weights: of each corpus, above 0: its tokens are in this proportion to the others'.
+        seed: seed of each corpus's order.
+    """
+
+    def __init__(self, sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int):
+        self._sizes = sizes
+        self._weights = list(weights)
+        self._queues = [DocumentQueue(len(size), seed) for size in sizes]
+        self._first = np.cumsum([0, *map(len, sizes)])  # index of each corpus's first document
+        self._tokens = [0] * len(sizes)  # taken of each corpus
+        self._planned = np.empty(0, dtype=np.int64)
+
+    @property
+    def epochs(self) -> list[float]:
+        """Passes over each corpus so far, by documents taken."""
+        return [
+            queue.epoch + queue.next / len(size)
+            for queue, size in zip(self._queues, self._sizes, strict=True)
+        ]
+
+    def rest(self) -> np.ndarray:
+        if not len(self._planned):
+            self._planned = self._plan()
+        return self._planned
+
+    def _plan(self) -> np.ndarray:
+        """The next documents, as many as are certain before a corpus's epoch ends."""
+        documents, clocks, ends = [], [], []
+        for corpus, queue in enumerate(self._queues):
+            ahead = queue.rest()[:_AHEAD]
+            tokens = np.cumsum(self._sizes[corpus][ahead])
+            # From whole numbers, so that it is the same however many are planned ahead.
+            clock = (self._tokens[corpus] + np.r_[0, tokens]) / self._weights[corpus]
+            documents.append(self._first[corpus] + ahead)
+            clocks.append(clock[:-1])
+            ends.append(clock[-1])
+        clock = np.concatenate(clocks)
+        order = np.argsort(clock, kind="stable")
+        # What follows the last of a corpus is not planned yet.
+        certain = np.searchsorted(clock[order], min(ends))
+        return np.concatenate(documents)[order[:certain]]
+
+    def advance(self, indices: np.ndarray) -> None:
+        self._planned = self._planned[len(indices) :]
+        corpora = np.searchsorted(self._first, indices, side="right") - 1
+        for corpus, queue in enumerate(self._queues):
+            own = indices[corpora == corpus] - self._first[corpus]
+            queue.advance(own)
+            self._tokens[corpus] += int(self._sizes[corpus][own].sum())
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "queues": [queue.state() for queue in self._queues],
+            "weights": self._weights,
+            "tokens": list(self._tokens),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken; with other weights all clocks begin anew."""
+        self._planned = np.empty(0, dtype=np.int64)
+        for queue, place in zip(self._queues, state["queues"], strict=True):
+            queue.load_state(place)
+        same = self._weights == state["weights"]
+        self._tokens = list(state["tokens"]) if same else [0] * len(self._tokens)
