@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import os
+import shutil
 import warnings
 from typing import Literal
 
@@ -80,6 +82,8 @@ def _cannot_run() -> str:
         return "needs a GPU of compute capability 8.0 or newer"
     if importlib.util.find_spec("triton") is None:
         return "is not installed (pip install triton)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "needs a C compiler, gcc or clang"
     return ""
 
 

@@ -142,5 +142,6 @@ class InfiniAttention(nn.Module):
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].device != device:
-            self._rotary = rotary_table(self.config, device)
+            with torch.inference_mode(False):  # training may use it later
+                self._rotary = rotary_table(self.config, device)
         return self._rotary

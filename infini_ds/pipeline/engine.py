@@ -27,6 +27,7 @@ from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.write_gate import WriteStats
 from infini_ds.pipeline.channel import Channel, settle
+from infini_ds.pipeline.gradient_sums import gradient_of, sum_in_fp32
 from infini_ds.pipeline.lane_memory import LaneMemory
 from infini_ds.pipeline.module import InfiniPipeline
 from infini_ds.pipeline.payload import Payload, Wire
@@ -94,6 +95,8 @@ class InfiniEngine(PipelineEngine):
             torch.bfloat16 if train.dtype == "bf16" else torch.float32,
             self.device,
         )
+        if isinstance(self.optimizer, BF16_Optimizer):
+            sum_in_fp32(self.optimizer)
         self._open_channels()
         self.memories = self.empty_memories()
         self.seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
@@ -154,8 +157,7 @@ class InfiniEngine(PipelineEngine):
         reduced = self._clock("pipeline", begin)
         self.fault = self._find_fault()
         if not self.fault:
-            self._exec_reduce_tied_grads()
-            self._exec_reduce_grads()
+            self._reduce()
         stepped = self._clock("reduce", reduced)
         self._step()
         self._clock("optimizer", stepped)
@@ -231,18 +233,20 @@ class InfiniEngine(PipelineEngine):
         self._units: dict[tuple[int, int], Unit] = {}
         self._windows: dict[int, Windows] = {}
         self._passing: dict[int, dict[int, LayerMemory]] = {}
+        self._returning: dict[int, Tensor] = {}
         for unit in schedule:
             if isinstance(unit, Forward):
                 self._forward(unit, read, memories, scale is not None)
             else:
                 assert scale is not None
-                self._backward(unit, scale)
                 if unit.chunk == self._train.chunks - 1:
                     self._take_back(unit.micro_batch, memories)
+                self._backward(unit, scale)
             kind = type(unit).__name__.lower()
             self.on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
         if scale is None:
             for micro_batch in range(self.micro_batches):
+                self._hand_back(micro_batch)
                 self._take_back(micro_batch, memories)
         for channel in self._channels:
             channel.flush()
@@ -294,6 +298,8 @@ class InfiniEngine(PipelineEngine):
             self._units[unit] = Unit(inputs, flat_in, output, flat_out, mass)
         if last:
             self._finish_window(micro_batch, memories)
+            if training:
+                self._hand_back(micro_batch)
 
     def _backward(self, unit: Backward, scale: Scale) -> None:
         micro_batch, chunk = unit
@@ -329,33 +335,36 @@ class InfiniEngine(PipelineEngine):
         return table[:, 0].sum()
 
     def _accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """One backward pass over all outputs of a unit, added to the fp32 sums."""
-        optimizer = self.optimizer
-        if isinstance(optimizer, BF16_Optimizer):
-            optimizer.clear_lp_grads()
+        """One backward pass over all outputs of a unit, added to the sums."""
         self._running_engine_backward = True  # DeepSpeed's hooks refuse backward passes otherwise
         try:
             torch.autograd.backward(tensors, gradients)
         finally:
             self._running_engine_backward = False
-        if isinstance(optimizer, BF16_Optimizer):
-            optimizer.update_hp_grads()
 
     def _finish_window(self, micro_batch: int, memories: LaneMemory) -> None:
-        """Memories are data from here on: kept here, or sent back to the first stage."""
+        """Memories are data from here on: kept here, or to be sent back to the first stage."""
         passing = self._passing.pop(micro_batch)
         self._windows.pop(micro_batch, None)
         if not (self._transport.returns and self.is_pipe_parallel):
             memories.put(micro_batch, passing)
         elif self.is_last_stage():
             everything = {block: _detach(passing[block]) for block in sorted(passing)}
-            self._return.send(self._wire.pack_memories(everything))
+            self._returning[micro_batch] = self._wire.pack_memories(everything)
+
+    def _hand_back(self, micro_batch: int) -> None:
+        """On the last stage: sends a window's memories to the first, if they are returned at all.
+
+        NCCL keeps the sender's GPU busy until a message is asked for, and what waits for the whole
+        GPU, such as freeing memory, then waits for the receiver. So it goes out when the first
+        stage will ask for it without waiting for anything else from here: in training before the
+        window's first gradient, in evaluation after the last window.
+        """
+        if micro_batch in self._returning:
+            self._return.send(self._returning.pop(micro_batch))
 
     def _take_back(self, micro_batch: int, memories: LaneMemory) -> None:
-        """On the first stage: what the last one has returned, if memories are returned at all.
-
-        The last stage returns them before the window's first gradient.
-        """
+        """On the first stage: what the last one has handed back, if anything."""
         if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
             message = self._return.receive(self._wire.memories_bytes(self._model.num_layers))
             blocks = list(range(self._model.num_layers))
@@ -421,7 +430,7 @@ class InfiniEngine(PipelineEngine):
         """
         broken = ~self._loss_sum.isfinite()
         if not isinstance(self.optimizer, BF16_Optimizer):
-            norms = torch.stack([_gradient(p).norm() for p in self.module.parameters()])
+            norms = torch.stack([gradient_of(p).norm() for p in self.module.parameters()])
             broken |= (~norms.isfinite()).any()
         sums = self.all_sum(torch.cat((broken.double().view(1), self.bad_lanes)))
         self.bad_lanes.copy_(sums[1:])
@@ -477,10 +486,21 @@ class InfiniEngine(PipelineEngine):
             grad_acc_dtype=torch.float32,
         )
 
+    def _reduce(self) -> None:
+        """Over data-parallel ranks, and a tied weight's gradients over its two stages."""
+        if isinstance(self.optimizer, BF16_Optimizer):
+            # A sum of two is the same on both, one of many need not be in two groups: last, so
+            # that the two copies of the weight stay equal.
+            self._exec_reduce_grads()
+            self._exec_reduce_tied_grads()
+        else:  # of ZeRO in fp32 a rank keeps its own part alone
+            self._exec_reduce_tied_grads()
+            self._exec_reduce_grads()
+
     def _exec_reduce_tied_grads(self) -> None:
         """DeepSpeed's own looks for gradients only where two of its three optimizers keep them."""
         for weight, group in self.module.get_tied_weights_and_groups():
-            dist.all_reduce(_gradient(weight), group=group)
+            dist.all_reduce(gradient_of(weight), group=group)
 
     def _take_model_step(self, lr_kwargs) -> None:
         if not self.gradient_clipping() and not self.zero_optimization():
@@ -495,22 +515,13 @@ class InfiniEngine(PipelineEngine):
         limit = self.gradient_clipping()
         if limit and self._global_grad_norm > limit:
             for parameter in parameters:
-                _gradient(parameter).mul_(limit / self._global_grad_norm)
+                gradient_of(parameter).mul_(limit / self._global_grad_norm)
 
     def _clock(self, phase: str, begin: float) -> float:
         settle(self.device)
         now = time.perf_counter()
         self.seconds[phase] += now - begin
         return now
-
-
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """Where the optimizer in use sums up a parameter's gradient."""
-    for name in ("_hp_grad", "grad_accum", "grad"):
-        gradient = getattr(parameter, name, None)
-        if gradient is not None:
-            return gradient
-    raise RuntimeError("a parameter got no gradient")
 
 
 def _detach(memory: LayerMemory) -> LayerMemory:

@@ -7,8 +7,6 @@ from infini_ds.model.short_conv import TAPS
 from infini_ds.pipeline.balance import balance
 from infini_ds.pipeline.transport import TRANSPORTS
 
-_WEIGHTS_AND_GRADIENTS = 8  # bf16: 2 + 2, and 4 of their sums; fp32: 4 + 4
-
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """A checkpoint on disk; model.vocab_size must be set."""
@@ -24,7 +22,7 @@ class StageNeeds(NamedTuple):
     parameters: int
     """Number of them, not bytes."""
     weights: int
-    """Weights, gradients and their sums."""
+    """Weights, and the sums of their gradients."""
     optimizer: int
     """Its states on the device."""
     offloaded: int
@@ -60,9 +58,8 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
         here, there = (0, states) if parallel.offload_optimizer else (states, 0)
         lanes = config.train.batch_size // data
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
-        needs.append(
-            StageNeeds(parameters, parameters * _WEIGHTS_AND_GRADIENTS, here, there, memories)
-        )
+        weights = parameters * _weight_bytes(config)
+        needs.append(StageNeeds(parameters, weights, here, there, memories))
     return needs
 
 
@@ -71,6 +68,14 @@ def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
     needs = stage_needs(config, world)
     ranks = world // len(needs)
     return [(stage.device, stage.offloaded) for stage in needs for _ in range(ranks)]
+
+
+def _weight_bytes(config: RunConfig) -> int:
+    """Of one parameter and its gradient."""
+    if config.train.dtype == "fp32":
+        return 4 + 4
+    # Only an offloaded optimizer keeps a gradient in bf16 beside its sum.
+    return 2 + 4 + (2 if config.parallel.offload_optimizer else 0)
 
 
 def _state_bytes(config: RunConfig) -> int:

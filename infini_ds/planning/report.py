@@ -139,7 +139,7 @@ def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Consol
     }
     if config.parallel.offload_optimizer:
         columns["on the host"] = lambda stage: _size(stage.needs.offloaded)
-    table = _table("a device of each stage (weights with gradients)", "stage", *columns)
+    table = _table("a device of each stage (weights with sums of gradients)", "stage", *columns)
     for index, stage in enumerate(plan.stages):
         table.add_row(str(index), *(text(stage) for text in columns.values()))
     console.print(table)

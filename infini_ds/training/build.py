@@ -10,7 +10,7 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
-from torch.distributed import DistError
+from torch.distributed import DistError, distributed_c10d
 
 from infini_ds.cluster.network import name_interface
 from infini_ds.config import RunConfig
@@ -37,6 +37,8 @@ def start_distributed(timeout: float) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     name_interface()
+    # A stream for each channel and group: those that share a connection wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     logger.setLevel("WARNING")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # A communication operator for inference that DeepSpeed would compile at the first start, for a
@@ -90,5 +92,13 @@ def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:
             config=tree,
             config_class=DeepSpeedConfig(tree, module.mpu()),
         )
+    _limit_waits(config.train.timeout)
     engine.setup(config.train, config.parallel.memory_transport)
     return engine
+
+
+def _limit_waits(timeout: float) -> None:
+    """DeepSpeed makes its groups with PyTorch's limits, of ten minutes and more."""
+    for group in distributed_c10d._world.pg_map:
+        if not distributed_c10d._rank_not_in_group(group):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,23 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int
             f"checkpoint {directory} is of pipeline degree {saved['pipeline']} and data-parallel "
             f"degree {saved['data']}; without ZeRO it can only be resumed in that layout"
         )
-    failure = _shared(make_universal(directory) if dist.get_rank() == 0 else "")
-    if failure:
+    if failure := _convert(directory, config.train.timeout):
         raise RunError(f"checkpoint {directory} cannot be converted to another layout: {failure}")
     return universal_of(directory)
+
+
+def _convert(directory: Path, timeout: float) -> str:
+    """`make_universal` on rank 0, for which the others wait as long as it takes."""
+    conversion = None
+    if dist.get_rank() == 0:
+        conversion = ThreadPoolExecutor(1).submit(make_universal, directory)
+    while True:
+        failure = None
+        if conversion and wait([conversion], timeout / 4).done:
+            failure = conversion.result()
+        failure = _shared(failure)  # before anyone's limit
+        if failure is not None:
+            return failure
 
 
 def universal_of(directory: Path) -> Path:

@@ -23,6 +23,8 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         "steps_per_print": None,
         # fp32 sums of bf16 gradients: with this DeepSpeed picks its BF16_Optimizer.
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Otherwise it rounds the sums to bf16 to reduce them, even on one rank.
+        "communication_data_type": "fp32",
         "bf16": {"enabled": train.dtype == "bf16"},
         "zero_optimization": {
             "stage": parallel.zero_stage,
@@ -37,5 +39,5 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         "zero_allow_untested_optimizer": True,
     }
     if parallel.offload_optimizer:
-        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return tree

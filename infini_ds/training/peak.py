@@ -2,8 +2,12 @@
 
 import torch
 
-PEAK_BF16_FLOPS = {"B200": 2250e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets."""
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
+"""Dense bf16 FLOP/s by a part of the device's name, the first that fits, from the vendor's data
+sheets."""
 
 
 def device_peak_flops(device: torch.device, dtype: str) -> float | None:

@@ -383,7 +383,8 @@ class Trainer:
             "lanes": self.lanes.state(),
             "store": self.data.fingerprint,
         }
-        directory = checkpoint.save(self.engine, self.config, state)
+        with self.watchdog.patient():
+            directory = checkpoint.save(self.engine, self.config, state)
         self.saved = self.step
         self.bad_steps.saved(self.step)
         if self.monitor:

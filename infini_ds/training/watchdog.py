@@ -42,6 +42,8 @@ class Watchdog:
         self.waiting_for: Callable[[], str] = lambda: ""
         """What the pipeline waits for, and from whom."""
         self._limit = config.train.hang_timeout or config.train.timeout / 2
+        self._limit_name = "train.hang_timeout"
+        self._timeout = config.train.timeout
         self._output_dir = Path(config.output_dir)
         self._done = "the start"
         self._since: float | None = None
@@ -61,6 +63,17 @@ class Watchdog:
         """A training step is done: from the first one on, the limit holds."""
         self.step, self._done = step, f"step {step}"
         self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside it the limit is train.timeout, for what takes long and tells nothing meanwhile."""
+        usual = self._limit, self._limit_name
+        self._limit, self._limit_name = self._timeout, "train.timeout"
+        try:
+            yield
+        finally:
+            self._limit, self._limit_name = usual
+            self.progress(self._done)
 
     def stop(self) -> None:
         """The run is over."""
@@ -102,7 +115,7 @@ class Watchdog:
                 # Where this thread cannot run, as what hangs keeps Python's lock, that one can.
                 faulthandler.dump_traceback_later(2 * self._limit, exit=True)
                 if now - self._since > self._limit:
-                    self._end(f"got nothing done for train.hang_timeout = {self._limit:g} s")
+                    self._end(f"got nothing done for {self._limit_name} = {self._limit:g} s")
             if self._peers.alarm:
                 alarm_since = alarm_since or now
                 if now - alarm_since > _GRACE_SECONDS:

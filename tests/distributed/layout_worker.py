@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from infini_ds.config import RunConfig, parse
 from infini_ds.data.windows import IGNORE_INDEX, Windows
@@ -84,6 +85,7 @@ def train(config: RunConfig) -> dict:
     """STEPS steps on this rank."""
     from infini_ds.pipeline.engine import StepSize
     from infini_ds.pipeline.generation import generate
+    from infini_ds.pipeline.gradient_sums import gradient_of
     from infini_ds.pipeline.module import single_process_name
     from infini_ds.training.build import build_engine
 
@@ -97,7 +99,17 @@ def train(config: RunConfig) -> dict:
         "losses": [],
         "norms": [],
         "writes": [],
+        "unrounded": [],
     }
+    reduce = engine._reduce
+
+    def reduce_and_look() -> None:
+        reduce()
+        sums = torch.cat([gradient_of(p).flatten() for p in engine.module.parameters()])
+        result["unrounded"].append(float((sums != sums.bfloat16().float()).float().mean()))
+
+    if result["optimizer"] == "BF16_Optimizer":
+        engine._reduce = reduce_and_look
     for step in range(STEPS):
         windows, count = windows_of(step)
 
@@ -114,11 +126,21 @@ def train(config: RunConfig) -> dict:
     result["memories"] = {
         block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
     }
+    result["limits"] = sorted(limits_of_groups())
     result["sent_bytes"], result["step_bytes"] = engine.sent_bytes, engine.step_bytes()
     if config.model.memory.write_gate:
         result["text"] = generate(engine, PROMPT, 20, 0.0, 0)
     result["first_lane"] = engine.lanes_of(0).start
     return result
+
+
+def limits_of_groups() -> set[float]:
+    """Seconds that this rank would wait in each of its process groups."""
+    return {
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # type: ignore[attr-defined]
+        for group in distributed_c10d._world.pg_map
+        if not distributed_c10d._rank_not_in_group(group)
+    }
 
 
 def main() -> None:

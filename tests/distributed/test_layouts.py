@@ -324,6 +324,30 @@ def test_bytes_sent_are_those_of_the_formula(results, name):
 
 
 @pytest.mark.parametrize("name", BF16_CASES)
+def test_no_group_waits_longer_than_the_timeout(results, name):
+    """But those of channels, which have a limit of their own that says more."""
+    for rank in results.of(name, DEFAULT_CASES):
+        assert rank["limits"] in ([60], [60, 120])
+
+
+@pytest.mark.parametrize("name", BF16_CASES)
+def test_bf16_gradients_are_summed_and_reduced_in_fp32(results, name):
+    for rank in results.of(name, DEFAULT_CASES):
+        assert len(rank["unrounded"]) == STEPS
+        assert min(rank["unrounded"]) > 0.2  # share of the sums that are no numbers of bf16
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULT_CASES if "-tied" in name])
+def test_both_copies_of_a_tied_weight_are_equal(results, name):
+    ranks = results.of(name, DEFAULT_CASES)
+    copies = [
+        rank["weights"]["layers.0.weight"] for rank in ranks if "layers.0.weight" in rank["weights"]
+    ]
+    assert copies
+    assert all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+@pytest.mark.parametrize("name", BF16_CASES)
 def test_bf16_is_close_to_plain_fp32(results, name):
     expected = expected_of(BF16_CASES[name][1])
     ranks = results.of(name, DEFAULT_CASES)

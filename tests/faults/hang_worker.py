@@ -21,7 +21,7 @@ def main() -> None:
         "output_dir": output,
         "model": {"num_layers": 1, "hidden_size": 8, "num_heads": 1},
         "data": {"store": "unused"},
-        "train": {"steps": 1, "batch_size": 1, "hang_timeout": 1.0},
+        "train": {"steps": 1, "batch_size": 1, "hang_timeout": 1.0, "timeout": 4.0},
     }
     start_distributed(60)
     watchdog = Watchdog(configuration.parse(tree, "here"))
@@ -31,9 +31,14 @@ def main() -> None:
         time.sleep(0.5)
         watchdog.progress("the test's work")
     if mode == "works":
+        with watchdog.patient():
+            time.sleep(2.5)
         watchdog.stop()
         time.sleep(2)
         os._exit(0)
+    if mode == "sleeps_patiently":
+        with watchdog.patient():
+            hang(False)
     hang(mode == "keeps_the_lock")
 
 

@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("hang_worker.py")
 HANG = 6.0
 
 
-@pytest.mark.parametrize("mode", ["sleeps", "keeps_the_lock"])
+@pytest.mark.parametrize("mode", ["sleeps", "sleeps_patiently", "keeps_the_lock"])
 def test_process_that_hangs_writes_its_stacks_and_ends(tmp_path, mode):
     command = [sys.executable, str(WORKER), mode, str(tmp_path)]
     with Processes([Process(command, tmp_path / "log", {}, None)]) as processes:
@@ -26,7 +26,8 @@ def test_process_that_hangs_writes_its_stacks_and_ends(tmp_path, mode):
         return
     line = next(line for line in output.splitlines() if line.startswith("infini-ds rank 0"))
     stacks = tmp_path / "stacks" / "rank_0.txt"
-    assert "got nothing done for train.hang_timeout = 1 s at step 3, after the test's work" in line
+    limit = "train.timeout = 4 s" if mode == "sleeps_patiently" else "train.hang_timeout = 1 s"
+    assert f"got nothing done for {limit} at step 3, after the test's work" in line
     assert line.endswith(f"stacks are in {stacks}")
     assert "in hang" in stacks.read_text()
     assert "got nothing done" in (tmp_path / "failures.jsonl").read_text()

@@ -207,3 +207,18 @@ def test_layouts_are_all_covered():
     for rule in ("linear", "delta"):
         covered = {case["layout"] for case in CASES if case["rule"] == rule}
         assert covered == set(LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("segments", "n", "message"),
+    [
+        (65536, 1, "triton reads at most 65,535 segments at once, not 65,536; raise train.chunks"),
+        (1, 2**24, "triton cannot read segments as long as 16,777,216 tokens; lower model.segment"),
+    ],
+)
+def test_what_the_kernels_cannot_count_is_refused(segments, n, message):
+    q, k, v = (torch.empty(1, segments, n, 2, 64, device="meta") for _ in range(3))
+    nothing = torch.empty(0, device="meta")
+    starts = torch.empty(1, segments, dtype=torch.bool, device="meta")
+    with pytest.raises(UserError, match=message):
+        op._Window(q, k, v, nothing, nothing, starts, "linear", nothing, nothing)

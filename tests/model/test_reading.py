@@ -100,3 +100,11 @@ def test_memory_of_other_options_is_refused(make_model, make_tokens, option, nam
 def test_no_tokens_are_refused(make_model):
     with pytest.raises(ValueError, match="at least one column"):
         make_model()(torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_what_was_read_without_gradients_does_not_keep_a_model_from_training(make_model):
+    model = make_model()
+    tokens = torch.randint(61, (1, LENGTH))
+    with torch.inference_mode():
+        model(tokens)
+    model.loss(tokens).backward()

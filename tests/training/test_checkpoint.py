@@ -1,6 +1,10 @@
-"""What a save deletes, once it is valid."""
+"""What a save deletes, once it is valid, and how long a conversion may take."""
 
+import time
+from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 from infini_ds.training import checkpoint, manifest
 
@@ -57,3 +61,25 @@ def test_what_cannot_be_deleted_is_left(tmp_path, monkeypatch):
     checkpoint._delete_useless(new, keep_last=1)
     assert left(tmp_path) == [old.name, new.name]
     assert not (old / manifest.NAME).exists(), "it no longer counts"
+
+
+@pytest.mark.parametrize("failure", ["", "the disk is full"])
+def test_the_other_ranks_hear_of_a_conversion_before_their_limit(tmp_path, monkeypatch, failure):
+    def convert(directory):
+        time.sleep(1.5)
+        return failure
+
+    heard: list[tuple[float, str | None]] = []
+
+    def share(value):
+        heard.append((time.monotonic(), value))
+        return value
+
+    monkeypatch.setattr(checkpoint, "make_universal", convert)
+    monkeypatch.setattr(checkpoint, "_shared", share)
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
+    began, timeout = time.monotonic(), 1.2
+    assert checkpoint._convert(tmp_path, timeout) == failure
+    assert [value for _, value in heard] == [None] * (len(heard) - 1) + [failure]
+    moments = [began, *(moment for moment, _ in heard)]
+    assert max(later - earlier for earlier, later in pairwise(moments)) < timeout

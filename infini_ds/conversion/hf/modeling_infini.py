@@ -341,7 +341,9 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
                 frequencies = _scaled(frequencies, config.rotary_scaling)
             positions = torch.arange(config.segment_length, dtype=torch.float64)
             angles = positions[:, None] * frequencies
-            self._rotary = angles.cos().float().to(device), angles.sin().float().to(device)
+            with torch.inference_mode(False):  # training may use it later
+                angles = angles.clone()
+                self._rotary = angles.cos().float().to(device), angles.sin().float().to(device)
         return self._rotary
 
 

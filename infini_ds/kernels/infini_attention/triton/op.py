@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
 from infini_ds.kernels.infini_attention.triton.attend import attend_kernel, rotate_kernel
 from infini_ds.kernels.infini_attention.triton.attend_gradient import (
@@ -35,6 +36,9 @@ from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
 from infini_ds.layout import Layout
+
+LARGEST_GRID = 65535
+"""Of CUDA, in the dimension that segments take."""
 
 ROW_PADDING = 128
 """Figures of each row are kept for a multiple of the largest tile, so that they load unmasked."""
@@ -105,7 +109,17 @@ class _Window:
         self.padded_n = triton.cdiv(self.n, ROW_PADDING) * ROW_PADDING
         self.kv_heads = k.shape[3]
         self.rows = self.batch * self.segments
+        if self.rows > LARGEST_GRID:
+            raise UserError(
+                f"kernels.backend: triton reads at most {LARGEST_GRID:,} segments at once, not "
+                f"{self.rows:,}; raise train.chunks or lower train.micro_batch_size"
+            )
         self.q, self.k, self.v = (_rows_in_place(x) for x in (q, k, v))
+        if self.n * max(x.stride(1) for x in (self.q, self.k, self.v)) >= 2**31:
+            raise UserError(
+                f"kernels.backend: triton cannot read segments as long as {self.n:,} tokens; lower "
+                "model.segment_length, or let torch compute"
+            )
         self.weight = weight
         self.beta, self.rule = beta, rule
         self.starts = starts.contiguous().view(torch.uint8)
