@@ -10,7 +10,6 @@ This module imports no torch itself: a mistake is told at once.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from infini_ds.benchmarks.quality_progress import QualityProgress
 from infini_ds.benchmarks.quality_variants import VARIANTS, variant_config
 from infini_ds.config import RunConfig
+from infini_ds.cores import cores_at_hand
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.errors import RunError, UserError
@@ -130,7 +130,7 @@ def _run_all(jobs: list[Job], progress: QualityProgress) -> list[tuple[Job, dict
     results: dict[str, dict[str, Any]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < _cores():
+            while waiting and len(running) < cores_at_hand():
                 job = waiting.pop()
                 connection, other = context.Pipe()
                 process = context.Process(target=_work, args=(other, job), daemon=True)
@@ -162,12 +162,6 @@ def _work(connection: Connection, job: Job) -> None:
     from infini_ds.benchmarks.quality_run import run_job
 
     connection.send(run_job(job, connection.send))
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _name(job: Job) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infini_ds.model.generation import WINDOW_SEGMENTS
 from infini_ds.model.memory import Memory
-from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
+from infini_ds.model.transformer import InfiniTransformer
 
 _CALL_TOKENS = 16384
 

@@ -1,5 +1,10 @@
 """The attention layer: projections around Infini-attention."""
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,6 +21,28 @@ from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
 from infini_ds.model.short_conv import TAPS, ShortConv
 from infini_ds.model.write_gate import WriteGate, WriteStats, write_stats
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def _not_compiled(method: Method) -> Method:
+    """torch.compile leaves it as it is: the code that it makes of products of unknown sizes fails
+    (torch 2.13), and around it there is enough to compile."""
+
+    @functools.wraps(method)
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*args)  # its import takes a second
+        return method(*args)
+
+    return call  # type: ignore[return-value]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The memory is computed in fp32, whatever the projections are."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class InfiniAttention(nn.Module):
@@ -41,6 +68,7 @@ class InfiniAttention(nn.Module):
         self.write_gate = WriteGate(config) if config.memory.write_gate else None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
+    @_not_compiled
     def forward(
         self, hidden: Tensor, layout: Layout, memory: LayerMemory
     ) -> tuple[Tensor, LayerMemory, WriteStats | None]:
@@ -63,11 +91,13 @@ class InfiniAttention(nn.Module):
             valid = torch.arange(n, device=hidden.device) < layout.lengths[..., None]
             stats = write_stats(w, valid)
         cos, sin = self._rotary_table(hidden.device)
-        out, memory = infini_attention(
-            q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
-        )
+        with _without_autocast(hidden.device):
+            out, memory = infini_attention(
+                q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
+            )
         return self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)")), memory, stats
 
+    @_not_compiled
     def extend(
         self,
         hidden: Tensor,
@@ -93,7 +123,7 @@ class InfiniAttention(nn.Module):
         qkv = self._project(hidden)
         if self.short_conv is not None:
             qkv, tail = self.short_conv(qkv, tail)
-        q, k, v = self._split(qkv)
+        q, k, v = (x.to(keys.dtype) for x in self._split(qkv))
         stats = None
         if self.write_gate is not None:
             w = self.write_gate(hidden)
@@ -103,16 +133,17 @@ class InfiniAttention(nn.Module):
         keys, values = keys.scatter(1, index, k), values.scatter(1, index, v)
         cos, sin = self._rotary_table(hidden.device)
         causal = torch.arange(used, device=hidden.device) <= positions[..., None]  # [b, t, used]
-        a_dot = F.scaled_dot_product_attention(
-            rearrange(rotate(q, cos[positions], sin[positions]), "b t h d -> b h t d"),
-            rearrange(rotate(keys[:, :used], cos[:used], sin[:used]), "b n h d -> b h n d"),
-            rearrange(values[:, :used], "b n h d -> b h n d"),
-            attn_mask=causal[:, None],
-            enable_gqa=self.config.num_heads != self.config.kv_heads,
-        )
         states = LayerMemory(memory.kv[:, None], memory.norm[:, None])
-        a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
-        out = read_and_mix(a_dot, q[:, None], states, self.beta)
+        with _without_autocast(hidden.device):
+            a_dot = F.scaled_dot_product_attention(
+                rearrange(rotate(q, cos[positions], sin[positions]), "b t h d -> b h t d"),
+                rearrange(rotate(keys[:, :used], cos[:used], sin[:used]), "b n h d -> b h n d"),
+                rearrange(values[:, :used], "b n h d -> b h n d"),
+                attn_mask=causal[:, None],
+                enable_gqa=self.config.num_heads != self.config.kv_heads,
+            )
+            a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
+            out = read_and_mix(a_dot, q[:, None], states, self.beta)
         out = self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)"))
         return out, OpenSegment(keys, values, weights, tail), stats
 
@@ -125,7 +156,8 @@ class InfiniAttention(nn.Module):
             torch.zeros(batch, 1, dtype=torch.bool, device=keys.device),
             torch.full((batch, 1), n, dtype=torch.int32, device=keys.device),
         )
-        return memory_scan(keys, values, w, memory, layout, self.config.memory_rule)[1]
+        with _without_autocast(keys.device):
+            return memory_scan(keys, values, w, memory, layout, self.config.memory_rule)[1]
 
     def _project(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., heads + 2 kv_heads, d]."""

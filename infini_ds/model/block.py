@@ -1,6 +1,6 @@
 """One Transformer block: a pure function of hidden states, layout and memory."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +26,11 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, activation_checkpointing: Checkpointing = "none"):
         super().__init__()
+        if activation_checkpointing not in get_args(Checkpointing):
+            raise ValueError(
+                f"activation_checkpointing ({activation_checkpointing}) must be one of "
+                f"{', '.join(get_args(Checkpointing))}"
+            )
         self.activation_checkpointing = activation_checkpointing
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = InfiniAttention(config)

@@ -25,8 +25,10 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, length, hidden_size] to the same."""
         gate_up = self.gate_up_proj(hidden)
-        down = self.down_proj.weight, self.down_proj.bias
-        return _Down.apply(gate_up, *down, self.hidden_act)  # type: ignore[return-value]
+        weight, bias = self.down_proj.weight, self.down_proj.bias
+        weight = weight.to(gate_up.dtype)  # another one under autocast
+        bias = None if bias is None else bias.to(gate_up.dtype)
+        return _Down.apply(gate_up, weight, bias, self.hidden_act)  # type: ignore[return-value]
 
 
 class _Down(torch.autograd.Function):

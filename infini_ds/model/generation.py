@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ from infini_ds.model.memory import Memory
 
 if TYPE_CHECKING:
     from infini_ds.model.transformer import InfiniTransformer
+
+WINDOW_SEGMENTS = 16
+"""Whole segments that a call reads at once; longer texts are read window by window."""
 
 
 def generate(
@@ -65,11 +69,14 @@ def stream(
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Like `generate`, but gives each new column [batch] as it is written."""
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"temperature ({temperature}) must be at least 0, top_p ({top_p}) in (0, 1], top_k "
-            f"({top_k}) at least 0, max_new_tokens ({max_new_tokens}) at least 1"
-        )
+    for name, value, fits, right in (
+        ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("top_k", top_k, top_k >= 0, "at least 0"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} ({value}) must be {right}")
     training = model.training
     model.eval()
     try:
@@ -111,7 +118,7 @@ def _absorb_rows(
     if not tokens.shape[1]:
         raise ValueError("prompt must have at least one token")
     hidden = tokens.new_empty(0)
-    for piece in tokens.split(model.config.segment_length, dim=1):
+    for piece in tokens.split(WINDOW_SEGMENTS * model.config.segment_length, dim=1):
         hidden, memory = model.read(piece, memory)
     assert memory is not None
     return hidden[:, -1], memory
@@ -125,11 +132,15 @@ def sample(
     generator: torch.Generator | None,
 ) -> Tensor:
     """One token a row, [batch], from fp32 logits [batch, vocab_size]; see `generate`."""
-    if temperature == 0:
+    # So cold that the numbers end, it is greedy.
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
-    probabilities, tokens = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    scores = (logits - likeliest) / temperature
+    probabilities, tokens = scores.softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities
     unlikely = before >= top_p
+    unlikely[:, 0] = False
     if top_k:
         unlikely[:, top_k:] = True
     probabilities = probabilities.masked_fill(unlikely, 0)

@@ -32,7 +32,7 @@ class OpenSegment(NamedTuple):
     """[batch, TAPS or 0, heads + 2 kv_heads, d]"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Memory:
     """What a model keeps of the documents it has read so far, a fixed size whatever their length.
 
@@ -106,9 +106,15 @@ class Memory:
         """Cuts the gradient."""
         return self._map(Tensor.detach)
 
-    def to(self, device: torch.device | str) -> "Memory":
-        """Moves every tensor."""
-        return self._map(lambda tensor: tensor.to(device))
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Memory":
+        """Moves every tensor; `dtype` is of the open segment, the compressive memory stays fp32."""
+        tensors = {
+            name: getattr(self, name).to(device, dtype if name in _COMPUTED else torch.float32)
+            for name in _TENSORS
+        }
+        return replace(self, **tensors)
 
     @classmethod
     def concatenate(cls, memories: list["Memory"]) -> "Memory":
@@ -198,6 +204,13 @@ class Memory:
                     f"this model, whose memory.{option} is {getattr(config.memory, option)}: "
                     f"{shapes[name]}"
                 )
+
+    def __repr__(self) -> str:
+        layers, batch, kv_heads, d, _ = self.kv.shape
+        return (
+            f"Memory({layers} layers, {batch} documents, {kv_heads} key-value heads of {d}, open "
+            f"segments of {list(self.lengths)} tokens, {self.keys.dtype}, {self.kv.device})"
+        )
 
     def _map(self, function) -> "Memory":
         return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})

@@ -11,14 +11,11 @@ from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.decoding import extend
-from infini_ds.model.generation import generate
+from infini_ds.model.generation import WINDOW_SEGMENTS, generate
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import initialize, layer_list
 from infini_ds.model.memory import Memory
 from infini_ds.model.write_gate import WriteStats
-
-WINDOW_SEGMENTS = 16
-"""Whole segments that a call reads at once; longer inputs are read window by window."""
 
 
 class Output(NamedTuple):
@@ -137,7 +134,11 @@ class InfiniTransformer(nn.Module):
         return self.layers[-1].weight, self.layers[-1].bias  # type: ignore[return-value]
 
     def loss(
-        self, tokens: Tensor, labels: Tensor | None = None, chunk_tokens: int = 1024
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        chunk_tokens: int = 1024,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Mean next-token loss of whole documents, backpropagated through all of their memory.
 
@@ -148,14 +149,22 @@ class InfiniTransformer(nn.Module):
             labels: [batch, length - 1], what follows each token but the last; tokens[:, 1:] by
                 default. IGNORE_INDEX (-100) where no loss is wanted.
             chunk_tokens: tokens whose logits exist at one time.
+            memory: of documents that the tokens go on with.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
         """
-        labels = tokens[:, 1:] if labels is None else labels
-        hidden, _, mass = self._read(tokens[:, :-1], None)
+        labels = _labels(tokens, labels)
+        hidden, _, mass = self._read(tokens[:, :-1], memory)
         loss = self._loss_sum(hidden, labels, chunk_tokens) / (labels != IGNORE_INDEX).sum()
         return loss + self._penalty(mass, labels.numel())
 
     def backward(
-        self, tokens: Tensor, window_segments: int, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        window_segments: int,
+        labels: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Loss and accumulated gradients of documents of any length, in bounded memory.
 
@@ -165,15 +174,20 @@ class InfiniTransformer(nn.Module):
         Args:
             tokens: [batch, length].
             window_segments: how far gradients flow back through the memory.
-            labels: as in `loss`.
+            labels, memory: as in `loss`; the memory gets no gradient.
 
         Returns:
             The loss, as in `loss`, detached.
+
+        Raises:
+            ValueError: shapes that do not fit each other, or no window.
         """
-        labels = tokens[:, 1:] if labels is None else labels
+        if window_segments < 1:
+            raise ValueError(f"window_segments ({window_segments}) must be at least 1")
+        labels = _labels(tokens, labels)
+        memory = memory and memory.detach()
         count = (labels != IGNORE_INDEX).sum()
         total = torch.zeros((), device=tokens.device)
-        memory = None
         width = window_segments * self.config.segment_length
         for piece, targets in zip(
             tokens[:, :-1].split(width, 1), labels.split(width, 1), strict=True
@@ -199,11 +213,28 @@ class InfiniTransformer(nn.Module):
         return self.layers[1 + self.config.num_layers](hidden)
 
     def _memory(self, tokens: Tensor, memory: Memory | None) -> Memory:
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be [batch, length], have shape {tuple(tokens.shape)}")
+        weight = self.layers[0].weight
         if memory is None:
-            weight = self.layers[0].weight
             return Memory.empty(self.config, tokens.shape[0], weight.device, weight.dtype)  # type: ignore[arg-type]
         memory.check(self.config, tokens.shape[0])
-        return memory
+        return memory.to(dtype=weight.dtype)  # type: ignore[arg-type]
+
+
+def _labels(tokens: Tensor, labels: Tensor | None) -> Tensor:
+    """What follows each token but the last."""
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens must be [batch, length] of at least 2, have shape {tuple(tokens.shape)}"
+        )
+    wanted = tokens[:, 1:]
+    if labels is not None and labels.shape != wanted.shape:
+        raise ValueError(
+            f"labels must be [batch, length - 1] = {list(wanted.shape)}, what follows each token "
+            f"but the last, have shape {list(labels.shape)}"
+        )
+    return wanted if labels is None else labels
 
 
 def full_layout(batch: int, segments: int, n: int, device: torch.device) -> Layout:

@@ -85,6 +85,9 @@ def _save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any], direct
             client_state={**UNIVERSAL_INFO, "iteration": state["step"]},
             save_latest=False,
         )
+    if first:  # DeepSpeed's, which do not work for a pipeline's checkpoints
+        for name in ("zero_to_fp32.py", "zero_to_torch.py"):
+            (directory.parent / name).unlink(missing_ok=True)
     engine.on_progress("saving weights and optimizer states")
     _save_memories(engine, directory / "memory")
     engine.on_progress("saving memories")

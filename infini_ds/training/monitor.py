@@ -18,6 +18,21 @@ from torch.utils.tensorboard.writer import SummaryWriter
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+class _Shown(Console):
+    """A terminal, file or pipe whose end does not end the run: nothing more is shown then."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is left in the buffer would be written, and fail, at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Monitor:
     """Of one run, on rank 0 alone.
 
@@ -29,7 +44,7 @@ class Monitor:
     """
 
     def __init__(self, output_dir: Path, step: int, steps: int, config: str):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Shown(highlight=False, markup=False, soft_wrap=True)
         self._first_step, self._last_step, self._steps = step, step, steps
         self._began = time.monotonic()
         self._next_line = self._began

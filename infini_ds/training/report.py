@@ -49,7 +49,7 @@ def report(
     console.print(f"TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}")
     console.print(
         "go on        the same command resumes; to train longer add train.steps="
-        f"{2 * config.train.steps}"
+        f"{step + config.train.steps}"
     )
 
 

@@ -16,6 +16,7 @@ from infini_ds import config as configuration
 from infini_ds.allocator import keep_freed_memory
 from infini_ds.config import RunConfig
 from infini_ds.conversion.start import load_start, open_start
+from infini_ds.cores import cores_at_hand
 from infini_ds.data.curriculum import CurriculumLanes
 from infini_ds.data.lanes import Plan
 from infini_ds.data.opening import open_data, with_vocabulary
@@ -416,6 +417,14 @@ class Trainer:
             self._say(message)
         begin = f"starting from {config.init_from}" if config.init_from else "starting at step 0"
         self._say(f"resumed from {found} at step {self.step}" if found else begin)
+        steps, warmup = config.train.steps, config.optimizer.warmup_steps
+        if self.step >= steps:
+            self._say(f"nothing to train: train.steps is {steps}")
+        elif warmup >= steps:
+            self._say(
+                f"optimizer.warmup_steps ({warmup}) is not below train.steps ({steps}): the "
+                "learning rate will not get to its peak"
+            )
 
     def _say(self, message: str) -> None:
         if self.monitor:
@@ -424,5 +433,5 @@ class Trainer:
 
 def _set_threads(config: RunConfig) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    cores = min(psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity()))
+    cores = min(psutil.cpu_count(logical=False) or 1, cores_at_hand())
     torch.set_num_threads(config.train.threads or max(1, cores // local))

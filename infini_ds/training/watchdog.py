@@ -85,7 +85,7 @@ class Watchdog:
         """Puts what ended this rank on record; the error in one line, with the lost ranks."""
         self._ending.acquire()  # for good: from here on the thread must not end the process
         self._stopped.set()
-        faulthandler.dump_traceback_later(_END_SECONDS, exit=True)
+        _end_in(_END_SECONDS)
         where = self._place(traceback.walk_tb(error.__traceback__))
         if is_lost_contact(error):
             others = self._peers.explain()
@@ -113,7 +113,7 @@ class Watchdog:
             now = time.monotonic()
             if self._since is not None:
                 # Where this thread cannot run, as what hangs keeps Python's lock, that one can.
-                faulthandler.dump_traceback_later(2 * self._limit, exit=True)
+                _end_in(2 * self._limit)
                 if now - self._since > self._limit:
                     self._end(f"got nothing done for {self._limit_name} = {self._limit:g} s")
             if self._peers.alarm:
@@ -125,7 +125,7 @@ class Watchdog:
         if not self._ending.acquire(blocking=False):
             return
         # Should this thread hang as well, as on a file system that does not answer.
-        faulthandler.dump_traceback_later(_END_SECONDS, exit=True)
+        _end_in(_END_SECONDS)
         frames = sys._current_frames()
         where = self._place(reversed(list(traceback.walk_stack(frames[self._main]))))
         waiting = self.waiting_for()
@@ -161,6 +161,13 @@ class Watchdog:
         if not inner:
             return "in an unknown place"
         return f"in {inner[-1].name} ({Path(inner[-1].filename).name}:{inner[-1].lineno})"
+
+
+def _end_in(seconds: float) -> None:
+    """Ends the process after so long, unless it is asked again before."""
+    # It starts a thread each time. Where there cannot be one just now, the next time there may.
+    with contextlib.suppress(RuntimeError):
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_ds.model.generation import sample, stream
+from infini_ds.model.generation import WINDOW_SEGMENTS, sample, stream
 
 N = 8
 
@@ -50,9 +50,9 @@ def test_cache_never_holds_more_than_one_segment(make_model, make_tokens, monkey
         return hidden, memory
 
     monkeypatch.setattr(model, "read", spy)
-    model.generate(make_tokens(1, 5 * N + 3), 2 * N, temperature=0)
+    model.generate(make_tokens(1, 37 * N + 3), 2 * N, temperature=0)
     longest_piece, cache, open_tokens = (max(column) for column in zip(*seen, strict=True))
-    assert longest_piece == N
+    assert longest_piece == WINDOW_SEGMENTS * N
     assert cache == N
     assert open_tokens < N
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,3 +175,29 @@ def test_line_says_nothing_of_skipped_steps_when_there_are_none(tmp_path, capsys
 )
 def test_duration_is_written_as(seconds, text):
     assert _duration(seconds) == text
+
+
+SHOWING = """
+import sys
+from pathlib import Path
+from infini_ds.training.monitor import Monitor
+monitor = Monitor(Path(sys.argv[1]), 0, 10, "")
+monitor.say("the first line [red]")
+sys.stdin.read(1)
+for _ in range(3):
+    monitor.say("a line that nobody reads")
+monitor.close()
+"""
+
+
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_a_run_goes_on_where_nothing_can_be_shown(tmp_path, output):
+    shown = open("/dev/full", "w") if output == "full" else subprocess.PIPE  # noqa: SIM115
+    command = [sys.executable, "-c", SHOWING, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=shown, text=True)
+    if process.stdout:
+        assert process.stdout.readline() == "the first line [red]\n"
+        process.stdout.close()
+    process.communicate("x", timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "metrics.jsonl").exists()

@@ -20,6 +20,8 @@ def infini_attention(
     rotary: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, LayerMemory]:
     """See `infini_attention_reference`: same arguments, same results."""
+    if rule not in ("linear", "delta"):
+        raise ValueError(f"rule ({rule}) must be linear or delta")
     compute = infini_attention_parallel
     if uses_triton(q):
         # Triton cannot be imported everywhere.
