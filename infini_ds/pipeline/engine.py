@@ -237,6 +237,8 @@ class InfiniEngine(PipelineEngine):
         for unit in schedule:
             if isinstance(unit, Forward):
                 self._forward(unit, read, memories, scale is not None)
+                if scale is None and unit.chunk == self._train.chunks - 1:
+                    self._flush()  # no gradient keeps this stage from running far ahead
             else:
                 assert scale is not None
                 if unit.chunk == self._train.chunks - 1:
@@ -248,6 +250,10 @@ class InfiniEngine(PipelineEngine):
             for micro_batch in range(self.micro_batches):
                 self._hand_back(micro_batch)
                 self._take_back(micro_batch, memories)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Waits until everything that was sent has left."""
         for channel in self._channels:
             channel.flush()
 
