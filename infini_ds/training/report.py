@@ -55,16 +55,17 @@ def report(
 
 def _add_corpus(table: Table, quality: dict[str, float], corpus: str) -> None:
     """Rows of one corpus of a mixture, or of everything that is held out."""
-    of = f" ({corpus})" if corpus else ""
-    baseline = quality[figure_name("held_out_unigram", corpus, "bits_per_byte")]
+    titles = ("tokenizer unigram baseline", "model, memory ablated", "model, with memory")
     if corpus:
         table.add_section()
-    table.add_row(f"tokenizer unigram baseline{of}", f"{baseline:.4f}", "", "")
-    for title, name in (
-        ("model, memory ablated", "held_out_without_memory"),
-        ("model, with memory", "held_out"),
-    ):
+        titles = (
+            f"{corpus}: unigram baseline",
+            f"{corpus}: memory ablated",
+            f"{corpus}: with memory",
+        )
+    baseline = quality[figure_name("held_out_unigram", corpus, "bits_per_byte")]
+    table.add_row(titles[0], f"{baseline:.4f}", "", "")
+    for title, name in zip(titles[1:], ("held_out_without_memory", "held_out"), strict=True):
         bits = quality[figure_name(name, corpus, "bits_per_byte")]
         perplexity = quality[figure_name(name, corpus, "perplexity")]
-        below = f"{1 - bits / baseline:.1%}"
-        table.add_row(title + of, f"{bits:.4f}", below, f"{perplexity:.2f}")
+        table.add_row(title, f"{bits:.4f}", f"{1 - bits / baseline:.1%}", f"{perplexity:.2f}")

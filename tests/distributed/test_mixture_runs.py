@@ -67,7 +67,7 @@ def test_each_corpus_is_evaluated(alone, tmp_path):
         assert min(parts) < figures[f"{title}/bits_per_byte"] < max(parts)
     for name in ("numbers", "words"):
         told = figures[f"held_out/{name}/bits_per_byte"]
-        assert f"model, with memory ({name})" in alone.shown
+        assert f"{name}: with memory" in alone.shown
         assert f"{told:.4f}" in alone.shown
         command = ["evaluate", str(alone.output), "--corpus", name]
         assert cli.main([*command, "--json", str(tmp_path / "figures.json")]) == 0
