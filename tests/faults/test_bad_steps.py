@@ -29,7 +29,8 @@ def corrupt(tmp_path_factory, data):
     config = data.model_copy(update={"store": str(folder / "store")})
     shutil.copytree(data.store, config.store)
     run = FaultyRun(folder, config, **SETTINGS)
-    store, lanes = open_data(configuration.load(run.config))
+    mixture, lanes = open_data(configuration.load(run.config))
+    store = mixture.stores[""]
     for _ in range(BAD + 1):
         plan = lanes.next_plan()
     document, offset = plan.documents[LANE, -1], plan.offsets[LANE, -1]
