@@ -1,0 +1,55 @@
+"""What commands print on."""
+
+import os
+import sys
+from typing import Any
+
+import rich.console
+from rich.measure import Measurement
+from rich.table import Table
+
+from infini_ds.errors import RunError
+
+_WIDEST = 10_000
+
+
+class Console(rich.console.Console):
+    """Prints text as it is: what a path or a field looks like means nothing.
+
+    Results may have cost hours. Where nobody reads them any more (`| head`), the rest is printed
+    nowhere and the work goes on.
+    """
+
+    def __init__(self, stderr: bool = False):
+        super().__init__(
+            stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )  # fmt: skip
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints as rich does, tables at least as wide as their figures.
+
+        Raises:
+            RunError: it cannot be printed.
+        """
+        for table in objects:
+            if isinstance(table, Table) and not any(c.overflow == "fold" for c in table.columns):
+                _widen(table, self)
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            raise RunError(f"standard output: cannot be written ({error.strerror})") from None
+
+    def on_broken_pipe(self) -> None:
+        """See the class; rich's own ends the process."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if self.stderr else sys.stdout).fileno())
+        os.close(nowhere)
+
+
+def _widen(table: Table, console: Console) -> None:
+    """Lets a table overflow a terminal that would show dots in place of its figures."""
+    options = console.options.update(max_width=_WIDEST)
+    needed = Measurement.get(console, options, table).maximum
+    if needed > console.width:
+        table.width = needed
