@@ -21,6 +21,8 @@ from infini_ds.errors import UserError
 _NAMES_KEPT = 3
 _PARQUET_ROWS = 64
 _READ_BYTES = 1 << 20
+# Of larger files only the beginning and the end tell whether they have changed.
+_HASHED_WHOLE = 64 << 20
 _LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -88,11 +90,22 @@ class Corpus:
 
     @property
     def snapshot(self) -> str:
-        """Changes when the files do (in name or size); empty where nothing is known of that."""
+        """Changes when the files do, wherever they are; empty where nothing is known of that.
+
+        Of a file of more than 64 MiB a change inside that keeps its size is not noticed.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
         if self._config.source != "files":
             return ""
-        listing = [(str(path), path.stat().st_size) for path in self._files]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for path in self._files:
+            try:
+                digest.update(_digest(path))
+            except OSError as error:
+                raise _unreadable(path, error) from None
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = Skipped()
@@ -129,7 +142,9 @@ class Corpus:
         if not all(_is_weight(weight) for weight in weights):
             self.skipped.add("weight is not a number of at least 0", name)
             return None
-        if not any(weights):
+        stored = np.array(weights, dtype=np.float32)
+        counts = [*map(bool, texts[:-1]), True]  # the last one's is the end of text's too
+        if not stored[counts].any():
             self.skipped.add("all weights are 0", name)
             return None
         return Document(name, text, tuple(map(Span, map(len, texts), weights)))
@@ -168,7 +183,7 @@ class Corpus:
                                 self.done_bytes = before + raw.tell()
                                 yield record
             except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-                raise UserError(f"data.files {path}: cannot be read ({_one_line(error)})") from None
+                raise _unreadable(path, error) from None
             self.done_bytes = before + path.stat().st_size
 
     def _text_records(self, path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
@@ -309,8 +324,8 @@ def _library_sources() -> list[Path]:
 
 
 def _matching(patterns: list[str]) -> list[Path]:
-    """Files in the order of the patterns, sorted within each, none twice."""
-    found: dict[str, None] = {}
+    """Files in the order of the patterns, sorted within each, none twice by any name."""
+    found: dict[str, str] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
         if os.path.isdir(expanded):
@@ -320,8 +335,22 @@ def _matching(patterns: list[str]) -> list[Path]:
         files = sorted(path for path in paths if os.path.isfile(path))
         if not files:
             raise UserError(f"data.files {pattern}: no such file")
-        found.update(dict.fromkeys(files))
-    return [Path(path) for path in found]
+        for path in files:
+            found.setdefault(os.path.realpath(path), path)
+    return [Path(path) for path in found.values()]
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        size = os.fstat(content.fileno()).st_size
+        digest.update(size.to_bytes(8, "big"))
+        if size > _HASHED_WHOLE:
+            digest.update(content.read(_READ_BYTES))
+            content.seek(-_READ_BYTES, os.SEEK_END)
+        while block := content.read(_READ_BYTES):
+            digest.update(block)
+    return digest.digest()
 
 
 def _kind_of(path: Path) -> str:
@@ -389,10 +418,14 @@ def _field_of(config: DataConfig) -> tuple[str, str]:
 
 def _missing_field(where: str, config: DataConfig, record: Any) -> UserError:
     setting, field = _field_of(config)
-    has = (
-        f"its fields are {', '.join(map(str, record))}" if isinstance(record, dict) else "no fields"
-    )
+    has = "no fields"
+    if isinstance(record, dict):
+        has = f"its fields are {' '.join(', '.join(map(str, record)).split())}"
     return UserError(f"{where}: has no {setting} {field!r} ({has})")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"data.files {path}: cannot be read ({_one_line(error)})")
 
 
 def _one_line(error: Exception) -> str:

@@ -142,7 +142,7 @@ def weighted(corpus):
 def test_corpus_jsonl_has_weighted_pieces(tmp_path):
     path = tmp_path / "a.jsonl"
     named = [{"text": text, "weight": weight} for text, weight in PIECES]
-    records = [PIECES, named, "plain", [["", 1], ["x", 2], ["", 0]]]
+    records = [PIECES, named, "plain", [["", 1], ["x", 2], ["", 0]], [["x", 0], ["", 10**38]]]
     path.write_text("".join(json.dumps({"turns": record}) + "\n" for record in records))
     (tmp_path / "b.txt").write_text("file")
     corpus = corpus_of(path, tmp_path / "b.txt", weighted_field="turns")
@@ -151,6 +151,7 @@ def test_corpus_jsonl_has_weighted_pieces(tmp_path):
         WEIGHTED,
         ("plain", ((5, 1),)),
         ("x", ((0, 1), (1, 2), (0, 0))),
+        ("x", ((1, 0), (0, 10**38))),  # of the end of text
         ("file", ((4, 1),)),
     ]
 
@@ -190,6 +191,8 @@ def test_corpus_dataset_has_weighted_pieces(tmp_path):
         pytest.param([["x", 1e39]], "weight is not a number of at least 0", id="beyond fp32"),
         ([{"text": "x"}], "weight is not a number of at least 0"),
         ([["x", 0], ["y", 0.0]], "all weights are 0"),
+        ([["x", 1e-46]], "all weights are 0"),
+        ([["", 1], ["x", 0]], "all weights are 0"),
         ([], "empty"),
         ([["", 1]], "empty"),
     ],
@@ -215,6 +218,30 @@ def test_corpus_refuses_parquet_without_a_text_column(tmp_path, column):
     pyarrow.parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: .*data\.text_field 'text'"):
         texts(corpus_of(tmp_path / "a.parquet"))
+
+
+def test_corpus_names_the_fields_there_are_in_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"bo\ndy": "x", "id": 1}) + "\n")
+    with pytest.raises(
+        UserError, match=r"has no data\.text_field 'text' \(its fields are bo dy, id"
+    ):
+        texts(corpus_of(tmp_path / "a.jsonl"))
+
+
+def test_corpus_reads_a_file_of_several_names_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a" / "1.txt")
+    names = ("a/1.txt", "a/../a/1.txt", "a//1.txt", "b.txt")
+    assert texts(corpus_of(*(f"{tmp_path}/{name}" for name in names))) == ["text"]
+
+
+def test_corpus_that_cannot_be_read_has_no_snapshot(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    corpus = corpus_of(tmp_path / "a.txt")
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"^data\.files .*a\.txt: cannot be read"):
+        _ = corpus.snapshot
 
 
 @pytest.mark.parametrize("pattern", ["none.txt", "*.jsonl", "."], ids=["file", "glob", "directory"])
