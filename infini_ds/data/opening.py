@@ -12,15 +12,9 @@ def open_data(config: RunConfig) -> tuple[Mixture, Lanes | CurriculumLanes]:
 
     Raises:
         UserError: a store is missing, damaged, of other settings, or too small for a step or
-            for the curriculum, or has no answers for it, or one of a mixture is empty.
+            for the curriculum, or has no answers for it.
     """
     data = Mixture.open(config.data)
-    for name, store in data.stores.items():
-        if name and not len(store.split("train").lengths):
-            raise UserError(
-                f"data.mixture.{name}: data.store {store.path} has no document to train on; leave "
-                f"{name} out, or lower its held_out_fraction"
-            )
     settings = (
         data.split("train").lengths,
         config.model.segment_length,

@@ -15,6 +15,7 @@ The splits are `train` and `held_out`. A store without a valid manifest does not
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 COUNTS = "train.counts.npy"
 SPLITS = ("train", "held_out")
+_SIZES = ("documents", "tokens", "bytes")
 WEIGHT_DTYPE = np.dtype("<f4")
 # Larger files are not read whole at every start; `verify` does it.
 _CHECKED_ON_OPEN = 256 << 20
@@ -137,7 +139,7 @@ class Store:
             UserError: it is missing, unfinished, damaged, or was made with other settings.
         """
         path = Path(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"data.store {path}: not found; run `infini-ds prepare CONFIG`")
         manifest = _read_manifest(path)
         _check_files(path, manifest, _CHECKED_ON_OPEN)
@@ -150,7 +152,10 @@ class Store:
                         f"{name} is {want!r}, but data.store {path} was made with {had!r}; name "
                         "another data.store, or run `infini-ds prepare CONFIG --force`"
                     )
-        return cls(path, manifest)
+        try:
+            return cls(path, manifest)
+        except OSError as error:
+            raise UserError(f"data.store {path}: cannot be read ({error})") from None
 
     def verify(self) -> None:
         """Reads every file whole and compares its checksum.
@@ -231,7 +236,9 @@ def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            _check_entries(manifest)
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"data.store {path}: has no valid {MANIFEST}, so it is not a finished store; run "
             "`infini-ds prepare CONFIG --force`"
@@ -244,6 +251,35 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _check_entries(manifest: dict[str, Any]) -> None:
+    """Raises ValueError where an entry is not as `prepare` writes it."""
+    _dict(manifest.get("settings"))
+    tokenizer, source, splits, files = (
+        _dict(manifest.get(name)) for name in ("tokenizer", "source", "splits", "files")
+    )
+    kind = str(tokenizer.get("kind"))
+    needed = {COUNTS, *(f"{name}{end}" for name in SPLITS for end in (".tokens", ".offsets.npy"))}
+    if TOKENIZER_FILES.get(kind):
+        needed.add(TOKENIZER_FILES[kind])
+    sizes = [_dict(splits.get(name)).get(key) for name in SPLITS for key in _SIZES]
+    sizes += [_dict(file).get("size") for file in files.values()]
+    texts = [source.get("snapshot"), *(file.get("sha256") for file in files.values())]
+    if not (
+        kind in TOKENIZER_FILES
+        and needed <= files.keys()
+        and all(type(size) is int for size in sizes)
+        and all(isinstance(text, str) for text in texts)
+        and splits["train"]["documents"] > 0
+    ):
+        raise ValueError
+
+
+def _dict(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise ValueError
+    return entry
+
+
 def _check_files(path: Path, manifest: dict[str, Any], up_to: int | None) -> None:
     """Checks the sizes of all files, and the checksums of those below `up_to` bytes."""
     for name, expected in manifest["files"].items():
@@ -253,7 +289,11 @@ def _check_files(path: Path, manifest: dict[str, Any], up_to: int | None) -> Non
         size = file.stat().st_size
         if size != expected["size"]:
             raise _damaged(file, f"has {size} bytes, should have {expected['size']}")
-        if (up_to is None or size < up_to) and sha256_of(file) != expected["sha256"]:
+        try:
+            whole = (up_to is not None and size >= up_to) or sha256_of(file) == expected["sha256"]
+        except OSError as error:
+            raise UserError(f"data.store {file}: cannot be read ({error.strerror})") from None
+        if not whole:
             raise _damaged(file, "is damaged (wrong checksum)")
 
 

@@ -146,14 +146,3 @@ def test_a_store_of_other_settings_is_refused(folder):
     with pytest.raises(UserError, match=r"data\.held_out_fraction is 0\.1, but data\.store .*text"):
         open_data(config)
     assert Mixture.open(config.data, settings=False).split("train")
-
-
-def test_a_corpus_without_documents_to_train_on_is_refused(folder, tmp_path):
-    (tmp_path / "one.txt").write_text("held out")
-    settings = {
-        "files": [f"{tmp_path}/one.txt"], "store": f"{tmp_path}/store", "held_out_fraction": 0.999,
-    }  # fmt: skip
-    config = config_of(folder, text=settings)
-    prepare(config.data.corpora["text"], workers=1)
-    with pytest.raises(UserError, match=r"^data\.mixture\.text: data\.store .* has no document"):
-        open_data(config)

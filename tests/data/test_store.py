@@ -115,6 +115,23 @@ DAMAGE = {
         "not a finished store",
     ),
     "other_format": (lambda path: break_manifest(path, format=99), "not of format 1"),
+    **{
+        f"entry_{name}": (
+            lambda path, change=change: break_manifest(path, **change),
+            "not a finished",
+        )
+        for name, change in {
+            "no_files": {"files": {}},
+            "file_of_no_size": {"files": {"train.tokens": {}}},
+            "files": {"files": None},
+            "settings": {"settings": []},
+            "tokenizer": {"tokenizer": {}},
+            "kind": {"tokenizer": {"kind": "words"}},
+            "kind_of_a_list": {"tokenizer": {"kind": []}},
+            "source": {"source": None},
+            "splits": {"splits": {"train": {}}},
+        }.items()
+    },
     "byte_in_tokens": (lambda path: flip(path / "train.tokens"), r"train\.tokens: is damaged"),
     "byte_in_offsets": (
         lambda path: flip(path / "held_out.offsets.npy"),
@@ -137,6 +154,15 @@ def test_store_open_refuses_a_damaged_store(path, damage, says):
     with pytest.raises(UserError, match=rf"^data\.store .*{says}") as caught:
         Store.open(path)
     assert "\n" not in str(caught.value)
+
+
+def test_store_open_names_a_file_that_cannot_be_read(path, monkeypatch):
+    def denied(file):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store_module, "sha256_of", denied)
+    with pytest.raises(UserError, match=r"^data\.store .*store/\S+: cannot be read \(Permission"):
+        Store.open(path)
 
 
 def test_verify_finds_damage_that_open_does_not_look_for(path, monkeypatch):
