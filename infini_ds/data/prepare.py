@@ -7,6 +7,7 @@ all: it is written to a directory beside its place and renamed when its manifest
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -16,10 +17,9 @@ import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
@@ -43,6 +43,8 @@ from infini_ds.data.store import (
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
+from infini_ds.printing import Console
+from infini_ds.whole_file import umask
 
 
 def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
@@ -53,44 +55,55 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
         workers: tokenising processes; 0 is one for each core.
 
     Raises:
-        UserError: a source, the tokenizer or the store's place is unusable, or another store is
-            there and `force` is not given.
+        UserError: a source, the tokenizer or the store's place is unusable, there is nothing to
+            train on, or another store is there and `force` is not given.
+        RunError: the store is made, but that cannot be printed.
     """
     path = Path(config.store)
     if path.is_symlink():  # a directory cannot be renamed over a link
         path = Path(os.path.realpath(path))
     console = Console()
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty and not force:
+    empty = _is_empty(path)
+    if os.path.exists(path) and not empty and not force:
         store = Store.open(path, config)
         _check_unchanged(store, config)
-        console.print(f"data.store {path}: already prepared", highlight=False, soft_wrap=True)
+        console.print(f"data.store {path}: already prepared")
         return store
-    _check_replaceable(path)
+    began = time.monotonic()
     try:
+        _check_replaceable(path)
         if empty:
             path.rmdir()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_beside(path) as unfinished:
-            _write_store(config, unfinished, workers or _cores(), console)
-            _publish(unfinished, path)
+            written = _write_store(config, unfinished, workers or _cores(), console)
+            with _only_one_in(path.parent):
+                _publish(unfinished, path)
+                store = Store.open(path, config)
     except OSError as error:
         raise UserError(f"data.store {path}: cannot be written ({error})") from None
-    return Store.open(path, config)
+    _report(config, written, time.monotonic() - began, console)
+    return store
 
 
-def _write_store(config: DataConfig, path: Path, workers: int, console: Console) -> None:
-    began = time.monotonic()
+class _Written(NamedTuple):
+    """What there is to say of a new store."""
+
+    splits: dict[str, dict[str, int]]
+    skipped: list[str]
+    """Lines, see `Skipped.lines`."""
+
+
+def _write_store(config: DataConfig, path: Path, workers: int, console: Console) -> _Written:
     settings = content_settings(config)
     corpus = _corpus_of(config)
+    snapshot = corpus.snapshot  # what changes from here on is noticed the next time
     kind = config.tokenizer.kind
     model = path / TOKENIZER_FILES[kind]
     if config.tokenizer.model:
         load_tokenizer(kind, config.tokenizer.model).save(path)
     elif kind == "sentencepiece":
-        console.print(
-            f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces", highlight=False
-        )
+        console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces")
         train_tokenizer(corpus, config, model)
     tokenizer = load_tokenizer(kind, model)
 
@@ -113,6 +126,11 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
             )
     if not train.documents + held_out.documents:
         raise UserError(no_documents(corpus, config))
+    if not train.documents:
+        raise UserError(
+            f"data.held_out_fraction ({config.held_out_fraction}): holds out every document; "
+            "lower it, or add documents"
+        )
     counts = count_tokens(mapped(path / "train.tokens", dtype), tokenizer)
     np.save(path / COUNTS, counts)
 
@@ -126,7 +144,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
             "vocab_size": tokenizer.vocab_size,
         },
         "settings": settings,
-        "source": {"description": _describe(config), "snapshot": corpus.snapshot},
+        "source": {"description": _describe(config), "snapshot": snapshot},
         "splits": splits,
         "skipped": corpus.skipped.counts,
         "files": {
@@ -134,7 +152,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
         },
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _report(config, corpus, splits, time.monotonic() - began, console)
+    return _Written(splits, corpus.skipped.lines())
 
 
 class _SplitWriter:
@@ -181,6 +199,14 @@ def _corpus_of(config: DataConfig) -> Corpus:
     return PasskeyCorpus(config) if config.source == "passkey" else Corpus(config)
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether it is a directory of nothing."""
+    try:
+        return not any(path.iterdir())
+    except OSError:
+        return False
+
+
 def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
@@ -221,46 +247,54 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
     A living process holds a lock on its own.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        with contextlib.suppress(OSError), _locked(leftover):
-            shutil.rmtree(leftover)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        with _only_one_in(path.parent):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                with contextlib.suppress(OSError), _locked(leftover):
+                    shutil.rmtree(leftover)
+            unfinished = Path(
+                tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            )
+            stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
             # Some cluster file systems have no locks; then leftovers stay, and that is all.
             with contextlib.suppress(OSError):
                 stack.enter_context(_locked(unfinished))
-            yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.chmod(0o777 & ~umask())  # mkdtemp's is for its owner only
+        yield unfinished
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _only_one_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is here, where the file system has locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(folder, wait=True))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _publish(unfinished: Path, path: Path) -> None:
-    if path.exists():
-        # A directory cannot be renamed over a full one. The old one goes away with its new name.
-        old = unfinished.with_suffix(".old.partial")
+    """Gives a whole store its name. A directory cannot be renamed over a full one."""
+    old = unfinished.with_suffix(".old.partial")
+    there = path.exists()
+    if there:
         path.rename(old)
+    try:
         unfinished.rename(path)
-        shutil.rmtree(old)
-    else:
-        unfinished.rename(path)
+    except OSError:
+        if there:
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _describe(config: DataConfig) -> str:
@@ -273,18 +307,12 @@ def _describe(config: DataConfig) -> str:
     return ", ".join(config.files)
 
 
-def _report(
-    config: DataConfig,
-    corpus: Corpus,
-    splits: dict[str, Any],
-    seconds: float,
-    console: Console,
-) -> None:
+def _report(config: DataConfig, written: _Written, seconds: float, console: Console) -> None:
     table = Table(title=f"data.store {config.store} ({seconds:.1f} s)")
     table.add_column("split")
     for heading in ("documents", "tokens", "bytes", "bytes per token"):
         table.add_column(heading, justify="right")
-    for name, split in splits.items():
+    for name, split in written.splits.items():
         ratio = split["bytes"] / split["tokens"] if split["tokens"] else 0.0
         table.add_row(
             name,
@@ -292,12 +320,9 @@ def _report(
             f"{ratio:.3f}",
         )
     console.print(table)
-    for line in corpus.skipped.lines():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if not splits["train"]["documents"]:
-        console.print("warning: no document to train on; lower data.held_out_fraction")
-    if config.held_out_fraction and not splits["held_out"]["documents"]:
+    for line in written.skipped:
+        console.print(line)
+    if config.held_out_fraction and not written.splits["held_out"]["documents"]:
         console.print(
-            "warning: no document was held out; raise data.held_out_fraction or add documents",
-            soft_wrap=True,
+            "warning: no document was held out; raise data.held_out_fraction or add documents"
         )

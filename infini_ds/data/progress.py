@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import time
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from infini_ds.errors import RunError
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -36,7 +39,7 @@ class ProgressLine:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), *columns,
+                TextColumn("{task.description}", markup=False), BarColumn(), *columns,
                 console=console, transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=total or None)
@@ -64,7 +67,8 @@ class ProgressLine:
         elif now >= self._next_line:
             if left is not None:
                 line += f", {left:,.0f} s left"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            with contextlib.suppress(RunError):  # no work ends because it cannot tell of itself
+                self._console.print(line, highlight=False, soft_wrap=True)
             self._next_line = now + _SECONDS_BETWEEN_LINES
 
 

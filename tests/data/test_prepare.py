@@ -3,22 +3,25 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from infini_ds.config import DataConfig, TokenizerConfig
-from infini_ds.data import encoding
+from infini_ds.data import documents, encoding
 from infini_ds.data import prepare as prepare_module
 from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import train_sentencepiece
-from infini_ds.errors import UserError
+from infini_ds.errors import RunError, UserError
 
 BYTES = TokenizerConfig(kind="bytes")
 SMALL = TokenizerConfig(vocab_size=400)
@@ -215,14 +218,97 @@ def test_prepare_replaces_another_store_only_with_force(tmp_path, corpus):
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "store"}
 
 
-def test_prepare_refuses_files_that_changed_since(tmp_path, corpus):
+@pytest.mark.parametrize("hashed", [64 << 20, 4096], ids=["small", "large"])
+@pytest.mark.parametrize("old", ["alpha", "", "omega"], ids=["begin", "added", "end"])
+def test_prepare_refuses_files_that_changed_since(tmp_path, corpus, monkeypatch, hashed, old):
+    monkeypatch.setattr(documents, "_HASHED_WHOLE", hashed)
+    monkeypatch.setattr(documents, "_READ_BYTES", 1024)
+    line = json.dumps({"text": "alpha"}) + "\n"
+    corpus.write_text(line + corpus.read_text() + line.replace("alpha", "omega"))
     config = config_of(corpus, tmp_path / "store", BYTES)
     prepare(config, workers=1)
-    write_corpus(corpus, 301)
+    changed = corpus.read_text().replace(f'{{"text": "{old}"}}', '{"text": "other"}')
+    corpus.write_text(changed if old else changed + line)
     with pytest.raises(UserError, match=r"^data\.files: files have changed.*--force"):
         prepare(config, workers=1)
     corpus.unlink()
     prepare(config, workers=1)  # a store can be used without its sources
+
+
+def test_prepare_takes_a_corpus_that_was_copied_for_the_same(tmp_path, corpus, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    corpus.rename(tmp_path / "here" / "a.jsonl")
+    monkeypatch.chdir(tmp_path / "here")
+    config = config_of("a.jsonl", tmp_path / "store", BYTES)
+    prepare(config, workers=1)
+    shutil.copyfile("a.jsonl", tmp_path / "there" / "a.jsonl")
+    monkeypatch.chdir(tmp_path / "there")
+    prepare(config, workers=1)
+
+
+def test_prepare_keeps_a_store_that_it_cannot_report(tmp_path, corpus, monkeypatch):
+    def full(*_):
+        raise RunError("standard output: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(prepare_module.Console, "print", full)
+    config = config_of(corpus, tmp_path / "store[/x]", BYTES)
+    with pytest.raises(RunError, match="standard output"):
+        prepare(config, workers=1)
+    Store.open(tmp_path / "store[/x]", config)
+
+
+def test_prepare_refuses_to_hold_everything_out(tmp_path, corpus):
+    config = config_of(corpus, tmp_path / "store", BYTES, held_out_fraction=1 - 1e-12)
+    with pytest.raises(UserError, match=r"^data\.held_out_fraction \(.*holds out every document"):
+        prepare(config, workers=1)
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_prepare_removes_leftovers_of_a_store_named_like_a_pattern(tmp_path, corpus):
+    leftover = tmp_path / ".s[1].dead.partial"
+    leftover.mkdir()
+    prepare(config_of(corpus, tmp_path / "s[1]", BYTES), workers=1)
+    assert not leftover.exists()
+
+
+def test_prepare_puts_the_old_store_back_when_the_new_one_cannot_take_its_place(
+    tmp_path, corpus, monkeypatch
+):
+    config = config_of(corpus, tmp_path / "store", BYTES)
+    prepare(config, workers=1)
+    rename = Path.rename
+
+    def broken(path, target):
+        if target == tmp_path / "store" and not path.name.endswith(".old.partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(UserError, match=r"cannot be written \(.*Input/output error"):
+        prepare(config, force=True, workers=1)
+    Store.open(tmp_path / "store", config)
+
+
+def test_prepare_several_times_at_once(tmp_path, corpus):
+    config = config_of(corpus, tmp_path / "store", BYTES)
+    prepare(config, workers=1)
+    failed = []
+
+    def again():
+        try:
+            for _ in range(5):
+                prepare(config, force=True, workers=1)
+        except UserError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=again) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "store"}
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["plain", "force"])

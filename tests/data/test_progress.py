@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from infini_ds.data import progress
+from infini_ds.errors import RunError
 
 
 @pytest.fixture
@@ -26,6 +27,16 @@ def test_corpus_progress_prints_a_line_now_and_then_without_a_terminal(clock, to
     assert len(lines) == 3  # at 12, 24 and 36 s of 40 s
     assert lines[0].startswith("tokenising: 3 documents, 3.0 MB, 0.2 MB/s")
     assert lines[0].endswith("28 s left") == left
+
+
+def test_work_goes_on_when_its_progress_cannot_be_printed(clock, monkeypatch):
+    def full(*_, **__):
+        raise RunError("standard output: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(Console, "print", full)
+    with progress.CorpusProgress(Console(), "tokenising", 1000) as shown:
+        clock.now += 12
+        shown.update(100, 1, 1_000_000)
 
 
 def test_corpus_progress_shows_a_bar_on_a_terminal():
