@@ -173,7 +173,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, destination: str 
             num_threads=4,
             minloglevel=3,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of a number beyond 32 bits
         raise UserError(_explain(str(error), vocab_size)) from None
     Path(destination).write_bytes(model.getvalue())
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.documents import Corpus, Document
 from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -86,7 +88,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        # Raises pydantic's error, a ValueError too, for a number out of range.
         tokenizer = TokenizerConfig(
             vocab_size=options.vocab_size, training_bytes=options.training_bytes
         )
@@ -102,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         train_tokenizer(corpus, config, Path(options.model))
         trained = load_tokenizer("sentencepiece", options.model)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     for line in corpus.skipped.lines():
         print(line)

@@ -105,8 +105,9 @@ def test_train_sentencepiece_prints_nothing(tmp_path, capfd):
         (["abc abc"], 4096, "at most"),
         (["".join(map(chr, range(32, 2000))) * 20], 400, "too small"),
         ([""], 400, "no tokenizer can be trained"),
+        (["abc"], 4_000_000_000, "no tokenizer can be trained"),
     ],
-    ids=["corpus_too_small", "vocabulary_too_small", "no_text"],
+    ids=["corpus_too_small", "vocabulary_too_small", "no_text", "no_number_of_32_bits"],
 )
 def test_train_sentencepiece_refuses(tmp_path, texts, vocab_size, says):
     with pytest.raises(UserError, match=rf"^data\.tokenizer\.vocab_size \({vocab_size}\).*{says}"):

@@ -74,3 +74,4 @@ def test_main_reports_a_mistake_in_one_line(tmp_path, capsys, vocab_size, file, 
     message = capsys.readouterr().err
     assert says in message
     assert message.count("\n") == 1
+    assert "pydantic" not in message
