@@ -61,6 +61,10 @@ def passkey_random(*key: int) -> np.random.Philox:
     return np.random.Philox(np.random.SeedSequence(key))
 
 
+class TooShort(UserError):
+    """The segments have no room for the keys or the question."""
+
+
 class Passkeys:
     """Makes documents.
 
@@ -94,7 +98,7 @@ class Passkeys:
                 uniform place by default.
 
         Raises:
-            UserError: the segments are too short for the keys or the question.
+            TooShort: see there.
         """
         keys, length = self._config.keys, self._config.segment_length
         numbers = [_digits(random, self._config.digits) for _ in range(keys)]
@@ -111,7 +115,7 @@ class Passkeys:
 
         needed = max(len(question + answer), -(-(keys * len(statements[0]) + 1) // (segments - 1)))
         if length < needed:
-            raise UserError(
+            raise TooShort(
                 f"data.passkey.segment_length ({length}) must be at least {needed} for "
                 f"{keys} keys of {len(answer)} digits in {segments} segments"
             )

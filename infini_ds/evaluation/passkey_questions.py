@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from infini_ds.config import PasskeyConfig
-from infini_ds.data.passkey import PasskeyDocument, Passkeys, passkey_random
+from infini_ds.data.passkey import PasskeyDocument, Passkeys, TooShort, passkey_random
 from infini_ds.data.store import token_dtype
 from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from infini_ds.errors import UserError
@@ -73,6 +73,15 @@ class Questions:
         Raises:
             UserError: the segments are too short for the keys or the question.
         """
+        try:
+            return self._make(segments, number, samples)
+        except TooShort:  # which may name a setting of training documents
+            raise UserError(
+                f"model.segment_length ({self._config.segment_length}): too short for the "
+                "statements and the question; ask with fewer --keys"
+            ) from None
+
+    def _make(self, segments: int, number: int, samples: int) -> Question:
         depth = (2 * number + 1) * self._depths // (2 * samples)
         key = (self._seed, segments, number)
         within = int(passkey_random(_DEPTH, *key).random_raw()) / 2**64
@@ -140,15 +149,12 @@ def _fitted(pieces: list[np.ndarray], length: int) -> list[np.ndarray] | None:
     None if they have fewer.
 
     Raises:
-        UserError: those in between have more alone.
+        TooShort: those in between have more alone.
     """
     sizes = [len(filler) for filler in pieces[::2]]
     wanted = length - sum(map(len, pieces[1::2]))
     if wanted < 0:
-        raise UserError(
-            "model.segment_length: too short for the statements and the question; "
-            "ask with fewer --keys"
-        )
+        raise TooShort
     total = sum(sizes)
     if total < wanted:
         return None
