@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     passkey.add_argument("--batch", type=int, help="documents read together (8)")
     passkey.add_argument("--seed", type=int, default=0, help="of the documents")
     passkey.add_argument("--json", metavar="FILE", help="write the figures as well")
-    passkey.add_argument("--plot", metavar="FILE", help="the heat map (passkey.png, in the run)")
+    passkey.add_argument(
+        "--plot", metavar="FILE", help="the heat map (passkey.png, in the run or here)"
+    )
 
     _add_convert(commands)
 
@@ -152,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         "--corpus", metavar="NAME", default="", help="whose held-out documents, in a mixture"
     )
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as well")
-    evaluate.add_argument("--plot", metavar="FILE", help="the curve (evaluation.png, in the run)")
+    evaluate.add_argument(
+        "--plot", metavar="FILE", help="the curve (evaluation.png, in the run or here)"
+    )
 
     inspect = commands.add_parser(
         "inspect", help="what a run, checkpoint, store or memory file is, and whether it is whole"

@@ -6,11 +6,9 @@ The documents are the run's held-out ones, those of its own evaluation, or any o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from infini_ds.allocator import keep_freed_memory
 from infini_ds.config import DataConfig, RunConfig
@@ -23,7 +21,9 @@ from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.store import Split, Store
 from infini_ds.errors import UserError
 from infini_ds.evaluation import documents_report as report
+from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.by_position import means, position_bins, read_documents
+from infini_ds.printing import Console
 
 _CALL_TOKENS = 16384
 
@@ -44,16 +44,17 @@ def run(
             it as the run's evaluation.max_segments.
         corpus: of a run that was trained on a mixture, whose held-out split; else empty.
         json_path: where to write the figures as well.
-        plot: where to write the curve, by default evaluation.png of the run.
+        plot: where to write the curve, by default evaluation.png of the run; of an export, here.
 
     Raises:
-        UserError: there is no such model, or there are no documents.
+        UserError: there is no such model, there are no documents, or a file cannot be written.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     keep_freed_memory()
     loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
+    places = outcome.places(loaded, "evaluate", "evaluation.png", json_path, plot)
     config, model = loaded.config, loaded.model
     if documents:
         if corpus:
@@ -61,7 +62,7 @@ def run(
         source: list[str] | str = list(documents)
         split, skipped = _encoded(loaded, documents)
         for line in skipped:
-            console.print(line, markup=False)
+            console.print(line)
         plans = _plans(split.lengths, config, max_segments=0)
     else:
         data = _data_of(path, config.data, corpus)
@@ -98,10 +99,7 @@ def run(
         "bins": bins,
     }
     figures = report.figures(setup, results)
-    plot_path = Path(plot) if plot else loaded.directory / "evaluation.png"
-    report.write(figures, loaded.directory / "tensorboard" / "evaluate", plot_path, json_path)
-    console.print(report.table(figures))
-    console.print(f"curve: {plot_path}")
+    outcome.write(report.results(figures), places, console)
 
 
 def _data_of(path: str, data: DataConfig, corpus: str) -> DataConfig:

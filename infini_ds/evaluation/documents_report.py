@@ -1,15 +1,13 @@
 """What an evaluation on documents found: figures, table, curve, TensorBoard."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch.utils.tensorboard.writer import SummaryWriter
 
-from infini_ds.figures import write_figures
+from infini_ds.evaluation.results import Results
 
 NAMES = ("with_memory", "ablated")
 
@@ -25,7 +23,21 @@ def figures(setup: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[s
     }
 
 
-def table(figures: dict[str, Any]) -> Table:
+def results(figures: dict[str, Any]) -> Results:
+    """Every form of the figures."""
+    scalars = {}
+    for name in NAMES:
+        result = figures[name]
+        for measure in ("loss", "perplexity", "bits_per_byte"):
+            scalars[f"evaluate/{name}/{measure}"] = result[measure]
+        for begin, part in zip(figures["bins"], result["by_position"], strict=True):
+            tag = f"evaluate/{name}/bits_per_byte_from/position_{begin}"
+            scalars[tag] = part["bits_per_byte"]
+    known = {name: value for name, value in scalars.items() if value is not None}
+    return Results(figures, _table(figures), _curve(figures), "evaluate/by_position", known)
+
+
+def _table(figures: dict[str, Any]) -> Table:
     """A row for each bin of positions, and one for all tokens."""
     on, ablated = (figures[name] for name in NAMES)
     result = Table(
@@ -45,28 +57,6 @@ def table(figures: dict[str, Any]) -> Table:
         result.add_row(f"{begin:,}", *_cells(one, other))
     result.add_row("all", *_cells(on, ablated), style="bold")
     return result
-
-
-def write(
-    figures: dict[str, Any], tensorboard: Path, plot_path: Path, json_path: str | None
-) -> None:
-    """Writes the curve, the TensorBoard events and, if it is asked for, the JSON."""
-    figure = _curve(figures)
-    figure.savefig(plot_path, format="png", dpi=150)
-    write_figures(json_path, figures)
-    board = SummaryWriter(str(tensorboard))
-    step = figures["step"]
-    board.add_figure("evaluate/by_position", figure, step, close=False)
-    for name in NAMES:
-        result = figures[name]
-        for measure in ("loss", "perplexity", "bits_per_byte"):
-            if result[measure] is not None:
-                board.add_scalar(f"evaluate/{name}/{measure}", result[measure], step)
-        for begin, part in zip(figures["bins"], result["by_position"], strict=True):
-            if part["bits_per_byte"] is not None:
-                tag = f"evaluate/{name}/bits_per_byte_from/position_{begin}"
-                board.add_scalar(tag, part["bits_per_byte"], step)
-    board.close()
 
 
 def _curve(figures: dict[str, Any]) -> Figure:

@@ -7,25 +7,27 @@ guessing.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from infini_ds.allocator import keep_freed_memory
 from infini_ds.conversion.export import load_model
 from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.errors import UserError
 from infini_ds.evaluation import passkey_report as report
+from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.passkey_progress import PasskeyProgress
 from infini_ds.evaluation.passkey_questions import Question, Questions
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
+from infini_ds.printing import Console
 
 CALL_TOKENS = 16384
 """Tokens that are read at one time, unless one segment of the batch has more."""
 _BATCH = 8
+_LONGEST_TOKENS = 1 << 30
 
 
 class PasskeyOptions(NamedTuple):
@@ -69,17 +71,24 @@ def run(
     Args:
         path, step: see `load_model`.
         json_path: where to write the figures as well.
-        plot: where to write the heat map, by default passkey.png of the run.
+        plot: where to write the heat map, by default passkey.png of the run; of an export, here.
 
     Raises:
-        UserError: nothing can be measured with this run or these options.
+        UserError: nothing can be measured with this run or these options, or a file cannot be
+            written.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     keep_freed_memory()
     loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
+    places = outcome.places(loaded, "passkey", "passkey.png", json_path, plot)
     model, n = loaded.model, loaded.config.model.segment_length
+    if max(options.segments) * n > _LONGEST_TOKENS:
+        raise UserError(
+            f"--segments ({max(options.segments):,}): must be at most {_LONGEST_TOKENS // n:,} of "
+            f"this model's, which have {n:,} tokens"
+        )
     changes = {"segment_length": n, "filler": options.filler, "keys": options.keys}
     made = loaded.config.data.passkey.model_copy(
         update={name: value for name, value in changes.items() if value is not None}
@@ -103,10 +112,7 @@ def run(
         "tokens_per_second": progress.tokens_per_second,
     }
     figures = report.figures(outcomes, options.depths, setup)
-    plot_path = Path(plot) if plot else loaded.directory / "passkey.png"
-    report.write(figures, loaded.directory / "tensorboard" / "passkey", plot_path, json_path)
-    console.print(report.table(figures))
-    console.print(f"heat map: {plot_path}")
+    outcome.write(report.results(figures), places, console)
 
 
 def default_samples(segments: int) -> int:

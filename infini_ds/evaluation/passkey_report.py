@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch.utils.tensorboard.writer import SummaryWriter
 
-from infini_ds.figures import write_figures
+from infini_ds.evaluation.results import Results
 
 if TYPE_CHECKING:
     from infini_ds.evaluation.passkey import Outcome
@@ -45,7 +43,19 @@ def figures(outcomes: Sequence[Outcome], depths: int, setup: dict[str, Any]) -> 
     return {**setup, "lengths": lengths}
 
 
-def table(figures: dict[str, Any]) -> Table:
+def results(figures: dict[str, Any]) -> Results:
+    """Every form of the figures."""
+    scalars = {
+        f"passkey/{name}/segments_{length['segments']}": length[name]
+        for length in figures["lengths"]
+        for name in _SHARES
+        if length[name] is not None
+    }
+    tag = "passkey/by_length_and_depth"
+    return Results(figures, _table(figures), _heat_map(figures), tag, scalars)
+
+
+def _table(figures: dict[str, Any]) -> Table:
     """Percent of right answers: a row for each length, a column for each depth."""
     result = Table(
         title=f"pass key of {figures['digits']} digits found, percent, by depth of the key\n"
@@ -62,24 +72,6 @@ def table(figures: dict[str, Any]) -> Table:
         shares = [*length["by_depth"], *(length[name] for name in _SHARES)]
         result.add_row(f"{length['segments']:,}", *map(_percent, shares), f"{length['samples']:,}")
     return result
-
-
-def write(
-    figures: dict[str, Any], tensorboard: Path, plot_path: Path, json_path: str | None
-) -> None:
-    """Writes the heat map, the TensorBoard events and, if it is asked for, the JSON."""
-    figure = _heat_map(figures)
-    figure.savefig(plot_path, format="png")
-    write_figures(json_path, figures)
-    board = SummaryWriter(str(tensorboard))
-    step = figures["step"]
-    board.add_figure("passkey/by_length_and_depth", figure, step, close=False)
-    for length in figures["lengths"]:
-        for name in _SHARES:
-            tag = f"passkey/{name}/segments_{length['segments']}"
-            if length[name] is not None:
-                board.add_scalar(tag, length[name], step)
-    board.close()
 
 
 def _heat_map(figures: dict[str, Any]) -> Figure:

@@ -204,3 +204,17 @@ def test_command_reports_in_every_form(run, tmp_path, capsys):
     assert events.Tags()["images"] == ["passkey/by_length_and_depth"]
     (event,) = events.Scalars("passkey/all/segments_5")
     assert (event.step, event.value) == (1, report["lengths"][1]["all"])
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["bytes", "pieces"])
+def test_too_short_segments_are_told_by_the_models_setting(pieces, plain):
+    asked = questions(None if plain else pieces, n=16, keys=3)
+    with pytest.raises(UserError, match=r"^model\.segment_length \(16\): too short.*--keys$"):
+        asked.make(4, 0, 1)
+
+
+@pytest.mark.parametrize("segments", [10**11, 10**30])
+def test_documents_that_no_memory_holds_are_refused(run, capsys, segments):
+    assert cli.main(["passkey", str(run), "--segments", str(segments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "must be at most 16,777,216 of this model's, which have 64 tokens" in line

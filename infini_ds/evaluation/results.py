@@ -1,0 +1,95 @@
+"""Where the results of an evaluation go: known to be writable before anything is measured."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from infini_ds.conversion.run import Loaded
+from infini_ds.errors import UserError
+from infini_ds.figures import write_figures
+from infini_ds.printing import Console
+from infini_ds.whole_file import check_writable, whole_file
+
+
+class Places(NamedTuple):
+    """Files of one evaluation."""
+
+    json: str | None
+    plot: Path
+    tensorboard: Path | None
+
+
+class Results(NamedTuple):
+    """What was found, in every form."""
+
+    figures: dict[str, Any]
+    """With "step"."""
+    table: Table
+    plot: Figure
+    plot_tag: str
+    """Its name in TensorBoard."""
+    scalars: dict[str, float]
+    """Figures by their names in TensorBoard."""
+
+
+def places(
+    loaded: Loaded, command: str, plot_name: str, json: str | None, plot: str | None
+) -> Places:
+    """Where the results of a command go.
+
+    An export is what one gives to others: nothing is written into it. Nor into the TensorBoard of
+    a run that is not to be written, somebody else's.
+
+    Args:
+        plot_name: of the picture, in the run or else here, where `plot` names no other file.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    is_export = loaded.directory in (loaded.checkpoint, loaded.checkpoint.parent)
+    picture = Path(plot or (plot_name if is_export else loaded.directory / plot_name))
+    check_writable(picture, "--plot")
+    if json:
+        check_writable(json, "--json")
+    return Places(json, picture, None if is_export else _board(loaded.directory, command))
+
+
+def write(results: Results, places: Places, console: Console) -> None:
+    """Prints and writes results, those first that are the hardest to lose.
+
+    Raises:
+        RunError: the table cannot be printed.
+        UserError: a file cannot be written.
+    """
+    try:
+        console.print(results.table)
+    finally:
+        write_figures(places.json, results.figures)
+    with whole_file(places.plot, "--plot") as file:
+        results.plot.savefig(file, format="png", dpi=150)
+    console.print(f"plot: {places.plot}")
+    if places.tensorboard is None:
+        return
+    step = results.figures["step"]
+    try:
+        board = SummaryWriter(str(places.tensorboard))
+        board.add_figure(results.plot_tag, results.plot, step, close=False)
+        for name, value in results.scalars.items():
+            board.add_scalar(name, value, step)
+        board.close()
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"TensorBoard {places.tensorboard}: cannot be written ({reason})") from None
+
+
+def _board(directory: Path, command: str) -> Path | None:
+    board = directory / "tensorboard" / command
+    try:
+        board.mkdir(parents=True, exist_ok=True)
+        check_writable(board / "events", "TensorBoard")
+    except (OSError, UserError):
+        return None
+    return board
