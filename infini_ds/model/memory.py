@@ -1,7 +1,6 @@
 """A document's memory across calls: compressive memories, and the segment still open."""
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.short_conv import TAPS
+from infini_ds.whole_file import whole_file
 
 FORMAT = "infini_ds.memory.2"
 
@@ -133,6 +133,9 @@ class Memory:
 
         Args:
             fingerprint: of the model that read the documents, see `model.fingerprint`.
+
+        Raises:
+            UserError: the file cannot be written.
         """
         longest = max(self.lengths)
         tensors = {name: getattr(self, name) for name in _TENSORS}
@@ -145,9 +148,11 @@ class Memory:
         if fingerprint is not None:
             metadata["fingerprint"] = fingerprint
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        partial = f"{path}.partial"
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
+        try:
+            with whole_file(path, "memory") as file:
+                save_file(tensors, file, metadata)
+        except SafetensorError as error:
+            raise UserError(f"memory {path}: cannot be written ({error})") from None
 
     @classmethod
     def load(
@@ -164,6 +169,8 @@ class Memory:
         Raises:
             UserError: the file is missing, is not a memory, or is another model's.
         """
+        if Path(path).is_dir():
+            raise UserError(f"memory {path}: cannot be read (it is a directory)")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -180,13 +187,22 @@ class Memory:
             raise UserError(f"memory {path}: no such file") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"memory {path}: cannot be read ({error})") from None
-        segment_length = int(metadata["segment_length"])
-        for name in _BY_TOKEN:
-            used = tensors[name]
-            whole = used.new_zeros(*used.shape[:2], segment_length, *used.shape[3:])
-            whole[:, :, : used.shape[2]] = used
-            tensors[name] = whole
-        return cls(**tensors, lengths=tuple(json.loads(metadata["lengths"])))
+        try:
+            lengths = _saved_lengths(tensors, metadata)
+            for name in _BY_TOKEN:
+                used = tensors[name]
+                segment_length = int(metadata["segment_length"])
+                whole = used.new_zeros(*used.shape[:2], segment_length, *used.shape[3:])
+                whole[:, :, : used.shape[2]] = used
+                tensors[name] = whole
+        except (
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # or no memory for so long a segment
+            raise UserError(f"memory {path}: is damaged; read the document again") from None
+        return cls(**tensors, lengths=lengths)
 
     def check(self, config: ModelConfig, batch: int) -> None:
         """Raises ValueError if this memory does not fit the model or the batch."""
@@ -204,6 +220,18 @@ class Memory:
                     f"this model, whose memory.{option} is {getattr(config.memory, option)}: "
                     f"{shapes[name]}"
                 )
+        for name, shape in shapes.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(
+                    f"memory with {name} of shape {tuple(getattr(self, name).shape)} does not fit "
+                    f"this model and batch: {shape}"
+                )
+        fits = all(0 <= length < config.segment_length for length in self.lengths)
+        if len(self.lengths) != batch or not fits:
+            raise ValueError(
+                f"memory with lengths {self.lengths}: must be {batch}, each less than a segment's "
+                f"{config.segment_length} tokens"
+            )
 
     def __repr__(self) -> str:
         layers, batch, kv_heads, d, _ = self.kv.shape
@@ -219,6 +247,32 @@ class Memory:
 _TENSORS = ("kv", "norm", "keys", "values", "weights", "tail")
 _BY_TOKEN = ("keys", "values", "weights")  # only the open segment's tokens are of use
 _COMPUTED = ("keys", "values", "tail")  # in the compute dtype
+
+
+def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, ...]:
+    """The lengths that a file tells, if it is as `save` writes it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not.
+    """
+    lengths = json.loads(metadata["lengths"])
+    if set(tensors) != set(_TENSORS) or not all(type(length) is int for length in lengths):
+        raise ValueError
+    layers, batch, kv_heads, d = tensors["norm"].shape
+    longest = max(lengths)
+    used, shapes = (layers, batch, longest), {name: tensors[name].shape for name in _TENSORS}
+    if not (
+        len(lengths) == batch
+        and 0 <= min(lengths) <= longest < int(metadata["segment_length"])
+        and shapes["kv"] == (layers, batch, kv_heads, d, d)
+        and shapes["keys"] == shapes["values"] == (*used, kv_heads, d)
+        and shapes["weights"] in ((*used, kv_heads), (*used, 0))
+        and len(shapes["tail"]) == 5
+        and all(tensors[name].dtype == torch.float32 for name in ("kv", "norm", "weights"))
+        and all(tensors[name].is_floating_point() for name in _COMPUTED)
+    ):
+        raise ValueError
+    return tuple(lengths)
 
 
 def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,10 @@
 """A document's memory as a file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infini_ds.errors import UserError
@@ -62,7 +65,8 @@ def test_file_is_bound_to_a_fingerprint(make_model, make_tokens, tmp_path):
         Memory.load(bound, fingerprint="b" * 64)
 
 
-def test_failed_save_leaves_the_old_file(make_model, make_tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_failed_save_leaves_the_old_file(make_model, make_tokens, tmp_path, monkeypatch, kind):
     path = tmp_path / "memory.safetensors"
     memory = make_model()(make_tokens(1, 16)).memory
     memory.save(path)
@@ -72,9 +76,69 @@ def test_failed_save_leaves_the_old_file(make_model, make_tokens, tmp_path, monk
         path = str(path)
         with open(path, "wb") as file:
             file.write(b"half")
-        raise OSError("disk full")
+        raise kind("disk full")
 
     monkeypatch.setattr("infini_ds.model.memory.save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"^memory .*: cannot be written \(disk full\)"):
         memory.save(path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+METADATA = {
+    "lengths": ["junk", "{}", "3", "[]", "[1, 2]", "[-1]", "[9999]", '["a"]', "[true]", "[4]"],
+    "segment_length": ["x", "-1", "0", "4", str(10**12), "9" * 30],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in METADATA.items() for value in values]
+)
+def test_file_with_altered_metadata_is_damaged(make_model, make_tokens, tmp_path, name, value):
+    alter(make_model()(make_tokens(1, 21)).memory, tmp_path / "a", {name: value})
+    with pytest.raises(UserError, match=r"^memory .*: is damaged; read the document again$"):
+        Memory.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["lengths", "segment_length"])
+def test_file_without_metadata_is_damaged(make_model, make_tokens, tmp_path, name):
+    alter(make_model()(make_tokens(1, 21)).memory, tmp_path / "a", {name: None})
+    with pytest.raises(UserError, match=r"is damaged"):
+        Memory.load(tmp_path / "a")
+
+
+TENSORS = {
+    "renamed": lambda tensors: {"k": tensors.pop("kv"), **tensors},
+    "more": lambda tensors: {**tensors, "more": torch.zeros(1)},
+    "other_shape": lambda tensors: {**tensors, "values": tensors["values"][:, :, 1:].clone()},
+    "other_heads": lambda tensors: {**tensors, "kv": tensors["kv"][:, :, 1:].clone()},
+    "no_dimensions": lambda tensors: {**tensors, "norm": torch.zeros(1)},
+    "integers": lambda tensors: {**tensors, "keys": tensors["keys"].int()},
+}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
+def test_file_with_altered_tensors_is_damaged(make_model, make_tokens, tmp_path, change):
+    alter(make_model()(make_tokens(1, 21)).memory, tmp_path / "a", {}, change)
+    with pytest.raises(UserError, match=r"is damaged"):
+        Memory.load(tmp_path / "a")
+
+
+def alter(memory, path, metadata, change=lambda tensors: tensors):
+    """Saves a memory with other metadata (None: without) and tensors."""
+    memory.save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        altered = {**file.metadata(), **metadata}
+    known = {name: value for name, value in altered.items() if value is not None}
+    save_file(change(tensors), path, known)
+
+
+def test_memory_with_other_lengths_does_not_fit(make_model, make_tokens):
+    model = make_model()
+    memory = model(make_tokens(1, 21)).memory
+    for lengths in ((-1,), (model.config.segment_length,), (1, 2)):
+        with pytest.raises(ValueError, match="memory with lengths"):
+            replace(memory, lengths=lengths).check(model.config, 1)
+    with pytest.raises(ValueError, match="memory with values of shape"):
+        replace(memory, values=memory.values[..., :1]).check(model.config, 1)
