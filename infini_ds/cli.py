@@ -436,8 +436,8 @@ def _generate(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} ({getattr(options, name)}) is out of range")
     for name in ("prompt_file", "memory"):
         path = getattr(options, name)
-        if path and not Path(path).is_file():
-            raise UserError(f"--{name.replace('_', '-')} {path}: no such file")
+        if path:
+            _check_file(f"--{name.replace('_', '-')}", path)
     from infini_ds.generation import generate
 
     asked = generate.GenerateOptions(
@@ -449,8 +449,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _memorize(options: argparse.Namespace) -> None:
     output = Path(options.output)
-    if not Path(options.document).is_file():
-        raise UserError(f"document {options.document}: no such file")
+    _check_file("document", options.document)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: its directory does not exist")
     if output.is_dir() or (output.exists() and not options.force):
@@ -525,6 +524,13 @@ def _bytes(option: str, text: str) -> int:
     if not number.isdecimal() or unit not in units or int(number) < 1:
         raise UserError(f"{option} ({text}) must be a number with KB, MB or GB, such as 5GB")
     return int(number) * units[unit]
+
+
+def _check_file(name: str, path: str) -> None:
+    """There is such a file, whose size is known."""
+    if not Path(path).is_file():
+        problem = "must be a regular file" if Path(path).exists() else "no such file"
+        raise UserError(f"{name} {path}: {problem}")
 
 
 def _check_directories(options: argparse.Namespace, *names: str) -> None:

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
@@ -17,6 +16,7 @@ from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.generation import stream
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.printing import Console
 
 
 class GenerateOptions(NamedTuple):
@@ -49,7 +49,7 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
     Raises:
         UserError: there is no such model, the memory is another model's, or the prompt is empty.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
     loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
@@ -101,6 +101,10 @@ def _tokens(tokenizer: Tokenizer, options: GenerateOptions, begins: bool) -> np.
     if text is None:
         assert options.prompt_file is not None
         text = "".join(TextPieces(options.prompt_file))
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the shell gives any bytes
+        raise UserError("--prompt: is not UTF-8") from None
     tokens = tokenizer.encode_array(text)
     if begins:
         tokens = np.concatenate((np.array([tokenizer.bos_id], tokens.dtype), tokens))

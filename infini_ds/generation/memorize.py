@@ -1,20 +1,21 @@
 """`infini-ds memorize`: reads a document of any length and keeps its memory as a file."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from infini_ds.allocator import keep_freed_memory
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.text_pieces import TextPieces
-from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
+from infini_ds.printing import Console
+from infini_ds.whole_file import check_writable
 
 
 def run(path: str, step: int | None, document: str, output: str) -> None:
@@ -29,24 +30,37 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         output: the memory's file, replaced where it exists.
 
     Raises:
-        UserError: there is no such model, or the document is empty or cannot be read.
+        UserError: there is no such model, the document is empty or cannot be read, or the output
+            cannot be written.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     text = TextPieces(document)
+    if Path(output).exists() and Path(output).samefile(document):
+        raise UserError(f"--output {output}: is the document itself")
+    check_writable(output, "--output")
     keep_freed_memory()
     loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    read = 0
+    tokenizer = loaded.tokenizer
+    encoded = read = 0
     with ReadingProgress(console, "memorize", text.total_bytes, "bytes") as progress:
+
+        def pieces() -> Iterator[np.ndarray]:
+            nonlocal encoded
+            bos = np.array([tokenizer.bos_id], dtype=np.uint32)
+            for piece in chain([bos], map(tokenizer.encode_array, text)):
+                encoded += len(piece)
+                yield piece
 
         def on_read(tokens: int) -> None:
             nonlocal read
             read += tokens
-            progress.update(text.done_bytes, tokens)
+            # The file's bytes are far ahead of the model, which takes a piece in many calls.
+            progress.update(text.done_bytes * read // encoded, tokens)
 
-        memory, rest = absorb(model, _pieces(loaded.tokenizer, text), None, on_read)
+        memory, rest = absorb(model, pieces(), None, on_read)
         if read + rest.shape[1] == 1:
             raise UserError(f"document {document}: is empty")
         with torch.no_grad():
@@ -58,9 +72,3 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         f"{output}: memory of {read:,} tokens, {Path(output).stat().st_size:,} bytes "
         f"({rate:,.0f} tokens/s)"
     )
-
-
-def _pieces(tokenizer: Tokenizer, text: TextPieces) -> Iterator[np.ndarray]:
-    yield np.array([tokenizer.bos_id], dtype=np.uint32)
-    for piece in text:
-        yield tokenizer.encode_array(piece)

@@ -1,5 +1,6 @@
 """A document's memory as a file goes on as the document itself, and only with its model."""
 
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from infini_ds import cli
+from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.generation import memorize
 from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.memory import Memory
@@ -135,6 +138,35 @@ def test_existing_file_is_replaced_only_when_asked(folder, book, capsys):
     book.write_bytes(before)
 
 
+def test_progress_is_of_what_the_model_has_read(folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(ReadingProgress, "update", lambda _, done, tokens: told.append(done))
+    arguments = ["memorize", folder / "run", folder / "book.txt", "-o", folder / "told"]
+    assert cli.main(list(map(str, arguments))) == 0
+    size, width = len(TEXT.encode()), WINDOW_SEGMENTS * N
+    assert told == pytest.approx([*range(width, size, width), size], abs=2)
+
+
+def test_document_is_not_replaced_by_its_memory(folder, capsys):
+    path = folder / "precious.txt"
+    path.write_text(TEXT)
+    arguments = ["memorize", folder / "run", path, "-o", path, "--force"]
+    assert mistake(capsys, *arguments).endswith("precious.txt: is the document itself")
+    assert path.read_text() == TEXT
+
+
+def test_place_that_cannot_be_written_is_told_before_reading(folder, capsys, monkeypatch):
+    monkeypatch.setattr(memorize, "absorb", lambda *_: pytest.fail("has read"))
+    (folder / "lost").symlink_to(folder / "none" / "a")
+    line = mistake(capsys, "memorize", folder / "run", folder / "book.txt", "-o", folder / "lost")
+    assert line.endswith("lost: cannot be written (No such file or directory)")
+
+
+def test_prompt_of_any_bytes_is_one_line(folder, capsys):
+    line = mistake(capsys, "generate", folder / "run", "--prompt", os.fsdecode(b"caf\xe9"))
+    assert line == "infini-ds: --prompt: is not UTF-8"
+
+
 def test_failed_reading_leaves_the_old_file(folder, book, capsys):
     before = book.read_bytes()
     (folder / "broken.txt").write_bytes(b"x" * 5000 + b"\xff")
@@ -145,6 +177,7 @@ def test_failed_reading_leaves_the_old_file(folder, book, capsys):
 
 GENERATE = {
     "no_memory_file": (["--memory=none"], "--memory none: no such file"),
+    "directory": (["--memory={folder}"], ": must be a regular file"),
     "not_a_memory": (["--memory={folder}/book.txt"], "book.txt: cannot be read"),
     "max_new_tokens": (["--max-new-tokens=0"], "--max-new-tokens (0) is out of range"),
     "temperature": (["--temperature=-1"], "--temperature (-1.0) is out of range"),
