@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from infini_ds.figures import write_figures
 from infini_ds.inspection.describe import describe
 from infini_ds.inspection.difference import difference
 from infini_ds.inspection.report import show, show_difference
+from infini_ds.printing import Console
 
 
 def run(path: str, other: str | None, json_path: str | None) -> None:
@@ -20,7 +19,7 @@ def run(path: str, other: str | None, json_path: str | None) -> None:
     Raises:
         UserError: a path is none of these, or the two are of different kinds.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     figures = describe(Path(path))
     found = difference(figures, describe(Path(other))) if other else None
     show(figures, console)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+
+from infini_ds.printing import Console
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

@@ -187,3 +187,9 @@ def test_mistake_is_one_line_with_code_2(run, capsys, name):
     assert shown.out == ""
     (line,) = shown.err.splitlines()
     assert message.format(run=run, book=book) in line
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    strange = tmp_path / "[bold]x[" / "b] :smile:"
+    write_checkpoint(tiny_config(strange, memory=WRITING))
+    assert f"checkpoint {checkpoint(strange, 9)}" in inspect(capsys, strange)[0].replace("\n", "")
