@@ -37,7 +37,8 @@ class Console(rich.console.Console):
         try:
             super().print(*objects, **options)
         except OSError as error:
-            raise RunError(f"standard output: cannot be written ({error.strerror})") from None
+            stream = "standard error" if self.stderr else "standard output"
+            raise RunError(f"{stream}: cannot be written ({error.strerror})") from None
 
     def on_broken_pipe(self) -> None:
         """See the class; rich's own ends the process."""

@@ -33,8 +33,8 @@ def whole_file(path: str | Path, name: str) -> Iterator[Path]:
         )
         os.close(descriptor)
         try:
-            os.chmod(partial, 0o666 & ~umask())  # mkstemp's is for its owner only
             yield Path(partial)
+            os.chmod(partial, 0o666 & ~umask())  # mkstemp's is for its owner only
             os.replace(partial, place)
         finally:
             with contextlib.suppress(OSError):

@@ -1,11 +1,9 @@
 """Files that appear whole or not at all."""
 
-import os
-
 import pytest
 
 from infini_ds.errors import UserError
-from infini_ds.whole_file import check_writable, whole_file
+from infini_ds.whole_file import check_writable, umask, whole_file
 
 
 def test_file_is_replaced_only_by_a_whole_one(tmp_path):
@@ -21,14 +19,8 @@ def test_file_is_replaced_only_by_a_whole_one(tmp_path):
         file.write_text("new")
     assert place.read_text() == "new"
     assert link.is_symlink()
-    assert place.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert place.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert sorted(tmp_path.iterdir()) == [place, link]
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @pytest.mark.parametrize("place", ["none/a.json", "file/a.json"])

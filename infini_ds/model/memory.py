@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from infini_ds.config import ModelConfig
@@ -148,11 +148,8 @@ class Memory:
         if fingerprint is not None:
             metadata["fingerprint"] = fingerprint
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            with whole_file(path, "memory") as file:
-                save_file(tensors, file, metadata)
-        except SafetensorError as error:
-            raise UserError(f"memory {path}: cannot be written ({error})") from None
+        with whole_file(path, "memory") as file:
+            file.write_bytes(save(tensors, metadata))
 
     @classmethod
     def load(
