@@ -12,6 +12,7 @@ from pathlib import Path
 from infini_ds import config as configuration
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.errors import RunError, UserError
+from infini_ds.whole_file import check_writable
 
 _HEAD_START_SECONDS = 5.0
 """Of rank 0, which may have begun later than the others."""
@@ -541,6 +542,8 @@ def _check_directories(options: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name} {path}: its directory does not exist")
         if path and Path(path).is_dir():
             raise UserError(f"--{name} {path}: is a directory; name a file")
+        if path:
+            check_writable(path, f"--{name}")
 
 
 def _integers(text: str) -> list[int]:

@@ -340,6 +340,15 @@ def test_unknown_argument_is_named(config, arguments, capsys):
     assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["plan", "status", "passkey", "evaluate", "inspect", "bench"])
+def test_figures_that_cannot_be_written_are_told_before_they_are_made(tmp_path, capsys, command):
+    (tmp_path / "lost").symlink_to(tmp_path / "none" / "a.json")
+    rest = {"plan": ["a.yaml", "--processes=1"], "bench": ["kernels"]}.get(command, ["none"])
+    assert cli.main([command, *rest, "--json", str(tmp_path / "lost")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("lost: cannot be written (No such file or directory)")
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(UserError("wrong"), 2), (RunError("gone"), 1), (None, 0)], ids=str
 )

@@ -52,8 +52,6 @@ def places(
     is_export = loaded.directory in (loaded.checkpoint, loaded.checkpoint.parent)
     picture = Path(plot or (plot_name if is_export else loaded.directory / plot_name))
     check_writable(picture, "--plot")
-    if json:
-        check_writable(json, "--json")
     return Places(json, picture, None if is_export else _board(loaded.directory, command))
 
 
