@@ -71,10 +71,11 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
         return store
     began = time.monotonic()
     try:
-        _check_replaceable(path)
-        if empty:
-            path.rmdir()
         path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one_in(path.parent):
+            _check_replaceable(path)
+            if empty:
+                path.rmdir()
         with _temporary_beside(path) as unfinished:
             written = _write_store(config, unfinished, workers or _cores(), console)
             with _only_one_in(path.parent):

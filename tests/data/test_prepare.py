@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -290,24 +289,25 @@ def test_prepare_puts_the_old_store_back_when_the_new_one_cannot_take_its_place(
     Store.open(tmp_path / "store", config)
 
 
+AGAIN = """
+    import sys
+    from infini_ds.config import DataConfig
+    from infini_ds.data.prepare import prepare
+
+    for _ in range(10):
+        prepare(DataConfig.model_validate_json(sys.argv[1]), force=True, workers=1)
+"""
+
+
 def test_prepare_several_times_at_once(tmp_path, corpus):
     config = config_of(corpus, tmp_path / "store", BYTES)
     prepare(config, workers=1)
-    failed = []
-
-    def again():
-        try:
-            for _ in range(5):
-                prepare(config, force=True, workers=1)
-        except UserError as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=again) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    command = [sys.executable, "-c", textwrap.dedent(AGAIN), config.model_dump_json()]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    assert [process.communicate()[1] for process in processes] == [""] * 4
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "store"}
 
 
