@@ -2,66 +2,84 @@
 
 import contextlib
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from infini_ds.conversion.run import is_run
 from infini_ds.errors import UserError
+from infini_ds.temporary import temporary_beside
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# What else conversions write, and what evaluations of an export and transformers add.
+_BESIDE = re.compile(
+    r"(source_|generation_)?config\.(yaml|json)|tokenizer.*|special_tokens_map\.json|vocab\.json"
+    r"|added_tokens\.json|merges\.txt|chat_template.*|(configuration|modeling|tokenization)_infini"
+    r"\.py|README\.md|(evaluation|passkey)\.png|tensorboard|__pycache__"
+)
+_DIRECTORIES = ("tensorboard", "__pycache__")
 
 
 def check_destination(path: Path, source: Path, force: bool) -> None:
     """Whether a destination may be made; arguments and errors are those of `destination`."""
-    if path.resolve() in (source.resolve(), *source.resolve().parents):
+    resolved, own = path.resolve(), source.resolve()
+    files = [own, *(file.resolve() for file in own.iterdir())] if own.is_dir() else [own]
+    if any(resolved == file or resolved in file.parents for file in files):
         raise UserError(f"{path}: must not be the source itself or hold it")
+    if own in resolved.parents:
+        raise UserError(f"{path}: must not lie in the source {source}")
+    if any(is_run(parent) for parent in resolved.parents):
+        raise UserError(f"{path}: must not lie in a run; choose another destination")
     if path.exists():
         _check_replaceable(path, force)
 
 
 @contextlib.contextmanager
 def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
-    """Where to write: PATH.partial, which becomes `path` if nothing goes wrong.
+    """Where to write: a place of this process alone, which becomes `path` if nothing goes wrong.
 
     Args:
-        path: of the file or directory to make; where it leads to, if it is a link.
-        source: what is converted, which must not be the same.
+        path: of the file (.safetensors) or directory to make; where it leads to, if it is a link.
+        source: what is converted, whose files must not be touched.
         force: whether what is there is replaced, once the new one is whole.
 
     Raises:
         UserError: the destination exists, or cannot be written.
     """
     check_destination(path, source, force)
-    if path.is_symlink():  # a directory cannot be renamed over a link
-        path = Path(os.path.realpath(path))
-    partial = path.with_name(path.name + ".partial")
+    place = Path(os.path.realpath(path))  # a directory cannot be renamed over a link
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)  # of a conversion that was killed
-        yield partial
-        if path.exists():
-            _remove(path)
-        partial.rename(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            _remove(partial)
-        if isinstance(error, OSError):
-            where = error.filename or partial
-            raise UserError(f"{where}: {error.strerror or error}") from None
-        raise
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(place) as folder:
+            unfinished = folder / place.name
+            yield unfinished
+            if path.exists():  # another process may have made it by now
+                _check_replaceable(path, force)
+                if place.is_dir():  # a directory cannot be renamed over a full one
+                    place.rename(folder / "replaced")
+            unfinished.rename(place)
+    except OSError as error:
+        where = error.filename2 or error.filename or path
+        raise UserError(f"{where}: {error.strerror or error}") from None
 
 
 def _check_replaceable(path: Path, force: bool) -> None:
     if not force:
         raise UserError(f"{path}: exists; choose another destination or add --force")
-    if path.is_dir():
-        # A directory of something else is not deleted by mistake.
-        content = list(path.iterdir())
-        weights = any(file.suffix == ".safetensors" for file in content)
-        if not weights or any(file.is_dir() for file in content):
-            raise UserError(f"{path}: is no directory of weights, so it is not replaced; remove it")
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"{path}: is no file, so it is not replaced; remove it")
+    elif not path.is_dir() or not _is_ours(list(path.iterdir())):
+        # What is something else is not deleted by mistake.
+        raise UserError(f"{path}: is no directory of weights, so it is not replaced; remove it")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _is_ours(content: list[Path]) -> bool:
+    """Whether all that is in a directory is what an export may have, its weights among it."""
+    weights = [file for file in content if _WEIGHTS.fullmatch(file.name)]
+    others = [file for file in content if file not in weights]
+    return not content or (
+        bool(weights)
+        and all(_BESIDE.fullmatch(file.name) for file in others)
+        and all(file.is_dir() == (file.name in _DIRECTORIES) for file in content)
+    )

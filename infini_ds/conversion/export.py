@@ -21,7 +21,7 @@ from torch import Tensor
 
 from infini_ds import config as configuration
 from infini_ds.config import TOKENIZER_FILES, ModelConfig, RunConfig
-from infini_ds.conversion.run import Loaded, find_checkpoint, load_run
+from infini_ds.conversion.run import Loaded, find_checkpoint, is_checkpoint, is_run, load_run
 from infini_ds.conversion.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
@@ -66,8 +66,7 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
         UserError: it is none of them, its weights are damaged, or its tokenizer is gone.
     """
     path = Path(path)
-    is_export = path.is_file() or any((path / name).is_file() for name in (SINGLE, INDEX))
-    if not is_export:
+    if _is_of_run(path) or not is_export(path):
         return load_run(path, step)
     _check_no_step(path, step)
     settings = _open_export(path).settings
@@ -110,8 +109,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
     Raises:
         UserError: it is none of them, or the weights do not fit the config.
     """
-    is_run = path.name.startswith("step_") or (path / "checkpoints").is_dir()
-    if is_run:
+    if _is_of_run(path):
         checkpoint, skipped = find_checkpoint(path, step)
         settings = configuration.load(checkpoint / CONFIG)
         model = Model(settings, CheckpointWeights(checkpoint), checkpoint, skipped)
@@ -120,6 +118,11 @@ def open_model(path: Path, step: int | None = None) -> Model:
         model = _open_export(path)
     check_tensors(model.weights.metas, parameters_of(model.config), model.weights.origin, CONFIG)
     return model
+
+
+def is_export(path: Path) -> bool:
+    """Whether it is a file, or a directory of safetensors."""
+    return path.is_file() or any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
 def parameters_of(config: ModelConfig) -> dict[str, Tensor]:
@@ -189,10 +192,15 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
+def _is_of_run(path: Path) -> bool:
+    """A run with weights in its directory is a run."""
+    return is_run(path) or is_checkpoint(path)
+
+
 def _open_export(path: Path) -> Model:
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; name an export or a run's output_dir")
-    if path.is_dir() and not any((path / name).is_file() for name in (SINGLE, INDEX)):
+    if not is_export(path):
         raise UserError(f"{path}: is neither an export (no {SINGLE}) nor a run (no checkpoints)")
     weights = SafetensorsWeights(path)
     beside = (path if path.is_dir() else path.parent) / CONFIG

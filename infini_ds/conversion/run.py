@@ -66,24 +66,33 @@ def load_run(path: str | Path, step: int | None = None) -> Loaded:
             f"({' '.join(str(error).split())})"
         ) from None
     directory = checkpoint.parent.parent
-    return Loaded(
-        model.eval(), config, tokenizer, checkpoint, _step_of(checkpoint), directory, skipped
-    )
+    step = manifest.step_of(checkpoint)
+    return Loaded(model.eval(), config, tokenizer, checkpoint, step, directory, skipped)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a directory named as checkpoints are, and no run of such a name."""
+    named = re.fullmatch(r"step_[0-9]+", path.resolve().name)
+    return named is not None and path.is_dir() and not is_run(path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is a directory with checkpoints, whole or not."""
+    return bool(manifest.directories(path / "checkpoints"))
 
 
 def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
     """The checkpoint to take, and what was passed over, a line each; see `load_run`."""
     if not path.is_dir():
         raise UserError(f"run {path}: no such directory; name the output_dir of a run")
-    if path.name.startswith("step_"):
-        if step not in (None, _step_of(path)):
-            raise UserError(f"run {path}: is a checkpoint; name its run to choose step {step}")
+    if is_checkpoint(path):
         candidates = [path.resolve()]
+        if step not in (None, manifest.step_of(candidates[0])):
+            raise UserError(f"run {path}: is a checkpoint; name its run to choose step {step}")
     else:
-        found = manifest.directories(path / "checkpoints")
-        candidates = [directory.resolve() for directory in found]
+        candidates = manifest.directories(path.resolve() / "checkpoints")
         if step is not None:
-            steps = [_step_of(directory) for directory in candidates]
+            steps = [manifest.step_of(directory) for directory in candidates]
             if step not in steps:
                 there = ", ".join(map(str, sorted(steps))) or "none"
                 raise UserError(f"run {path}: has no checkpoint of step {step}; there are: {there}")
@@ -129,13 +138,6 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 def layer_files(checkpoint: Path) -> list[Path]:
     """DeepSpeed's files of the weights, one a layer, whatever the number of stages."""
     return sorted(file for file in checkpoint.iterdir() if _LAYER_FILE.fullmatch(file.name))
-
-
-def _step_of(checkpoint: Path) -> int:
-    digits = checkpoint.name.removeprefix("step_")
-    if not digits.isdecimal():
-        raise UserError(f"checkpoint {checkpoint}: must be named step_ and a number")
-    return int(digits)
 
 
 def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:

@@ -6,16 +6,12 @@ all: it is written to a directory beside its place and renamed when its manifest
 """
 
 import contextlib
-import fcntl
-import glob
 import json
 import os
 import platform
 import shutil
-import tempfile
 import time
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
+from infini_ds.cores import cores_at_hand
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.passkey import PasskeyCorpus
@@ -44,7 +41,7 @@ from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.printing import Console
-from infini_ds.whole_file import umask
+from infini_ds.temporary import only_one_in, temporary_beside
 
 
 def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
@@ -72,13 +69,13 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
     began = time.monotonic()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one_in(path.parent):
+        with only_one_in(path.parent):
             _check_replaceable(path)
             if empty:
                 path.rmdir()
-        with _temporary_beside(path) as unfinished:
-            written = _write_store(config, unfinished, workers or _cores(), console)
-            with _only_one_in(path.parent):
+        with temporary_beside(path) as unfinished:
+            written = _write_store(config, unfinished, workers or cores_at_hand(), console)
+            with only_one_in(path.parent):
                 _publish(unfinished, path)
                 store = Store.open(path, config)
     except OSError as error:
@@ -208,13 +205,6 @@ def _is_empty(path: Path) -> bool:
         return False
 
 
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
-
-
 def _check_unchanged(store: Store, config: DataConfig) -> None:
     try:
         snapshot = _corpus_of(config).snapshot
@@ -240,47 +230,6 @@ def _check_replaceable(path: Path) -> None:
         raise UserError(
             f"data.store {path}: is there and is not a token store; name another directory"
         )
-
-
-@contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A directory beside `path`, removed at the end; those of dead processes are removed first.
-
-    A living process holds a lock on its own.
-    """
-    with contextlib.ExitStack() as stack:
-        with _only_one_in(path.parent):
-            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-                with contextlib.suppress(OSError), _locked(leftover):
-                    shutil.rmtree(leftover)
-            unfinished = Path(
-                tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            )
-            stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
-            # Some cluster file systems have no locks; then leftovers stay, and that is all.
-            with contextlib.suppress(OSError):
-                stack.enter_context(_locked(unfinished))
-        unfinished.chmod(0o777 & ~umask())  # mkdtemp's is for its owner only
-        yield unfinished
-
-
-@contextlib.contextmanager
-def _only_one_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is here, where the file system has locks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            stack.enter_context(_locked(folder, wait=True))
-        yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _publish(unfinished: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from infini_ds import cli
 from infini_ds.config import ModelConfig
 from infini_ds.conversion import convert
-from infini_ds.conversion.export import load_export
+from infini_ds.conversion.export import load_export, load_model, open_model
 from infini_ds.conversion.run import load_run
 from infini_ds.conversion.writer import Plan
 from infini_ds.model.transformer import InfiniTransformer
@@ -149,7 +149,7 @@ def test_interruption_leaves_nothing(target, error, tmp_path, monkeypatch, capsy
         items = produce(plan)
         for _ in range(3):
             yield next(items)
-        assert list(tmp_path.glob(f"{target}*")) == [tmp_path / f"{target}.partial"]
+        assert len(list(tmp_path.glob(f".{target}.*.partial/{target}"))) == 1
         raise error
 
     monkeypatch.setattr(Plan, "_produce", some)
@@ -159,11 +159,12 @@ def test_interruption_leaves_nothing(target, error, tmp_path, monkeypatch, capsy
     else:
         assert run("to-safetensors", source, tmp_path / target) == 2
         assert "No space left on device" in capsys.readouterr().err
-    assert not list(tmp_path.glob(f"{target}*"))
-    # What a killed one leaves is in nobody's way.
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+    # What a killed one leaves goes away with the next.
     monkeypatch.setattr(Plan, "_produce", produce)
-    (tmp_path / f"{target}.partial").mkdir()
+    (tmp_path / f".{target}.abc.partial").mkdir()
     assert run("to-safetensors", source, tmp_path / target) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"source", target}
     load_export(tmp_path / target)
 
 
@@ -176,17 +177,99 @@ def test_nothing_is_overwritten_without_force(target, tmp_path, capsys):
     assert run("to-safetensors", source, tmp_path / target, "--force") == 0
 
 
+@pytest.mark.parametrize("target", ["export", "one.safetensors"])
+@pytest.mark.parametrize("force", [False, True])
+def test_two_to_one_destination_leave_one_that_is_whole(
+    target, force, tmp_path, monkeypatch, capsys
+):
+    source = make_export(tmp_path / "source")
+    options = ["--force"] if force else []
+    produce, codes = Plan._produce, []
+
+    def interrupted(plan):
+        items = produce(plan)
+        yield next(items)
+        monkeypatch.setattr(Plan, "_produce", produce)
+        codes.append(run("to-safetensors", source, tmp_path / target))
+        yield from items
+
+    monkeypatch.setattr(Plan, "_produce", interrupted)
+    codes.append(run("to-safetensors", source, tmp_path / target, *options))
+    assert codes == [0, 0 if force else 2]
+    assert ("add --force" in capsys.readouterr().err) == (not force)
+    assert open_model(tmp_path / target).config.hidden_size == 5
+    assert {file.name for file in tmp_path.iterdir()} == {"source", target}
+
+
 def test_force_replaces_neither_the_source_nor_something_else(tmp_path, capsys):
     source = make_export(tmp_path / "source")
-    for target in (source, tmp_path):
-        assert run("to-safetensors", source, target, "--force") == 2
-        assert "must not be the source itself or hold it" in capsys.readouterr().err
-    other = tmp_path / "documents"
+    link = tmp_path / "linked" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(source / "model.safetensors")
+    shutil.copy(source / "config.yaml", link.parent)
+    mistakes = [
+        (source, source, "must not be the source itself or hold it"),
+        (source, tmp_path, "must not be the source itself or hold it"),
+        (source, source / "model.safetensors", "must not be the source itself or hold it"),
+        (link.parent, source / "model.safetensors", "must not be the source itself or hold it"),
+        (source, source / "new", "must not lie in the source"),
+    ]
+    for origin, target, message in mistakes:
+        assert run("to-safetensors", origin, target, "--force") == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["letter.txt", "training.safetensors", "config.json"])
+def test_force_replaces_no_directory_of_something_else(content, tmp_path, capsys):
+    source = make_export(tmp_path / "source")
+    other = tmp_path / "other"
     other.mkdir()
-    (other / "letter.txt").write_text("dear")
+    (other / content).write_text("dear")
+    if content == "letter.txt":
+        (other / "model.safetensors").write_text("")
     assert run("to-safetensors", source, other, "--force") == 2
     assert "is no directory of weights, so it is not replaced" in capsys.readouterr().err
-    assert (other / "letter.txt").exists()
+    assert (other / content).exists()
+    letter = tmp_path / "letter.txt"
+    letter.write_text("dear")
+    for target in (letter, other.rename(tmp_path / "other.safetensors")):
+        assert run("to-safetensors", source, target, "--force") == 2
+        assert "so it is not replaced; remove it" in capsys.readouterr().err
+
+
+def test_force_replaces_an_export_with_its_reports(tmp_path, monkeypatch):
+    source, export = make_export(tmp_path / "source"), tmp_path / "export"
+    for direction in ("to-hf", "to-safetensors", "to-hf"):
+        assert run(direction, source, export, "--force", "--dtype", "fp32") == 0
+        (export / "tensorboard" / "evaluate").mkdir(parents=True)
+        (export / "evaluation.png").write_text("")
+    monkeypatch.chdir(export)
+    assert run("to-safetensors", source, ".", "--force", "--shard-size", "1KB") == 0
+    assert (export / "model.safetensors.index.json").exists()
+    assert not (export / "tensorboard").exists()
+    assert run("to-safetensors", source, export, "--force") == 0
+
+
+def test_nothing_is_written_into_a_run_and_a_run_with_weights_is_a_run(saved, tmp_path, capsys):
+    output = shutil.copytree(saved["bf16"] / "output", tmp_path / "run")
+    export = make_export(tmp_path / "export")
+    checkpoint = output / "checkpoints" / "step_00000002"
+    for origin in (output, export, checkpoint):
+        for target in (output / "model.safetensors", output / "deep" / "made", checkpoint / "x"):
+            assert run("to-safetensors", origin, target) == 2
+            assert "must not lie in" in capsys.readouterr().err
+    shutil.copy(export / "model.safetensors", output)
+    assert load_model(output).step == open_model(output).settings.train.steps == 2
+
+
+def test_a_run_may_be_named_as_a_step_and_a_checkpoint_by_its_place(saved, tmp_path, monkeypatch):
+    for name in ("step_something", "step_3"):
+        output = shutil.copytree(saved["bf16"] / "output", tmp_path / name)
+        assert load_model(output).step == 2
+        assert run("to-safetensors", output, tmp_path / f"{name}.safetensors") == 0
+    monkeypatch.chdir(output / "checkpoints" / "step_00000001")
+    assert load_model(".").step == 1
+    assert run("to-safetensors", ".", tmp_path / "export") == 0
 
 
 @pytest.mark.parametrize("target", ["export", "one.safetensors"])

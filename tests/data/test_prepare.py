@@ -21,6 +21,7 @@ from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import train_sentencepiece
 from infini_ds.errors import RunError, UserError
+from infini_ds.temporary import temporary_beside
 
 BYTES = TokenizerConfig(kind="bytes")
 SMALL = TokenizerConfig(vocab_size=400)
@@ -426,7 +427,7 @@ def test_prepare_killed_leaves_nothing_that_looks_finished(tmp_path, corpus):
 
 def test_prepare_leaves_the_directory_of_a_living_one_alone(tmp_path, corpus):
     path = tmp_path / "store"
-    with prepare_module._temporary_beside(path) as unfinished:
+    with temporary_beside(path) as unfinished:
         prepare(config_of(corpus, path, BYTES), workers=1)
         assert unfinished.is_dir()
     assert not unfinished.exists()
