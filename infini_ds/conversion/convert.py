@@ -1,6 +1,7 @@
 """The conversions of `infini-ds convert`: each streams tensor by tensor, from disk to disk."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -92,8 +93,7 @@ def to_hf(task: Task, dtype: str | None = None, step: int | None = None) -> None
         UserError: the source cannot be read, or the target not written.
     """
     console = Console()
-    if task.target.suffix == ".safetensors":
-        raise UserError(f"{task.target}: must be a directory")
+    _require_directory(task)
     model = _open(task, step, console)
     _write_export(task, model, _weights(model, dtype), dtype, True, console)
     console.print(
@@ -109,8 +109,7 @@ def from_safetensors(task: Task) -> None:
         UserError: the source cannot be read or has no config, or the target cannot be written.
     """
     console = Console()
-    if task.target.suffix == ".safetensors":
-        raise UserError(f"{task.target}: must be a directory; to-safetensors makes a single file")
+    _require_directory(task)
     model = _open(task, None, console)
     _write_export(task, model, model.weights, None, False, console)
 
@@ -130,6 +129,9 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
             cannot be written.
     """
     console = Console()
+    if not math.isfinite(gate_init):
+        raise UserError(f"--gate-init ({gate_init}) must be a finite number")
+    _require_directory(task)
     check_destination(task.target, task.source, task.force)
     source, on_hub = task.source, hub.is_name(task.source)
     if on_hub:  # what cannot be converted is told before gigabytes are downloaded
@@ -138,7 +140,7 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     path = task.source / "config.json"
     config = llama.from_config(tree, path, segment_length, gate_init, memory_rule)
     longest = tree.get("max_position_embeddings")
-    if longest and segment_length > longest:
+    if longest is not None and segment_length > longest:
         _warn(
             console,
             f"--segment-length ({segment_length}) is above max_position_embeddings ({longest}): "
@@ -180,6 +182,7 @@ def to_llama(task: Task, step: int | None = None) -> None:
             target cannot be written.
     """
     console = Console()
+    _require_directory(task)
     model = _open(task, step, console)
     config, origin = model.config, model.weights.origin
     beside = task.source / SOURCE_CONFIG
@@ -213,6 +216,7 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
             written.
     """
     console = Console()
+    _require_directory(task)
     pickled = task.source.suffix in (".pt", ".pth", ".bin")
     if not task.source.is_file():
         raise UserError(f"{task.source}: no such file; name a .safetensors or .pt of a state_dict")
@@ -364,6 +368,13 @@ def _take_tokenizer(
 def _require_file(task: Task) -> None:
     if task.target.suffix != ".safetensors":
         raise UserError(f"{task.target}: must be a file named .safetensors")
+
+
+def _require_directory(task: Task) -> None:
+    if task.target.suffix == ".safetensors":
+        raise UserError(
+            f"{task.target}: must be a directory; to-safetensors alone makes a single file"
+        )
 
 
 def _dtype_of(model: Model) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 
 from infini_ds.config import ModelConfig
 from infini_ds.conversion.export import SOURCE_CONFIG, Model
+from infini_ds.conversion.llama import read_config
 from infini_ds.conversion.model_card import model_card
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
@@ -105,7 +106,7 @@ def _special_tokens(directory: Path, tokenizer: Tokenizer | None) -> dict[str, A
     if tokenizer is not None:
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     before = directory / SOURCE_CONFIG
-    tree = json.loads(before.read_text()) if before.is_file() else {}
+    tree = read_config(before) if before.is_file() else {}
     return {name: tree.get(name) for name in ("bos_token_id", "eos_token_id")}
 
 

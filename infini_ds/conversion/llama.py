@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from infini_ds.config import ModelConfig, RopeScaling
 from infini_ds.conversion.pairs import Pair, fused, same
+from infini_ds.conversion.plain_config import Linear, Llama3, PlainConfig, Rope, checked, explain
 from infini_ds.errors import UserError
 
 ARCHITECTURES = {
@@ -80,7 +81,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); name the directory of a Hugging Face "
             "checkpoint, or a model on its hub, ORGANISATION/MODEL"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping of settings")
@@ -99,9 +100,9 @@ def from_config(
     Raises:
         UserError: the model has something that ours lacks; names the setting.
     """
-    family = tree.get("model_type")
+    family = str(tree.get("model_type"))
     if family not in ARCHITECTURES:
-        lacked = _LACKED.get(str(family), "what others have (experts, other norms, ...)")
+        lacked = _LACKED.get(family, "what others have (experts, other norms, ...)")
         raise UserError(
             f"{path}: model_type ({family}) must be one of {', '.join(ARCHITECTURES)}; our layers "
             f"lack {lacked}"
@@ -112,44 +113,41 @@ def from_config(
     for name in ("quantization_config", "partial_rotary_factor"):
         if tree.get(name) is not None:
             raise UserError(f"{path}: {name} is not supported; it must be absent")
-    if tree.get("hidden_act", "silu") not in ("silu", "gelu"):
-        raise UserError(f"{path}: hidden_act ({tree['hidden_act']}) must be silu or gelu")
-    window = _sliding_window(tree)
+    plain = checked(PlainConfig, tree, f"{path}: ")
+    slides = family == "mistral" or plain.use_sliding_window
+    window = plain.sliding_window if slides else None
     if window is not None and segment_length > window:
         raise UserError(
             f"{path}: sliding_window ({window}) is below --segment-length ({segment_length}); "
             f"local attention sees whole segments, so make --segment-length at most {window}"
         )
-    for name in _REQUIRED.values():
-        if name not in tree:
-            raise UserError(f"{path}: {name} is missing")
-    heads = tree["num_attention_heads"]
     if family in ("llama", "qwen3"):
-        bias = tree.get("attention_bias", False)
-        biases = (bias, bias, family == "llama" and tree.get("mlp_bias", False))
+        bias = plain.attention_bias
+        biases = (bias, bias, family == "llama" and plain.mlp_bias)
     else:
         biases = (family == "qwen2", False, False)
-    theta, scaling = _rope(tree, path)
+    theta, scaling = _rope(plain, path)
+    heads = plain.num_attention_heads
     try:
         return ModelConfig(
-            **{ours: tree[name] for ours, name in _REQUIRED.items()},
-            num_kv_heads=tree.get("num_key_value_heads") or heads,
-            head_dim=tree.get("head_dim") or _head_dim(tree),
+            **{ours: getattr(plain, name) for ours, name in _REQUIRED.items()},
+            num_kv_heads=plain.num_key_value_heads or heads,
+            head_dim=plain.head_dim or (128 if family == "qwen3" else plain.hidden_size // heads),
             segment_length=segment_length,
             memory_rule=memory_rule,  # type: ignore[arg-type]
-            hidden_act=tree.get("hidden_act", "silu"),
+            hidden_act=plain.hidden_act,
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=tree.get("tie_word_embeddings", False),
+            tie_embeddings=plain.tie_word_embeddings,
             attention_bias=biases[0],
             attention_out_bias=biases[1],
             mlp_bias=biases[2],
             qk_norm=family == "qwen3",
             gate_init=gate_init,
-            initializer_range=tree.get("initializer_range", 0.02),
+            initializer_range=plain.initializer_range,
         )
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {explain(error)}") from None
 
 
 def to_config(
@@ -180,7 +178,7 @@ def to_config(
             f"({config.num_heads}) for {ARCHITECTURES['llama']}"
         )
     family = _family(config, origin)
-    if source and source["model_type"] == "mistral" and family == "llama":
+    if source and source.get("model_type") == "mistral" and family == "llama":
         family = "mistral"
     rope = config.rope_scaling and config.rope_scaling.model_dump()
     if rope and rope["rope_type"] == "linear":
@@ -233,38 +231,25 @@ def _kinds(bias: bool) -> tuple[str, ...]:
     return ("weight", "bias") if bias else ("weight",)
 
 
-def _head_dim(tree: dict[str, Any]) -> int:
-    """Where config.json does not say it."""
-    if tree["model_type"] == "qwen3":
-        return 128
-    return tree["hidden_size"] // tree["num_attention_heads"]
-
-
-def _sliding_window(tree: dict[str, Any]) -> int | None:
-    """How many tokens attention sees, itself included; None: all."""
-    if tree["model_type"] == "mistral" or tree.get("use_sliding_window"):
-        return tree.get("sliding_window", 4096)
-    return None
-
-
-def _rope(tree: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
+def _rope(plain: PlainConfig, path: Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary frequencies, in the words of old and new checkpoints."""
-    section = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
-    settings = dict(tree.get(section) or {})
-    theta = settings.pop("rope_theta", tree.get("rope_theta", 10000.0))
-    kind = settings.pop("type", "default")
-    kind = settings.pop("rope_type", kind)
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{path}: {section}.rope_type ({kind}) must be default, linear or llama3")
-    known = RopeScaling.model_fields if kind != "default" else ()
-    if unknown := settings.keys() - known:
-        raise UserError(f"{path}: {section}.{min(unknown)} is not supported with rope_type {kind}")
-    if kind == "default":
+    section = "rope_parameters" if plain.rope_parameters else "rope_scaling"
+    settings = {"rope_theta": plain.rope_theta, **(getattr(plain, section) or {})}
+    name = settings.pop("type", "default")
+    name = settings.pop("rope_type", name)
+    if name not in ("default", "linear", "llama3"):
+        raise UserError(f"{path}: {section}.rope_type ({name}) must be default, linear or llama3")
+    kind = {"default": Rope, "linear": Linear, "llama3": Llama3}[name]
+    if unknown := settings.keys() - kind.model_fields:
+        raise UserError(f"{path}: {section}.{min(unknown)} is not supported with rope_type {name}")
+    scaling = checked(kind, settings, f"{path}: {section}.").model_dump()
+    theta = scaling.pop("rope_theta")
+    if name == "default":
         return theta, None
     try:
-        return theta, RopeScaling(rope_type=kind, **settings)
+        return theta, RopeScaling(rope_type=name, **scaling)
     except ValidationError as error:
-        raise UserError(f"{path}: {section}.{_explain(error)}") from None
+        raise UserError(f"{path}: {section}.{explain(error)}") from None
 
 
 def _family(config: ModelConfig, origin: str) -> str:
@@ -282,11 +267,3 @@ def _family(config: ModelConfig, origin: str) -> str:
         f"({config.mlp_bias}) and qk_norm ({config.qk_norm}) are together in none of "
         f"{', '.join(ARCHITECTURES.values())}"
     )
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] == "value_error":
-        return str(first.get("ctx", {})["error"])
-    name = str(first["loc"][0])
-    return f"{_REQUIRED.get(name, name)}: {first['msg'].lower()}, got {first['input']!r}"

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from infini_ds import cli
 from infini_ds.conversion.export import load_export
 from infini_ds.conversion.llama import from_config
-from tests.conversion.conftest import MODELS
+from infini_ds.errors import UserError
+from tests.conversion.conftest import LLAMA3, MODELS
 
 N = 32
 
@@ -126,7 +127,7 @@ CONFIG_MISTAKES = {
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "rope_parameters.partial_rotary_factor is not supported with rope_type default",
     ),
-    "activation": ({"hidden_act": "relu"}, "hidden_act (relu) must be silu or gelu"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act: input should be 'silu' or 'gelu', got"),
     "quantized": ({"quantization_config": {}}, "quantization_config is not supported"),
     "window": (
         {"model_type": "mistral", "architectures": None, "sliding_window": 1024},
@@ -134,6 +135,38 @@ CONFIG_MISTAKES = {
     ),
     "type": ({"hidden_size": "32"}, "hidden_size: input should be a valid integer, got '32'"),
     "heads": ({"num_key_value_heads": 3}, "num_heads (4) must be a multiple of num_kv_heads (3)"),
+    "families": ({"model_type": ["llama"]}, "model_type (['llama']) must be one of"),
+    "missing": ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is missing"),
+    "llama3": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_parameters.low_freq_factor is missing",
+    ),
+    "frequencies": (
+        {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}},
+        "rope_parameters.low_freq_factor (1.0) must be below high_freq_factor (1.0)",
+    ),
+    "scaling": ({"rope_parameters": "linear"}, "rope_parameters: input should be a valid dict"),
+    "old_scaling": ({"rope_scaling": True}, "rope_scaling: input should be a valid dictionary"),
+    "factor": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        "rope_parameters.factor: input should be greater than 0, got 0",
+    ),
+    "theta": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+        "rope_parameters.rope_theta: input should be",
+    ),
+    "old_theta": ({"rope_theta": -1}, "rope_theta: input should be greater than 0, got -1"),
+}
+WRONG = {
+    "hidden_size": [None, [], {}, 0, 10**12, 2.5],
+    "num_attention_heads": ["4", None, [4], 0, -1],
+    "vocab_size": [0, True],
+    "max_position_embeddings": ["256", [], 0],
+    "sliding_window": ["64", 0],
+    "initializer_range": [-0.1, float("nan"), "0.1"],
+    "rms_norm_eps": [-1, 0, float("nan"), float("inf")],
+    "head_dim": [0, "16"],
+    "tie_word_embeddings": [None, 1],
 }
 
 
@@ -151,6 +184,27 @@ def test_what_ours_lacks_is_named(name, make_plain, tmp_path, capsys):
     assert not list(tmp_path.glob("export*"))
 
 
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_types_and_ranges_are_named(name, make_plain):
+    path = make_plain("llama") / "config.json"
+    tree = json.loads(path.read_text())
+    for value in WRONG[name]:
+        with pytest.raises(UserError, match=f"config.json: {name}: input should be .*, got"):
+            from_config({**tree, name: value}, path, N, -4.0, "linear")
+    del tree["num_attention_heads"]
+    with pytest.raises(UserError, match=r"config.json: num_attention_heads is missing"):
+        from_config(tree, path, N, -4.0, "linear")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_gates_must_be_numbers(value, make_plain, tmp_path, capsys):
+    given = ["convert", "from-llama", str(make_plain("llama")), str(tmp_path / "export")]
+    assert cli.main([*given, "--gate-init", value]) == 2
+    assert f"--gate-init ({value}) must be a finite number" in capsys.readouterr().err
+    assert cli.main([*given[:3], str(tmp_path / "a.safetensors")]) == 2
+    assert "a.safetensors: must be a directory" in capsys.readouterr().err
+
+
 OF_GEMMA = "norms that scale by 1 + weight, embeddings scaled by sqrt(hidden_size), GELU-tanh"
 OF_LATER = f"{OF_GEMMA}, norms after attention and feed-forward, layers that slide"
 LACKED = {
@@ -165,10 +219,11 @@ def test_gemma_is_refused_with_what_our_layers_lack(family, tmp_path, capsys):
     import transformers
 
     config = getattr(transformers, f"{family}Config")()
-    config.save_pretrained(tmp_path)
-    assert cli.main(["convert", "from-llama", str(tmp_path), str(tmp_path / "export")]) == 2
+    source = tmp_path / "gemma"
+    config.save_pretrained(source)
+    assert cli.main(["convert", "from-llama", str(source), str(tmp_path / "export")]) == 2
     assert capsys.readouterr().err == (
-        f"infini-ds: {tmp_path}/config.json: model_type ({config.model_type}) must be one of "
+        f"infini-ds: {source}/config.json: model_type ({config.model_type}) must be one of "
         f"llama, mistral, qwen2, qwen3; our layers lack {LACKED[family]}\n"
     )
 
