@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.conversion.pairs import Pair, same
+from infini_ds.conversion.plain_config import explain
 from infini_ds.errors import UserError
 
 # A buffer, the same in each of its models.
@@ -83,32 +85,47 @@ def infer_config(
         UserError: it is not a state_dict of the library's InfiniTransformer.
     """
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, dimensions: int) -> torch.Size:
         if name not in shapes:
             raise UserError(
                 f"{origin}: has no {name}; it must be the state_dict of an InfiniTransformer of "
                 "infini-transformer-pytorch"
             )
-        return shapes[name].shape
+        found = shapes[name].shape
+        if len(found) != dimensions or not found.numel():
+            raise UserError(
+                f"{origin}: tensor {name} has shape {list(found)}, but must have {dimensions} "
+                "dimensions, none of them 0"
+            )
+        return found
 
-    vocab_size, hidden_size = shape("token_emb.weight")
-    heads = shape("layers.0.0.fastweight_mem.head_gates")[0]
+    vocab_size, hidden_size = shape("token_emb.weight", 2)
+    (heads,) = shape("layers.0.0.fastweight_mem.head_gates", 1)
+    channels, _ = shape("layers.0.0.to_qkv.weight", 2)
+    if channels % (6 * heads):
+        raise UserError(
+            f"{origin}: tensor layers.0.0.to_qkv.weight has {channels} rows, but must have a "
+            f"multiple of {6 * heads}: queries, keys and values of {heads} heads of an even width"
+        )
     depth = {match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))}
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=len(depth),
-        num_heads=heads,
-        head_dim=shape("layers.0.0.to_qkv.weight")[0] // (3 * heads),
-        intermediate_size=shape("layers.0.1.proj_out.weight")[1],
-        segment_length=segment_length,
-        memory_rule=memory_rule,  # type: ignore[arg-type]
-        hidden_act="gelu",
-        mlp_bias=True,
-        head_bias=True,
-        norm_eps=1e-30,
-        gate_init=-10.0,
-    )
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=len(depth),
+            num_heads=heads,
+            head_dim=channels // (3 * heads),
+            intermediate_size=shape("layers.0.1.proj_out.weight", 2)[1],
+            segment_length=segment_length,
+            memory_rule=memory_rule,  # type: ignore[arg-type]
+            hidden_act="gelu",
+            mlp_bias=True,
+            head_bias=True,
+            norm_eps=1e-30,
+            gate_init=-10.0,
+        )
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error)}") from None
 
 
 def check_config(config: ModelConfig, origin: str) -> None:

@@ -41,10 +41,13 @@ class SafetensorsWeights:
         self.metas: dict[str, Tensor] = {}
         self.metadata: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
-        for file in _files(path):
+        for file, wanted in _files(path).items():
             with _open(file) as content:
                 self.metadata |= content.metadata() or {}
-                for name in content.keys():  # noqa: SIM118, it is no mapping
+                found = set(content.keys())
+                if wanted and (lost := wanted - found):
+                    raise UserError(f"{file}: has no tensor {min(lost)}, which {INDEX} lists")
+                for name in sorted(wanted or found):
                     # A slice would do for the shape, but its dtype is a word of the format's own.
                     self.metas[name] = content.get_tensor(name).to("meta")
                     self._file_of[name] = file
@@ -97,11 +100,15 @@ class PickledWeights:
             raise UserError(
                 f"{path}: must be a state_dict, names and tensors; save `model.state_dict()` alone"
             )
+        for name, tensor in self._state.items():
+            dense = tensor.layout == torch.strided and not tensor.is_quantized
+            if not dense or tensor.device.type != "cpu":
+                raise UserError(f"{path}: tensor {name} must be plain numbers, not {_kind(tensor)}")
         self.metas = {name: tensor.to("meta") for name, tensor in self._state.items()}
 
     def read(self, name: str) -> Tensor:
         """See Weights."""
-        return self._state[name]
+        return self._state[name].detach()
 
 
 @dataclass
@@ -126,30 +133,47 @@ def _load(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _files(path: Path) -> list[Path]:
+def _kind(tensor: Tensor) -> str:
+    """What makes it no plain numbers."""
+    if tensor.is_quantized:
+        return "quantized"
+    return "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+
+
+def _files(path: Path) -> dict[Path, set[str]]:
+    """Files and the tensors to take from each; none named: all that it has."""
     if path.is_file():
-        return [path]
+        return {path: set()}
     if not path.is_dir():
         raise UserError(f"{path}: no such file or directory")
     if (path / INDEX).is_file():
-        try:
-            names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / INDEX}: cannot be read ({error})") from None
-        for name in sorted(names):
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{path / INDEX}: {name!r} must be the name of a file beside it")
-            if not (path / name).is_file():
-                raise UserError(f"{path}: {name} is missing, which {INDEX} lists")
-        return [path / name for name in sorted(names)]
+        return _indexed(path)
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
+        return {path / SINGLE: set()}
     if any(path.glob("*.bin")):
         raise UserError(
             f"{path}: its weights are pickled (.bin), which is not safe to read; convert them to "
             "safetensors, as `save_pretrained` of transformers writes"
         )
     raise UserError(f"{path}: has neither {SINGLE} nor {INDEX}")
+
+
+def _indexed(path: Path) -> dict[Path, set[str]]:
+    """A tensor may be in other files as well, such as an older one's: the index decides."""
+    index = path / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        placed = list(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: cannot be read ({error})") from None
+    files: dict[Path, set[str]] = {}
+    for tensor, name in placed:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: {name!r} must be the name of a file beside it")
+        if not (path / name).is_file():
+            raise UserError(f"{path}: {name} is missing, which {INDEX} lists")
+        files.setdefault(path / name, set()).add(tensor)
+    return files
 
 
 def _open(file: Path):

@@ -256,7 +256,7 @@ FILE_MISTAKES = {
     "pickled": (pickled, "its weights are pickled (.bin), which is not safe to read"),
     "cut": (cut, "not a whole safetensors file"),
     "lost": (lambda source: max(source.glob("*.safetensors")).unlink(), "is missing, which model"),
-    "renamed": (renamed, ", which config.json asks for"),
+    "renamed": (renamed, ", which model.safetensors.index.json lists"),
     "no_config": (lambda source: (source / "config.json").unlink(), "or a model on its hub"),
 }
 
