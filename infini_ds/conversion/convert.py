@@ -19,6 +19,7 @@ from infini_ds.conversion.export import (
     METADATA_KEY,
     SOURCE_CONFIG,
     Model,
+    check_one_dtype,
     check_tensors,
     config_text,
     copy_tokenizer,
@@ -95,7 +96,10 @@ def to_hf(task: Task, dtype: str | None = None, step: int | None = None) -> None
     console = Console()
     _require_directory(task)
     model = _open(task, step, console)
-    _write_export(task, model, _weights(model, dtype), dtype, True, console)
+    weights = _weights(model, dtype)
+    if dtype is None:
+        check_one_dtype(weights.metas, weights.origin)
+    _write_export(task, model, weights, dtype, True, console)
     console.print(
         f'  AutoModelForCausalLM.from_pretrained("{task.target}", trust_remote_code=True)',
         highlight=False, soft_wrap=True,

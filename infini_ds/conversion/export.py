@@ -71,6 +71,11 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
     _check_no_step(path, step)
     settings = _open_export(path).settings
     tokenizer = export_tokenizer(settings)
+    if tokenizer is None and path.is_file():
+        raise UserError(
+            f"{path}: a single file carries no tokenizer; name the run or the directory that it is "
+            "of, or make a directory with `infini-ds convert from-safetensors` and put it there"
+        )
     if tokenizer is None:
         raise UserError(
             f"{path}: has no tokenizer that can be read; put its tokenizer.json there and "
@@ -88,11 +93,12 @@ def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
         path: directory or file of the export.
 
     Raises:
-        UserError: it is none, or its weights do not fit its config.
+        UserError: it is none, or its weights do not fit its config or one another.
     """
     model = _open_export(Path(path))
     weights = model.weights
     check_tensors(weights.metas, parameters_of(model.config), weights.origin, CONFIG)
+    check_one_dtype(weights.metas, weights.origin)
     with torch.device("meta"):
         module = InfiniTransformer(model.config)
     module.load_state_dict({name: weights.read(name) for name in weights.metas}, assign=True)
@@ -160,6 +166,22 @@ def check_tensors(
             raise UserError(f"{origin}: tensor {name} has no counterpart in the model of {config}")
 
 
+def check_one_dtype(found: dict[str, Tensor], origin: str) -> None:
+    """Whether all tensors are of one dtype, as a model that computes must have them.
+
+    Raises:
+        UserError: names two that differ.
+    """
+    first = next(iter(found))
+    for name, meta in found.items():
+        if meta.dtype != found[first].dtype:
+            kinds = (str(found[each].dtype).removeprefix("torch.") for each in (first, name))
+            raise UserError(
+                f"{origin}: {first} is {next(kinds)}, {name} {next(kinds)}; make them one with "
+                "`infini-ds convert to-safetensors --dtype fp32` or `bf16`"
+            )
+
+
 def config_text(config: ModelConfig, tokenizer: str | None) -> str:
     """What config.yaml of an export holds.
 
@@ -176,12 +198,18 @@ def export_tokenizer(settings: RunConfig) -> Tokenizer | None:
     """The tokenizer of an export of these settings, if it has one that can be read.
 
     Raises:
-        UserError: its file is missing or unusable.
+        UserError: its file is missing or unusable, or has ids that the model lacks.
     """
-    tokenizer = settings.data.tokenizer
-    if tokenizer.kind != "bytes" and not tokenizer.model:
+    kind, file = settings.data.tokenizer.kind, settings.data.tokenizer.model
+    if kind != "bytes" and not file:
         return None
-    return load_tokenizer(tokenizer.kind, tokenizer.model)
+    tokenizer = load_tokenizer(kind, file)
+    if tokenizer.vocab_size > settings.model.vocab_size:
+        raise UserError(
+            f"{file or settings.output_dir}: the tokenizer has {tokenizer.vocab_size} ids, but the "
+            f"model {settings.model.vocab_size}; it must be the model's own"
+        )
+    return tokenizer
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
@@ -207,10 +235,17 @@ def _open_export(path: Path) -> Model:
     if METADATA_KEY in weights.metadata and path.is_file():
         text, origin = weights.metadata[METADATA_KEY], f"{path}, its metadata"
     elif beside.is_file():
-        text, origin = beside.read_text(), str(beside)
+        text, origin = _read(beside), str(beside)
     else:
         raise UserError(f"{path}: has no config; put a {CONFIG} with the key `model` beside it")
     return Model(_parse(text, origin, beside.parent), weights, None, [])
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
 
 
 def _parse(text: str, origin: str, directory: Path) -> RunConfig:
@@ -222,7 +257,7 @@ def _parse(text: str, origin: str, directory: Path) -> RunConfig:
             tokenizer["kind"] = tree["tokenizer"]
             if file := TOKENIZER_FILES.get(str(tree["tokenizer"])):
                 tokenizer["model"] = str(directory / file)
-    except (yaml.YAMLError, KeyError, TypeError):
+    except (yaml.YAMLError, KeyError, TypeError, RecursionError):
         raise UserError(f"config {origin}: must be YAML with the key `model`") from None
     settings = configuration.parse(
         {

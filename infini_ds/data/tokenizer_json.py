@@ -95,17 +95,17 @@ def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
     """The id of `bos` or `eos`."""
     for beside in (file.with_name(SPECIAL), file.with_name("config.json")):
         tree = _read(beside)
-        token = tree.get(f"{name}_token")
-        if token:
-            content = token["content"] if isinstance(token, dict) else token
-            i, said = model.token_to_id(content), f"{name}_token ({content})"
-        else:
-            i = tree.get(f"{name}_token_id")
-            i = i[0] if isinstance(i, list) else i
+        token, i = tree.get(f"{name}_token"), tree.get(f"{name}_token_id")
+        if token not in (None, ""):
+            content = token.get("content") if isinstance(token, dict) else token
+            said = f"{name}_token ({content})"
+            i = model.token_to_id(content) if isinstance(content, str) else None
+        elif i is not None:
+            i = i[0] if isinstance(i, list) and i else i
             said = f"{name}_token_id ({i})"
-            if i is None:
-                continue
-            i = i if model.id_to_token(i) is not None else None
+            i = i if type(i) is int and i in model.get_vocab().values() else None
+        else:
+            continue
         if i is None:
             raise UserError(f"{beside}: {said} must be a token of {file.name}")
         return i
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping of settings")

@@ -14,6 +14,7 @@ from infini_ds.conversion import convert
 from infini_ds.conversion.export import load_export, load_model, open_model
 from infini_ds.conversion.run import load_run
 from infini_ds.conversion.writer import Plan
+from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.training import manifest
 from tests.evaluation.conftest import RUNS
@@ -139,6 +140,18 @@ def test_mixed_dtypes_are_aligned_in_the_file(tmp_path):
         assert tensor.data_ptr() % tensor.itemsize == 0
 
 
+def test_mixed_dtypes_do_not_compute(tmp_path, capsys):
+    source = make_export(tmp_path / "source")
+    message = "layers.0.weight is float32, layers.1.input_layernorm.weight bfloat16; make them one"
+    with pytest.raises(UserError, match=message):
+        load_export(source)
+    assert run("to-hf", source, tmp_path / "made") == 2
+    assert message in capsys.readouterr().err
+    for direction in ("to-hf", "to-safetensors"):
+        assert run(direction, source, tmp_path / direction, "--dtype", "bf16") == 0
+        load_export(tmp_path / direction)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("target", ["export", "one.safetensors"])
 def test_interruption_leaves_nothing(target, error, tmp_path, monkeypatch, capsys):
@@ -165,7 +178,7 @@ def test_interruption_leaves_nothing(target, error, tmp_path, monkeypatch, capsy
     (tmp_path / f".{target}.abc.partial").mkdir()
     assert run("to-safetensors", source, tmp_path / target) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"source", target}
-    load_export(tmp_path / target)
+    open_model(tmp_path / target)
 
 
 @pytest.mark.parametrize("target", ["export", "one.safetensors"])
@@ -280,7 +293,7 @@ def test_destination_is_where_a_link_leads(target, tmp_path):
     for force in ([], ["--force"]):
         assert run("to-safetensors", source, link, *force) == 0
         assert link.readlink() == place
-        load_export(place)
+        open_model(place)
     assert list(place.parent.iterdir()) == [place]
 
 
@@ -298,7 +311,17 @@ def unknown_setting(source: Path) -> None:
     path.write_text(path.read_text().replace("norm_eps", "norm_epps"))
 
 
+def nested(source: Path) -> None:
+    (source / "config.yaml").write_text("[" * 10_000)
+
+
+def binary(source: Path) -> None:
+    (source / "config.yaml").write_bytes(b"model: \xff")
+
+
 MISTAKES = {
+    "nested": (nested, "config.yaml: must be YAML with the key `model`"),
+    "binary": (binary, "config.yaml: cannot be read ('utf-8' codec can't decode"),
     "no_config": (without_config, "has no config; put a config.yaml with the key `model` beside"),
     "other_config": (other_config, "has shape [11, 5], but config.yaml asks for [11, 6]"),
     "unknown": (unknown_setting, "unknown setting model.norm_epps; did you mean norm_eps?"),

@@ -1,6 +1,7 @@
 """Every command that uses a model takes an export as it takes the run that the export is of."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,10 @@ def test_an_export_has_no_held_out_documents_and_no_steps(folder, capsys):
     assert "is not a run with checkpoints" in capsys.readouterr().err
 
 
-def test_tokenizer_of_an_export(folder, tmp_path):
+def test_tokenizer_of_an_export(tmp_path):
+    write_checkpoint(tiny_config(tmp_path / "run", vocab_size=320))
     export = tmp_path / "export"
-    command("convert", "from-safetensors", folder / "export", export)
+    command("convert", "to-safetensors", tmp_path / "run", export)
     config = export / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace("tokenizer: bytes", ""))
@@ -90,3 +92,24 @@ def test_tokenizer_of_an_export(folder, tmp_path):
         load_model(export)
     train_sentencepiece(iter([TEXT] * 9), 320, export / "tokenizer.model")
     assert load_model(export).tokenizer.vocab_size == 320
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder, tmp_path, capsys):
+    export = tmp_path / "export"
+    command("convert", "from-safetensors", folder / "export", export)
+    config = export / "config.yaml"
+    config.write_text(config.read_text().replace("tokenizer: bytes", "tokenizer: sentencepiece"))
+    train_sentencepiece(iter([TEXT] * 9), 320, export / "tokenizer.model")
+    with pytest.raises(UserError, match=r"tokenizer.model: the tokenizer has 320 ids, but the mo"):
+        load_model(export)
+    assert cli.main(["convert", "to-hf", str(export), str(tmp_path / "made")]) == 2
+    assert "the tokenizer has 320 ids" in capsys.readouterr().err
+
+
+def test_a_single_file_without_its_tokenizer_says_where_there_is_one(folder, tmp_path):
+    config = tmp_path / "config.yaml"
+    text = (folder / "export" / "config.yaml").read_text()
+    config.write_text(text.replace("tokenizer: bytes", ""))
+    shutil.copy(folder / "export" / "model.safetensors", tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match=r"one.safetensors: a single file carries no tokenizer"):
+        load_model(tmp_path / "one.safetensors")

@@ -152,6 +152,21 @@ def test_what_is_wrong_is_named(name, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+WRONG = {
+    "bos_token": [5, {"x": 1}, ["<|begin|>"], {"content": 5}, False],
+    "bos_token_id": [-1, "1", [], 1.5, {}, 10**12, True, [None]],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bos_of_a_wrong_type_is_named(name, tmp_path):
+    file = write_byte_level(tmp_path)
+    for value in WRONG[name]:
+        spoiled(tmp_path, tokenizer_config=json.dumps({name: value}))
+        with pytest.raises(UserError, match=rf"{name} \(.*\) must be a token of"):
+            load_tokenizer("tokenizers", file)
+
+
 def test_a_decoder_that_hides_what_tokens_stand_for_is_refused(tmp_path):
     file = write_byte_level(tmp_path)
     tokenizer = Tokenizer(models.WordLevel({"<|begin|>": 0, "<|end|>": 1}, "<|begin|>"))
