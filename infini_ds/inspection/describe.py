@@ -8,12 +8,12 @@ from safetensors import safe_open
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
-from infini_ds.conversion.run import read_weights
-from infini_ds.data.store import SPLITS, sha256_of
+from infini_ds.conversion.run import is_checkpoint, layer_files, read_weights
+from infini_ds.data.store import FORMAT, MANIFEST, SPLITS, sha256_of
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import gates, parameter_counts
 from infini_ds.model.memory import Memory
-from infini_ds.training.manifest import NAME, directories
+from infini_ds.training import manifest
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
         return _memory(path)
     if (path / "checkpoints").is_dir():
         return _run(path)
-    if (path / "config.yaml").exists() and path.resolve().name.startswith("step_"):
+    if (path / "config.yaml").exists() and is_checkpoint(path):
         return _checkpoint(path, problems_of(path))
     if any((path / f"{split}.tokens").exists() for split in SPLITS):
         return _store(path)
@@ -36,7 +36,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    steps = directories(path / "checkpoints")[::-1]
+    steps = manifest.directories(path / "checkpoints")[::-1]
     problems = {directory.name: problems_of(directory) for directory in steps}
     valid = [directory for directory in steps if not problems[directory.name]]
     return {
@@ -55,14 +55,13 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
         config = configuration.load(path / "config.yaml")
     except UserError as error:
         problems = problems or [str(error)]
-    weights_are_whole = not any(problem.startswith(("layer_", NAME)) for problem in problems)
     return {
         "kind": "checkpoint",
         "path": str(path),
         **{name: state.get(name) for name in ("step", "tokens", "skipped_steps", "layout")},
         "settings": None if config is None else config.model_dump(),
         "parameters": None if config is None else parameter_counts(config.model),
-        "gates": gates(read_weights(path)) if weights_are_whole else None,
+        "gates": gates(read_weights(path)) if _weights_are_whole(path, problems) else None,
         "bytes": {
             "weights": sum(file.stat().st_size for file in path.glob("layer_*")),
             "optimizer": sum(file.stat().st_size for file in path.glob("*optim_states.pt")),
@@ -74,13 +73,13 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    manifest = _json(path / NAME)
+    told = _json(path / MANIFEST)
     return {
         "kind": "store",
         "path": str(path),
-        **{name: manifest.get(name) for name in ("tokenizer", "splits", "settings")},
+        **{name: told.get(name) for name in ("tokenizer", "splits", "settings")},
         "bytes": {"total": _size(path)},
-        "problems": problems_of(path),
+        "problems": problems_of(path, FORMAT),
     }
 
 
@@ -109,31 +108,47 @@ def _memory(path: Path) -> dict[str, Any]:
     }
 
 
-def problems_of(directory: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint or a store, by their manifest's checksums."""
+def problems_of(directory: Path, version: int = manifest.FORMAT) -> list[str]:
+    """What is wrong with the files of a checkpoint or a store, by their manifest's checksums.
+
+    Args:
+        version: format of the manifest.
+    """
     try:
-        files = json.loads((directory / NAME).read_text())["files"]
-    except FileNotFoundError:
-        return [f"{NAME} is missing: it was not finished"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{NAME} cannot be read ({' '.join(str(error).split())})"]
+        files = manifest.listed(directory, version)
+    except ValueError as error:
+        return [str(error)]
     problems = []
     for name, expected in files.items():
         file = directory / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != expected["size"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, not {expected['size']}")
-        elif sha256_of(file) != expected["sha256"]:
-            problems.append(f"{name} does not have its checksum")
+        try:
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != expected["size"]:
+                problems.append(f"{name} has {file.stat().st_size} bytes, not {expected['size']}")
+            elif sha256_of(file) != expected["sha256"]:
+                problems.append(f"{name} does not have its checksum")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
+
+
+def _weights_are_whole(checkpoint: Path, problems: list[str]) -> bool:
+    try:
+        files = manifest.listed(checkpoint)
+    except ValueError:
+        return False
+    layers = [file.name for file in layer_files(checkpoint)]
+    return all(name in files for name in layers) and not any(
+        problem.startswith("layer_") for problem in problems
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
     """What a file says, nothing if it cannot be read."""
     try:
         tree = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

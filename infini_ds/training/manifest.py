@@ -49,6 +49,33 @@ def write(directory: Path, files: dict[str, dict]) -> None:
     partial.rename(directory / NAME)
 
 
+def listed(directory: Path, version: int = FORMAT) -> dict[str, dict]:
+    """What a manifest says of each file, whether or not it is so.
+
+    Args:
+        version: format that the manifest must have.
+
+    Raises:
+        ValueError: there is no valid manifest.
+    """
+    try:
+        manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"it was not finished (no {NAME})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{NAME} cannot be read ({' '.join(str(error).split())})") from None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or "format" not in manifest:
+        raise ValueError(f"{NAME} cannot be read (it has no format or no files)")
+    if manifest["format"] != version:
+        raise ValueError(f"{NAME} is of format {manifest['format']}, not {version}")
+    for name, expected in files.items():
+        known = isinstance(expected, dict) and isinstance(expected.get("sha256"), str)
+        if not known or type(expected.get("size")) is not int:
+            raise ValueError(f"{NAME} cannot be read ({name} has no size or no sha256)")
+    return files
+
+
 def read(directory: Path) -> dict[str, dict]:
     """What a manifest says of each file.
 
@@ -56,16 +83,7 @@ def read(directory: Path) -> dict[str, dict]:
         ValueError: there is no valid manifest, or a file is missing, of another size, or cannot
             be looked at.
     """
-    try:
-        manifest = json.loads((directory / NAME).read_text())
-        files = manifest["files"]
-        known = manifest["format"] == FORMAT
-    except FileNotFoundError:
-        raise ValueError("it was not finished (no manifest.json)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"manifest.json cannot be read ({error})") from None
-    if not known:
-        raise ValueError(f"manifest.json is of format {manifest['format']}, not {FORMAT}")
+    files = listed(directory)
     for name, expected in files.items():
         try:
             size = (directory / name).stat().st_size

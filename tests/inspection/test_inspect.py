@@ -9,6 +9,7 @@ import torch
 
 from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
+from infini_ds.conversion.run import load_run
 from infini_ds.data.prepare import prepare
 from infini_ds.inspection.weights import parameter_counts
 from infini_ds.model.layers import count_parameters
@@ -97,14 +98,21 @@ def test_unfinished_and_cut_checkpoints_are_told(run, capsys):
     (checkpoint(run, 5) / "state.json").unlink()
     _, figures = inspect(capsys, run)
     assert figures["newest_valid"] is None
-    assert figures["checkpoints"]["step_00000009"] == [
-        "manifest.json is missing: it was not finished"
-    ]
+    assert figures["checkpoints"]["step_00000009"] == ["it was not finished (no manifest.json)"]
     cut, missing = figures["checkpoints"]["step_00000005"]
     assert cut.startswith("layer_00-model_states.pt has 0 bytes, not ")
     assert missing == "state.json is missing"
     shown, _ = inspect(capsys, checkpoint(run, 9))
     assert "it was not finished" in shown
+
+
+@pytest.mark.parametrize("files", ["[]", '{"state.json": {}}', "[" * 100_000, "{}"])
+def test_a_valid_checkpoint_before_a_malformed_manifest_is_used(run, capsys, files):
+    (checkpoint(run, 9) / "manifest.json").write_text(f'{{"format": 1, "files": {files}}}')
+    assert load_run(run).step == 5
+    _, figures = inspect(capsys, checkpoint(run, 9))
+    assert figures["gates"] is None
+    assert cli.main(["inspect", str(run)]) == 0
 
 
 def test_store_is_described_and_its_flipped_byte_told(tmp_path, capsys):

@@ -84,6 +84,26 @@ def lengthen_file(folder):
     (folder / "state.json").write_text("{}\n")
 
 
+MALFORMED = {
+    "list": '{"format": 1, "files": []}',
+    "null": '{"format": 1, "files": null}',
+    "no_size": '{"format": 1, "files": {"state.json": {"sha256": "a"}}}',
+    "no_sha256": '{"format": 1, "files": {"state.json": {"size": 2}}}',
+    "word": '{"format": 1, "files": {"state.json": {"size": "2", "sha256": "a"}}}',
+    "entry": '{"format": 1, "files": {"state.json": 2}}',
+    "deep": "[" * 100_000,
+    "binary": "\udcff",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_manifest_is_no_manifest(checkpoint, name):
+    text = MALFORMED[name].encode(errors="surrogateescape")
+    (checkpoint / manifest.NAME).write_bytes(text)
+    with pytest.raises(ValueError, match=r"^manifest.json cannot be read \("):
+        manifest.read(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
