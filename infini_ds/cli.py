@@ -160,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     inspect = commands.add_parser(
-        "inspect", help="what a run, checkpoint, store or memory file is, and whether it is whole"
+        "inspect",
+        help="what a run, checkpoint, export, store or memory file is, and if it is whole",
     )
     inspect.add_argument("path", metavar="PATH", help="of one of these")
     inspect.add_argument("--diff", metavar="OTHER", help="say how another one differs from it")

@@ -13,7 +13,7 @@ def run(path: str, other: str | None, json_path: str | None) -> None:
     """Prints tables, and writes the same figures where they are asked for.
 
     Args:
-        path: a run, a checkpoint, a store or a memory file.
+        path: a run, a checkpoint, an export, a store or a memory file.
         other: one of the same kind to compare with; what differs is under "difference".
 
     Raises:

@@ -1,17 +1,19 @@
-"""Figures of a run, a checkpoint, a store or a memory file, by what is on disk."""
+"""Figures of a run, a checkpoint, an export, a store or a memory file, by what is on disk."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
+from infini_ds.conversion.export import export_tokenizer, is_export, open_model
 from infini_ds.conversion.run import is_checkpoint, layer_files, read_weights
 from infini_ds.data.store import FORMAT, MANIFEST, SPLITS, sha256_of
 from infini_ds.errors import UserError
-from infini_ds.inspection.weights import gates, parameter_counts
+from infini_ds.inspection.weights import gates, is_gate, parameter_counts
+from infini_ds.model.memory import FORMAT as MEMORY_FORMAT
 from infini_ds.model.memory import Memory
 from infini_ds.training import manifest
 
@@ -25,14 +27,16 @@ def describe(path: Path) -> dict[str, Any]:
         UserError: it is none of the kinds.
     """
     if path.is_file():
-        return _memory(path)
+        return _export(path) if _has_weights(path) else _memory(path)
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "config.yaml").exists() and is_checkpoint(path):
         return _checkpoint(path, problems_of(path))
     if any((path / f"{split}.tokens").exists() for split in SPLITS):
         return _store(path)
-    raise UserError(f"inspect {path}: is no run, checkpoint, store or memory file")
+    if is_export(path):
+        return _export(path)
+    raise UserError(f"inspect {path}: is no run, checkpoint, export, store or memory file")
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -70,6 +74,44 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
         },
         "problems": problems,
     }
+
+
+def _export(path: Path) -> dict[str, Any]:
+    model = open_model(path)
+    weights = model.weights
+    dtypes = {str(meta.dtype).removeprefix("torch.") for meta in weights.metas.values()}
+    betas = {name: weights.read(name) for name in weights.metas if is_gate(name)}
+    return {
+        "kind": "export",
+        "path": str(path),
+        "settings": {
+            "model": model.config.model_dump(),
+            "tokenizer": _tokenizer(model.settings),
+            "dtype": " and ".join(sorted(dtypes)),
+        },
+        "parameters": parameter_counts(model.config),
+        "gates": gates(betas),
+        "bytes": {"total": path.stat().st_size if path.is_file() else _size(path)},
+    }
+
+
+def _tokenizer(settings: RunConfig) -> str:
+    try:
+        tokenizer = export_tokenizer(settings)
+    except UserError as error:
+        return f"none that can be used ({error})"
+    kind = settings.data.tokenizer.kind
+    return f"{kind}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
+
+
+def _has_weights(file: Path) -> bool:
+    """Whether it is a file of safetensors that is no memory."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            kind = (content.metadata() or {}).get("format", "")
+    except (OSError, SafetensorError):
+        return False
+    return not kind.startswith(MEMORY_FORMAT.rpartition(".")[0])
 
 
 def _store(path: Path) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from infini_ds.conversion.export import open_model
 from infini_ds.conversion.run import read_weights
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import relative_changes
@@ -14,7 +17,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What differs between two descriptions of `describe`; a run is its newest valid checkpoint.
 
     Returns:
-        "settings": [before, after] of each that differs; and of two checkpoints of one shape
+        "settings": [before, after] of each that differs; and of two models of one shape
         "changes", see `relative_changes`, None for all others.
 
     Raises:
@@ -35,10 +38,17 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         if one.get(name) != other.get(name)
     }
     changes = None
-    if before["gates"] and after["gates"]:  # of checkpoints whose weights are whole
-        weights = (read_weights(Path(each["path"])) for each in (before, after))
+    if before["gates"] and after["gates"]:  # of exports, and checkpoints that are whole
+        weights = (_weights_of(each["kind"], Path(each["path"])) for each in (before, after))
         changes = relative_changes(*weights, num_layers=len(before["gates"]))
     return {"settings": settings, "changes": changes}
+
+
+def _weights_of(kind: str, path: Path) -> dict[str, Tensor]:
+    if kind == "checkpoint":
+        return read_weights(path)
+    weights = open_model(path).weights
+    return {name: weights.read(name) for name in weights.metas}
 
 
 def _comparable(figures: dict[str, Any]) -> dict[str, Any]:

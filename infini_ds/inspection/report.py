@@ -48,8 +48,8 @@ def show_difference(found: dict[str, Any], console: Console) -> None:
 
 def _rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from {
-        "run": _run_rows, "checkpoint": _checkpoint_rows, "store": _store_rows,
-        "memory": _memory_rows,
+        "run": _run_rows, "checkpoint": _checkpoint_rows, "export": _export_rows,
+        "store": _store_rows, "memory": _memory_rows,
     }[figures["kind"]](figures)  # fmt: skip
     for part, size in figures["bytes"].items():
         yield f"bytes, {part}", f"{size:,}"
@@ -70,20 +70,32 @@ def _checkpoint_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "layout", f"{layout['pipeline']} pipeline stages x {layout['data']} data-parallel"
     if figures["settings"]:
         model, train = figures["settings"]["model"], figures["settings"]["train"]
-        kv_heads = model["num_kv_heads"] or model["num_heads"]
-        shape = (
-            f"{model['num_layers']} layers of {model['hidden_size']}, {model['num_heads']} heads "
-            f"({kv_heads} key-value) of {model['head_dim']}, vocabulary {model['vocab_size']:,}"
-        )
-        yield "model", shape
-        options = [name for name in ("write_gate", "short_conv") if model["memory"][name]]
-        yield "memory", ", ".join((f"{model['memory_rule']} rule", *options))
+        yield from _model_rows(model)
         reading = (
             f"{train['batch_size']} lanes, windows of {train['window_segments']} segments of "
             f"{model['segment_length']:,} tokens, {train['dtype']}"
         )
         yield "reading", reading
         yield "store", figures["settings"]["data"]["store"]
+
+
+def _export_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    settings = figures["settings"]
+    yield from _model_rows(settings["model"])
+    yield "segment", f"{settings['model']['segment_length']:,} tokens"
+    yield "tokenizer", settings["tokenizer"]
+    yield "dtype", settings["dtype"]
+
+
+def _model_rows(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    kv_heads = model["num_kv_heads"] or model["num_heads"]
+    shape = (
+        f"{model['num_layers']} layers of {model['hidden_size']}, {model['num_heads']} heads "
+        f"({kv_heads} key-value) of {model['head_dim']}, vocabulary {model['vocab_size']:,}"
+    )
+    yield "model", shape
+    options = [name for name in ("write_gate", "short_conv") if model["memory"][name]]
+    yield "memory", ", ".join((f"{model['memory_rule']} rule", *options))
 
 
 def _store_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint by what they are for."""
+"""The weights of a checkpoint or an export by what they are for."""
 
 import torch
 from torch import Tensor
@@ -38,9 +38,14 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter is the gates of a layer."""
+    return name.endswith(".self_attn.beta")
+
+
 def gates(weights: dict[str, Tensor]) -> list[list[float]]:
     """The memory's share in every head, sigmoid(beta): [layers][heads]."""
-    names = [name for name in weights if name.endswith(".self_attn.beta")]
+    names = [name for name in weights if is_gate(name)]
     names.sort(key=lambda name: int(name.split(".")[1]))
     return [weights[name].float().sigmoid().tolist() for name in names]
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
@@ -147,6 +148,31 @@ def test_memory_file_is_described(run, capsys):
     assert "f" * 30 in shown  # and the rest in the next line
 
 
+@pytest.mark.parametrize("name", ["export", "one.safetensors"])
+def test_export_is_described(run, capsys, name):
+    export, other = run.parent / name, run.parent / f"other_{name}"
+    for made, step in ((export, "9"), (other, "5")):
+        assert cli.main(["convert", "to-safetensors", str(run), str(made), "--step", step]) == 0
+    shown, figures = inspect(capsys, export)
+    assert figures["kind"] == "export"
+    assert figures["settings"]["model"]["hidden_size"] == 16
+    assert figures["settings"]["tokenizer"] == "bytes, 258 ids"
+    assert figures["settings"]["dtype"] == "float32"
+    assert figures["gates"] == [pytest.approx([0.75, 0.75])] * 2
+    assert figures["bytes"]["total"] > 4 * figures["parameters"]["total"]
+    for words in ("write_gate, short_conv", "bytes, 258 ids", "0.750 0.750", "32 tokens"):
+        assert words in shown
+    _, figures = inspect(capsys, export, "--diff", other)
+    assert figures["difference"]["settings"] == {}
+    assert figures["difference"]["changes"]["attention"] == pytest.approx(math.sqrt(2), rel=0.1)
+
+
+def test_weights_without_a_config_are_told(tmp_path, capsys):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == 2
+    assert "a.safetensors: has no config; put a config.yaml" in capsys.readouterr().err
+
+
 def test_difference_of_two_checkpoints(run, capsys, tmp_path):
     shown, figures = inspect(capsys, checkpoint(run, 5), "--diff", run)
     found = figures["difference"]
@@ -176,7 +202,7 @@ def test_change_of_what_was_zero_has_no_size(tmp_path, capsys):
 
 MISTAKES = {
     "nothing": (["{run}/none"], "inspect {run}/none: no such file or directory"),
-    "directory": (["{run}/checkpoints"], "is no run, checkpoint, store or memory file"),
+    "directory": (["{run}/checkpoints"], "is no run, checkpoint, export, store or memory file"),
     "file": (["{run}/checkpoints/step_00000009/config.yaml"], "config.yaml: cannot be read"),
     "no_other": (["{run}", "--diff={run}/none"], "inspect {run}/none: no such file or directory"),
     "kinds": (["{run}", "--diff={book}"], "step_00000009 is a checkpoint, {book} a memory"),
