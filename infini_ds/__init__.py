@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from infini_ds.config import ModelConfig
 
 if TYPE_CHECKING:
+    from infini_ds.conversion.export import load_model
     from infini_ds.model.memory import Memory
     from infini_ds.model.transformer import InfiniTransformer
 
-__all__ = ["InfiniTransformer", "Memory", "ModelConfig"]
+__all__ = ["InfiniTransformer", "Memory", "ModelConfig", "load_model"]
 
 
 def __getattr__(name: str):
@@ -21,4 +22,8 @@ def __getattr__(name: str):
         from infini_ds.model.memory import Memory
 
         return Memory
+    if name == "load_model":
+        from infini_ds.conversion.export import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

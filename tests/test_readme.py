@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from infini_ds import config
+from tests.tiny_run import tiny_config, write_checkpoint
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -25,3 +26,15 @@ def test_python_example_in_the_readme_runs_as_shown(tmp_path, monkeypatch):
     assert names["text"].shape == (1, 32)
     assert names["out"].logits.shape == (1, 1300, 256)
     assert (tmp_path / "book.safetensors").exists()
+
+
+def test_loading_a_model_in_the_readme_runs_as_shown(tmp_path, monkeypatch, capsys):
+    example = re.search(r"```python\n(import torch\nfrom infini_ds import load_model.*?)```",
+                        README.read_text(), re.DOTALL)  # fmt: skip
+    assert example
+    write_checkpoint(tiny_config(tmp_path / "runs" / "quickstart"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example[1], names)
+    assert names["written"].shape == (1, 32)
+    assert capsys.readouterr().out.strip("\n")

@@ -56,7 +56,7 @@ class Model(NamedTuple):
 
 
 def load_model(path: str | Path, step: int | None = None) -> Loaded:
-    """Loads the model of an export or of a run, for the commands that use one.
+    """Loads the model of an export or of a run, with its tokenizer.
 
     Args:
         path: directory or file of an export, output_dir of a run, or one of its checkpoints.

@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 CHECK = """
-import sys, infini_ds.model.transformer, infini_ds.conversion.seed
+import sys, infini_ds
+assert "torch" not in sys.modules
+import infini_ds.model.transformer, infini_ds.conversion.seed
+infini_ds.load_model
 print([name for name in sys.modules if name.split(".")[0] in ("deepspeed", "transformers")])
 """
 
