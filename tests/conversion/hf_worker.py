@@ -58,6 +58,8 @@ def answer(folder: Path) -> None:
     torch.manual_seed(0)
     sampled = model.generate(tokens, do_sample=True, top_k=9, temperature=0.7, **options)
     loss = model(tokens, labels=tokens).loss
+    hidden = model(tokens, output_hidden_states=True, logits_to_keep=1).hidden_states
+    found["embedded"], found["from_hidden"] = hidden[0], model._head(hidden[-1])
     save_file({name: t.contiguous() for name, t in found.items()}, folder / "answer.safetensors")
 
     padded = torch.ones_like(tokens)
@@ -67,6 +69,11 @@ def answer(folder: Path) -> None:
         refused = ""
     except ValueError as error:
         refused = str(error)
+    try:
+        model(tokens, output_attentions=True)
+        no_attentions = ""
+    except ValueError as error:
+        no_attentions = str(error)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     text = (folder / "text.txt").read_text()
     ids = tokenizer(text).input_ids
@@ -78,6 +85,8 @@ def answer(folder: Path) -> None:
         "sampled": list(sampled.shape),
         "loss": float(loss),
         "refused": refused,
+        "no_attentions": no_attentions,
+        "hidden_states": len(hidden),
         "ids": ids,
         "text": tokenizer.decode(ids, skip_special_tokens=True),
         "unknown": tokenizer.decode([*ids, model.config.vocab_size - 1]),

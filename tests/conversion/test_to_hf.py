@@ -96,7 +96,7 @@ def test_logits_and_greedy_tokens_are_ours(name, answered):
     eos = load_model(folder).tokenizer.eos_id
     with torch.no_grad():
         expected = model(tokens).logits
-    for logits in (answer["logits"], answer["in_pieces"]):
+    for logits in (answer["logits"], answer["in_pieces"], answer["from_hidden"]):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     written = model.generate(tokens, NEW_TOKENS, temperature=0, stop_token=eos)
     assert NEW_TOKENS > 2 * N, "ends of segments are crossed"
@@ -105,6 +105,9 @@ def test_logits_and_greedy_tokens_are_ours(name, answered):
     told = json.loads((folder / "answer.json").read_text())
     assert told["loss"] == pytest.approx(float(model.loss(tokens).detach()), rel=1e-4)
     assert told["eos"] == eos
+    assert told["hidden_states"] == 3, "the embedding, after one block, after the other and norm"
+    torch.testing.assert_close(answer["embedded"], model.layers[0](tokens))
+    assert told["no_attentions"].startswith("output_attentions must be false")
 
 
 @pytest.mark.slow

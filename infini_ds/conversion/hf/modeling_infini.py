@@ -258,6 +258,8 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ):
@@ -268,7 +270,14 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             labels: as input_ids, -100 where there is no loss.
             use_cache: whether to return the cache; by default it is, unless in training.
             logits_to_keep: of so many last tokens; 0: of all.
+            output_hidden_states: whether to return what goes into each block, and the final norm's
+                result; of all tokens.
+            output_attentions: must be false, there is no matrix of them.
         """
+        if output_attentions:
+            raise ValueError("output_attentions must be false: the memory is read without any")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if attention_mask is not None and not bool((attention_mask == 1).all()):
             raise ValueError(
                 "attention_mask must be all ones: padding would be read as text; put texts of one "
@@ -279,12 +288,15 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             cache.layers = [LayerState() for _ in range(self.config.num_hidden_layers)]
         n, length = self.config.segment_length, input_ids.shape[1]
         wanted_from = length - logits_to_keep if logits_to_keep else 0
-        logits, begin = [], 0
+        logits, states, begin = [], [], 0
         while begin < length:
             end = min(length, begin + n - cache.tokens % n)
-            hidden = self._read(input_ids[:, begin:end], cache)
+            inner = [] if output_hidden_states else None
+            hidden = self._read(input_ids[:, begin:end], cache, inner)
             if end > wanted_from:
                 logits.append(self._head(hidden[:, max(wanted_from - begin, 0) :]))
+            if inner is not None:
+                states.append((*inner, hidden))
             begin = end
         logits = torch.cat(logits, dim=1)
         loss = None
@@ -293,11 +305,15 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(
                 logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
             )
+        hidden_states = None
+        if states:
+            hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*states))  # noqa: B905
         keep = not self.training if use_cache is None else use_cache
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=cache if keep else None,  # type: ignore[arg-type]
+            hidden_states=hidden_states,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -316,11 +332,16 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             "logits_to_keep": kwargs.get("logits_to_keep", 1),
         }
 
-    def _read(self, tokens: Tensor, cache: InfiniCache) -> Tensor:
-        """Final hidden states of tokens that fit into the open segment."""
+    def _read(self, tokens: Tensor, cache: InfiniCache, inner: list[Tensor] | None) -> Tensor:
+        """Final hidden states of tokens that fit into the open segment.
+
+        What goes into each block is put into `inner`, if it is a list.
+        """
         hidden = self.layers[0](tokens)
         rotary = self._rotary_table(hidden.device)
         for layer, state in zip(self.layers[1:], cache.layers):  # noqa: B905, norm and head follow
+            if inner is not None:
+                inner.append(hidden)
             hidden = layer(hidden, state, rotary)
         cache.tokens += tokens.shape[1]
         return self.layers[1 + self.config.num_hidden_layers](hidden)
