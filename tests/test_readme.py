@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 from infini_ds import config
 from tests.tiny_run import tiny_config, write_checkpoint
 
@@ -38,3 +40,15 @@ def test_loading_a_model_in_the_readme_runs_as_shown(tmp_path, monkeypatch, caps
     exec(example[1], names)
     assert names["written"].shape == (1, 32)
     assert capsys.readouterr().out.strip("\n")
+
+
+def test_the_memory_alone_in_the_readme_runs_as_shown():
+    example = re.search(
+        r"```python\n(from infini_ds.kernels.infini_attention import.*?)```",
+        README.read_text(), re.DOTALL,
+    )  # fmt: skip
+    assert example
+    names: dict = {"torch": torch}
+    exec(example[1], names)
+    assert names["out"].shape == names["v"].shape
+    assert names["memory"].kv.shape == (1, 8, 128, 128)

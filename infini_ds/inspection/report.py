@@ -76,7 +76,10 @@ def _checkpoint_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{model['segment_length']:,} tokens, {train['dtype']}"
         )
         yield "reading", reading
-        yield "store", figures["settings"]["data"]["store"]
+        data = figures["settings"]["data"]
+        corpora = data["mixture"].items()
+        stores = [f"{corpus['store']} ({name} {corpus['weight']:g})" for name, corpus in corpora]
+        yield "store", ", ".join(stores) or data["store"]
 
 
 def _export_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:

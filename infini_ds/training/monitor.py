@@ -10,27 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from torch.utils.tensorboard.writer import SummaryWriter
+
+from infini_ds.errors import RunError
+from infini_ds.printing import Console
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Shown(Console):
-    """A terminal, file or pipe whose end does not end the run: nothing more is shown then."""
+    """A full disk does not end a run: nothing more is shown then."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
-        except OSError:
+        except RunError:
             self.on_broken_pipe()
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # What is left in the buffer would be written, and fail, at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Monitor:
@@ -44,7 +41,7 @@ class Monitor:
     """
 
     def __init__(self, output_dir: Path, step: int, steps: int, config: str):
-        self.console = _Shown(highlight=False, markup=False, soft_wrap=True)
+        self.console = _Shown()
         self._first_step, self._last_step, self._steps = step, step, steps
         self._began = time.monotonic()
         self._next_line = self._began

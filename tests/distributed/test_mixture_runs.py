@@ -88,6 +88,13 @@ def test_evaluate_wants_the_name_of_a_corpus(alone, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_inspect_names_the_stores(alone, mixed, capsys):
+    assert cli.main(["inspect", str(alone.output)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    stores = [f"{mixed.mixture[name].store} ({name}" for name in ("numbers", "words")]
+    assert all(store in shown for store in stores)
+
+
 def test_prepare_makes_all_stores(tmp_path, mixed, capsys):
     run = Run(tmp_path, mixed)
     tree = yaml.safe_load(run.config.read_text())
