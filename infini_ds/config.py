@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from infini_ds.errors import UserError
+from infini_ds.read_yaml import read_yaml
 
 
 class Settings(BaseModel):
@@ -592,7 +593,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -644,27 +645,6 @@ def _is_told_here(section: type[BaseModel], setting: str) -> bool:
     return section is not MixtureCorpus or setting not in CorpusConfig.model_fields
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads `3e-4` as a number (YAML 1.1 wants `3.0e-4`) and refuses repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -676,7 +656,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        node[leaf] = yaml.load(text, _Loader)
+        node[leaf] = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: {_one_line(error)}") from None
 
@@ -687,7 +667,7 @@ def _take_from_export(tree: dict[str, Any], export: Path) -> None:
     A run that has begun needs its export no longer, if its config says all of that itself.
     """
     try:
-        known = yaml.load((export / "config.yaml").read_text(encoding="utf-8"), _Loader)
+        known = read_yaml((export / "config.yaml").read_text(encoding="utf-8"))
         model = known["model"]
     except OSError as error:
         if "model" in tree:

@@ -190,6 +190,9 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("=3", "override '=3': must look like key.path=value"),
         ("output_dir.x=3", "override 'output_dir.x=3': output_dir is a value, not a section"),
         ("train.steps=[", "override 'train.steps=[': "),
+        ("seed=2020-13-45", "seed: input should be a valid integer, got '2020-13-45'"),
+        ("seed=0b_", "override 'seed=0b_': '0b_' is not of type int"),
+        (r'init_from="a\0b"', r"'a\x00b' has a NUL"),
     ],
     ids=lambda value: value if "=" in value else "",
 )
