@@ -18,22 +18,52 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from infini_ds.errors import UserError
 from infini_ds.read_yaml import read_yaml
 
+_LARGEST = 2**31 - 1
+"""Of all integers: what counts tokens, steps or bytes with more than these is a slip."""
+_WEEK = 7 * 24 * 3600
+
 
 class Settings(BaseModel):
-    """Base of every section: keyword only, immutable, no unknown keys, no silent conversions."""
+    """Base of every section: keyword only, immutable, no unknown keys, no silent conversions,
+    no numbers without end."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         strict=True,
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
 
+    @model_validator(mode="after")
+    def _check_integers(self) -> "Settings":
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int):
+                    small = abs(number) <= _LARGEST
+                    _require(self, name, small, f"from -{_LARGEST} to {_LARGEST}")
+        return self
+
+
+def _require(section: Settings, name: str, good: bool, what: str) -> None:
+    if not good:
+        raise ValueError(f"{name} ({getattr(section, name)}) must be {what}")
+
 
 def _require_at_least(section: Settings, name: str, least: int) -> None:
-    if getattr(section, name) < least:
-        raise ValueError(f"{name} ({getattr(section, name)}) must be at least {least}")
+    _require(section, name, getattr(section, name) >= least, f"at least {least}")
+
+
+def _require_above_0(section: Settings, *names: str) -> None:
+    for name in names:
+        _require(section, name, getattr(section, name) > 0, "above 0")
+
+
+def _require_epsilon(section: Settings, name: str) -> None:
+    """A smaller one would be 0 in fp32, and 0 / 0 is not a number."""
+    _require(section, name, 1e-30 <= getattr(section, name) <= 1, "from 1e-30 to 1")
 
 
 def _require_lengths(section: "PasskeyConfig | CurriculumConfig", least: int) -> None:
@@ -55,6 +85,15 @@ class RopeScaling(Settings):
     """`llama3`: wavelengths below original_max_position_embeddings / this are left alone."""
     original_max_position_embeddings: int = 8192
     """`llama3`: the context length of the model before scaling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        _require_above_0(self, "factor", "low_freq_factor", "original_max_position_embeddings")
+        _require(
+            self, "high_freq_factor", self.high_freq_factor > self.low_freq_factor,
+            f"above low_freq_factor ({self.low_freq_factor})",
+        )  # fmt: skip
+        return self
 
 
 class MemoryConfig(Settings):
@@ -141,6 +180,9 @@ class ModelConfig(Settings):
             _require_at_least(self, name, 1)
         for name in ("vocab_size", "num_kv_heads", "intermediate_size"):
             _require_at_least(self, name, 0)
+        _require_at_least(self, "rope_theta", 1)
+        _require_at_least(self, "initializer_range", 0)
+        _require_epsilon(self, "norm_eps")
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.kv_heads})"
@@ -174,8 +216,8 @@ class TokenizerConfig(Settings):
             raise ValueError("model must be empty when kind is bytes")
         if self.kind == "tokenizers" and not self.model:
             raise ValueError("model must name a tokenizer.json when kind is tokenizers")
-        if self.vocab_size < 320:
-            raise ValueError(f"vocab_size ({self.vocab_size}) must be at least 320 (256 are bytes)")
+        large = 320 <= self.vocab_size <= 2**20
+        _require(self, "vocab_size", large, f"from 320 (256 are bytes) to {2**20}")
         _require_at_least(self, "training_bytes", 1)
         return self
 
@@ -202,6 +244,8 @@ class PasskeyConfig(Settings):
     def _check(self) -> "PasskeyConfig":
         for name in ("segment_length", "documents", "digits", "keys"):
             _require_at_least(self, name, 1)
+        short = self.digits < self.segment_length
+        _require(self, "digits", short, f"below segment_length ({self.segment_length})")
         _require_lengths(self, least=2)
         return self
 
@@ -249,8 +293,7 @@ class CorpusConfig(Settings):
             raise ValueError("dataset must be named when source is huggingface")
         if self.weighted_field and self.source not in ("files", "huggingface"):
             raise ValueError("weighted_field must be empty unless source is files or huggingface")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction ({self.held_out_fraction}) must be in [0, 1)")
+        _require(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "in [0, 1)")
         _require_at_least(self, "max_documents", 0)
         return self
 
@@ -263,8 +306,7 @@ class MixtureCorpus(CorpusConfig):
 
     @model_validator(mode="after")
     def _check_weight(self) -> "MixtureCorpus":
-        if not 1e-6 <= self.weight <= 1e6:
-            raise ValueError(f"weight ({self.weight}) must be from 1e-6 to 1e6")
+        _require(self, "weight", 1e-6 <= self.weight <= 1e6, "from 1e-6 to 1e6")
         return self
 
 
@@ -348,14 +390,20 @@ class OptimizerConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate ({self.learning_rate}) must be above 0")
-        for name in ("warmup_steps", "decay_steps"):
+        _require_above_0(self, "learning_rate")
+        for name in (
+            "warmup_steps",
+            "decay_steps",
+            "weight_decay",
+            "gate_learning_rate_multiplier",
+            "gradient_clipping",
+        ):
             _require_at_least(self, name, 0)
-        if not 0 <= self.min_learning_rate_ratio <= 1:
-            raise ValueError(
-                f"min_learning_rate_ratio ({self.min_learning_rate_ratio}) must be in [0, 1]"
-            )
+        for name in ("beta1", "beta2"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        ratio = self.min_learning_rate_ratio
+        _require(self, "min_learning_rate_ratio", 0 <= ratio <= 1, "in [0, 1]")
+        _require_epsilon(self, "eps")
         return self
 
 
@@ -375,10 +423,8 @@ class CurriculumConfig(Settings):
     def _check(self) -> "CurriculumConfig":
         _require_lengths(self, least=1)
         _require_at_least(self, "window", 1)
-        if not 0 < self.advance_at <= 1:
-            raise ValueError(f"advance_at ({self.advance_at}) must be above 0 and at most 1")
-        if not 0 <= self.review < 1:
-            raise ValueError(f"review ({self.review}) must be in [0, 1)")
+        _require(self, "advance_at", 0 < self.advance_at <= 1, "above 0 and at most 1")
+        _require(self, "review", 0 <= self.review < 1, "in [0, 1)")
         return self
 
 
@@ -435,7 +481,7 @@ class TrainConfig(Settings):
             "max_skipped_steps",
         ):
             _require_at_least(self, name, 1)
-        _require_at_least(self, "threads", 0)
+        _require(self, "threads", 0 <= self.threads <= 1024, "from 0 to 1024")
         if self.window_segments % self.chunks:
             raise ValueError(
                 f"window_segments ({self.window_segments}) must be a multiple of chunks "
@@ -446,12 +492,14 @@ class TrainConfig(Settings):
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
                 f"({self.micro_batch_size})"
             )
-        if self.timeout <= 0:
-            raise ValueError(f"timeout ({self.timeout}) must be above 0 seconds")
-        if self.hang_timeout is not None and not 0 < self.hang_timeout < self.timeout:
-            raise ValueError(
-                f"hang_timeout ({self.hang_timeout}) must be above 0 and below timeout "
-                f"({self.timeout}) seconds"
+        _require(
+            self, "timeout", 0 < self.timeout <= _WEEK,
+            f"above 0 seconds and at most {_WEEK} (a week)",
+        )  # fmt: skip
+        if self.hang_timeout is not None:
+            good = 0 < self.hang_timeout < self.timeout
+            _require(
+                self, "hang_timeout", good, f"above 0 and below timeout ({self.timeout}) seconds"
             )
         for length in self.curriculum.segments if self.curriculum else []:
             if self.window_segments % length:
