@@ -24,8 +24,8 @@ _WEEK = 7 * 24 * 3600
 
 
 class Settings(BaseModel):
-    """Base of every section: keyword only, immutable, no unknown keys, no silent conversions,
-    no numbers without end."""
+    """Base of every section: keyword only, immutable, no unknown keys, no numbers without end, no
+    silent conversions but of what YAML reads as another type than is plainly meant."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -36,6 +36,17 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        fields = cls.model_fields
+        return {
+            name: _as_meant(fields[name].annotation, value) if name in fields else value
+            for name, value in tree.items()
+        }
+
     @model_validator(mode="after")
     def _check_integers(self) -> "Settings":
         for name in type(self).model_fields:
@@ -45,6 +56,17 @@ class Settings(BaseModel):
                     small = abs(number) <= _LARGEST
                     _require(self, name, small, f"from -{_LARGEST} to {_LARGEST}")
         return self
+
+
+def _as_meant(kind: Any, value: Any) -> Any:
+    """Nothing for a string, 1e6 for an integer, one string for a list of them."""
+    if kind is str and value is None:
+        return ""
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value) if abs(value) < 2**53 else value
+    if kind == list[str] and isinstance(value, str):
+        return [value]
+    return value
 
 
 def _require(section: Settings, name: str, good: bool, what: str) -> None:
@@ -605,6 +627,10 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        if not self.output_dir:
+            raise ValueError("output_dir must name a directory")
+        if not all(corpus.store for corpus in self.data.corpora.values()):
+            raise ValueError("data.store must name the directory of the token store")
         read = self.model.segment_length
         for corpus in self.data.corpora.values():
             made = corpus.passkey.segment_length

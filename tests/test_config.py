@@ -211,6 +211,12 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("train.threads=100000", "train: threads (100000) must be from 0 to 1024"),
         ("data.passkey.digits=2048", "digits (2048) must be below segment_length (2048)"),
         ("data.tokenizer.vocab_size=2000000", "vocab_size (2000000) must be from 320 (256 are"),
+        ("train.steps=1e300", "train.steps: input should be a valid integer, got 1e+300"),
+        ("train.steps=1e15", "train: steps (1000000000000000) must be from -2147483647 to"),
+        ("data.files=", "data.files: input should be a valid list, got None"),
+        ("data.text_field=3", "data.text_field: input should be a valid string, got 3"),
+        ("output_dir=", "output_dir must name a directory"),
+        ("data.store=", "data.store must name the directory of the token store"),
         ("train.steps", "override 'train.steps': must look like key.path=value"),
         ("=3", "override '=3': must look like key.path=value"),
         ("output_dir.x=3", "override 'output_dir.x=3': output_dir is a value, not a section"),
@@ -266,6 +272,16 @@ def test_overrides_are_yaml(file):
     )
     assert config.data.files == ["a.txt", "b.txt"]
     assert config.model.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("weighted_field=", ""), ("files=a b.txt", ["a b.txt"]), ("max_documents=1e6", 1000000)],
+)
+def test_values_are_taken_as_they_are_plainly_meant(file, override, value):
+    data = load(file, [f"data.{override}"]).data
+    found = getattr(data, override.partition("=")[0])
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_passkey_documents_have_the_segments_of_the_model(file):
