@@ -26,4 +26,11 @@ def __getattr__(name: str):
         from infini_ds.conversion.export import load_model
 
         return load_model
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("infini-ds")
+        except PackageNotFoundError:
+            return "of a directory that is not installed"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

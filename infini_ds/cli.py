@@ -1,14 +1,17 @@
 """The command line: `infini-ds COMMAND ...`; one clear line and exit code 2 for mistakes."""
 
 import argparse
+import errno
 import math
 import os
+import select
 import sys
 import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import infini_ds
 from infini_ds import config as configuration
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.errors import RunError, UserError
@@ -16,23 +19,37 @@ from infini_ds.whole_file import check_writable
 
 _HEAD_START_SECONDS = 5.0
 """Of rank 0, which may have begun later than the others."""
+_MOST_PROCESSES = 10**6
+_UNREAD = 128 + 13
+"""Exit code of a program that SIGPIPE has ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code: 0, 1 if a run could not go on, 2 for the user's mistakes."""
+    """Runs a command; the exit code is that of `exit_code`."""
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     if others:  # argparse takes overrides only as far as the first option
         if "overrides" not in options or any(other.startswith("-") for other in others):
             parser.error(f"unrecognized arguments: {' '.join(others)}")
-        options.overrides += others
-    return exit_code(lambda: options.run(options))
+        options.overrides = [*options.overrides, *others]
+    options.run(options)
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs something and turns its errors into one line and a code."""
+    """Runs something and turns its errors into one line and a code.
+
+    The code is 0, 1 if a run could not go on, 2 for the user's mistakes, 130 after Ctrl-C, and 141,
+    as of a program that SIGPIPE has ended, without a line, when nobody reads the output any more.
+    """
     try:
-        command()
+        try:
+            command()
+        finally:
+            print(end="", flush=True)  # here, and not after the last line that could tell
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 most often says the same, and when it leaves, the launcher ends the others.
@@ -40,10 +57,30 @@ def exit_code(command: Callable[[], None]) -> int:
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        return _UNREAD  # rich ends the program itself
+    except OSError as error:
+        unread = isinstance(error, BrokenPipeError) and _output_is_unread()
+        if error.errno != errno.ENOSPC and not unread:
+            raise
+        # What was not written would be tried again, and fail with a traceback, at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD if unread else _fail(f"cannot write ({error.strerror})", 1)
     return 0
 
 
-def _fail(error: UserError | RunError, code: int) -> int:
+def _output_is_unread() -> bool:
+    """The pipe that standard output goes into has no other end; there are more pipes than that."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
+
+
+def _fail(error: UserError | RunError | str, code: int) -> int:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" rank {rank}" if rank != "0" or (code == 1 and world != "1") else ""
     print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
@@ -54,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infini-ds", description="Pretraining of Infini-Transformers on DeepSpeed."
     )
+    parser.add_argument("--version", action="version", version=f"infini-ds {infini_ds.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     prepare = _with_config(commands, "prepare", "make the token store of a run's config", _prepare)
@@ -168,8 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", metavar="FILE", help="write the figures as well")
     inspect.set_defaults(run=_inspect)
 
-    shown = commands.add_parser("config", help="print the reference of all settings, as Markdown")
-    shown.set_defaults(run=lambda options: print(configuration.reference(), end=""))
+    _with_config(
+        commands, "config", "print all settings of a run, or without one what there are", _config,
+        required=False,
+    )  # fmt: skip
 
     bench = commands.add_parser("bench", help="measure something, side by side")
     names = bench.add_subparsers(dest="name", required=True, metavar="NAME")
@@ -209,12 +249,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_config(commands, name: str, about: str, run) -> argparse.ArgumentParser:
+def _with_config(
+    commands, name: str, about: str, run, required: bool = True
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=about, description=about)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    nargs = None if required else "?"
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's"
-    )
+        "overrides", nargs="*", default=[], metavar="key.path=value",
+        help="settings that replace the file's",
+    )  # fmt: skip
     parser.set_defaults(run=run)
     return parser
 
@@ -304,20 +348,37 @@ def _prepare(options: argparse.Namespace) -> None:
         prepare(corpus, force=options.force)
 
 
+def _config(options: argparse.Namespace) -> None:
+    if options.config is None:
+        print(configuration.reference(), end="")
+    else:
+        print(configuration.dump(configuration.load(options.config, options.overrides)), end="")
+
+
 def _world_size() -> int:
     """Number of processes that the launcher started.
 
     Raises:
-        UserError: what it says of this process are no numbers.
+        UserError: what it says of this process is missing, no number, or contradicts itself.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    remedy = "whatever starts several processes sets it for each; unset it for a single process"
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for name in numbers:
         value = os.environ.get(name, "0")
         if not value.isdecimal():
-            raise UserError(
-                f"environment variable {name}={value!r}: must be a number, which whatever starts "
-                "several processes sets for each; unset it for a single process"
-            )
-    return int(os.environ.get("WORLD_SIZE", "1"))
+            raise UserError(f"environment variable {name}={value!r}: must be a number; {remedy}")
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if rank >= world:
+        raise UserError(
+            f"environment variable WORLD_SIZE={world}: must be above RANK ({rank}); {remedy}"
+        )
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if world > 1 and missing:
+        raise UserError(
+            f"environment variable WORLD_SIZE={world}: needs {', '.join(sorted(missing))} as well; "
+            f"{remedy}"
+        )
+    return world
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -349,8 +410,10 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     for name in ("processes", "memory", "tflops"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} ({value:g}) must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} ({value:g}) must be more than 0, and finite")
+    if options.processes > _MOST_PROCESSES:
+        raise UserError(f"--processes ({options.processes}) must be at most {_MOST_PROCESSES}")
     _check_directories(options, "json")
     from infini_ds.planning import report
 

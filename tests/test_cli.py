@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
+import infini_ds
 from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
@@ -322,6 +325,26 @@ def test_config_prints_the_reference(capsys):
         assert f"| {name} |" in shown
 
 
+def test_config_prints_the_settings_of_a_run(config, capsys):
+    assert cli.main(["config", str(config), "train.steps=7"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["train"]["steps"], tree["optimizer"]["beta1"]) == (7, 0.9)
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"infini-ds {version('infini-ds')}\n"
+    assert infini_ds.__version__ == version("infini-ds")
+
+
+def test_overrides_are_not_required(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan"])
+    assert "are required: CONFIG, --processes\n" in capsys.readouterr().err
+
+
 def test_overrides_may_come_after_options(config, capsys):
     arguments = ["prepare", str(config), "train.steps=2", "--force", "data.max_documents=1"]
     assert cli.main(arguments) == 0
@@ -330,7 +353,7 @@ def test_overrides_may_come_after_options(config, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["prepare", "{config}", "--force", "--forse"], ["config", "train.steps=2"]],
+    [["prepare", "{config}", "--force", "--forse"], ["status", "none", "train.steps=2"]],
     ids=["option", "override_of_a_command_without_config"],
 )
 def test_unknown_argument_is_named(config, arguments, capsys):
@@ -350,8 +373,11 @@ def test_figures_that_cannot_be_written_are_told_before_they_are_made(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("wrong"), 2), (RunError("gone"), 1), (None, 0)], ids=str
-)
+    ("error", "code"),
+    [(UserError("wrong"), 2), (RunError("gone"), 1), (KeyboardInterrupt("interrupted"), 130),
+     (None, 0)],
+    ids=str,
+)  # fmt: skip
 def test_exit_code_of(error, code, capsys):
     def command():
         if error:
@@ -361,12 +387,37 @@ def test_exit_code_of(error, code, capsys):
     assert capsys.readouterr().err == (f"infini-ds: {error}\n" if error else "")
 
 
-def test_exit_code_leaves_the_bugs_alone():
+@pytest.mark.parametrize("bug", [KeyError(), BrokenPipeError(), FileNotFoundError()], ids=repr)
+def test_exit_code_leaves_the_bugs_alone(bug, capfd):
     def command():
-        raise KeyError("a bug")
+        raise bug
 
-    with pytest.raises(KeyError):
+    with pytest.raises(type(bug)):
         cli.exit_code(command)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["config"], ["preflight", "{config}"]], ids=lambda a: a[0])
+def test_output_that_nobody_reads_ends_a_command_quietly(config, arguments, unbuffered):
+    process = subprocess.Popen(
+        [str(COMMAND), *(argument.format(config=config) for argument in arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("arguments", [["config"], ["--help"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [str(COMMAND), *arguments], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"infini-ds: cannot write (No space left on device)\n"
 
 
 @pytest.mark.parametrize(
@@ -387,6 +438,28 @@ def test_ranks_tell_their_errors(monkeypatch, capsys, error, rank, shown):
 
     cli.exit_code(command)
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "0"}, "variable WORLD_SIZE=0: must be above RANK (0)"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "variable WORLD_SIZE=2: must be above RANK (2)"),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"},
+            "variable WORLD_SIZE=2: needs MASTER_PORT, RANK as well",
+        ),
+    ],
+    ids=["none", "rank", "missing"],
+)
+def test_launchers_variables_that_do_not_fit_are_named(
+    monkeypatch, capsys, config, variables, message
+):
+    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 0.0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["pretrain", str(config)]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("script", help=argparse.SUPPRESS)
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)"
     )

@@ -121,6 +121,8 @@ def test_too_little_memory_is_one_line_with_code_1(capsys):
     ("arguments", "says"),
     [
         (["--processes", "0"], "--processes (0) must be more than 0"),
+        (["--processes", "1", "--tflops", "inf"], "--tflops (inf) must be more than 0, and finite"),
+        (["--processes", "1000001"], "--processes (1000001) must be at most 1000000"),
         (["--processes", "3"], "train.batch_size (8) must be a multiple of"),
         (["--processes", "1", "--memory", "-1"], "--memory (-1) must be more than 0"),
     ],
