@@ -22,7 +22,13 @@ def nodes_of_job() -> dict[str, int]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"SLURM_JOB_NODELIST ({nodes}): {error}") from None
     names = done.stdout.split()
-    counts = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})"))
+    tasks = os.environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
+    counts = tasks_per_node(tasks)
+    if len(counts) != len(names):
+        raise UserError(
+            f"SLURM_TASKS_PER_NODE ({tasks}): is of {len(counts)} nodes, SLURM_JOB_NODELIST "
+            f"({nodes}) of {len(names)}"
+        )
     return dict(zip(names, counts, strict=True))
 
 

@@ -1,6 +1,7 @@
 """`infini-ds status`: how a run fares, from its files alone; needs no torch and reads only ends."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,12 @@ def run(directory: str, json_path: str | None) -> None:
     """Prints a table, and writes the same figures where they are asked for.
 
     Raises:
-        UserError: the directory is not that of a run.
+        UserError: the directory is not that of a run, or cannot be read.
     """
-    figures = figures_of(Path(directory))
+    try:
+        figures = figures_of(Path(directory))
+    except OSError as error:
+        raise UserError(f"status {error.filename}: cannot be read ({error.strerror})") from None
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     for name, text in _rows(figures):
         table.add_row(name, Text(text))
@@ -50,38 +54,38 @@ def figures_of(directory: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the directory is not that of a run.
+        OSError: something in it cannot be read.
     """
     metrics = directory / "metrics.jsonl"
-    errors = failures.read(directory)
+    failure = _last_failure(directory / failures.NAME)
     if not metrics.is_file() or not (directory / "config.yaml").is_file():
-        why = f"the run did not start: {errors[-1]['message']}" if errors else "is no run"
+        why = f"the run did not start: {failure['message']}" if failure else "is no run"
         raise UserError(f"status {directory}: {why}; name the output_dir of a run")
     config = configuration.load(directory / "config.yaml")
     steps, evaluation = _last_lines(metrics)
     last = steps[0] if steps else {}
     saved = _last_checkpoint(directory)
     step = last.get("step") or (saved["step"] if saved else 0)
-    seconds = fmean(line["seconds/step"] for line in steps) if steps else None
+    seconds = _mean(steps, "seconds/step")
     state = _state(directory, config, step, seconds, saved)
     left = None
     if state == "running" and seconds is not None:
         left = (config.train.steps - step) * seconds
-    speeds = [line["speed/tokens_per_second"] for line in steps]
     return {
         "run": str(directory),
         "state": state,
         "step": step,
         "steps": config.train.steps,
-        "loss": last.get("train/loss"),
-        "held_out_bits_per_byte": evaluation.get("held_out/bits_per_byte"),
+        "loss": _number(last, "train/loss"),
+        "held_out_bits_per_byte": _number(evaluation, "held_out/bits_per_byte"),
         "held_out_step": evaluation.get("step"),
-        "tokens_per_second": fmean(speeds) if speeds else None,
-        "tokens": last.get("train/tokens"),
+        "tokens_per_second": _mean(steps, "speed/tokens_per_second"),
+        "tokens": _number(last, "train/tokens"),
         "seconds_left": left,
         "age": _age(metrics),
         "checkpoint": saved,
-        "skipped_steps": last.get("train/skipped_steps"),
-        "last_error": errors[-1] if errors else None,
+        "skipped_steps": _number(last, "train/skipped_steps"),
+        "last_error": failure,
     }
 
 
@@ -92,10 +96,9 @@ def _last_lines(path: Path) -> tuple[list[dict], dict]:
     for line in lines_backwards(path, _READ_AT_MOST):
         is_step = b'"train/loss"' in line and len(steps) < _AVERAGED_STEPS
         if is_step or (b'"held_out/bits_per_byte"' in line and not evaluation):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue  # it is being written
+            found = _object(line)
+            if not isinstance(found.get("step"), int):
+                continue  # it is being written, or damaged
             if is_step:
                 steps.append(found)
             else:
@@ -105,9 +108,40 @@ def _last_lines(path: Path) -> tuple[list[dict], dict]:
     return steps, evaluation
 
 
+def _last_failure(path: Path) -> dict[str, Any] | None:
+    """What ended a rank at last, if that is on record and whole."""
+    known = {"time", "rank", "host", "step", "message"}
+    if not path.is_file():
+        return None
+    records = map(_object, lines_backwards(path, _READ_AT_MOST))
+    return next((record for record in records if known <= record.keys()), None)
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """What a JSON object says; nothing if the text is not one."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(line: dict[str, Any], name: str) -> Any:
+    return line[name] if isinstance(line.get(name), int | float) else None
+
+
+def _mean(lines: list[dict], name: str) -> float | None:
+    """Of the lines that have it."""
+    numbers = [line[name] for line in lines if _number(line, name) is not None]
+    return fmean(numbers) if numbers else None
+
+
 def _last_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest one that is whole by its manifest; checksums are not compared."""
-    for path in manifest.directories(directory / "checkpoints"):
+    checkpoints = directory / "checkpoints"
+    if checkpoints.exists():
+        os.scandir(checkpoints).close()  # what cannot be read is not the same as nothing
+    for path in manifest.directories(checkpoints):
         try:
             manifest.read(path)
             return {
@@ -125,8 +159,8 @@ def _state(
 ) -> str:
     metrics = directory / "metrics.jsonl"
     try:
-        reported = json.loads((directory / "report.json").read_text())["step"]
-    except (OSError, ValueError, KeyError):
+        reported = _object((directory / "report.json").read_bytes()).get("step")
+    except FileNotFoundError:
         reported = None
     if reported == config.train.steps:
         return "finished"

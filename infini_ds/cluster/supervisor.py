@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from infini_ds import config as configuration
 from infini_ds.cli import exit_code
 from infini_ds.cluster import preflight
 from infini_ds.cluster.tail import lines_backwards
+from infini_ds.cluster.way import words
 from infini_ds.errors import UserError
 from infini_ds.training import failures, manifest
 
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts ({options.max_restarts}) must be at least 0")
     config = configuration.load(options.config, options.overrides)
-    command = ["deepspeed", "--log_level", "warning", *shlex.split(options.deepspeed)]
+    command = ["deepspeed", "--log_level", "warning", *words("--deepspeed", options.deepspeed)]
     if options.hostfile:
         preflight.run(options.config, options.overrides, options.hostfile, quiet=True)
         command += ["--hostfile", options.hostfile]

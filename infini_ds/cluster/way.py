@@ -29,11 +29,11 @@ def over_ssh(host: str) -> Way:
     """To a host by its name for ssh, in this directory.
 
     Raises:
-        UserError: there is no ssh here.
+        UserError: there is no ssh here, or what it is to be given cannot be read.
     """
     _require("ssh")
     # Ssh takes the first of options that are given twice.
-    given = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    given = words("PDSH_SSH_ARGS_APPEND", os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
     variables = [f"{name}={value}" for name, value in _exported().items()]
     program = shlex.join(["env", *variables, *to_here().command])
@@ -54,6 +54,18 @@ def over_srun(host: str) -> Way:
     return Way(["srun", "--overlap", "--quiet", *one, *to_here().command], remedy)
 
 
+def words(name: str, text: str) -> list[str]:
+    """Of a text, as a shell splits it.
+
+    Raises:
+        UserError: it cannot be split; `name` says what it is.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{name} ({text}): {str(error).lower()}") from None
+
+
 def _require(program: str) -> None:
     if not shutil.which(program):
         raise UserError(f"{program}: no such program here, and the hosts are reached by it")
@@ -65,6 +77,11 @@ def _exported() -> dict[str, str]:
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     for file in (Path.home() / name, Path(name)):
         if file.is_file():
-            pairs = (line.partition("=") for line in file.read_text().splitlines())
+            try:
+                lines = file.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", "not text")
+                raise UserError(f"{file}: cannot be read ({why})") from None
+            pairs = (line.partition("=") for line in lines)
             exported |= {key: value for key, equals, value in pairs if equals}
     return exported

@@ -233,6 +233,34 @@ def test_table_and_json_have_the_same_figures(directory, capsys, tmp_path):
     } <= shown  # fmt: skip
 
 
+def test_damaged_lines_are_left_out(directory):
+    directory.add_steps(1, 7)
+    with directory.metrics.open("ab") as file:
+        file.write(b'{"step": 8, "train/loss": null}\n["train/loss"]\n{"train/loss": 1}\n\xff\n')
+    failures.record(directory.path, 7, "no space left on device")
+    with (directory.path / failures.NAME).open("ab") as file:
+        file.write(b'\xff"message"\n3\n{"message": "half of it"}\n')
+    figures = figures_of(directory.path)
+    assert (figures["step"], figures["loss"], figures["tokens_per_second"]) == (8, None, 32)
+    assert figures["last_error"]["message"] == "no space left on device"
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "{}", "\xff"])
+def test_damaged_report_is_no_end(directory, text):
+    directory.add_steps(STEPS, STEPS)
+    (directory.path / "report.json").write_text(text, encoding="latin-1")
+    assert figures_of(directory.path)["state"] == "running"
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(directory, capsys):
+    directory.add_steps(1, 7)
+    path = directory.path / "checkpoints"
+    path.touch()
+    assert cli.main(["status", str(directory.path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"infini-ds: status {path}: cannot be read (Not a directory)"
+
+
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", None])
 def test_directory_that_is_no_run_is_one_line_with_code_2(directory, capsys, missing):
     path = directory.path / missing if missing else directory.path / "none"

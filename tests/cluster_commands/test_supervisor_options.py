@@ -1,0 +1,18 @@
+"""The options of `bash launch/pretrain.sh`: a mistake is told before anything is started."""
+
+import pytest
+
+from infini_ds.cluster import supervisor
+from tests.test_config import CONFIGS
+
+
+def test_only_the_config_is_required(capsys):
+    with pytest.raises(SystemExit) as ended:
+        supervisor.main(["launch/pretrain.sh"])
+    assert ended.value.code == 2
+    assert "are required: CONFIG\n" in capsys.readouterr().err
+
+
+def test_launchers_options_that_cannot_be_split_are_named(capsys):
+    assert supervisor.main(["launch/pretrain.sh", "--deepspeed", "'", str(CONFIGS[0])]) == 2
+    assert capsys.readouterr().err == "infini-ds: --deepspeed ('): no closing quotation\n"

@@ -1,0 +1,32 @@
+"""What is to go with ssh to the hosts is told where it cannot be read."""
+
+import pytest
+
+from infini_ds.cluster import way
+from infini_ds.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setattr(way, "_require", lambda program: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_variables_of_deepspeeds_file_go_along(tmp_path):
+    (tmp_path / ".deepspeed_env").write_text("COLOUR=light blue\nnothing\n")
+    assert "'COLOUR=light blue'" in way.over_ssh("node-1").command[-1]
+
+
+def test_file_of_variables_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / ".deepspeed_env"
+    path.write_bytes(b"\xff\xfe=1\n")
+    with pytest.raises(UserError) as caught:
+        way.over_ssh("node-1")
+    assert str(caught.value) == f"{path}: cannot be read (not text)"
+
+
+def test_options_of_ssh_that_cannot_be_split_are_named(monkeypatch):
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-o 'A")
+    with pytest.raises(UserError, match=r"^PDSH_SSH_ARGS_APPEND \(-o 'A\): no closing quotation$"):
+        way.over_ssh("node-1")
