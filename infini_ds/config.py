@@ -199,7 +199,7 @@ class ModelConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         for name in ("hidden_size", "num_layers", "num_heads", "head_dim", "segment_length"):
-            _require_at_least(self, name, 1)
+            _require(self, name, 1 <= getattr(self, name) <= 2**20, f"from 1 to {2**20}")
         for name in ("vocab_size", "num_kv_heads", "intermediate_size"):
             _require_at_least(self, name, 0)
         _require_at_least(self, "rope_theta", 1)

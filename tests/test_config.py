@@ -192,6 +192,8 @@ def test_infini_paper_has_the_paper_s_sizes():
         ),
         ("data.passkey.segments=[2, 4000000000]", "must be from -2147483647 to 2147483647"),
         ("optimizer.learning_rate=.inf", "learning_rate: input should be a finite number, got inf"),
+        ("model.hidden_size=0", "model: hidden_size (0) must be from 1 to 1048576"),
+        ("model.head_dim=2000000000", "model: head_dim (2000000000) must be from 1 to 1048576"),
         ("model.gate_init=.nan", "model.gate_init: input should be a finite number, got nan"),
         ("model.rope_theta=0", "model: rope_theta (0.0) must be at least 1"),
         ("model.norm_eps=0", "model: norm_eps (0.0) must be from 1e-30 to 1"),

@@ -41,6 +41,7 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
         RunError: a device has not memory enough.
     """
     config = _resolved(configuration.load(path, overrides))
+    _check_processes(config, devices.count)
     chosen, others = plan(config, devices.count), alternatives(config, devices.count)
     console = Console(highlight=False)
     if not console.is_terminal:  # of a file or a pipe nobody knows the width
@@ -55,10 +56,33 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     }
     write_figures(json_path, figures)
     if not devices.hold(chosen):
+        needs = f"plan: a device needs {_size(chosen.most)} of {devices.memory_gib:g} GiB"
+        if any(devices.hold(other) for other in others):
+            raise RunError(f"{needs}; the table shows layouts that need less")
+        least = min(each.most for each in (chosen, *others))
+        offloading = "" if config.parallel.offload_optimizer else " or parallel.offload_optimizer"
         raise RunError(
-            f"plan: a device needs {_size(chosen.most)} of {devices.memory_gib:g} GiB; the table "
-            "shows layouts that need less"
+            f"{needs}, and no layout of {devices.count} processes less than {_size(least)}; "
+            f"more processes{offloading} may fit"
         )
+
+
+def _check_processes(config: RunConfig, count: int) -> None:
+    """Names the next numbers of processes that fit the config, if this one does not."""
+    try:
+        config.data_parallel_size(count)
+    except UserError as error:
+        below, above = range(count - 1, 0, -1), range(count + 1, 2 * count + 1)
+        found = (next((n for n in numbers if _fits(config, n)), None) for numbers in (below, above))
+        would_do = " or ".join(str(number) for number in found if number)
+        raise UserError(f"{error}; {would_do} processes would do" if would_do else error) from None
+
+
+def _fits(config: RunConfig, count: int) -> bool:
+    try:
+        return config.data_parallel_size(count) > 0
+    except UserError:
+        return False
 
 
 def _resolved(config: RunConfig) -> RunConfig:
@@ -107,7 +131,7 @@ def _figures(plan: Plan, devices: Devices) -> dict[str, Any]:
 def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Console) -> None:
     train = config.train
     console.print(
-        f"{plan.parameters / 1e9:.3g} B parameters in {train.dtype} on {devices.count} processes: "
+        f"{_parameters(plan.parameters)} parameters in {train.dtype} on {devices.count} processes: "
         f"{len(plan.stages)} pipeline stages x {plan.data} data-parallel, {plan.micro_batches} "
         f"micro-batches of {train.micro_batch_size} lanes in {plan.chunks} chunks, memories "
         f"{config.parallel.memory_transport}, checkpointing {plan.checkpointing}"
@@ -164,6 +188,10 @@ def _print_layouts(chosen: Plan, others: list[Plan], devices: Devices, console: 
             "this one" if each == chosen else "",
         )  # fmt: skip
     console.print(table)
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
 def _size(count: int) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from infini_ds import cli
 from infini_ds.config import load
+from infini_ds.planning import report
 from infini_ds.planning.plan import alternatives, plan
 from infini_ds.planning.report import GIB
 from tests.test_config import CONFIGS
@@ -115,6 +116,25 @@ def test_too_little_memory_is_one_line_with_code_1(capsys):
     assert cli.main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("infini-ds: plan: a device needs ")
+    assert "and no layout of 2 processes less than" in line
+    assert line.endswith("; more processes or parallel.offload_optimizer may fit")
+
+
+def test_memory_that_is_enough_for_another_layout_is_told(capsys):
+    others = alternatives(config(), 2)
+    gib = (others[0].most + others[-1].most) / 2 / GIB
+    settings = [*SETTINGS, f"parallel.pipeline_stages={len(others[0].stages)}"]
+    settings.append(f"train.activation_checkpointing={others[0].checkpointing}")
+    settings.append(f"train.chunks={others[0].chunks}")
+    assert cli.main(["plan", QUICKSTART, *settings, "--processes", "2", f"--memory={gib}"]) == 1
+    assert "; the table shows layouts that need less\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(4_260_000, "4.26 M"), (999_000_000, "999 M"), (1_500_000_000, "1.5 B")]
+)
+def test_parameters_are_in_millions_below_a_billion(count, told):
+    assert report._parameters(count) == told
 
 
 @pytest.mark.parametrize(
@@ -124,6 +144,8 @@ def test_too_little_memory_is_one_line_with_code_1(capsys):
         (["--processes", "1", "--tflops", "inf"], "--tflops (inf) must be more than 0, and finite"),
         (["--processes", "1000001"], "--processes (1000001) must be at most 1000000"),
         (["--processes", "3"], "train.batch_size (8) must be a multiple of"),
+        (["--processes", "3"], "data-parallel size (3); 2 or 4 processes would do"),
+        (["--processes", "16"], "data-parallel size (16); 8 processes would do"),
         (["--processes", "1", "--memory", "-1"], "--memory (-1) must be more than 0"),
     ],
 )
