@@ -690,7 +690,7 @@ def parse(tree: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"config {origin}: {_explain(error)}") from None
+        raise UserError(f"config {origin}: {_one_line(_explain(error))}") from None
 
 
 def dump(config: RunConfig) -> str:
@@ -818,5 +818,5 @@ def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

@@ -33,7 +33,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         known = []
-        for key_node, _ in node.value:
+        # `!!map [a]` is none, which PyYAML tells itself.
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else []:
             key = self.construct_object(key_node)
             if key in known:
                 raise yaml.YAMLError(f"key {key!r} is given twice{key_node.start_mark}")

@@ -219,6 +219,7 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("data.text_field=3", "data.text_field: input should be a valid string, got 3"),
         ("output_dir=", "output_dir must name a directory"),
         ("data.store=", "data.store must name the directory of the token store"),
+        ("a\nb=1", "unknown setting a b; known: "),
         ("train.steps", "override 'train.steps': must look like key.path=value"),
         ("=3", "override '=3': must look like key.path=value"),
         ("output_dir.x=3", "override 'output_dir.x=3': output_dir is a value, not a section"),

@@ -13,6 +13,7 @@ from infini_ds.read_yaml import read_yaml
         ("a: !!float abc", "'abc' is not of type float"),
         ("a: !!bool abc", "'abc' is not of type bool"),
         ("a: !!timestamp 2020-13-45", "'2020-13-45' is not of type timestamp"),
+        ("a: !!map [b]", "expected a mapping node"),
         ("a: 0b_", "'0b_' is not of type int"),
         ("a: 0x_", "'0x_' is not of type int"),
         pytest.param("a: " + "9" * 5000, "9999' is not of type int", id="digits"),
