@@ -22,16 +22,17 @@ _DIRECTORIES = ("tensorboard", "__pycache__")
 
 def check_destination(path: Path, source: Path, force: bool) -> None:
     """Whether a destination may be made; arguments and errors are those of `destination`."""
-    resolved, own = path.resolve(), source.resolve()
-    files = [own, *(file.resolve() for file in own.iterdir())] if own.is_dir() else [own]
-    if any(resolved == file or resolved in file.parents for file in files):
-        raise UserError(f"{path}: must not be the source itself or hold it")
-    if own in resolved.parents:
-        raise UserError(f"{path}: must not lie in the source {source}")
-    if any(is_run(parent) for parent in resolved.parents):
-        raise UserError(f"{path}: must not lie in a run; choose another destination")
-    if path.exists():
-        _check_replaceable(path, force)
+    with _told(path):
+        resolved, own = path.resolve(), source.resolve()
+        files = [own, *(file.resolve() for file in own.iterdir())] if own.is_dir() else [own]
+        if any(resolved == file or resolved in file.parents for file in files):
+            raise UserError(f"{path}: must not be the source itself or hold it")
+        if own in resolved.parents:
+            raise UserError(f"{path}: must not lie in the source {source}")
+        if any(is_run(parent) for parent in resolved.parents):
+            raise UserError(f"{path}: must not lie in a run; choose another destination")
+        if path.exists():
+            _check_replaceable(path, force)
 
 
 @contextlib.contextmanager
@@ -48,7 +49,7 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
     """
     check_destination(path, source, force)
     place = Path(os.path.realpath(path))  # a directory cannot be renamed over a link
-    try:
+    with _told(path):
         place.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(place) as folder:
             unfinished = folder / place.name
@@ -58,6 +59,13 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
                 if place.is_dir():  # a directory cannot be renamed over a full one
                     place.rename(folder / "replaced")
             unfinished.rename(place)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What a file system refuses is the user's to mend."""
+    try:
+        yield
     except OSError as error:
         where = error.filename2 or error.filename or path
         raise UserError(f"{where}: {error.strerror or error}") from None

@@ -297,6 +297,16 @@ def test_destination_is_where_a_link_leads(target, tmp_path):
     assert list(place.parent.iterdir()) == [place]
 
 
+@pytest.mark.parametrize("target", ["x" * 300, "source/config.yaml/export", "made/" + "x" * 250])
+def test_what_the_file_system_refuses_is_one_line(target, tmp_path, capsys):
+    source = make_export(tmp_path / "source")
+    shutil.copy(source / "model.safetensors", tmp_path / "a.safetensors")
+    shutil.copy(source / "config.yaml", tmp_path)
+    assert run("from-safetensors", tmp_path / "a.safetensors", tmp_path / target) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File name too long" in line or "File exists" in line or "Not a directory" in line
+
+
 def without_config(source: Path) -> None:
     (source / "config.yaml").unlink()
 
