@@ -319,7 +319,7 @@ def _write_export(
         (partial / CONFIG).write_text(config_text(model.config, kind))
         if huggingface:
             stored = DTYPES[dtype] if dtype else _dtype_of(model)
-            write_huggingface(partial, task.target.name, model, tokenizer, stored)
+            write_huggingface(partial, partial.name, model, tokenizer, stored)
     _report(plan, task, console)
 
 

@@ -37,7 +37,7 @@ def write_huggingface(
     _write(directory / "config.json", config_tree(model.config, dtype) | special)
     pad = special["eos_token_id"]
     if isinstance(pad, list):
-        pad = pad[0]
+        pad = next(iter(pad), None)
     _write(directory / "generation_config.json", {**special, "pad_token_id": pad})
     code = _MODEL_CODE
     if tokenizer is not None and not _has_foreign_tokenizer(directory):
@@ -89,7 +89,9 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 def _has_foreign_tokenizer(directory: Path) -> bool:
     """Whether there are files of a tokenizer that transformers reads without our code."""
     config = directory / _TOKENIZER_CONFIG
-    ours = config.is_file() and _TOKENIZER_CLASS in config.read_text(encoding="utf-8")
+    ours = config.is_file() and _TOKENIZER_CLASS in config.read_text(
+        encoding="utf-8", errors="replace"
+    )
     return not ours and any(directory.glob("tokenizer*.json"))
 
 

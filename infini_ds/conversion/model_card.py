@@ -144,5 +144,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a file says, nothing if there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What a file says, nothing if there is none or it cannot be read: the card is but words."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}

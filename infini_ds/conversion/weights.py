@@ -101,9 +101,8 @@ class PickledWeights:
                 f"{path}: must be a state_dict, names and tensors; save `model.state_dict()` alone"
             )
         for name, tensor in self._state.items():
-            dense = tensor.layout == torch.strided and not tensor.is_quantized
-            if not dense or tensor.device.type != "cpu":
-                raise UserError(f"{path}: tensor {name} must be plain numbers, not {_kind(tensor)}")
+            if kind := _peculiarity(tensor):
+                raise UserError(f"{path}: tensor {name} must be plain numbers, not {kind}")
         self.metas = {name: tensor.to("meta") for name, tensor in self._state.items()}
 
     def read(self, name: str) -> Tensor:
@@ -133,11 +132,13 @@ def _load(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _kind(tensor: Tensor) -> str:
-    """What makes it no plain numbers."""
-    if tensor.is_quantized:
-        return "quantized"
-    return "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+def _peculiarity(tensor: Tensor) -> str:
+    """What makes it no plain numbers, nothing if it is."""
+    for kind in ("quantized", "meta", "nested"):
+        if getattr(tensor, f"is_{kind}"):
+            return kind
+    dense = tensor.layout == torch.strided
+    return "" if dense else str(tensor.layout).removeprefix("torch.")
 
 
 def _files(path: Path) -> dict[Path, set[str]]:

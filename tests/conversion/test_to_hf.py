@@ -133,6 +133,19 @@ def test_the_tokenizer_is_ours(name, answered):
     assert told["unknown"] == f"<s>{TEXT}", "the model has more ids than the tokenizer"
 
 
+def test_an_export_without_a_tokenizer_goes_into_the_directory_one_is_in(tmp_path, monkeypatch):
+    make_export(tmp_path / "source", None)
+    config = tmp_path / "source" / "config.yaml"
+    config.write_text(config.read_text().replace("tokenizer: bytes", ""))
+    (tmp_path / "source" / "source_config.json").write_text('{"eos_token_id": []}')
+    (tmp_path / "made").mkdir()
+    monkeypatch.chdir(tmp_path / "made")
+    assert cli.main(["convert", "to-hf", "../source", ".", "--force"]) == 0
+    made = tmp_path / "made"
+    assert json.loads((made / "generation_config.json").read_text())["pad_token_id"] is None
+    assert "# made\n" in (made / "README.md").read_text()
+
+
 def test_the_card_tells_of_the_run(tmp_path, capsys):
     config = tiny_config(tmp_path / "run", tie_embeddings=True)
     write_checkpoint(config)
@@ -160,5 +173,8 @@ def test_the_card_tells_of_the_run(tmp_path, capsys):
     tree = json.loads((target / "config.json").read_text())
     assert (tree["torch_dtype"], tree["eos_token_id"]) == ("bfloat16", 257)
     assert load_export(target)[0].layers[0].weight.dtype == torch.bfloat16
+    for text in ("{", "[]"):  # nothing of it is needed
+        report.write_text(text)
+        assert cli.main([*convert, "--force"]) == 0
     assert cli.main(["convert", "to-hf", str(target), str(tmp_path / "x.safetensors")]) == 2
     assert "x.safetensors: must be a directory" in capsys.readouterr().err

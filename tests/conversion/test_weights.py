@@ -49,6 +49,7 @@ def test_broken_index_is_named(text, tmp_path):
 TENSORS = {
     "sparse_coo": lambda: torch.eye(2).to_sparse(),
     "meta": lambda: torch.empty(2, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
 }
 
