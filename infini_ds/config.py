@@ -629,8 +629,6 @@ class RunConfig(Settings):
     def _check(self) -> "RunConfig":
         if not self.output_dir:
             raise ValueError("output_dir must name a directory")
-        if not all(corpus.store for corpus in self.data.corpora.values()):
-            raise ValueError("data.store must name the directory of the token store")
         read = self.model.segment_length
         for corpus in self.data.corpora.values():
             made = corpus.passkey.segment_length
@@ -678,7 +676,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         _apply(tree, override)
     if isinstance(tree.get("init_from"), str) and tree["init_from"]:
         _take_from_export(tree, Path(tree["init_from"]))
-    return parse(tree, str(path))
+    config = parse(tree, str(path))
+    if not all(corpus.store for corpus in config.data.corpora.values()):  # only exports have none
+        raise UserError(f"config {path}: data.store must name the directory of the token store")
+    return config
 
 
 def parse(tree: dict[str, Any], origin: str) -> RunConfig:
