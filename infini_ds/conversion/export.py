@@ -222,7 +222,10 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 def _is_of_run(path: Path) -> bool:
     """A run with weights in its directory is a run."""
-    return is_run(path) or is_checkpoint(path)
+    try:
+        return is_run(path) or is_checkpoint(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _open_export(path: Path) -> Model:

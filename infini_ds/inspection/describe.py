@@ -24,8 +24,15 @@ def describe(path: Path) -> dict[str, Any]:
     Damage is told under "problems", and what cannot be read because of it is None.
 
     Raises:
-        UserError: it is none of the kinds.
+        UserError: it is none of the kinds, or cannot be read.
     """
+    try:
+        return _described(path)
+    except OSError as error:
+        raise UserError(f"inspect {path}: cannot be read ({error.strerror})") from None
+
+
+def _described(path: Path) -> dict[str, Any]:
     if path.is_file():
         return _export(path) if _has_weights(path) else _memory(path)
     if (path / "checkpoints").is_dir():

@@ -11,6 +11,7 @@ from infini_ds import cli
 from infini_ds.conversion.export import load_model
 from infini_ds.data.tokenizer import train_sentencepiece
 from infini_ds.errors import UserError
+from infini_ds.inspection.describe import describe
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
@@ -113,3 +114,16 @@ def test_a_single_file_without_its_tokenizer_says_where_there_is_one(folder, tmp
     shutil.copy(folder / "export" / "model.safetensors", tmp_path / "one.safetensors")
     with pytest.raises(UserError, match=r"one.safetensors: a single file carries no tokenizer"):
         load_model(tmp_path / "one.safetensors")
+
+
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # as root, nothing is refused
+    path = str(tmp_path)
+    for given in (["generate", path, "--prompt=a"], ["convert", "to-hf", path, path + "x"]):
+        assert cli.main(given) == 2
+        assert capsys.readouterr().err == f"infini-ds: {path}: cannot be read (Permission denied)\n"
+    with pytest.raises(UserError, match=r"inspect .*: cannot be read \(Permission denied\)"):
+        describe(tmp_path)
