@@ -589,8 +589,8 @@ class EvaluationConfig(Settings):
     """Held-out documents are read in order, whole, until this many segments; 0: all of them."""
     sample_tokens: int = 64
     """Length of the sample text generated at each evaluation; 0: none."""
-    sample_prompt: str = "def "
-    """What the sample text starts from."""
+    sample_prompt: str = ""
+    """What the sample text starts from; empty: it is the beginning of a document."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluationConfig":

@@ -56,9 +56,16 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
             yield unfinished
             if path.exists():  # another process may have made it by now
                 _check_replaceable(path, force)
-                if place.is_dir():  # a directory cannot be renamed over a full one
-                    place.rename(folder / "replaced")
-            unfinished.rename(place)
+            if not place.is_dir():
+                unfinished.rename(place)
+                return
+            replaced = folder / "replaced"  # a directory cannot be renamed over a full one
+            place.rename(replaced)
+            try:
+                unfinished.rename(place)
+            except BaseException:
+                replaced.rename(place)
+                raise
 
 
 @contextlib.contextmanager
