@@ -103,7 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
         train_tokenizer(corpus, config, Path(options.model))
         trained = load_tokenizer("sentencepiece", options.model)
     except (ValueError, OSError) as error:
-        message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        message = str(error)
+        if isinstance(error, ValidationError):
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     for line in corpus.skipped.lines():

@@ -62,7 +62,7 @@ def test_main_trains_a_model_on_the_files_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("vocab_size", "file", "says"),
     [
-        ("100", "a.txt", "at least 320"),
+        ("100", "a.txt", "error: vocab_size (100) must be from 320"),
         ("400", "b.txt", "no such file"),
         ("9999", "a.txt", "at most"),
     ],

@@ -11,8 +11,8 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from infini_ds.pipeline import engine as engine_module
 from infini_ds.pipeline.engine import InfiniEngine, StepSize
+from infini_ds.pipeline.gradient_sums import gradient_of
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.optimizer import set_learning_rate
 
@@ -64,7 +64,7 @@ def look(dtype: str, zero_stage: int) -> dict:
     sums = engine._exec_reduce_grads
 
     def reduce_and_note():
-        seen["sum_dtype"] = str(engine_module._gradient(weight).dtype)
+        seen["sum_dtype"] = str(gradient_of(weight).dtype)
         sums()
 
     engine._exec_reduce_grads = reduce_and_note
