@@ -22,10 +22,11 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
     A living process holds a lock on its own.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            _lock(leftover, stack)
-            shutil.rmtree(leftover)
+    with only_one_in(path.parent):  # what another one is just replacing is no leftover
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                _lock(leftover, stack)
+                shutil.rmtree(leftover)
     with contextlib.ExitStack() as stack:
         unfinished = _make(path, stack)
         unfinished.chmod(0o777 & ~umask())  # mkdtemp's is for its owner only

@@ -36,7 +36,7 @@ def record(output_dir: str | Path, step: int, message: str) -> None:
 def read(output_dir: str | Path) -> list[dict[str, Any]]:
     """All that is on record, oldest first; a line that was cut off is left out."""
     try:
-        lines = (Path(output_dir) / NAME).read_text().splitlines()
+        lines = (Path(output_dir) / NAME).read_text(errors="replace").splitlines()
     except OSError:
         return []
     found = []

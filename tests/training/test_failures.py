@@ -32,8 +32,8 @@ def test_lines_of_ranks_that_write_together_stay_whole(tmp_path):
 def test_read_leaves_out_what_was_cut_off_or_is_not_there(tmp_path):
     assert failures.read(tmp_path) == []
     failures.record(tmp_path, 1, "first")
-    with (tmp_path / failures.NAME).open("a") as file:
-        file.write('{"time": "2026')
+    with (tmp_path / failures.NAME).open("ab") as file:
+        file.write(b'\xff\xfe\n{"time": "2026')
     assert [line["message"] for line in failures.read(tmp_path)] == ["first"]
 
 
