@@ -182,7 +182,10 @@ class Lanes:
         check_same_run(self.state(), state)
         self.step = state["step"]
         self._slot = state["slot"]
-        self._queue.load_state(state["queue"])
+        # Before there were mixtures, a queue's state lay among the rest.
+        self._queue.load_state(
+            state["queue"] if "queue" in state else [state["epoch"], state["next"]]
+        )
         self._documents = np.array(state["documents"], dtype=np.int64)
         self._starts = self._slot - np.array(state["segments"], dtype=np.int64)
         # Before the first step no lane has a document, and all are free at slot 0.

@@ -140,6 +140,15 @@ def test_load_state_at_every_step_goes_on_equally(corpus):
         assert resumed.step == step + 3
 
 
+def test_states_of_before_there_were_mixtures_are_understood(corpus):
+    lanes, resumed = Lanes(*corpus, seed=3), Lanes(*corpus, seed=3)
+    lanes.next_plan()
+    state = lanes.state()
+    state["epoch"], state["next"] = state.pop("queue")
+    resumed.load_state(state)
+    assert walk([resumed.next_plan()]) == walk([lanes.next_plan()])
+
+
 def test_seek_equals_stepping(corpus):
     stepped, sought = Lanes(*corpus, seed=3), Lanes(*corpus, seed=3)
     for step in range(40):
