@@ -106,7 +106,8 @@ def test_after_a_failure_without_one_it_is_not(start, code):
     job = start(f"exit {code}")
     state = job.finish(LIMIT)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), job.outputs
-    assert state["ExitCode"] == f"{code}:0"
+    # srun ends a task that is slower to fail than the other one, and tells the highest code.
+    assert state["ExitCode"] in (f"{code}:0", "143:0")
 
 
 def test_after_a_failure_of_one_task_that_ends_the_others_it_is_not(start):
