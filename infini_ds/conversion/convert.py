@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from infini_ds.config import TOKENIZER_FILES, ModelConfig
@@ -40,6 +39,7 @@ from infini_ds.conversion.weights import (
 from infini_ds.conversion.writer import Plan
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
+from infini_ds.printing import Console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -101,9 +101,8 @@ def to_hf(task: Task, dtype: str | None = None, step: int | None = None) -> None
         check_one_dtype(weights.metas, weights.origin)
     _write_export(task, model, weights, dtype, True, console)
     console.print(
-        f'  AutoModelForCausalLM.from_pretrained("{task.target}", trust_remote_code=True)',
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f'  AutoModelForCausalLM.from_pretrained("{task.target}", trust_remote_code=True)'
+    )
 
 
 def from_safetensors(task: Task) -> None:
@@ -172,10 +171,7 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
         (partial / CONFIG).write_text(config_text(config, kind))
         shutil.copyfile(source / "config.json", partial / SOURCE_CONFIG)
     _report(plan, task, console)
-    console.print(
-        f"  train it further with `init_from: {task.target}` in a run's config",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    console.print(f"  train it further with `init_from: {task.target}` in a run's config")
 
 
 def to_llama(task: Task, step: int | None = None) -> None:
@@ -239,9 +235,8 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
     _report(plan, task, console)
     console.print(
         f"  taken to be (no state_dict tells): segments of {config.segment_length} tokens, "
-        f"{config.memory_rule} memory rule",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{config.memory_rule} memory rule"
+    )
 
 
 def to_seed(task: Task, step: int | None = None) -> None:
@@ -266,7 +261,7 @@ def to_seed(task: Task, step: int | None = None) -> None:
     ):
         plan.write_file(partial, {}, bar.done)
     _report(plan, task, console)
-    console.print(f"  load it into {seed.constructor(config)}", highlight=False, soft_wrap=True)
+    console.print(f"  load it into {seed.constructor(config)}")
     if config.norm_eps > 1e-12:
         _warn(
             console,
@@ -418,10 +413,9 @@ def _write_directory(plan: Plan, directory: Path, console: Console) -> None:
 def _report(plan: Plan, task: Task, console: Console) -> None:
     console.print(
         f"{task.target}: {plan.parameters:,} parameters, {plan.bytes / 1e6:,.1f} MB in "
-        f"{plan.files} file{'s' * (plan.files > 1)}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{plan.files} file{'s' * (plan.files > 1)}"
+    )
 
 
 def _warn(console: Console, text: str) -> None:
-    console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"warning: {text}")

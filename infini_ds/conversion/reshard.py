@@ -6,12 +6,11 @@ train.timeout.
 
 from pathlib import Path
 
-from rich.console import Console
-
 from infini_ds import config as configuration
 from infini_ds.conversion.run import find_checkpoint
 from infini_ds.errors import RunError, UserError
 from infini_ds.inspection.describe import problems_of
+from infini_ds.printing import Console
 from infini_ds.training.checkpoint import make_universal, universal_of
 
 
@@ -26,7 +25,7 @@ def reshard(path: Path, step: int | None) -> None:
         UserError: there is no whole checkpoint, or it can be resumed in its own layout alone.
         RunError: the conversion failed.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     checkpoint, skipped = find_checkpoint(path, step)
     for line in skipped:
         console.print(line, style="yellow")

@@ -366,3 +366,9 @@ def test_a_model_with_a_convolution_is_no_plain_model(saved, tmp_path, capsys):
     ours = load_run(saved["fp32"] / "output").model
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, ours(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    target = tmp_path / "[red]x[" / "a[/y]"
+    assert run("to-safetensors", make_export(tmp_path / "source"), target) == 0
+    assert f"{target}: " in capsys.readouterr().out
