@@ -95,6 +95,23 @@ def test_adamw_has_the_settings_and_a_step_changes_every_group():
     assert moved == set(before)
 
 
+@pytest.mark.parametrize("shape", [(7,), (5, 33), (64, 64)], ids=str)
+def test_adamw_steps_as_pytorch_s_plain_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    found, expected = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    group = {"weight_decay": 0.3, "lr": 0.01}
+    ours = adamw([{"params": [found], **group}], CONFIG)
+    plain = torch.optim.AdamW(
+        [{"params": [expected], **group}], betas=(0.8, 0.95), eps=1e-6, foreach=False
+    )
+    for _ in range(5):
+        found.grad = torch.randn(shape, generator=generator)
+        expected.grad = found.grad.clone()
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_set_learning_rate_scales_each_group_s_peak():
     optimizer = adamw(list(groups_of(model()).values()), CONFIG)
     for factor in (0.5, 0.1):  # from the peak each time, not from the last value
