@@ -1,6 +1,7 @@
-"""How freed memory is kept, for long work on a CPU."""
+"""How freed memory is kept, for long work."""
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -15,9 +16,15 @@ def keep_freed_memory() -> None:
     for every 4 KiB: 9 % of a training step on one core (bf16, segments of 512; nothing at 2048,
     where blocks are larger than glibc can keep), a third of reading a long document. Does nothing
     where there is no glibc.
+
+    On GPUs, if it is called before the first of them is used, PyTorch keeps segments that grow:
+    sizes alternate between training, evaluation and generation, and blocks of one would be of no
+    use to the others. Whoever has set PyTorch's allocator keeps it as it is.
     """
     if sys.platform != "linux":
         return
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
