@@ -80,11 +80,13 @@ class Channel:
             WaitError: it did not arrive within the time limit, or the other process is gone.
         """
         message = torch.empty(size, dtype=torch.uint8, device=self._device)
-        # The message comes after it anyway, and the wait is for the other rank.
-        settle(self._device)
         with self._contact():
             work = dist.irecv(message, self.peer, group=self._group)
-            assert work is not None
+        assert work is not None
+        # What comes has been asked for by the time that this stage's own work is done; only what
+        # is waited for after that is a wait for the other rank.
+        settle(self._device)
+        with self._contact():
             work.wait(self._limit)
         return message
 
