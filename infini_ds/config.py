@@ -467,8 +467,8 @@ class TrainConfig(Settings):
     """Compute type; `auto`: bf16 where the devices have it. Memories and sums are fp32 always."""
     activation_checkpointing: Literal["none", "attention", "block"] = "none"
     """What is computed again in the backward pass instead of being kept."""
-    loss_chunk_tokens: int = 1024
-    """Tokens whose logits exist at one time in the loss."""
+    loss_chunk_tokens: int = 0
+    """Tokens whose logits exist at one time in the loss; 0: 1024 on a CPU, 2^28 logits on a GPU."""
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 3
@@ -496,13 +496,13 @@ class TrainConfig(Settings):
             "micro_batch_size",
             "window_segments",
             "chunks",
-            "loss_chunk_tokens",
             "save_every",
             "keep_last",
             "log_every",
             "max_skipped_steps",
         ):
             _require_at_least(self, name, 1)
+        _require_at_least(self, "loss_chunk_tokens", 0)
         _require(self, "threads", 0 <= self.threads <= 1024, "from 0 to 1024")
         if self.window_segments % self.chunks:
             raise ValueError(

@@ -47,7 +47,7 @@ def read_documents(
         bins: positions in a document at which bins begin; the first is 0.
         memory: False: every segment reads an empty memory.
         token_bytes: [vocab_size] bytes of text each token stands for.
-        loss_chunk_tokens: tokens whose logits exist at one time.
+        loss_chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
         report: is told each window that has been read.
     """
     model.eval()

@@ -9,6 +9,10 @@ from infini_ds.config import ModelConfig
 from infini_ds.data.windows import IGNORE_INDEX
 from infini_ds.kernels.fused import fused
 
+_GPU_LOGITS = 2**28
+"""Of a chunk: half a GiB in bf16. With few a GPU waits for the host, which starts each chunk."""
+_CPU_TOKENS = 1024
+
 
 class Head(nn.Module):
     """Projection to the vocabulary, with a weight of its own."""
@@ -32,14 +36,15 @@ def token_losses(
         hidden: [batch, length, hidden_size].
         weight, bias: of the head.
         labels: [batch, length].
-        chunk_tokens: tokens whose logits exist at one time; they are computed again in the
-            backward pass when there is more than one chunk.
+        chunk_tokens: tokens whose logits exist at one time, see `loss_chunk`; they are computed
+            again in the backward pass when there is more than one chunk.
 
     Returns:
         [batch, length].
     """
     rows = hidden.flatten(0, 1)
     targets = labels.flatten()
+    chunk_tokens = loss_chunk(chunk_tokens, len(weight), hidden.device.type)
     chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     if len(rows) <= chunk_tokens or not torch.is_grad_enabled():
         losses = [_chunk_losses(row, weight, bias, target) for row, target in chunks]
@@ -52,6 +57,11 @@ def token_losses(
             for row, target in chunks
         ]  # fmt: skip
     return torch.cat(losses).view_as(labels)
+
+
+def loss_chunk(tokens: int, vocab_size: int, device: str) -> int:
+    """Tokens of a chunk of the loss: what was asked for, or if 0, what suits a type of device."""
+    return tokens or (_CPU_TOKENS if device == "cpu" else max(1, _GPU_LOGITS // vocab_size))
 
 
 def _chunk_losses(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class InfiniTransformer(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor | None = None,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = 0,
         memory: Memory | None = None,
     ) -> Tensor:
         """Mean next-token loss of whole documents, backpropagated through all of their memory.
@@ -148,7 +148,7 @@ class InfiniTransformer(nn.Module):
             tokens: [batch, length].
             labels: [batch, length - 1], what follows each token but the last; tokens[:, 1:] by
                 default. IGNORE_INDEX (-100) where no loss is wanted.
-            chunk_tokens: tokens whose logits exist at one time.
+            chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
             memory: of documents that the tokens go on with.
 
         Raises:
@@ -193,7 +193,7 @@ class InfiniTransformer(nn.Module):
             tokens[:, :-1].split(width, 1), labels.split(width, 1), strict=True
         ):
             hidden, memory, mass = self._read(piece, memory)
-            loss = self._loss_sum(hidden, targets, 1024) / count
+            loss = self._loss_sum(hidden, targets, 0) / count
             loss = loss + self._penalty(mass, labels.numel())
             loss.backward()
             total += loss.detach()

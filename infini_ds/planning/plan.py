@@ -14,6 +14,7 @@ from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.errors import UserError
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
+from infini_ds.model.head import loss_chunk
 from infini_ds.pipeline.balance import balance
 from infini_ds.pipeline.payload import Wire
 from infini_ds.pipeline.transport import TRANSPORTS
@@ -108,7 +109,7 @@ def plan(config: RunConfig, processes: int) -> Plan:
         activations = units * ((end - first) * kept + hidden)
         temporary = made_again + 3 * tokens * model.mlp_size * unit.dtype.itemsize
         if stage == stages - 1:
-            logits = min(tokens, train.loss_chunk_tokens) * model.vocab_size * LOGIT_BYTES
+            logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
         sent = transport.step_bytes(wire, stage, micro_batches, chunks)
         waiting = 1 - time.busy[stage] / time.step
@@ -164,9 +165,13 @@ def _costs(config: RunConfig, bounds: list[int], tokens: int) -> tuple[list[floa
         forward.append(float(tokens * (end - first) * block))
         more.append(float(tokens * (end - first) * again))
     forward[-1] += tokens * head
-    if tokens > train.loss_chunk_tokens:
+    if tokens > _loss_chunk(config):
         more[-1] += tokens * head
     return forward, more
+
+
+def _loss_chunk(config: RunConfig) -> int:
+    return loss_chunk(config.train.loss_chunk_tokens, config.model.vocab_size, "cuda")
 
 
 def _feed_forward(model: ModelConfig) -> int:

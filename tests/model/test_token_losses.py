@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from infini_ds.data.windows import IGNORE_INDEX
-from infini_ds.model.head import token_losses
+from infini_ds.model.head import loss_chunk, token_losses
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
@@ -80,3 +80,17 @@ def test_backward_over_short_windows_has_the_same_loss(make_model, make_tokens, 
     model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, 30)
     loss = model.loss(tokens).detach()
     torch.testing.assert_close(model.backward(tokens, window_segments=1), loss)
+
+
+@pytest.mark.parametrize(
+    ("asked", "vocab_size", "device", "expected"),
+    [
+        pytest.param(13, 32_000, "cuda", 13, id="as_asked_for"),
+        pytest.param(0, 32_000, "cpu", 1024, id="a_cpu"),
+        pytest.param(0, 32_768, "cuda", 8192, id="a_gpu"),
+        pytest.param(0, 131_072, "cuda", 2048, id="a_gpu_with_a_large_vocabulary"),
+        pytest.param(0, 2**29, "cuda", 1, id="at_least_one"),
+    ],
+)
+def test_a_chunk_of_the_loss_suits_the_device(asked, vocab_size, device, expected):
+    assert loss_chunk(asked, vocab_size, device) == expected

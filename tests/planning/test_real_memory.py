@@ -39,7 +39,7 @@ def test_more_lanes_take_as_much_more_as_by_plan(tmp_path, data):  # noqa: F811
             },
             train={
                 "steps": 1, "batch_size": lanes, "micro_batch_size": lanes, "window_segments": 4,
-                "dtype": "fp32", "threads": 1,
+                "dtype": "fp32", "threads": 1, "loss_chunk_tokens": 1024,
             },
             optimizer={"learning_rate": 1e-3, "warmup_steps": 1},
             parallel={"pipeline_stages": 1},
