@@ -15,7 +15,7 @@ from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
-from infini_ds.layout import Layout
+from infini_ds.layout import Layout, valid_tokens
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
@@ -88,8 +88,7 @@ class InfiniAttention(nn.Module):
         w, stats = None, None
         if self.write_gate is not None:
             w = self.write_gate(hidden)
-            valid = torch.arange(n, device=hidden.device) < layout.lengths[..., None]
-            stats = write_stats(w, valid)
+            stats = write_stats(w, valid_tokens(layout, n))
         cos, sin = self._rotary_table(hidden.device)
         with _without_autocast(hidden.device):
             out, memory = infini_attention(

@@ -15,7 +15,7 @@ from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.kernels.local_attention import local_attention
-from infini_ds.layout import Layout
+from infini_ds.layout import Layout, valid_tokens
 
 
 def infini_attention_parallel(
@@ -49,8 +49,7 @@ def memory_scan(
         kv_heads, d]; and after the last.
     """
     n = k.shape[2]
-    valid = torch.arange(n, device=k.device) < layout.lengths[..., None]  # [batch, segments, n]
-    weight = valid[..., None].float().expand(k.shape[:-1])
+    weight = valid_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
     if w is not None:
         weight = weight * w.float()
     added = segment_sums(k, v, weight)

@@ -35,7 +35,7 @@ from infini_ds.kernels.infini_attention.triton.scan import scan_kernel
 from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
-from infini_ds.layout import Layout
+from infini_ds.layout import Layout, whole_weights
 
 LARGEST_GRID = 65535
 """Of CUDA, in the dimension that segments take."""
@@ -61,11 +61,11 @@ def infini_attention_triton(
 ) -> tuple[Tensor, LayerMemory]:
     """See `infini_attention_reference`: same arguments, same results, for d of TRITON_HEAD_DIMS."""
     n = k.shape[2]
-    valid = torch.arange(n, device=k.device) < layout.lengths[..., None]  # [batch, segments, n]
-    weight = valid[:, :, None].float()
-    weight = weight.expand(-1, -1, k.shape[3], -1) if w is None else weight * w.float().mT
+    weight = whole_weights(layout, n, k.shape[3])
+    if w is not None:
+        weight = (weight * w.float().mT).contiguous()
     out, kv, norm = _InfiniAttention.apply(  # type: ignore[misc]
-        q, k, v, weight.contiguous(), *memory, beta, layout.starts, rule, *rotary
+        q, k, v, weight, *memory, beta, layout.starts, rule, *rotary
     )
     return out, LayerMemory(kv, norm)
 
