@@ -53,7 +53,7 @@ SEGMENT_LENGTHS = (512, 500)
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma",
 }  # fmt: skip
-VARIANTS = ("GROUP", "SIZE", "REVERSE", "DELTA")
+VARIANTS = ("GROUP", "ROTATES", "SIZE", "REVERSE", "DELTA")
 """Constants that tell variants of a kernel apart; tiles are tuning."""
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 

@@ -13,7 +13,7 @@ from infini_ds import cli
 from infini_ds.benchmarks import kernels_compile
 from infini_ds.benchmarks.kernels_compile import INSTRUCTIONS, TARGETS
 
-DOTLESS = {"scan", "rotate", "damping"}
+DOTLESS = {"scan", "damping"}
 """Kernels without a matrix product."""
 
 
@@ -49,7 +49,7 @@ def check(rows: list[dict]) -> None:
 
 def check_coverage(rows: list[dict]) -> None:
     kernels = {
-        "rotate", "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
+        "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
         "key_gradient", "overlap", "damping", "delta", "delta_gradient",
         "overlap_gradient",
     }  # fmt: skip

@@ -14,31 +14,6 @@ from infini_ds.kernels.infini_attention.triton.tiles import (
 
 
 @triton.jit
-def rotate_kernel(
-    x,
-    out,
-    cos,
-    sin,
-    x_segment,
-    x_row,
-    x_head,
-    n,
-    heads,
-    D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Rotary positions of x [segments, n, heads, D] as [segments, heads, n, D]."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    head = tl.program_id(1)
-    segment = tl.program_id(2).to(tl.int64)
-    values = load_rows(x + segment * x_segment + head * x_head, rows, x_row, n, D)
-    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
-    turned = rotate(values.to(tl.float32), own_cos, own_sin, BLOCK_ROWS, D)
-    places = tile(out + (segment * heads + head) * n * D, rows, D, D)
-    tl.store(places, turned.to(values.dtype), mask=rows[:, None] < n)
-
-
-@triton.jit
 def gate_of(beta, head, norm):
     """The memory's share of a head: 0 where nothing is stored, that is where norm [D] is zero."""
     gate = tl.sigmoid(tl.load(beta + head).to(tl.float32))

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
-from infini_ds.kernels.infini_attention.triton.attend import attend_kernel, rotate_kernel
+from infini_ds.kernels.infini_attention.triton.attend import attend_kernel
 from infini_ds.kernels.infini_attention.triton.attend_gradient import (
     key_gradient_kernel,
     query_gradient_kernel,
@@ -74,8 +74,8 @@ class _InfiniAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, weight, kv, norm, beta, starts, rule, cos, sin):
         window = _Window(q, k, v, weight, beta, starts, rule, cos, sin)
-        states, final = window.write(LayerMemory(kv, norm))
-        out, log_sum = window.attend(states)
+        states, final, rotated_k = window.write(LayerMemory(kv, norm))
+        out, log_sum = window.attend(states, rotated_k)
         ctx.save_for_backward(q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states)
         ctx.rule = rule
         return out, *final
@@ -126,14 +126,16 @@ class _Window:
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
         self.scale = math.log2(math.e) / math.sqrt(self.d)
 
-    def write(self, incoming: LayerMemory) -> tuple[_States, LayerMemory]:
-        """The memory before each segment, and the one after the window."""
-        kv, norm = self._sums(self.k, self.v, self.weight, self.weight)
+    def write(self, incoming: LayerMemory) -> tuple[_States, LayerMemory, Tensor]:
+        """The memory before each segment, the one after the window, and the keys with rotary
+        positions, [segments, kv_heads, n, d]."""
+        rotated_k = self.k.new_empty(self.rows, self.kv_heads, self.n, self.d)
+        kv, norm = self._sums(self.k, self.v, self.weight, self.weight, rotated_k)
         incoming = LayerMemory(*(x.contiguous() for x in incoming))
         if self.rule == "linear":
             nothing = norm.new_empty(0)
             final = LayerMemory(self._scan(kv, incoming.kv), self._scan(norm, incoming.norm))
-            return _States(kv, norm, nothing), final
+            return _States(kv, norm, nothing), final, rotated_k
         added_norm = norm.clone()
         final_norm = self._scan(norm, incoming.norm)
         overlaps = self._overlaps(norm)
@@ -148,9 +150,9 @@ class _Window:
             "delta", delta_kernel, overlaps=overlaps, damping=damping, kv=kv,
             incoming=incoming.kv, final=final_kv,
         )  # fmt: skip
-        return _States(kv, norm, damping), LayerMemory(final_kv, final_norm)
+        return _States(kv, norm, damping), LayerMemory(final_kv, final_norm), rotated_k
 
-    def attend(self, states: _States) -> tuple[Tensor, Tensor]:
+    def attend(self, states: _States, rotated_k: Tensor) -> tuple[Tensor, Tensor]:
         """The output [batch, segments, n, heads, d], and the log-sum-exp of each row of scores."""
         out = torch.empty(
             self.batch, self.segments, self.n, self.heads, self.d,
@@ -161,7 +163,7 @@ class _Window:
         size = self._tiles("attend")
         launch(
             attend_kernel, self._grid(size.rows, self.heads), size.options,
-            q=self.q, rotated_k=self._rotated_k(), v=self.v, kv=states.kv, norm=states.norm,
+            q=self.q, rotated_k=rotated_k, v=self.v, kv=states.kv, norm=states.norm,
             beta=self.beta, cos=self.cos, sin=self.sin, out=out, log_sum=log_sum,
             **_strides("q", self.q), **_strides("v", self.v), n=self.n,
             padded_n=self.padded_n, heads=self.heads,
@@ -278,18 +280,25 @@ class _Window:
         )  # fmt: skip
 
     def _sums(
-        self, x: Tensor, y: Tensor, weight: Tensor, norm_weight: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        norm_weight: Tensor,
+        rotated: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(weight sigma(x))^T y, and the sum of norm_weight sigma(x), of each key-value head."""
+        """(weight sigma(x))^T y, and the sum of norm_weight sigma(x), of each key-value head; puts
+        x with rotary positions into `rotated`."""
         kv = torch.empty(self.rows, self.kv_heads, self.d, self.d, device=x.device)
         norm = torch.empty(self.rows, self.kv_heads, self.d, device=x.device)
         size = self._tiles("sums")
         launch(
             sums_kernel, (self.d // size.columns, self.kv_heads, self.rows), size.options,
             x=x, y=y, weight=weight, norm_weight=norm_weight, kv=kv, norm=norm,
+            rotated=x if rotated is None else rotated, cos=self.cos, sin=self.sin,
             **_strides("x", x), **_strides("y", y), n=self.n, kv_heads=self.kv_heads,
-            GROUP=x.shape[2] // self.kv_heads, D=self.d, BLOCK_ROWS=size.rows,
-            BLOCK_V=size.columns,
+            GROUP=x.shape[2] // self.kv_heads, ROTATES=rotated is not None, D=self.d,
+            BLOCK_ROWS=size.rows, BLOCK_V=size.columns,
         )  # fmt: skip
         return kv, norm
 
@@ -303,17 +312,6 @@ class _Window:
             kv_heads=self.kv_heads, SIZE=size, BLOCK=SCAN_BLOCK, REVERSE=reverse,
         )  # fmt: skip
         return final
-
-    def _rotated_k(self) -> Tensor:
-        """Keys with rotary positions, [segments, kv_heads, n, d]."""
-        out = self.k.new_empty(self.rows, self.kv_heads, self.n, self.d)
-        size = self._tiles("rotate")
-        launch(
-            rotate_kernel, self._grid(size.rows, self.kv_heads), size.options,
-            x=self.k, out=out, cos=self.cos, sin=self.sin, **_strides("x", self.k), n=self.n,
-            heads=self.kv_heads, D=self.d, BLOCK_ROWS=size.rows,
-        )  # fmt: skip
-        return out
 
     def _grid(self, size: int, heads: int) -> tuple[int, int, int]:
         return triton.cdiv(self.n, size), heads, self.rows

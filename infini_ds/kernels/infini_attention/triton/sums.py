@@ -4,7 +4,13 @@
 import triton
 import triton.language as tl
 
-from infini_ds.kernels.infini_attention.triton.tiles import load_rows, sigma
+from infini_ds.kernels.infini_attention.triton.tiles import (
+    load_rotary,
+    load_rows,
+    rotate,
+    sigma,
+    tile,
+)
 
 
 @triton.jit
@@ -15,6 +21,9 @@ def sums_kernel(
     norm_weight,
     kv,
     norm,
+    rotated,
+    cos,
+    sin,
     x_segment,
     x_row,
     x_head,
@@ -24,6 +33,7 @@ def sums_kernel(
     n,
     kv_heads,
     GROUP: tl.constexpr,
+    ROTATES: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -34,7 +44,8 @@ def sums_kernel(
     of all GROUP heads of its key-value head.
 
     x, y [segments, n, kv_heads GROUP, D]; weight, norm_weight [segments, kv_heads GROUP, n] fp32;
-    kv [segments, kv_heads, D, D]; norm [segments, kv_heads, D].
+    kv [segments, kv_heads, D, D]; norm [segments, kv_heads, D]. If it ROTATES, x with rotary
+    positions as well, since it has been read: rotated [segments, kv_heads GROUP, n, D].
     """
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -50,7 +61,14 @@ def sums_kernel(
         for start in range(0, n, BLOCK_ROWS):
             rows = start + tl.arange(0, BLOCK_ROWS)
             inside = rows < n
-            sigma_x = sigma(load_rows(own_x, rows, x_row, n, D).to(tl.float32))
+            features = load_rows(own_x, rows, x_row, n, D).to(tl.float32)
+            if ROTATES and part == 0:
+                own_cos = load_rotary(cos, rows, n, D // 2)
+                own_sin = load_rotary(sin, rows, n, D // 2)
+                turned = rotate(features, own_cos, own_sin, BLOCK_ROWS, D).to(y.dtype.element_ty)
+                places = tile(rotated + own_weights * D, rows, D, D)
+                tl.store(places, turned, mask=inside[:, None])
+            sigma_x = sigma(features)
             values = tl.load(
                 own_y + rows[:, None] * y_row + columns[None, :], mask=inside[:, None], other=0.0
             )
@@ -60,7 +78,7 @@ def sums_kernel(
             total = tl.dot(tl.trans(weighted), values, total, input_precision="ieee")
             norm_total += tl.sum(sigma_x * norm_scale[:, None], axis=0)
     at = segment * kv_heads + kv_head
-    features = tl.arange(0, D)
-    tl.store(kv + at * D * D + features[:, None] * D + columns[None, :], total)
+    places = tl.arange(0, D)
+    tl.store(kv + at * D * D + places[:, None] * D + columns[None, :], total)
     if part == 0:
-        tl.store(norm + at * D + features, norm_total)
+        tl.store(norm + at * D + places, norm_total)

@@ -76,6 +76,4 @@ _TILES = {
     ("delta_gradient", 128): {AMPERE: Tiles(128, 32, 8, 1)},
     ("overlap_gradient", 64): {AMPERE: Tiles(64, 32, 4, 1)},
     ("overlap_gradient", 128): {AMPERE: Tiles(32, 32, 8, 1), HOPPER: Tiles(64, 32, 8, 1)},
-    ("rotate", 64): {AMPERE: Tiles(64, 64, 4, 1)},
-    ("rotate", 128): {AMPERE: Tiles(64, 128, 4, 1)},
 }
