@@ -27,6 +27,7 @@ from infini_ds.benchmarks.kernels_timing import (
 )
 from infini_ds.errors import RunError, UserError
 from infini_ds.figures import write_figures
+from infini_ds.kernels.assembler import choose_ptxas
 
 ERROR_LIMIT = 0.03
 """Relative; the gradient of beta, a sum that largely cancels, is off by most."""
@@ -65,8 +66,11 @@ def run(json_path: str | None = None) -> None:
     from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    versions = f"Triton {triton.__version__}, torch {torch.__version__}"
+    ptxas = choose_ptxas(10 * device.major + device.minor)
+    versions = f"Triton {triton.__version__}, {ptxas}, torch {torch.__version__}"
     print(f"{device.name}, {versions}", flush=True)
+    if ptxas.warning:
+        print(f"warning: {ptxas.warning}", flush=True)
     figures = measure(infini_attention_triton, "cuda", cuda_seconds, Sizes())
     clocks = _clocks(str(device.uuid))
     print(f"after the last measurement: {clocks}")

@@ -2,8 +2,9 @@
 
 Every start of a kernel in a forward and a backward call is recorded, and each distinct one is
 compiled for each target as Triton would at run time. A kernel breaks a rule if registers do not
-suffice and it spills to memory (a stack), if it takes more shared memory than a block can have, or
-if one of its matrix products does not use the matrix instructions of its target's generation.
+suffice and it spills to memory (a stack), if it takes more shared memory than a block can have, if
+one of its matrix products does not use the matrix instructions of its target's generation, or if,
+on Hopper, it touches registers of a product that is still running.
 """
 
 import importlib.util
@@ -24,8 +25,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
 from infini_ds.figures import write_figures
+from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
@@ -86,7 +89,8 @@ def run(
         segment_lengths: tokens of a segment.
 
     Returns:
-        One row a distinct kernel and target; `broken` has the rules that it breaks.
+        One row a distinct kernel and target; `broken` has the rules that it breaks, and `ptxas`
+        the fields of the assembler.
 
     Raises:
         UserError: Triton is not installed, or only interprets.
@@ -105,6 +109,7 @@ def run(
         rows = list(track(done, "compiling", len(jobs), console=Console(stderr=True)))
     rows.sort(key=lambda row: (row["kernel"], row["head_dim"], _variant(row)))
     _print(rows)
+    _print_assemblers(rows)
     write_figures(json_path, rows)
     broken = sum(bool(row["broken"]) for row in rows)
     if broken:
@@ -212,11 +217,12 @@ def _compile(call: Any, capability: int, sender: Connection, messages: int) -> N
     from triton.compiler import ASTSource
 
     os.dup2(messages, 2)
+    ptxas = {"ptxas": choose_ptxas(capability)._asdict()}
     source, target = ASTSource(call.kernel, *_source(call)), GPUTarget("cuda", capability, 32)
     try:
         compiled = triton.compile(source, target=target, options=call.options)
     except Exception as error:  # of any kind: compilers have many
-        sender.send({"broken": [f"does not compile: {error}"]})
+        sender.send(ptxas | {"broken": [f"does not compile: {error}"]})
         return
     usage = _resources(compiled.asm["cubin"])
     counts = {
@@ -228,9 +234,10 @@ def _compile(call: Any, capability: int, sender: Connection, messages: int) -> N
         "stack": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
         "instructions": {name: count for name, count in counts.items() if count},
+        "touched": _touched(compiled.asm["cubin"]) if counts["wgmma"] else [],
     }
     broken = _broken(code, TARGETS[capability], compiled.asm["ttir"], compiled.asm["ttgir"])
-    sender.send(code | {"broken": list(broken)})
+    sender.send(ptxas | code | {"broken": list(broken)})
 
 
 def _broken(code: dict[str, Any], target: Target, ttir: str, ttgir: str) -> Iterator[str]:
@@ -246,22 +253,30 @@ def _broken(code: dict[str, Any], target: Target, ttir: str, ttgir: str) -> Iter
     scalar = re.findall(r"tt\.dot .*-> tensor<[^>]*#blocked", ttgir)
     if scalar:
         yield f"{len(scalar)} products without matrix instructions"
+    if touched := code["touched"]:
+        yield f"touches registers of running products, {len(touched)} times: {touched[0]}"
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread and bytes of memory, as the driver will read them."""
+    shown = _shown(cubin, "cuobjdump", "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+
+
+def _touched(cubin: bytes) -> list[str]:
+    """See `unfinished_products`."""
+    return unfinished_products.touched(_shown(cubin, "nvdisasm", "-c"))
+
+
+def _shown(cubin: bytes, tool: str, option: str) -> str:
+    """What one of the tools that come with Triton shows of machine code."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        shown = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+        command = [getattr(knobs.nvidia, tool).path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _variant(row: dict[str, Any]) -> str:
@@ -303,3 +318,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
     if not console.is_terminal:  # of a file or a pipe nobody knows the width
         console.width = 200
     console.print(table)
+
+
+def _print_assemblers(rows: list[dict[str, Any]]) -> None:
+    """Which there were, and what is known to be wrong with one."""
+    targets: dict[Ptxas, list[str]] = {}
+    for row in rows:
+        if "ptxas" in row:
+            named = targets.setdefault(Ptxas(**row["ptxas"]), [])
+            named += [row["target"]] if row["target"] not in named else []
+    for ptxas, names in targets.items():
+        print(f"{', '.join(names)}: {ptxas}")
+        if ptxas.warning:
+            print(f"warning: {ptxas.warning}")

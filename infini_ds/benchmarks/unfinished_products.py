@@ -1,0 +1,182 @@
+"""Machine code of sm_90 that touches registers of matrix products which are still running.
+
+A product (wgmma in PTX, HGMMA in machine code) runs on while its warps do other things. Until
+WARPGROUP.DEPBAR has waited for it, the registers with its first factor must not be written, and
+those of its sum neither written nor read (PTX ISA, wgmma.mma_async). The hardware checks neither:
+such code computes something wrong, or does so from time to time.
+"""
+
+import re
+from typing import NamedTuple
+
+_INSTRUCTION = re.compile(
+    r"\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?P<predicate>@\S+\s+)?"
+    r"(?P<name>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
+)
+_LABEL = re.compile(r"\s*([\w.$]+):")
+_REGISTER = re.compile(r"(?<![\w.])R(\d+)(\.64)?")
+_PREDICATE = re.compile(r"!?U?P[T\d]")
+_READS_FIRST = {"BAR", "BRX", "CALL", "FCHK", "NANOSLEEP", "RET", "WARPSYNC"}
+"""Where the register that stands where others have their result is read."""
+_FACTOR = 4
+"""Registers of a thread with a product's first factor, in every type."""
+
+
+class _Instruction(NamedTuple):
+    text: str
+    """With its address."""
+    parts: list[str]
+    """Of its name, between dots."""
+    operands: list[str]
+    written: int
+    """Registers as bits, here and below."""
+    read: int
+    following: list[int]
+    """Where the warp may go on."""
+
+
+class _Group(NamedTuple):
+    """Products that are waited for together."""
+
+    complete: bool
+    factors: int
+    sums: int
+
+
+def touched(code: str) -> list[str]:
+    """What writes a factor of an unfinished product, or touches its sum, on any way through code.
+
+    Args:
+        code: of one kernel, as `nvdisasm -c` shows it.
+
+    Returns:
+        An instruction with its address, and what it does, for each.
+
+    Raises:
+        ValueError: there is no product in the code.
+    """
+    instructions, entries = _parse(code)
+    if not any(_is_product(instruction) for instruction in instructions):
+        raise ValueError("no HGMMA in this machine code")
+    found: dict[int, str] = {}
+    seen: set[tuple[int, tuple[_Group, ...]]] = set()
+    ahead: list[tuple[int, tuple[_Group, ...]]] = [(entry, ()) for entry in entries]
+    while ahead:
+        place = at, running = ahead.pop()
+        if place in seen or at == len(instructions):
+            continue
+        seen.add(place)
+        instruction = instructions[at]
+        if does := _fault(instruction, running):
+            found[at] = f"{instruction.text} {does}"
+        after = _running_after(instruction, running)
+        ahead += [(following, after) for following in instruction.following]
+    return [found[at] for at in sorted(found)]
+
+
+def _fault(instruction: _Instruction, running: tuple[_Group, ...]) -> str:
+    factors = sums = 0
+    for group in running:
+        factors |= group.factors
+        sums |= group.sums
+    if _is_product(instruction):  # products run one after another: a sum may be added to
+        return "reads an unfinished sum" if _factor_of(instruction) & sums else ""
+    if instruction.written & factors:
+        return "overwrites a factor"
+    if instruction.written & sums:
+        return "overwrites an unfinished sum"
+    return "reads an unfinished sum" if instruction.read & sums else ""
+
+
+def _running_after(instruction: _Instruction, running: tuple[_Group, ...]) -> tuple[_Group, ...]:
+    if instruction.parts[:2] == ["WARPGROUP", "DEPBAR"]:
+        complete = sum(group.complete for group in running)
+        return running[max(complete - int(instruction.operands[-1], 16), 0) :]
+    if not _is_product(instruction):
+        return running
+    begun = running[-1] if running and not running[-1].complete else None
+    earlier = running[:-1] if begun else running
+    factors, sums = (begun.factors, begun.sums) if begun else (0, 0)
+    complete = "gsb0" in instruction.operands
+    return (
+        *earlier,
+        _Group(complete, factors | _factor_of(instruction), sums | instruction.written),
+    )
+
+
+def _is_product(instruction: _Instruction) -> bool:
+    return instruction.parts[0].endswith("GMMA")
+
+
+def _factor_of(product: _Instruction) -> int:
+    return _registers(product.operands[1], _FACTOR)
+
+
+def _parse(code: str) -> tuple[list[_Instruction], list[int]]:
+    """All instructions, and the places of the first one of each section."""
+    lines = []
+    places: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            places[label[1]] = len(lines)
+        elif instruction := _INSTRUCTION.match(line):
+            lines.append(instruction)
+    instructions = [_instruction(line, at, places) for at, line in enumerate(lines)]
+    return instructions, [at for label, at in places.items() if label.startswith(".text")]
+
+
+def _instruction(line: re.Match[str], at: int, places: dict[str, int]) -> _Instruction:
+    parts = line["name"].split(".")
+    operands = [operand.strip() for operand in line["operands"].split(",")]
+    written = _written(parts, operands)
+    read = 0
+    for number, wide in _REGISTER.findall(line["operands"]):
+        read |= _span(int(number), 2 if wide else 1)
+    if parts[0].startswith("ST"):
+        read |= _registers(operands[-1], _width(parts))
+    text = f"{line['address']} {line['name']} {line['operands']}".strip()
+    return _Instruction(
+        text, parts, operands, written, read & ~written, _following(line, at, places)
+    )
+
+
+def _following(line: re.Match[str], at: int, places: dict[str, int]) -> list[int]:
+    name = line["name"].split(".")[0]
+    target = re.search(r"`\(([\w.$]+)\)$", line["operands"]) if name in ("BRA", "CALL") else None
+    # A branch may hang on an operand before its target, too.
+    goes = name in ("EXIT", "RET") or (name == "BRA" and line["operands"].startswith("`"))
+    following = [] if goes and not line["predicate"] else [at + 1]
+    return following + ([places[target[1]]] if target else [])
+
+
+def _written(parts: list[str], operands: list[str]) -> int:
+    if parts[0].endswith("GMMA"):
+        columns = next(int(part.split("x")[1]) for part in parts if part.startswith("64x"))
+        return _registers(operands[0], columns // 2)
+    if parts[0] in _READS_FIRST:
+        return 0
+    result = operands[1] if _PREDICATE.match(operands[0]) and len(operands) > 1 else operands[0]
+    return _registers(result, _width(parts))
+
+
+def _width(parts: list[str]) -> int:
+    """Registers of what an instruction loads, stores or computes."""
+    name, *kinds = parts
+    if name in ("LDSM", "STSM"):
+        return int(kinds[-1]) if kinds[-1].isdigit() else 1
+    if name.startswith(("LD", "ST", "ATOM")):
+        return 4 if "128" in kinds else 2 if "64" in kinds else 1
+    pairs = name in ("DADD", "DMUL", "DFMA", "LEPC") or (name == "CS2R" and "32" not in kinds)
+    if name == "HMMA":
+        return 4
+    return 2 if pairs or "WIDE" in kinds or "64" in kinds else 1
+
+
+def _registers(operand: str, count: int) -> int:
+    """So many from the one that an operand names on; none if it names another thing."""
+    register = re.match(r"[-|~!]*R(\d+)", operand)
+    return _span(int(register[1]), count) if register else 0
+
+
+def _span(first: int, count: int) -> int:
+    return ((1 << count) - 1) << first
