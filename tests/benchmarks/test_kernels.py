@@ -88,12 +88,12 @@ def _short_of_memory_after(calls: int):
 def test_wrong_results_are_not_timed():
     def wrong(q, *others):
         out, memory = infini_attention_parallel(q, *others)
-        return out * 1.1, memory
+        return out * 1.15, memory
 
     def never(call):
         pytest.fail("was timed")
 
-    with pytest.raises(RunError, match=r"wrong results.* out by 1\.0e-01"):
+    with pytest.raises(RunError, match=r"wrong results.* out by 1\.5e-01"):
         kernels.measure(wrong, "cpu", never, SIZES)
 
 

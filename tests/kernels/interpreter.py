@@ -1,8 +1,8 @@
 """Triton's interpreter, mended where it is not what the hardware does.
 
-Version 3.9 multiplies the bits of bf16 numbers as integers, cuts fp32 to bf16 where hardware rounds
-to nearest even, and multiplies fp32 in full where tf32 is asked for. Calls of functions are made
-faster. Import this before any kernel.
+It multiplies the bits of bf16 numbers as integers (3.9), cuts fp32 to bf16 where hardware rounds to
+nearest even, multiplies fp32 in full where tf32 is asked for, and makes numbers of arrays in a way
+that numpy 2.4 refuses (3.6). Calls of functions are made faster. Import this before any kernel.
 """
 
 import os
@@ -45,6 +45,15 @@ def _dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+_patch_tensor_otherwise = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope):
+    _patch_tensor_otherwise(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor
 interpreter._convert_float = _convert
 interpreter.InterpreterBuilder.create_dot = _dot
 

@@ -24,7 +24,10 @@ DEVICE = "absent:0"
 
 
 class HostTensors(TorchDispatchMode):
-    """Notes the operators that take or make a tensor on the host."""
+    """Notes the operators that take or make a tensor on the host.
+
+    One without elements costs nothing: torch 2.11 makes such a one for each checkpoint.
+    """
 
     def __init__(self):
         super().__init__()
@@ -33,7 +36,7 @@ class HostTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        if any(x.device.type == "cpu" for x in tensors):
+        if any(x.device.type == "cpu" and x.numel() for x in tensors):
             self.names.append(str(func))
         return out
 
