@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from infini_ds.cluster.session import HostLost
 from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
+from infini_ds.kernels.assembler import REMEDY, Ptxas
 
 _CLOCK_SECONDS = 2.0
 _SHARE = "copy it there, or keep it on a file system that all hosts share"
@@ -62,6 +63,7 @@ def judge(config: RunConfig, here: dict[str, str], hosts: list[Host]) -> Iterato
 
     yield from each("versions", lambda host: _versions(host, here))
     yield from each("devices", _devices, "look at `nvidia-smi` there")
+    yield from each("ptxas", _ptxas, "install torch and Triton anew")
     fits = True
     try:
         data = config.data_parallel_size(world)
@@ -106,6 +108,13 @@ def _devices(host: Host) -> tuple:
     if host.slots > devices:
         return "failed", found, f"slots={devices} in the hostfile, or look at CUDA_VISIBLE_DEVICES"
     return "good", found
+
+
+def _ptxas(host: Host) -> tuple:
+    ptxas = Ptxas(**host.facts["ptxas"])
+    if ptxas.fault:
+        return "warning", f"{ptxas} {ptxas.fault}", REMEDY
+    return "good", str(ptxas)
 
 
 def _config(host: Host, config: RunConfig) -> tuple:

@@ -6,6 +6,7 @@ begin with MARK: whatever else a login shell or a library prints is none.
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from infini_ds import config as configuration
 from infini_ds.cluster import network
 from infini_ds.data.opening import open_data
 from infini_ds.errors import UserError
+from infini_ds.kernels.assembler import choose_ptxas
 
 MARK = "infini-ds-preflight "
 
@@ -65,6 +67,7 @@ def facts(config: str, overrides: list[str]) -> dict[str, Any]:
         "versions": see `versions`;
         "address": see `meeting_address`;
         "devices": free bytes of each visible GPU, none of a CPU run;
+        "ptxas": fields of the `Ptxas` for the first GPU, if there is one and Triton;
         "memory": bytes of the host's memory that are available;
         "processes": how many DeepSpeed starts here if it is not told;
         "config": every setting, as it is read here;
@@ -89,6 +92,8 @@ def facts(config: str, overrides: list[str]) -> dict[str, Any]:
     if devices is not None:
         tell("memory", lambda: psutil.virtual_memory().available)
         tell("processes", lambda: len(devices) or _cpu_processes())
+    if devices and importlib.util.find_spec("triton"):
+        tell("ptxas", _ptxas)
     settings = tell("config", lambda: configuration.load(config, overrides))
     if settings:
         found["config"] = settings.model_dump()
@@ -138,6 +143,13 @@ def _free_device_memory() -> list[int]:
     import torch
 
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+
+
+def _ptxas() -> dict[str, str]:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    return choose_ptxas(10 * major + minor)._asdict()
 
 
 def _cpu_processes() -> int:

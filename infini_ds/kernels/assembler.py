@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from infini_ds.kernels.launch import HOPPER
-
+HOPPER = 9
+"""Major compute capability; `launch` has it too, and needs torch."""
 RIGHT_ON_HOPPER = (13, 3)
 PACKAGE = "nvidia-cuda-nvcc"
 REMEDY = f"pip install '{PACKAGE}>={'.'.join(map(str, RIGHT_ON_HOPPER))}'"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 
@@ -60,6 +61,7 @@ TORCH = """
 class cuda:
     device_count = staticmethod(lambda: 2)
     mem_get_info = staticmethod(lambda index: (10**12, 10**12))
+    get_device_capability = staticmethod(lambda index: (8, 0))
 """
 
 
@@ -271,3 +273,21 @@ def test_processes_must_fit_the_layout(at_well):
     found = {f.check: f for f in judge(load("run.yaml"), {}, hosts)}
     assert found["layout"].found.startswith("train.batch_size (2) must be a multiple of")
     assert found["layout"].host == "all"
+
+
+def test_assembler_of_the_gpus_is_told(ill):
+    assert re.fullmatch(
+        r"ptxas 1\d\.\d+\.\d+ \(Triton 3\.\d\.\d\)", finding(ill, "gpus", "ptxas")["found"]
+    )
+    assert not [f for f in ill["findings"] if (f["host"], f["check"]) == ("node-1", "ptxas")]
+
+
+@pytest.mark.parametrize("fault", ["", "may make wrong code"])
+def test_assembler_with_a_fault_is_a_warning_with_a_remedy(at_well, fault):
+    ptxas = {"version": "12.8.93", "origin": "Triton 3.7.1", "fault": fault}
+    facts = {"errors": {}, "devices": [1], "ptxas": ptxas}
+    hosts = [Host("node-1", 1, facts)]
+    (found,) = [f for f in judge(load("run.yaml"), {}, hosts) if f.check == "ptxas"]
+    told = f"ptxas 12.8.93 (Triton 3.7.1) {fault}".strip()
+    remedy = "pip install 'nvidia-cuda-nvcc>=13.3'" if fault else ""
+    assert found == Finding("node-1", "ptxas", "warning" if fault else "good", told, remedy)
