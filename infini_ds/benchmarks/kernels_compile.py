@@ -216,11 +216,13 @@ def _compile(call: Any, capability: int, sender: Connection, messages: int) -> N
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from infini_ds.kernels.launch import FUSION
+
     os.dup2(messages, 2)
     ptxas = {"ptxas": choose_ptxas(capability)._asdict()}
     source, target = ASTSource(call.kernel, *_source(call)), GPUTarget("cuda", capability, 32)
     try:
-        compiled = triton.compile(source, target=target, options=call.options)
+        compiled = triton.compile(source, target=target, options=call.options | FUSION)
     except Exception as error:  # of any kind: compilers have many
         sender.send(ptxas | {"broken": [f"does not compile: {error}"]})
         return

@@ -21,6 +21,9 @@ _READS_FIRST = {"BAR", "BRX", "CALL", "FCHK", "NANOSLEEP", "RET", "WARPSYNC"}
 _FACTOR = 4
 """Registers of a thread with a product's first factor, in every type."""
 
+_MOST = 8
+"""Groups of products that are told apart; of more, the oldest count as one."""
+
 
 class _Instruction(NamedTuple):
     text: str
@@ -94,14 +97,15 @@ def _running_after(instruction: _Instruction, running: tuple[_Group, ...]) -> tu
         return running[max(complete - int(instruction.operands[-1], 16), 0) :]
     if not _is_product(instruction):
         return running
-    begun = running[-1] if running and not running[-1].complete else None
-    earlier = running[:-1] if begun else running
-    factors, sums = (begun.factors, begun.sums) if begun else (0, 0)
-    complete = "gsb0" in instruction.operands
-    return (
-        *earlier,
-        _Group(complete, factors | _factor_of(instruction), sums | instruction.written),
-    )
+    ends = "gsb0" in instruction.operands
+    group = _Group(ends, _factor_of(instruction), instruction.written)
+    if running and not running[-1].complete:
+        *running, begun = running
+        group = _Group(ends, begun.factors | group.factors, begun.sums | group.sums)
+    if len(running) == _MOST:  # as in a loop that waits for nothing
+        (_, factors, sums), second, *running = running
+        running = (_Group(True, factors | second.factors, sums | second.sums), *running)
+    return (*running, group)
 
 
 def _is_product(instruction: _Instruction) -> bool:

@@ -9,6 +9,9 @@ import torch
 AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL = 8, 9, 10, 12
 """Major compute capabilities: sm_80, sm_90, sm_100 and sm_120."""
 
+FUSION = {"enable_fp_fusion": True}
+"""Of every kernel. Triton 3.9 warns where it is not said, as its default is going to change."""
+
 
 class Call(NamedTuple):
     """One start of a kernel."""
@@ -34,7 +37,7 @@ def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **argume
     """Runs a kernel on the grid, on the device of its tensors; arguments go by name."""
     if _recording is None:
         with torch.cuda.device_of(next(iter(arguments.values()))):
-            kernel[grid](**arguments, **options)
+            kernel[grid](**arguments, **options, **FUSION)
     else:
         _recording.calls.append(Call(kernel, grid, arguments, options))
 
