@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from infini_ds.errors import UserError
+from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.kernels.launch import is_recording
 
 Backend = Literal["auto", "torch", "triton"]
 
 TRITON_HEAD_DIMS = (64, 128)
 """Sizes of a head that the Triton kernels are written for."""
+
+OLDEST_TRITON = (3, 6)
+"""Of what is tested."""
 
 _backend: Backend = "auto"
 
@@ -84,6 +88,16 @@ def _cannot_run() -> str:
         return "is not installed (pip install triton)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "needs a C compiler, gcc or clang"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"needs version {oldest} or newer, not {triton.__version__}"
+    if torch.cuda.is_available():
+        # Before the first kernel is compiled, TorchInductor's too.
+        major, minor = torch.cuda.get_device_capability()
+        if fault := choose_ptxas(10 * major + minor).warning:
+            _warn(f"kernels.backend: {fault}")
     return ""
 
 

@@ -8,6 +8,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 import torch
+import triton
 
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
@@ -163,6 +164,7 @@ def forget():
     """What is known of this machine."""
     backend._missing.cache_clear()
     backend._cannot_run.cache_clear()
+    backend._warn.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +203,34 @@ def test_auto_leaves_older_gpus_to_pytorch(monkeypatch):
     backend._warn.cache_clear()
     with pytest.warns(UserWarning, match="needs a GPU of compute capability 8.0 or newer"):
         assert not backend.uses_triton(OnGpu(64))
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "3.2.0", "3.5.1", "3.6.0", "3.7.1+git1", "3.10.0"])
+def test_triton_before_what_is_tested_is_refused(monkeypatch, version):
+    monkeypatch.setattr(triton, "__version__", version)
+    forget()
+    old = version in ("2.1.0", "3.2.0", "3.5.1")
+    told = f"needs version 3.6 or newer, not {version}" if old else ""
+    assert backend._cannot_run() == told
+
+
+@pytest.mark.parametrize("named", ["12.8.93", "13.5.37"])
+def test_wrong_assembler_of_hopper_is_said_once(monkeypatch, tmp_path, recwarn, named):
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text(f"#!/bin/sh\necho 'release {named[:4]}, V{named}'\n")
+    ptxas.chmod(0o755)
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.setenv(variable, str(ptxas))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    forget()
+    assert backend.uses_triton(OnGpu(64))
+    assert backend.uses_triton(OnGpu(64))
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (named == "12.8.93")
+    for line in said:
+        assert line.startswith(f"kernels.backend: ptxas {named} (TRITON_PTXAS_")
+        assert line.endswith("; pip install 'nvidia-cuda-nvcc>=13.3'")
 
 
 def test_layouts_are_all_covered():
