@@ -11,7 +11,8 @@ CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slu
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
-.PHONY: pretrain passkey test test-slow test-cluster cluster-packages lint format docs clean
+.PHONY: pretrain passkey test test-slow test-cluster test-toolchains cluster-packages lint format \
+  docs clean
 
 # A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
 pretrain: $(VENV)/installed
@@ -36,6 +37,10 @@ test: $(VENV)/installed lint
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+# The Triton kernels under each supported pair of torch and Triton; 7 GB of packages.
+test-toolchains: $(VENV)/installed
+	$(BIN)/python .ci/toolchains.py
 
 # Hosts and a Slurm cluster on this machine, as root.
 test-cluster: $(VENV)/installed cluster-packages
@@ -64,7 +69,7 @@ docs: $(VENV)/installed
 	rm README.reference
 
 clean:
-	rm -rf $(VENV) runs stores build *.egg-info
+	rm -rf $(VENV) .venv-toolchains runs stores build *.egg-info
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
