@@ -97,15 +97,17 @@ def _running_after(instruction: _Instruction, running: tuple[_Group, ...]) -> tu
         return running[max(complete - int(instruction.operands[-1], 16), 0) :]
     if not _is_product(instruction):
         return running
-    ends = "gsb0" in instruction.operands
-    group = _Group(ends, _factor_of(instruction), instruction.written)
-    if running and not running[-1].complete:
-        *running, begun = running
-        group = _Group(ends, begun.factors | group.factors, begun.sums | group.sums)
-    if len(running) == _MOST:  # as in a loop that waits for nothing
-        (_, factors, sums), second, *running = running
-        running = (_Group(True, factors | second.factors, sums | second.sums), *running)
-    return (*running, group)
+    groups = list(running)
+    group = _Group("gsb0" in instruction.operands, _factor_of(instruction), instruction.written)
+    if groups and not groups[-1].complete:
+        group = _both(groups.pop(), group)
+    if len(groups) == _MOST:  # as in a loop that waits for nothing
+        groups[:2] = [_both(*groups[:2])]
+    return (*groups, group)
+
+
+def _both(earlier: _Group, later: _Group) -> _Group:
+    return _Group(later.complete, earlier.factors | later.factors, earlier.sums | later.sums)
 
 
 def _is_product(instruction: _Instruction) -> bool:
