@@ -23,6 +23,7 @@ OLDEST_TRITON = (3, 6)
 """Of what is tested."""
 
 _backend: Backend = "auto"
+_fault = ""
 
 
 def use_backend(backend: Backend) -> None:
@@ -31,20 +32,30 @@ def use_backend(backend: Backend) -> None:
     _backend = backend
 
 
+def distrust(fault: str) -> None:
+    """From now on the Triton kernels count as missing in this process, and nothing is compiled.
+
+    Args:
+        fault: what they do wrong, to come after "triton"; empty: they are trusted again.
+    """
+    global _fault
+    _fault = fault
+
+
 def check_backend(backend: Backend, device: str, head_dim: int) -> None:
     """Whether a backend can compute on devices of a type, before anything is computed.
 
     Raises:
         UserError: the Triton kernels are asked for and cannot.
     """
-    missing = _missing(device, head_dim)
+    missing = _fault or why_missing(device, head_dim)
     if missing and backend == "triton":
         raise _refused(missing)
 
 
 def compiles(x: Tensor) -> bool:
     """Whether chains of operators on a tensor are compiled to kernels (by TorchInductor)."""
-    return _backend != "torch" and x.is_cuda and not _cannot_run()
+    return _backend != "torch" and x.is_cuda and not (_fault or _cannot_run())
 
 
 def uses_triton(q: Tensor) -> bool:
@@ -63,7 +74,7 @@ def uses_triton(q: Tensor) -> bool:
         _backend == "auto" and not (q.is_cuda and q.dtype == torch.bfloat16)
     ):
         return False
-    missing = _missing(q.device.type, q.shape[-1])
+    missing = _fault or why_missing(q.device.type, q.shape[-1])
     if missing and _backend == "triton":
         raise _refused(missing)
     if missing:
@@ -72,7 +83,9 @@ def uses_triton(q: Tensor) -> bool:
 
 
 @functools.cache  # it is asked in every layer
-def _missing(device: str, head_dim: int) -> str:
+def why_missing(device: str, head_dim: int) -> str:
+    """Why there are no Triton kernels for a type of device and a size of heads; empty if there
+    are."""
     if device != "cuda":
         return f"needs a CUDA device, not {device}"
     if head_dim not in TRITON_HEAD_DIMS:

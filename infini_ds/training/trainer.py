@@ -33,6 +33,7 @@ from infini_ds.training import checkpoint, failures
 from infini_ds.training.bad_steps import BadSteps, bad_documents
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.dtype import with_dtype
+from infini_ds.training.kernel_check import find_fault, with_kernels
 from infini_ds.training.lock import lock
 from infini_ds.training.monitor import Monitor
 from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
@@ -55,6 +56,7 @@ def pretrain(config: RunConfig) -> None:
     stop = StopRequest()
     _set_threads(config)
     keep_freed_memory()
+    fault = find_fault(config)
     try:
         start_distributed(config.train.timeout)
         watchdog = Watchdog(config)
@@ -62,7 +64,7 @@ def pretrain(config: RunConfig) -> None:
         failures.record(config.output_dir, 0, str(error))
         raise
     try:
-        Trainer(config, stop, watchdog).run()
+        Trainer(config, stop, watchdog, fault).run()
         dist.barrier()
         watchdog.stop()
     except UserError:  # on all ranks together, as is this; without it the exit may abort
@@ -76,7 +78,7 @@ def pretrain(config: RunConfig) -> None:
 class Trainer:
     """The state of a run on this process."""
 
-    def __init__(self, config: RunConfig, stop: StopRequest, watchdog: Watchdog):
+    def __init__(self, config: RunConfig, stop: StopRequest, watchdog: Watchdog, fault: str):
         with together():
             config.data_parallel_size(dist.get_world_size())
             if dist.get_rank() == 0:
@@ -99,7 +101,9 @@ class Trainer:
                 f"output_dir {config.output_dir}: has checkpoints of another run, and resume is "
                 "false; choose another output_dir"
             )
-        config = self.config = with_dtype(config, found)
+        config = with_dtype(config, found)
+        config, remarks = with_kernels(config, fault)
+        self.config = config
         load_from, state, start = None, None, None
         if found:
             with together():
@@ -133,7 +137,7 @@ class Trainer:
             (output_dir / "config.yaml").write_text(text)
             if self.step < config.train.steps:
                 (output_dir / REPORT).unlink(missing_ok=True)  # of when there were fewer to make
-            self._introduce(found, passed_over)
+            self._introduce(found, passed_over + remarks)
 
     def run(self) -> None:
         """Trains, evaluates and saves; ends at train.steps or when asked to stop."""

@@ -162,7 +162,7 @@ def test_check_backend_refuses_only_triton_where_it_cannot_run(
 
 def forget():
     """What is known of this machine."""
-    backend._missing.cache_clear()
+    backend.why_missing.cache_clear()
     backend._cannot_run.cache_clear()
     backend._warn.cache_clear()
 

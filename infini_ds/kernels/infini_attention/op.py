@@ -24,6 +24,10 @@ def infini_attention(
         raise ValueError(f"rule ({rule}) must be linear or delta")
     compute = infini_attention_parallel
     if uses_triton(q):
+        from infini_ds.kernels.self_check import check
+
+        check(q, k.shape[3], rule)
+    if uses_triton(q):
         # Triton cannot be imported everywhere.
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 

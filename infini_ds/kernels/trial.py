@@ -1,0 +1,121 @@
+"""A small window with all that Infini-attention can meet in it, to compare ways of computing it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infini_ds.kernels.infini_attention.state import LayerMemory
+from infini_ds.layout import Layout
+
+Operation = Callable[..., tuple[Tensor, LayerMemory]]
+"""Arguments and results of `infini_attention_reference`."""
+
+OUTPUTS = ("output", "memory", "norm of the memory")
+GRADIENTS = tuple(
+    f"gradient of {name}"
+    for name in ("q", "k", "v", "the write weights", "the memory", "its norm", "beta")
+)
+STORED_TOKENS = 64
+"""Of the documents that go on from an earlier window."""
+ROW_SLACK = 8.0
+"""One row may be off by so many times what all of them together may."""
+
+
+class Trial(NamedTuple):
+    """Sizes of the window, and the type that the kernels are for: bf16 or fp32."""
+
+    rule: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    segment_length: int
+    dtype: str = "bf16"
+
+
+class Window(NamedTuple):
+    """Numbers that bf16 can hold, but for the memory; batch 2, 3 segments."""
+
+    qkv: Tensor
+    """[batch, segments, n, heads + 2 kv_heads, d]: one projection, sliced as in a model."""
+    w: Tensor
+    memory: LayerMemory
+    beta: Tensor
+    upstream: list[Tensor]
+    """Gradients of the outputs."""
+
+
+def make_window(trial: Trial) -> Window:
+    """The same numbers every time, whatever other random numbers are drawn."""
+    _, heads, kv_heads, d, n, _ = trial
+    random = torch.Generator().manual_seed(n)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).bfloat16().float()
+
+    qkv = normal(2, 3, n, heads + 2 * kv_heads, d)
+    w = torch.rand(2, 3, n, kv_heads, generator=random).bfloat16().float()
+    stored_k = torch.nn.functional.elu(normal(2, kv_heads, STORED_TOKENS, d)) + 1
+    memory = LayerMemory(stored_k.mT @ normal(2, kv_heads, STORED_TOKENS, d), stored_k.sum(-2))
+    upstream = [normal(2, 3, n, heads, d), normal(2, kv_heads, d, d), normal(2, kv_heads, d)]
+    return Window(qkv, w, memory, normal(heads), upstream)
+
+
+def make_layout(n: int, device: torch.device | str) -> Layout:
+    """Carried and empty memories, a document that starts inside, padding, no tokens at all."""
+    starts = torch.tensor([[False, False, True], [True, False, False]])
+    lengths = torch.tensor([[n, n, -(-n // 3)], [-(-n // 2), n, 0]], dtype=torch.int32)
+    return Layout(starts.to(device), lengths.to(device))
+
+
+def results(
+    operation: Operation,
+    trial: Trial,
+    window: Window,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    state: torch.dtype = torch.float32,
+    gradients: bool = True,
+) -> dict[str, Tensor]:
+    """OUTPUTS, and GRADIENTS if wanted, on the device.
+
+    Args:
+        dtype: of queries, keys, values and beta.
+        state: of memories, write weights and rotary tables.
+    """
+    rule, heads, kv_heads, d, n, _ = trial
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        kinds = (dtype, state, state, state, dtype)
+        tensors = (window.qkv, window.w, *window.memory, window.beta)
+        qkv, w, kv, norm, beta = (
+            x.to(device, kind).requires_grad_(gradients)
+            for x, kind in zip(tensors, kinds, strict=True)
+        )
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=3)
+        angles = torch.arange(n)[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
+        rotary = tuple(table.to(device, state) for table in (angles.cos(), angles.sin()))
+        out, after = operation(
+            q, k, v, w, LayerMemory(kv, norm), make_layout(n, device), beta, rule, rotary
+        )
+        found = [out, *after]
+        if gradients:
+            upstream = [x.to(y) for x, y in zip(window.upstream, found, strict=True)]
+            found += torch.autograd.grad(found, (q, k, v, w, kv, norm, beta), upstream)
+    return dict(zip((*OUTPUTS, *GRADIENTS), (x.detach() for x in found), strict=False))
+
+
+def error(expected: Tensor, actual: Tensor) -> float:
+    """How far off, as a share of the expected size; infinite for what is not finite.
+
+    Of all rows together, or of the worst one by ROW_SLACK, whichever is more: one wrong row hides
+    among thousands that are right. A small row counts as large as one is on average.
+    """
+    wanted = expected.double()
+    off = (actual.double() - wanted).norm(dim=-1)
+    size = wanted.norm(dim=-1)
+    mean = size.square().mean().sqrt()
+    worst = (off / torch.maximum(size, mean).clamp(min=1e-30)).max() / ROW_SLACK
+    whole = off.norm() / size.norm().clamp(min=1e-30)
+    share = torch.maximum(whole, worst).item()
+    return share if share < float("inf") else float("inf")  # nor is NaN below it

@@ -1,0 +1,55 @@
+"""Whether the Triton kernels are right on every device of a run, and what all ranks do if not."""
+
+import os
+import socket
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from infini_ds.config import RunConfig
+from infini_ds.kernels.backend import TRITON_HEAD_DIMS, distrust
+from infini_ds.kernels.self_check import find_fault_apart, settle, trial_of
+
+
+def find_fault(config: RunConfig) -> str:
+    """What the kernels that the config may choose do wrong on this rank's device; empty if nothing.
+
+    To be called before this process uses its device. From then on they count as missing if they
+    are wrong.
+    """
+    model, device = config.model, get_accelerator().device_name()
+    dtype = "fp32" if config.train.dtype == "fp32" else "bf16"
+    asked = config.kernels.backend
+    chosen = asked == "triton" or (asked == "auto" and dtype == "bf16")
+    if not chosen or device != "cuda" or model.head_dim not in TRITON_HEAD_DIMS:
+        return ""
+    trial = trial_of(
+        model.memory_rule, model.num_heads, model.kv_heads, model.head_dim, model.segment_length,
+        dtype,
+    )  # fmt: skip
+    own = f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
+    # The others wait for this rank no longer than train.timeout.
+    fault = find_fault_apart(trial, own, config.train.timeout / 2)
+    distrust(fault)
+    return fault
+
+
+def with_kernels(config: RunConfig, fault: str) -> tuple[RunConfig, list[str]]:
+    """The config with PyTorch's operators if the kernels are wrong anywhere, and the line that says
+    so; on all ranks together, so that all compute alike.
+
+    Args:
+        fault: of this rank's device, from `find_fault`.
+    """
+    told: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(told, (fault, socket.gethostname()))
+    settle()
+    wrong = {rank: each for rank, each in enumerate(told) if each[0]}
+    if not wrong:
+        return config, []
+    rank, (first, host) = next(iter(wrong.items()))
+    kernels = config.kernels.model_copy(update={"backend": "torch"})
+    return config.model_copy(update={"kernels": kernels}), [
+        f"kernels.backend: triton {first} (rank {rank} on {host}; {len(wrong)} of {len(told)} "
+        "ranks); PyTorch's operators compute instead, on all"
+    ]
