@@ -1,12 +1,15 @@
 """`infini-ds bench kernels`: what the Triton kernels of Infini-attention reach on a CUDA device.
 
 First their results are compared with the specification in fp64; nothing is timed that is not right.
-Times are medians by CUDA events. The floor of a call (see `kernel_cost`) is taken at the speed
-that the same card reaches in a large matrix product and in a copy.
+Times are medians by CUDA events, without what the host needs to start an operation (see
+`cuda_timer`). The floor of a call (see `kernel_cost`) is taken at the speed that the same card
+reaches in a large matrix product and in a copy. Each contestant has a limit, and each row is
+written as soon as it is there.
 """
 
 import importlib.util
 import subprocess
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from infini_ds.benchmarks import kernels_model
+from infini_ds.benchmarks.cuda_timer import CudaTimer
 from infini_ds.benchmarks.kernels_timing import (
     PYTORCH,
-    Operation,
     Shape,
     Timer,
-    cuda_seconds,
     measure_accuracy,
     measure_rates,
     time_full_attention,
@@ -28,10 +30,13 @@ from infini_ds.benchmarks.kernels_timing import (
 from infini_ds.errors import RunError, UserError
 from infini_ds.figures import write_figures
 from infini_ds.kernels.assembler import choose_ptxas
+from infini_ds.kernels.trial import Operation
 
 ERROR_LIMIT = 0.03
 """Relative; the gradient of beta, a sum that largely cancels, is off by most."""
 OURS = "Triton kernels"
+ONCE_TOKENS = 2**19
+"""Full attention over more of them takes seconds, and is measured once: 2e16 FLOP at 2**20."""
 
 
 class Sizes(NamedTuple):
@@ -45,6 +50,17 @@ class Sizes(NamedTuple):
     full_tokens: tuple[int, ...] = (32_768, 131_072, 1_048_576)
     models: kernels_model.Models = kernels_model.Models()
     matrix: int = 8192
+
+
+class Timers(NamedTuple):
+    """How long is measured."""
+
+    operation: Timer
+    """Without the host's part."""
+    step: Timer
+    """Of a whole model, with it."""
+    once: Timer
+    """Of what takes seconds."""
 
 
 def run(json_path: str | None = None) -> None:
@@ -71,24 +87,69 @@ def run(json_path: str | None = None) -> None:
     print(f"{device.name}, {versions}", flush=True)
     if ptxas.warning:
         print(f"warning: {ptxas.warning}", flush=True)
-    figures = measure(infini_attention_triton, "cuda", cuda_seconds, Sizes())
-    clocks = _clocks(str(device.uuid))
-    print(f"after the last measurement: {clocks}")
-    figures |= {"card": device.name, "versions": versions, "clocks": clocks}
-    write_figures(json_path, figures)
+    about = {"card": device.name, "versions": versions}
+    timer = CudaTimer()
+    timers = Timers(timer, CudaTimer(hides_host=False), timer.once)
+
+    def save(figures: dict[str, Any]) -> None:
+        write_figures(json_path, figures | about)
+
+    figures = measure(infini_attention_triton, "cuda", timers, Sizes(), save)
+    about["clocks"] = _clocks(str(device.uuid))
+    print(f"after the last measurement: {about['clocks']}")
+    save(figures)
 
 
-def measure(ours: Operation, device: str, timer: Timer, sizes: Sizes) -> dict[str, Any]:
+def measure(
+    ours: Operation,
+    device: str,
+    timers: Timers,
+    sizes: Sizes,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Every figure, in printed order; each table is printed when it is measured.
+
+    Args:
+        save: is given all figures that there are, after each row.
 
     Raises:
         RunError: results of `ours` are not those of the specification.
     """
     operations = {OURS: ours, **PYTORCH}
-    accuracy = {}
+    figures: dict[str, Any] = {"accuracy": {}}
+
+    def add(name: str, row: dict[str, Any]) -> None:
+        figures.setdefault(name, []).append(row)
+        save(figures)
+
     for shape in sizes.accuracy:
-        accuracy[shape.rule] = measure_accuracy(operations, shape, device)
-        _print_accuracy(accuracy[shape.rule], shape)
+        figures["accuracy"][shape.rule] = measure_accuracy(operations, shape, device)
+        _print_accuracy(figures["accuracy"][shape.rule], shape)
+    save(figures)
+    _check_accuracy(figures["accuracy"])
+    rates = measure_rates(device, timers.operation, sizes.matrix)
+    figures["rates"] = rates._asdict()
+    shapes = [
+        Shape(sizes.segments, n, sizes.heads, sizes.head_dim, rule)
+        for rule in ("delta", "linear")
+        for n in sizes.segment_lengths
+    ]
+    for shape in shapes:
+        for name, operation in operations.items():
+            add("calls", time_operation(name, operation, shape, device, timers.operation, rates))
+    _print_calls(figures["calls"], sizes, figures["rates"])
+    for tokens in sizes.full_tokens:
+        timer = timers.once if tokens > ONCE_TOKENS else timers.operation
+        add("full_attention", time_full_attention(ours, tokens, shapes[-1], device, timer))
+    _print_full(figures["full_attention"])
+    for contestant in kernels_model.contestants(sizes.models, sizes.segments):
+        timer = timers.once if contestant.once else timers.step
+        add("steps", kernels_model.time_step(contestant, device, timer))
+    _print_steps(figures["steps"])
+    return figures
+
+
+def _check_accuracy(accuracy: dict[str, Any]) -> None:
     wrong = [
         f"{name} by {error:.1e} ({rule} rule)"
         for rule, errors in accuracy.items()
@@ -97,31 +158,6 @@ def measure(ours: Operation, device: str, timer: Timer, sizes: Sizes) -> dict[st
     ]
     if wrong:
         raise RunError(f"bench kernels: wrong results, relative to their size: {', '.join(wrong)}")
-    rates = measure_rates(device, timer, sizes.matrix)
-    shapes = [
-        Shape(sizes.segments, n, sizes.heads, sizes.head_dim, rule)
-        for rule in ("delta", "linear")
-        for n in sizes.segment_lengths
-    ]
-    calls = [
-        time_operation(name, operation, shape, device, timer, rates)
-        for shape in shapes
-        for name, operation in operations.items()
-    ]
-    _print_calls(calls, sizes, rates._asdict())
-    full = [
-        time_full_attention(ours, tokens, shapes[-1], device, timer) for tokens in sizes.full_tokens
-    ]
-    _print_full(full)
-    steps = kernels_model.time_steps(sizes.models, sizes.segments, device, timer)
-    _print_steps(steps)
-    return {
-        "accuracy": accuracy,
-        "rates": rates._asdict(),
-        "calls": calls,
-        "full_attention": full,
-        "steps": steps,
-    }
 
 
 def _clocks(uuid: str) -> str:

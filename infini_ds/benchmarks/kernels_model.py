@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from infini_ds.benchmarks.kernels_timing import Call, Timer, seconds_if_it_fits
+from infini_ds.benchmarks.cuda_timer import Call
+from infini_ds.benchmarks.kernels_timing import Timer, seconds_if_it_fits
 from infini_ds.benchmarks.peer import PEER
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import LayerMemory
@@ -61,37 +62,57 @@ class Models(NamedTuple):
     paper: ModelConfig = PAPER
 
 
-def time_steps(models: Models, segments: int, device: str, timer: Timer) -> list[dict[str, Any]]:
-    """Forward and backward, batch 1, bf16, nothing computed again: through one window, and of the
-    large model through a document of many, window by window."""
+class Contestant(NamedTuple):
+    """A training step: forward and backward, batch 1, bf16, nothing computed again."""
+
+    name: str
+    config: ModelConfig
+    flops: int
+    """Of a token."""
+    segments: int
+    build: Callable[..., Call]
+    once: bool = False
+    """Whether it takes so long that one call must do."""
+
+
+def contestants(models: Models, segments: int) -> list[Contestant]:
+    """Through one window, and of the large model at last through a document of many, window by
+    window."""
     block, large, paper = models
     peer = peer_config(paper)
     one_block = 3 * forward_flops_per_token(block)[1]
-    contestants: list[tuple[str, ModelConfig, int, int, Callable[..., Call]]] = [
-        ("one block of 8B", block, one_block, segments, _block_step),
-        ("infini_1b", large, training_flops_per_token(large), segments, _model_step),
-        (
-            "infini_1b, a long document", large, training_flops_per_token(large),
-            DOCUMENT_WINDOWS * segments, partial(_document_step, window_segments=segments),
+    steps = [
+        Contestant("one block of 8B", block, one_block, segments, _block_step),
+        *(
+            Contestant(name, config, training_flops_per_token(config), segments, _model_step)
+            for name, config in (
+                ("infini_1b", large), ("infini_paper", paper), ("infini_paper as the peer's", peer)
+            )
         ),
-        ("infini_paper", paper, training_flops_per_token(paper), segments, _model_step),
-        ("infini_paper as the peer's", peer, training_flops_per_token(peer), segments, _model_step),
     ]  # fmt: skip
+    flops = training_flops_per_token(peer)
     if importlib.util.find_spec("infini_transformer_pytorch") is not None:
-        contestants.append((PEER, peer, training_flops_per_token(peer), segments, _peer_step))
+        steps.append(Contestant(PEER, peer, flops, segments, _peer_step))
+    document = Contestant(
+        "infini_1b, a long document", large, training_flops_per_token(large),
+        DOCUMENT_WINDOWS * segments, partial(_document_step, window_segments=segments), once=True,
+    )  # fmt: skip
+    return [*steps, document]
+
+
+def time_step(contestant: Contestant, device: str, timer: Timer) -> dict[str, Any]:
+    """One contestant's speed."""
+    name, config, flops, segments, build, _ = contestant
+    torch.manual_seed(0)
+    tokens = segments * config.segment_length
+    seconds = seconds_if_it_fits(partial(build, config, segments, device), timer)
     peak = device_peak_flops(torch.device(device), "bf16")
-    rows = []
-    for name, config, flops, segments, build in contestants:
-        tokens = segments * config.segment_length
-        torch.manual_seed(0)
-        seconds = seconds_if_it_fits(partial(build, config, segments, device), timer)
-        rate = tokens / seconds if seconds is not None else None
-        mfu = rate * flops / peak if rate is not None and peak is not None else None
-        rows.append(
-            {"name": name, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
-             "flops_per_token": flops, "mfu": mfu}
-        )  # fmt: skip
-    return rows
+    rate = tokens / seconds if seconds is not None else None
+    mfu = rate * flops / peak if rate is not None and peak is not None else None
+    return {
+        "name": name, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
+        "flops_per_token": flops, "mfu": mfu,
+    }  # fmt: skip
 
 
 def peer_config(model: ModelConfig) -> ModelConfig:

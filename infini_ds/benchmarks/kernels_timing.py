@@ -1,6 +1,5 @@
 """Times of Infini-attention as an operation: beside its floor, other ways, and full attention."""
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,23 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernel_cost import Cost, Rates, call_cost
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
+from infini_ds.kernels.trial import Operation
 from infini_ds.layout import Layout
 
-Operation = Callable[..., tuple[Tensor, LayerMemory]]
-"""Arguments and results of `infini_attention_reference`."""
-Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 """Seconds that a call takes."""
 
-REPEATS = 30
-WARM_UP = 3
-LEAST_REPEATS = 3
-TIME_LIMIT = 20.0
-"""Seconds after which a slow call is not repeated further."""
 NAMES = ("out", "kv", "norm", *(f"gradient of {name}" for name in ("q", "k", "v", "beta")))
 
 
@@ -40,16 +33,6 @@ class Shape(NamedTuple):
     rule: str = "linear"
 
 
-def cuda_seconds(call: Call) -> float:
-    """Median of REPEATS calls after warm-up, or of as many as TIME_LIMIT allows."""
-    _event_seconds(call)  # compiles
-    first = _event_seconds(call)
-    repeats = max(LEAST_REPEATS, min(REPEATS, int(TIME_LIMIT / first)))
-    for _ in range(min(WARM_UP, repeats - LEAST_REPEATS)):
-        call()
-    return statistics.median(_event_seconds(call) for _ in range(repeats))
-
-
 def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | None:
     """Of the call that `prepare` returns; None if memory does not suffice for either."""
     try:
@@ -58,15 +41,6 @@ def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | Non
         return None
     finally:
         torch.cuda.empty_cache()
-
-
-def _event_seconds(call: Call) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def naive(q, k, v, w, memory, layout, beta, rule, rotary) -> tuple[Tensor, LayerMemory]:
@@ -101,19 +75,22 @@ def time_operation(
     name: str, operation: Operation, shape: Shape, device: str, timer: Timer, rates: Rates
 ) -> dict[str, Any]:
     """Forward and backward of one way, in bf16."""
-    inputs = _inputs(shape, device)
     cost = call_cost(*shape)
     row: dict[str, Any] = {"operation": name, **shape._asdict()}
-    forward = seconds_if_it_fits(lambda: partial(operation, *inputs), timer)
-
-    def prepare_backward() -> Call:
-        outputs = _outputs(operation, inputs)
-        upstream = [torch.randn_like(x) for x in outputs]
-        return partial(torch.autograd.grad, outputs, _leaves(inputs), upstream, retain_graph=True)
-
-    row["forward"] = _figures(forward, cost.forward, rates)
-    row["backward"] = _figures(seconds_if_it_fits(prepare_backward, timer), cost.backward, rates)
+    for way in ("forward", "backward"):
+        seconds = seconds_if_it_fits(partial(make_call, operation, shape, device, way), timer)
+        row[way] = _figures(seconds, getattr(cost, way), rates)
     return row
+
+
+def make_call(operation: Operation, shape: Shape, device: str, way: str) -> Call:
+    """One direction of an operation, forward or backward, in bf16."""
+    inputs = _inputs(shape, device)
+    if way == "forward":
+        return partial(operation, *inputs)
+    outputs = _outputs(operation, inputs)
+    upstream = [torch.randn_like(x) for x in outputs]
+    return partial(torch.autograd.grad, outputs, _leaves(inputs), upstream, retain_graph=True)
 
 
 def time_full_attention(

@@ -38,8 +38,11 @@ def timer(call) -> float:
     return SECONDS
 
 
+TIMERS = kernels.Timers(timer, timer, timer)
+
+
 def test_every_figure_follows_from_the_times(capsys):
-    figures = kernels.measure(infini_attention_parallel, "cpu", timer, SIZES)
+    figures = kernels.measure(infini_attention_parallel, "cpu", TIMERS, SIZES)
     assert json.loads(json.dumps(figures)) == figures
     assert figures["rates"] == {
         "flops": 2 * 4**3 / SECONDS, "bytes": 2 * 16 * 4 * 4 * 2 / SECONDS
@@ -57,7 +60,7 @@ def test_every_figure_follows_from_the_times(capsys):
     assert forward["bytes_per_second"] == rows * (4 * 8 * 2 + 4) / SECONDS
     assert [row["tokens"] for row in figures["full_attention"]] == [32, 64]
     windows = [row["tokens_per_second"] * SECONDS / (2 * 8) for row in figures["steps"]]
-    assert windows == [1, 1, kernels_model.DOCUMENT_WINDOWS, 1, 1, 1]
+    assert windows == [1, 1, 1, 1, 1, kernels_model.DOCUMENT_WINDOWS]
     shown = capsys.readouterr().out
     assert "2 segments, 2 heads of 8" in shown
     assert "64 tokens" in shown
@@ -65,7 +68,8 @@ def test_every_figure_follows_from_the_times(capsys):
 
 
 def test_what_does_not_fit_is_said_and_the_rest_goes_on(capsys):
-    figures = kernels.measure(infini_attention_parallel, "cpu", _short_of_memory_after(3), SIZES)
+    short = kernels.Timers(*[_short_of_memory_after(3)] * 3)
+    figures = kernels.measure(infini_attention_parallel, "cpu", short, SIZES)
     first, *others = figures["calls"]
     assert first["forward"]
     assert first["backward"] is None
@@ -94,7 +98,26 @@ def test_wrong_results_are_not_timed():
         pytest.fail("was timed")
 
     with pytest.raises(RunError, match=r"wrong results.* out by 1\.5e-01"):
-        kernels.measure(wrong, "cpu", never, SIZES)
+        kernels.measure(wrong, "cpu", kernels.Timers(never, never, never), SIZES)
+
+
+def test_each_row_is_saved_at_once_and_what_takes_seconds_measured_once(monkeypatch):
+    monkeypatch.setattr(kernels, "ONCE_TOKENS", 32)
+    saved, called = [], {}
+
+    def counts(name):
+        return lambda call: called.update({name: called.get(name, 0) + 1}) or timer(call)
+
+    def save(figures):
+        rows = ("calls", "full_attention", "steps")
+        saved.append(sum(len(figures.get(name, ())) for name in rows))
+
+    timers = kernels.Timers(counts("operation"), counts("step"), counts("once"))
+    kernels.measure(infini_attention_parallel, "cpu", timers, SIZES, save)
+    assert saved == list(range(12 + 2 + 6 + 1))
+    # Two rates, 12 operations both ways, ours and full attention over 32 tokens; the same over 64,
+    # and the document; the other models.
+    assert called == {"operation": 2 + 24 + 2, "once": 2 + 1, "step": 5}
 
 
 def test_backward_is_timed_as_often_as_the_timer_wants():
