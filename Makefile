@@ -11,8 +11,8 @@ CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slu
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
-.PHONY: pretrain passkey test test-slow test-cluster test-toolchains cluster-packages lint format \
-  docs clean
+.PHONY: pretrain passkey test test-slow test-cluster test-toolchains cluster-packages gpu-check \
+  gpu-bundle lint format docs clean
 
 # A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
 pretrain: $(VENV)/installed
@@ -51,6 +51,14 @@ cluster-packages:
 	@test "$$(id -u)" = 0 || { echo "make $@: needs root"; exit 2; }
 	dpkg -s $(CLUSTER) >/dev/null 2>&1 || { apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER); }
+
+# What a first day on a GPU should tell: launch/GPU.md. VENV= takes PYTHON as it is; ONLY names steps.
+gpu-check: $(if $(VENV),$(VENV)/installed)
+	PYTHON=$(if $(VENV),$(BIN)/python,$(PYTHON)) bash launch/gpu_check.sh $(ONLY)
+
+# What a GPU machine without a package index lacks, into .wheels.
+gpu-bundle:
+	PYTHON=$(PYTHON) bash launch/gpu_bundle.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

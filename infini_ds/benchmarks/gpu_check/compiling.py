@@ -1,0 +1,71 @@
+"""Kernels into Triton's cache, by its own run-time path, while the GPU does something else."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+from infini_ds.benchmarks.gpu_check.results import Part
+from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.kernels.infini_attention.triton import op
+from infini_ds.layout import Layout
+
+OF_TINY = ("rotate_kernel", "scan_kernel")
+"""Without products: enough to show that the path is still there."""
+
+
+@contextlib.contextmanager
+def without_gpu() -> Iterator[None]:
+    """Inside it kernels are compiled, for the GPU that is here, or else for Hopper."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    capability = 90
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+
+    class Absent:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    torch.set_num_threads(1)
+    absent = mock.patch.object(driver, "_active", Absent())
+    with absent, mock.patch.object(op, "generation", return_value=capability // 10):
+        yield
+
+
+def compile_ahead(part: Part, case: str) -> None:
+    """Every kernel of one call, forward and backward.
+
+    Args:
+        case: rule:segments:n:heads:kv_heads:d:form; gates are in fp32 where the form is operation,
+            as benchmarks of it have them, and in bf16 where it is model.
+    """
+    rule, *sizes, form = case.split(":")
+    segments, n, heads, kv_heads, d = map(int, sizes)
+
+    def launch(kernel, grid, options, **arguments) -> None:
+        if not part.tiny or kernel.__name__ in OF_TINY:
+            kernel.run(grid=grid, warmup=True, **arguments, **options)
+
+    began = time.monotonic()
+    widths = (heads, kv_heads, kv_heads)
+    size = (1, segments, n, sum(widths), d)
+    qkv = torch.empty(size, dtype=torch.bfloat16, requires_grad=True)
+    layout = Layout(
+        torch.zeros(1, segments, dtype=torch.bool), torch.full((1, segments), n, dtype=torch.int32)
+    )
+    gates = torch.float32 if form == "operation" else torch.bfloat16
+    beta = torch.zeros(heads, dtype=gates, requires_grad=True)
+    rotary = torch.empty(n, d // 2), torch.empty(n, d // 2)
+    with without_gpu(), mock.patch.object(op, "launch", launch):
+        out, after = op.infini_attention_triton(
+            *qkv.split(widths, dim=3), None, LayerMemory.empty(1, kv_heads, d), layout, beta, rule,
+            rotary,
+        )  # fmt: skip
+        (out.float().sum() + after.kv.sum() + after.norm.sum()).backward()
+    print(case, round(time.monotonic() - began, 1), "s", flush=True)

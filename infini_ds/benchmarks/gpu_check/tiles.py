@@ -1,0 +1,128 @@
+"""Which tiles of each kernel are the fastest."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+from infini_ds.benchmarks.cuda_timer import CudaTimer
+from infini_ds.benchmarks.gpu_check.compiling import OF_TINY, without_gpu
+from infini_ds.benchmarks.gpu_check.results import Part
+from infini_ds.benchmarks.kernels_timing import Shape, make_call
+from infini_ds.kernels.infini_attention.triton import op
+from infini_ds.kernels.infini_attention.triton.tuning import Tiles
+from infini_ds.kernels.infini_attention.triton.tuning import tiles as chosen
+from infini_ds.kernels.launch import HOPPER
+
+HEADS, HEAD_DIM = 32, 128
+LENGTHS, TINY_LENGTHS = (2048, 512), (128, 64)
+CANDIDATES = {
+    "attend": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
+               (128, 32, 8, 3), (64, 32, 4, 4)],
+    "query_gradient": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 2),
+                       (128, 64, 8, 1), (64, 32, 4, 3), (128, 128, 8, 1)],
+    "key_gradient": [(32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2),
+                     (64, 128, 8, 1), (64, 64, 4, 1)],
+    "sums": [(64, 128, 8, 1), (64, 64, 8, 1), (128, 128, 8, 1), (64, 64, 4, 1), (128, 64, 8, 1)],
+    "write_gradient": [(64, 16, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (64, 128, 8, 1)],
+    "read_gradient": [(64, 128, 8, 1), (32, 128, 4, 1)],
+    "overlap": [(64, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 3)],
+    "overlap_gradient": [(64, 32, 8, 1), (64, 64, 8, 1), (128, 32, 8, 1), (64, 32, 4, 1)],
+    "rotate": [(64, 128, 4, 1), (32, 128, 4, 1), (128, 128, 8, 1), (64, 128, 8, 1)],
+}  # fmt: skip
+"""Rows, columns, warps, stages, beside what tuning.py has. All but the last two of key_gradient (40
+and 72 bytes) compile without spills by Triton 3.6 for Hopper. `sums` has one stage alone: its code
+with more overwrites registers of unfinished products."""
+BY_ROWS = ("attend", "query_gradient", "read_gradient", "write_gradient", "rotate")
+"""Kernels whose grid begins with tiles of rows."""
+
+
+class Start(NamedTuple):
+    """One kernel with one candidate."""
+
+    name: str
+    tile: Tiles
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+def tiles_compile(part: Part, worker: str, workers: str) -> None:
+    """Every workers-th candidate, into the cache."""
+    with without_gpu():
+        for place, start in enumerate(_starts(512, "cpu", runs=False)):
+            if place % int(workers) != int(worker) or part.late():
+                continue
+            if part.tiny and start.kernel.__name__ not in OF_TINY:
+                continue
+            try:
+                start.kernel.run(
+                    grid=start.grid, warmup=True, **start.arguments, **start.tile.options
+                )
+            except Exception as error:  # of any kind: compilers have many
+                print(start.name, start.tile, str(error)[:200], flush=True)
+
+
+def tiles(part: Part) -> None:
+    """Times all candidates; without a GPU, only that their kernels still take them."""
+    timer = CudaTimer(seconds=0.3, repeats=20)
+    for n in TINY_LENGTHS if part.tiny else LENGTHS:
+        found: dict[str, dict[str, float]] = {}
+        for start in _starts(n, part.device, runs=not part.tiny):
+            if part.late():
+                break
+            about = {"n": n, "kernel": start.name, "tile": start.tile}
+            try:
+                took = 0.0 if part.tiny else timer(lambda: _launch(start))  # noqa: B023
+            except Exception as error:  # of any kind: it does not fit, or does not compile
+                part.note("tile", **about, error=str(error)[:120])
+                continue
+            part.note("tile", **about, us=1e6 * took)
+            found.setdefault(start.name, {})[str(tuple(start.tile))] = round(1e6 * took, 1)
+        for name, times in found.items():
+            fastest = dict(sorted(times.items(), key=lambda item: item[1]))
+            part.note("tiles", n=n, kernel=name, us=fastest)
+
+
+def _launch(start: Start) -> None:
+    start.kernel[start.grid](**start.arguments, **start.tile.options)
+
+
+def _starts(n: int, device: str, runs: bool) -> Iterator[Start]:
+    """Of every kernel, as one call of the delta rule starts it, with each candidate.
+
+    Args:
+        runs: whether the call is made, so that the kernels have real numbers.
+    """
+    started: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {}
+    launch = op.launch
+
+    def record(kernel, grid, options, **arguments) -> None:
+        name = kernel.__name__.removesuffix("_kernel")
+        started.setdefault(name, (kernel, grid, arguments))
+        if runs:
+            launch(kernel, grid, options, **arguments)
+
+    shape = Shape(16 if runs else 2, n, HEADS, HEAD_DIM, "delta")
+    with mock.patch.object(op, "launch", record):
+        make_call(op.infini_attention_triton, shape, device, "backward")()
+    for name, candidates in CANDIDATES.items():
+        kernel, grid, arguments = started[name]
+        now = chosen(name, HEAD_DIM, 2, HOPPER)
+        for tile in dict.fromkeys((now, *(Tiles(*each) for each in candidates))):
+            yield Start(name, tile, kernel, _grid(name, grid, tile, n), _with(arguments, tile))
+
+
+def _with(arguments: dict[str, Any], tile: Tiles) -> dict[str, Any]:
+    sizes = {"BLOCK_M": tile.rows, "BLOCK_ROWS": tile.rows,
+             "BLOCK_N": tile.columns, "BLOCK_V": tile.columns}  # fmt: skip
+    return arguments | {name: size for name, size in sizes.items() if name in arguments}
+
+
+def _grid(name: str, grid: tuple[int, ...], tile: Tiles, n: int) -> tuple[int, ...]:
+    if name in BY_ROWS:
+        return -(-n // tile.rows), *grid[1:]
+    if name == "key_gradient":
+        return -(-n // tile.columns), *grid[1:]
+    if name == "sums":
+        return HEAD_DIM // tile.columns, *grid[1:]
+    return grid
