@@ -464,7 +464,7 @@ class TrainConfig(Settings):
     chunks: int = 1
     """Parts into which a window is cut on its way through the pipeline: shorter bubbles."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute type; `auto`: bf16 where the devices have it. Memories and sums are fp32 always."""
+    """Compute type; `auto`: bf16 where it is the faster one. Memories and sums are fp32 always."""
     activation_checkpointing: Literal["none", "attention", "block"] = "none"
     """What is computed again in the backward pass instead of being kept."""
     loss_chunk_tokens: int = 0

@@ -35,14 +35,14 @@ CHECK_SEGMENTS = 2
 """Segments of the fp32 loss that must be equal; more would add to the measured peak."""
 CONTESTANTS = {"peer": PEER, "ours": "ours", "checkpointed": "ours, checkpointing blocks"}
 
-Dtype = Literal["bf16", "fp32"]
+Dtype = Literal["auto", "bf16", "fp32"]
 
 
 def run(
     json_path: str | None = None,
     segments: Sequence[int] = (512, 1024, 2048),
     repeats: int = 5,
-    dtype: Dtype = "bf16",
+    dtype: Dtype = "auto",
     window_tokens: int = 8192,
 ) -> list[dict[str, Any]]:
     """Measures, prints a table, and writes the same figures to `json_path` if one is given.
@@ -51,7 +51,7 @@ def run(
         json_path: where to write the rows.
         segments: segment lengths; each must divide the window.
         repeats: timed steps of each contestant; the median counts.
-        dtype: of weights and computation, on both sides.
+        dtype: of weights and computation, on both sides; auto: the one that is faster here.
         window_tokens: tokens of a step.
 
     Returns:
@@ -67,8 +67,8 @@ def run(
             raise UserError(f"bench peer: segments ({segment}) must divide {window_tokens}")
     if repeats < 1:
         raise UserError(f"bench peer: repeats ({repeats}) must be at least 1")
-    if dtype not in ("bf16", "fp32"):
-        raise UserError(f"bench peer: dtype ({dtype}) must be bf16 or fp32")
+    if dtype not in ("auto", "bf16", "fp32"):
+        raise UserError(f"bench peer: dtype ({dtype}) must be auto, bf16 or fp32")
     rows = [_measure(segment, repeats, dtype, window_tokens) for segment in segments]
     _print(rows)
     write_figures(json_path, rows)
@@ -89,7 +89,7 @@ def _measure(segment: int, repeats: int, dtype: Dtype, window_tokens: int) -> di
     checks, losses, seconds, peaks = {}, {}, {name: [] for name in workers}, {}
     try:
         for name, (_, connection) in workers.items():
-            checks[name] = connection.recv()
+            checks[name], dtype = connection.recv()
         apart = abs(checks["peer"] - checks["ours"])
         if apart > 1e-5 * abs(checks["peer"]):
             raise RuntimeError(f"fp32 losses differ at segment {segment}: {checks}")
@@ -122,16 +122,24 @@ def _measure(segment: int, repeats: int, dtype: Dtype, window_tokens: int) -> di
 def _work(
     connection: Connection, name: str, segment: int, dtype: Dtype, window_tokens: int
 ) -> None:
-    """One contestant: sends the fp32 loss of a short text, then a result for each step asked."""
+    """One contestant: sends the fp32 loss of a short text, then a result for each step asked.
+
+    The type comes with the loss.
+    """
     import torch
 
+    from infini_ds.compute_type import fastest_type
+
+    if dtype == "auto":
+        dtype = fastest_type(torch.device("cpu")).dtype
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     loss_of, model = (_build_peer if name == "peer" else _build_ours)(name, segment)
     tokens = torch.randint(256, (1, window_tokens + 1), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        connection.send(loss_of(tokens[:, : CHECK_SEGMENTS * segment + 1], False).item())
+        loss = loss_of(tokens[:, : CHECK_SEGMENTS * segment + 1], False).item()
+    connection.send((loss, dtype))
     model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     while True:
         try:

@@ -40,7 +40,7 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
     Args:
         processes: pipeline stages.
         steps: timed steps of each transport.
-        dtype: of what is computed, and of the activations that are sent.
+        dtype: of what is computed, and of the activations that are sent; as train.dtype.
         json_path: where to write the figures as well.
     """
     if "RANK" in os.environ:
@@ -64,10 +64,12 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
     """One process of the benchmark; the process group stays open."""
     from infini_ds.pipeline.engine import StepSize
     from infini_ds.training.build import build_engine, start_distributed
+    from infini_ds.training.dtype import with_dtype
 
     start_distributed(120)
     configs = {
-        name: _config(name, dist.get_world_size(), dtype) for name in ("carried", "resident")
+        name: with_dtype(_config(name, dist.get_world_size(), dtype), None)[0]
+        for name in ("carried", "resident")
     }
     engines = {name: build_engine(config) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in configs}

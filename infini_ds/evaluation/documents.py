@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from infini_ds.allocator import keep_freed_memory
+from infini_ds.compute_type import place
 from infini_ds.config import DataConfig, RunConfig
 from infini_ds.conversion.export import load_model
 from infini_ds.conversion.run import Loaded
@@ -72,7 +72,7 @@ def run(
         store.check_tokens("held_out", _count(plans))
     count = _count(plans)
     bins = position_bins(config.model.segment_length, int(split.lengths[:count].max()) - 1)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(model, console)
     tokens = 2 * sum(plan.num_tokens for plan in plans)
     results, done = {}, 0
     with ReadingProgress(console, "evaluate", tokens, "tokens") as progress:

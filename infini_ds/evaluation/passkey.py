@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from infini_ds.allocator import keep_freed_memory
+from infini_ds.compute_type import place
 from infini_ds.conversion.export import load_model
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
@@ -94,7 +95,7 @@ def run(
         update={name: value for name, value in changes.items() if value is not None}
     )
     questions = Questions(made, loaded.tokenizer, options.depths, options.seed)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    place(model, console)
     lengths = dict.fromkeys(options.segments)
     plan = [(segments, options.samples or default_samples(segments)) for segments in lengths]
     batch = options.batch or max(1, min(_BATCH, CALL_TOKENS // n))

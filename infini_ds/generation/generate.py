@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from infini_ds.compute_type import place
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.text_pieces import TextPieces
@@ -53,9 +54,11 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
     loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = loaded.model.to(device), loaded.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
     memory = load_memory(options.memory, model) if options.memory else None
+    device = place(model, console)
+    if memory:
+        memory = memory.to(device, next(model.parameters()).dtype)
     prompt = _tokens(tokenizer, options, begins=memory is None)
     with ReadingProgress(console, "prompt", len(prompt), "tokens") as progress:
         read = 0

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from infini_ds.allocator import keep_freed_memory
+from infini_ds.compute_type import place
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.text_pieces import TextPieces
@@ -42,8 +43,9 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     loaded = load_model(path, step)
     for line in loaded.skipped:
         console.print(line, style="yellow")
-    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = loaded.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
+    reader = fingerprint(model)
+    place(model, console)
     encoded = read = 0
     with ReadingProgress(console, "memorize", text.total_bytes, "bytes") as progress:
 
@@ -67,7 +69,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
             _, memory = model.read(rest, memory)
         on_read(rest.shape[1])
         rate = progress.tokens_per_second
-    memory.save(output, fingerprint(model))
+    memory.save(output, reader)
     console.print(
         f"{output}: memory of {read:,} tokens, {Path(output).stat().st_size:,} bytes "
         f"({rate:,.0f} tokens/s)"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infini_ds import config as configuration
+from infini_ds.compute_type import device_at_hand, fastest_type
 from infini_ds.config import RunConfig
 from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import load_tokenizer
@@ -40,13 +41,19 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
         UserError: the config is wrong, or the processes do not fit it.
         RunError: a device has not memory enough.
     """
-    config = _resolved(configuration.load(path, overrides))
+    asked = configuration.load(path, overrides)
+    fastest = fastest_type(device_at_hand())
+    config = _resolved(asked, fastest.dtype)
     _check_processes(config, devices.count)
     chosen, others = plan(config, devices.count), alternatives(config, devices.count)
     console = Console(highlight=False)
     if not console.is_terminal:  # of a file or a pipe nobody knows the width
         console.width = 130
     _print_plan(chosen, config, devices, console)
+    if asked.train.dtype == "auto":
+        console.print(
+            f"train.dtype is auto, here {fastest.dtype} ({fastest.why}); set it for other devices"
+        )
     _print_layouts(chosen, others, devices, console)
     figures = {
         "processes": devices.count,
@@ -85,9 +92,9 @@ def _fits(config: RunConfig, count: int) -> bool:
         return False
 
 
-def _resolved(config: RunConfig) -> RunConfig:
-    """With what is known only later: the vocabulary, and the type where it is `auto`: bf16."""
-    dtype = "bf16" if config.train.dtype == "auto" else config.train.dtype
+def _resolved(config: RunConfig, fastest: str) -> RunConfig:
+    """With what is known only later: the vocabulary, and the type where it is `auto`."""
+    dtype = fastest if config.train.dtype == "auto" else config.train.dtype
     train = config.train.model_copy(update={"dtype": dtype})
     model = config.model.model_copy(update={"vocab_size": _vocab_size(config)})
     return config.model_copy(update={"train": train, "model": model})

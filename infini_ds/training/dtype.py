@@ -7,29 +7,34 @@ import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
 
+from infini_ds.compute_type import ComputeType, fastest_type
 from infini_ds.config import RunConfig
 
 
-def with_dtype(config: RunConfig, found: Path | None) -> RunConfig:
-    """The config with train.dtype resolved, where it is `auto`; on all ranks together.
+def with_dtype(config: RunConfig, found: Path | None) -> tuple[RunConfig, str]:
+    """The config with train.dtype resolved, where it is `auto`, and why; on all ranks together.
 
     Args:
         found: the checkpoint that the run goes on from, whose type is kept.
     """
     if config.train.dtype != "auto":
-        return config
+        return config, "as train.dtype asks"
     if found:
         dtype = yaml.safe_load((found / "config.yaml").read_text())["train"]["dtype"]
+        why = "as the run began"
     else:
-        device = torch.device(get_accelerator().current_device_name())
-        native = torch.tensor(float(computes_bf16(device)), device=device)
-        dist.all_reduce(native, dist.ReduceOp.MIN)
-        dtype = "bf16" if native else "fp32"
-    return config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+        dtype, why = _fastest_of_all()
+    train = config.train.model_copy(update={"dtype": dtype})
+    return config.model_copy(update={"train": train}), why
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16; without, it is many times slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _fastest_of_all() -> ComputeType:
+    """bf16 if it is the faster one on every rank."""
+    mine = fastest_type(torch.device(get_accelerator().current_device_name()))
+    told = [mine] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    for rank, each in enumerate(told):
+        if each.dtype == "fp32":
+            where = f" (rank {rank})" if told[0].dtype == "bf16" else ""
+            return ComputeType("fp32", each.why + where)
+    return told[0]

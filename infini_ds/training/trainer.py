@@ -101,7 +101,7 @@ class Trainer:
                 f"output_dir {config.output_dir}: has checkpoints of another run, and resume is "
                 "false; choose another output_dir"
             )
-        config = with_dtype(config, found)
+        config, why_dtype = with_dtype(config, found)
         config, remarks = with_kernels(config, fault)
         self.config = config
         load_from, state, start = None, None, None
@@ -137,6 +137,7 @@ class Trainer:
             (output_dir / "config.yaml").write_text(text)
             if self.step < config.train.steps:
                 (output_dir / REPORT).unlink(missing_ok=True)  # of when there were fewer to make
+            self._say(f"computes in {config.train.dtype}: {why_dtype}")
             self._introduce(found, passed_over + remarks)
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ def test_missing_peer_is_the_users_mistake(monkeypatch):
     [
         ({"segments": [1000]}, "must divide"),
         ({"segments": [512], "repeats": 0}, "at least 1"),
-        ({"segments": [512], "dtype": "fp16"}, "bf16 or fp32"),
+        ({"segments": [512], "dtype": "fp16"}, "auto, bf16 or fp32"),
     ],
 )
 def test_settings_out_of_range_are_the_users_mistake(settings, message):
