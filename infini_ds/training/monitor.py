@@ -18,6 +18,8 @@ from infini_ds.errors import RunError
 from infini_ds.printing import Console
 
 _SECONDS_BETWEEN_LINES = 10.0
+_TIMED_STEPS, _TIMED_SECONDS = 3, 5.0
+"""At least so many steps and seconds tell how long the rest will take."""
 
 
 class _Shown(Console):
@@ -45,6 +47,9 @@ class Monitor:
         self._first_step, self._last_step, self._steps = step, step, steps
         self._began = time.monotonic()
         self._next_line = self._began
+        self._timed_from: tuple[int, float] | None = None
+        """The step and the moment from which steps are timed: a process's first one is slower."""
+        self._has_said_how_long = False
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -66,14 +71,15 @@ class Monitor:
         self._metrics.close()
         self._board.close()
         self._open(step)
+        self._timed_from = step, time.monotonic()
 
     def step(self, step: int, metrics: dict[str, Any], log: bool) -> None:
         """One training step. `metrics` are flat, named as in TensorBoard, such as "train/loss"."""
         self._last_step = step
         if log:
             self.record(step, metrics)
-        seconds = time.monotonic() - self._began
-        left = seconds / (step - self._first_step) * (self._steps - step)
+        now = time.monotonic()
+        left = self._seconds_left(step, now)
         line = (
             f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
             f"{metrics['speed/tokens_per_second']:,.0f} tokens/s  {_duration(left)} left"
@@ -82,12 +88,26 @@ class Monitor:
             line += f"  {metrics['train/skipped_steps']:.0f} steps skipped"
         if metrics["train/rollbacks"]:
             line += f"  {metrics['train/rollbacks']:.0f} rollbacks"
-        now = time.monotonic()
         if self._live:
             self._live.update(Text(line), refresh=True)
         elif now >= self._next_line or step == self._steps:
             self.console.print(line)
             self._next_line = now + _SECONDS_BETWEEN_LINES
+
+    def _seconds_left(self, step: int, now: float) -> float:
+        """By the steps that were timed; says it once, as soon as there are enough of them."""
+        if self._timed_from is None:
+            self._timed_from = step, now
+            return (now - self._began) * (self._steps - step)
+        first, begin = self._timed_from
+        left = (now - begin) / (step - first) * (self._steps - step)
+        enough = step - first >= _TIMED_STEPS and now - begin >= _TIMED_SECONDS
+        if enough and left and not self._has_said_how_long:
+            self._has_said_how_long = True
+            self.say(
+                f"about {_roughly(left)} on this machine for the {self._steps - step:,} steps left"
+            )
+        return left
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Numbers of a step, to metrics.jsonl and TensorBoard."""
@@ -158,6 +178,13 @@ def _drop_steps_after(path: Path, step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
+
+
+def _roughly(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return "a minute" if seconds >= 45 else f"{math.ceil(seconds / 10) * 10} seconds"
 
 
 def _duration(seconds: float) -> str:

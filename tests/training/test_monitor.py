@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infini_ds.training.monitor import Monitor, _duration
+from infini_ds.training.monitor import Monitor, _duration, _roughly
 
 
 def metrics(loss=1.5, skipped=0, rollbacks=0):
@@ -143,16 +143,73 @@ def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
     assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
-def test_end_says_how_long_the_steps_of_this_process_took(tmp_path, capsys, monkeypatch):
-    now = 0.0
-    clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr("infini_ds.training.monitor.time", clock)
+def test_end_says_how_long_the_steps_of_this_process_took(tmp_path, capsys, clock):
     monitor = Monitor(tmp_path, 2, 10, "")
     for step in (3, 4):
         monitor.step(step, metrics(), log=True)
-    now = 185.0
+    clock.now = 185.0
     monitor.close()
     assert capsys.readouterr().out.splitlines()[-1] == "2 steps in 3:05"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("infini_ds.training.monitor.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "seconds_each", "told_after", "text"),
+    [
+        (0, 400, 1.0, 6, "about 7 minutes on this machine for the 394 steps left"),
+        (300, 400, 1.0, 6, "about 2 minutes on this machine for the 94 steps left"),
+        (0, 1000, 3600.0, 4, "about 42 days on this machine for the 996 steps left"),
+        (0, 300, 0.01, None, None),
+        (0, 6, 1.0, None, None),
+        (0, 7, 1.0, 6, "about 10 seconds on this machine for the 1 steps left"),
+    ],
+    ids=["whole run", "resumed", "long steps", "all done in seconds", "at its end", "nearly"],
+)
+def test_how_long_it_takes_is_told_once_by_steps_after_the_first(
+    first, last, seconds_each, told_after, text, tmp_path, capsys, clock
+):
+    monitor = Monitor(tmp_path, first, last, "")
+    clock.now += 60.0  # the first step of a process is slow
+    told = []
+    for step in range(first + 1, last + 1):
+        monitor.step(step, metrics(), log=False)
+        lines = capsys.readouterr().out.splitlines()
+        told += [(step, line) for line in lines if line.startswith("about")]
+        clock.now += seconds_each
+    monitor.close()
+    assert told == ([(first + told_after, text)] if text else [])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "10 seconds"), (11, "20 seconds"), (44, "50 seconds"), (46, "a minute"),
+        (89, "a minute"), (91, "2 minutes"), (290, "5 minutes"), (5399, "90 minutes"),
+        (5401, "2 hours"), (100_000, "28 hours"), (130_000, "2 days"),
+    ],
+)  # fmt: skip
+def test_rough_duration_is_written_as(seconds, text):
+    assert _roughly(seconds) == text
+
+
+def test_time_left_is_that_of_the_steps_after_going_back(tmp_path, capsys, clock):
+    monitor = Monitor(tmp_path, 0, 100, "")
+    for step in (1, 2, 3):
+        clock.now += 100.0
+        monitor.step(step, metrics(), log=False)
+    monitor.go_back_to(1)
+    clock.now += 10.0
+    monitor.step(2, metrics(), log=False)
+    monitor.close()
+    assert "step 2/100" in capsys.readouterr().out
+    assert monitor._seconds_left(2, clock.now) == 980.0
 
 
 def test_line_shows_step_loss_speed_and_skipped_steps(tmp_path, capsys):
