@@ -17,7 +17,7 @@ MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 # A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
 pretrain: $(VENV)/installed
 	$(BIN)/infini-ds prepare configs/quickstart.yaml
-	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning \
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level error \
 	  --num_accelerators 2 launch/pretrain.sh configs/quickstart.yaml \
 	  train.steps=$$(( $(or $(GOAL),$(STEPS)) + $(or $(MORE),0) ))
 
@@ -25,7 +25,7 @@ pretrain: $(VENV)/installed
 passkey: $(VENV)/installed
 	$(BIN)/infini-ds prepare configs/passkey.yaml
 	for seed in $(SEEDS); do \
-	  DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning \
+	  DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level error \
 	    --num_accelerators 2 launch/pretrain.sh configs/passkey.yaml \
 	    seed=$$seed output_dir=runs/passkey/seed_$$seed \
 	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts ({options.max_restarts}) must be at least 0")
     config = configuration.load(options.config, options.overrides)
-    command = ["deepspeed", "--log_level", "warning", *words("--deepspeed", options.deepspeed)]
+    command = ["deepspeed", "--log_level", "error", *words("--deepspeed", options.deepspeed)]
     if options.hostfile:
         preflight.run(options.config, options.overrides, options.hostfile, quiet=True)
         command += ["--hostfile", options.hostfile]

@@ -147,7 +147,7 @@ def script(tmp_path):
     ],
 )
 def test_script_calls_the_launcher(script, options, passed):
-    words = ["deepspeed", "--log_level", "warning", *passed, str(SCRIPT), str(script.config)]
+    words = ["deepspeed", "--log_level", "error", *passed, str(SCRIPT), str(script.config)]
     assert script(*options) == (0, [" ".join([*words, "train.steps=3"])])
 
 
