@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from infini_ds.compute_type import fastest_type
 from infini_ds.data.prepare import prepare
-from infini_ds.training.dtype import computes_bf16
 from tests.distributed.conftest import SCRIPT, Run, copied, without_checkpoints_after
 from tests.distributed.processes import Process, Processes, free_port
 
@@ -72,13 +72,16 @@ def test_type_is_that_of_the_device_or_of_the_checkpoint(tmp_path, data):
         return yaml.safe_load((run.output / "config.yaml").read_text())["train"]["dtype"]
 
     run = Run(tmp_path / "chosen", data, train__dtype="auto", train__steps=1)
-    run.finish(1)
-    native = "bf16" if computes_bf16(torch.device("cpu")) else "fp32"
+    said = run.finish(1).splitlines()
+    native, why = fastest_type(torch.device("cpu"))
     assert dtype_of(run) == native
+    assert f"computes in {native}: {why}" in said
     other = {"bf16": "fp32", "fp32": "bf16"}[native]
     run = Run(tmp_path / "kept", data, train__dtype="auto", train__steps=2)
-    run.finish(1, f"train.dtype={other}", "train.steps=1")
-    run.finish(1)
+    said = run.finish(1, f"train.dtype={other}", "train.steps=1").splitlines()
+    assert f"computes in {other}: as train.dtype asks" in said
+    said = run.finish(1).splitlines()
+    assert f"computes in {other}: as the run began" in said
     assert dtype_of(run) == other
     assert sorted(run.losses) == [1, 2]
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from infini_ds import cli
+from infini_ds.compute_type import of_processor
 from infini_ds.config import load
 from infini_ds.planning import report
 from infini_ds.planning.plan import alternatives, plan
@@ -93,6 +94,19 @@ def test_shipped_configs_fit_what_they_say_they_are_for(path, capsys):
     arguments = ["plan", str(path), "--processes", str(processes), "--memory", str(0.9 * memory)]
     assert cli.main(arguments) == 0, capsys.readouterr().err
     assert "this one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"])
+def test_type_that_is_open_is_that_of_this_machine(flags, tmp_path, monkeypatch, capsys):
+    chosen = of_processor([flags], onednn=True)
+    monkeypatch.setattr(report, "fastest_type", lambda device: chosen)
+    settings = [*SETTINGS[:-1], "parallel.pipeline_stages=1"]
+    path = tmp_path / "plan.json"
+    assert cli.main(["plan", QUICKSTART, *settings, "--processes", "1", "--json", str(path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"parameters in {chosen.dtype} on 1" in shown
+    assert f"train.dtype is auto, here {chosen.dtype} ({chosen.why})" in shown
+    assert json.loads(path.read_text())["config"]["train"]["dtype"] == chosen.dtype
 
 
 def test_command_prints_tables_and_writes_figures(tmp_path, capsys):
