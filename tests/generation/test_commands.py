@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from infini_ds import cli
+from infini_ds import cli, compute_type
+from infini_ds.compute_type import of_processor
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.tokenizer import ByteTokenizer
 from infini_ds.generation import memorize
@@ -103,6 +104,37 @@ def test_file_has_the_models_fingerprint_and_the_size_of_any_memory(folder, mode
     assert memory.lengths == (used,)
     assert book.stat().st_size < 4 * (memory.kv.numel() + memory.norm.numel()) + 20_000
     assert not list(folder.glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def rounded(folder):
+    """The model of `run` in bf16."""
+    arguments = ["convert", "to-safetensors", folder / "run", folder / "rounded", "--dtype=bf16"]
+    assert cli.main(list(map(str, arguments))) == 0
+    return folder / "rounded"
+
+
+@pytest.mark.parametrize("reads", ["avx2", "amx_bf16"])
+@pytest.mark.parametrize("memorizes", ["avx2", "amx_bf16"])
+def test_memory_of_a_bf16_model_is_its_own_on_every_processor(
+    memorizes, reads, folder, rounded, tmp_path, monkeypatch, capsys
+):
+    def on(flag):
+        chosen = of_processor([flag], onednn=True)
+        monkeypatch.setattr(compute_type, "fastest_type", lambda device: chosen)
+        monkeypatch.setattr(compute_type, "device_at_hand", lambda: torch.device("cpu"))
+
+    on(memorizes)
+    file = tmp_path / "book.safetensors"
+    arguments = ["memorize", rounded, folder / "book.txt", "-o", file]
+    assert cli.main(list(map(str, arguments))) == 0
+    computed = {"avx2": torch.float32, "amx_bf16": torch.bfloat16}
+    assert Memory.load(file).keys.dtype == computed[memorizes]
+    on(reads)
+    capsys.readouterr()
+    arguments = ["generate", rounded, "--memory", file, "--prompt=a", "--max-new-tokens=4"]
+    assert cli.main(list(map(str, arguments))) == 0
+    assert ("computes in fp32" in capsys.readouterr().err) == (reads == "avx2")
 
 
 def mistake(capsys, *arguments) -> str:
