@@ -1,7 +1,7 @@
 """Whether a device is faster in bf16 or in fp32: what a run takes that leaves its type open."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,29 +38,28 @@ def fastest_type(device: torch.device) -> ComputeType:
     return of_processor(_flags(), onednn, limit)
 
 
-def of_processor(flags: Iterable[str], onednn: bool, limit: str = "") -> ComputeType:
+def of_processor(flags: Collection[str], onednn: bool, limit: str = "") -> ComputeType:
     """The type in which a processor multiplies matrices fastest.
 
     With AVX-512 alone oneDNN computes bf16 as well, but by converting: several times slower than
-    fp32. The Xeons that have AMX issue their other bf16 instruction at half the rate, so that with
-    AMX hidden (in a virtual machine) or forbidden they are faster in fp32; they are told from older
-    Xeons and from AMD's processors by avx512_fp16.
+    fp32. Xeons with AMX are slower in their other bf16 instructions than in fp32, which counts
+    where a virtual machine hides AMX or it is forbidden; avx512_fp16 tells them from Cooper Lake
+    and from AMD's processors, whose avx512_bf16 is twice as fast as fp32.
 
     Args:
         flags: instruction sets by their names in Linux's /proc/cpuinfo.
         onednn: whether PyTorch has oneDNN, and it takes bf16; without (macOS), fp32 is the fastest.
         limit: ONEDNN_MAX_CPU_ISA, the newest instructions that oneDNN may use; empty: all.
     """
-    there, limit = set(flags), limit.lower()
     forbidden = set()
-    if limit in _BEFORE_BF16 | _BEFORE_AMX:
-        forbidden = there & {"amx_bf16"}
-    if limit in _BEFORE_BF16:
-        forbidden = there & {"amx_bf16", "avx512_bf16"}
-    usable = there - forbidden
+    if limit.lower() in _BEFORE_BF16 | _BEFORE_AMX:
+        forbidden |= {"amx_bf16"}
+    if limit.lower() in _BEFORE_BF16:
+        forbidden |= {"avx512_bf16"}
+    usable = set(flags) - forbidden
     found = next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in usable), None)
-    if found is None and forbidden:
-        return ComputeType("fp32", f"ONEDNN_MAX_CPU_ISA={limit} rules out {min(forbidden)}")
+    if found is None and forbidden.intersection(flags):
+        return ComputeType("fp32", f"oneDNN is held to {limit}, which has no instructions for bf16")
     if found is None:
         return ComputeType("fp32", "the processor has no instructions for bf16")
     if found == "avx512_bf16" and "avx512_fp16" in usable:
