@@ -52,7 +52,8 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     _print_plan(chosen, config, devices, console)
     if asked.train.dtype == "auto":
         console.print(
-            f"train.dtype is auto, here {fastest.dtype} ({fastest.why}); set it for other devices"
+            f"train.dtype is auto: {fastest.dtype} here, since {fastest.why}; "
+            "set it for other devices"
         )
     _print_layouts(chosen, others, devices, console)
     figures = {

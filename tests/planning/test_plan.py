@@ -105,7 +105,7 @@ def test_type_that_is_open_is_that_of_this_machine(flags, tmp_path, monkeypatch,
     assert cli.main(["plan", QUICKSTART, *settings, "--processes", "1", "--json", str(path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"parameters in {chosen.dtype} on 1" in shown
-    assert f"train.dtype is auto, here {chosen.dtype} ({chosen.why})" in shown
+    assert f"train.dtype is auto: {chosen.dtype} here, since {chosen.why};" in shown
     assert json.loads(path.read_text())["config"]["train"]["dtype"] == chosen.dtype
 
 
