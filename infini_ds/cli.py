@@ -15,11 +15,17 @@ import infini_ds
 from infini_ds import config as configuration
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.errors import RunError, UserError
+from infini_ds.paths import argument
 from infini_ds.whole_file import check_writable
 
 _HEAD_START_SECONDS = 5.0
 """Of rank 0, which may have begun later than the others."""
 _MOST_PROCESSES = 10**6
+_POSITIONAL = {"config", "destination", "directory", "document", "path", "source"}
+_PATHS = _POSITIONAL | {
+    "diff", "documents", "hostfile", "json", "memory", "output", "plot", "prompt_file",
+}  # fmt: skip
+"""Names of all arguments that are paths."""
 _UNREAD = 128 + 13
 """Exit code of a program that SIGPIPE has ended."""
 
@@ -36,7 +42,23 @@ def _run(arguments: Sequence[str] | None) -> None:
         if "overrides" not in options or any(other.startswith("-") for other in others):
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         options.overrides = [*options.overrides, *others]
+    take_paths(options)
     options.run(options)
+
+
+def take_paths(options: argparse.Namespace) -> None:
+    """Every path among the arguments as it is meant, see `paths.argument`.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    for name in _PATHS & vars(options).keys():
+        given = getattr(options, name)
+        shown = name if name in _POSITIONAL else f"--{name.replace('_', '-')}"
+        if isinstance(given, list):
+            setattr(options, name, [argument(shown, each) for each in given])
+        elif given is not None:
+            setattr(options, name, argument(shown, given))
 
 
 def exit_code(command: Callable[[], None]) -> int:

@@ -10,17 +10,21 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from infini_ds.errors import UserError
-from infini_ds.read_yaml import read_yaml
+from infini_ds.paths import argument, as_path
+from infini_ds.read_yaml import read_value, read_yaml, write_yaml
 
 _LARGEST = 2**31 - 1
 """Of all integers: what counts tokens, steps or bytes with more than these is a slip."""
 _WEEK = 7 * 24 * 3600
+_PathText = Annotated[str, AfterValidator(as_path)]
+"""A path, or empty. What decides what is in a store, such as data.files, stays as it is typed."""
+_SPOKEN = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class Settings(BaseModel):
@@ -59,9 +63,13 @@ class Settings(BaseModel):
 
 
 def _as_meant(kind: Any, value: Any) -> Any:
-    """Nothing for a string, 1e6 for an integer, one string for a list of them."""
-    if kind is str and value is None:
-        return ""
+    """Nothing for a string or a section, `yes` for true, 1e6 for an integer, one string for a list
+    of them."""
+    whole = typing.get_origin(kind) or kind
+    if value is None and isinstance(whole, type) and issubclass(whole, (str, Settings, dict)):
+        return "" if whole is str else {}
+    if kind is bool and isinstance(value, str):
+        return _SPOKEN.get(value.lower(), value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value) if abs(value) < 2**53 else value
     if kind == list[str] and isinstance(value, str):
@@ -225,7 +233,7 @@ class TokenizerConfig(Settings):
 
     kind: Literal["sentencepiece", "tokenizers", "bytes"] = "sentencepiece"
     """A `sentencepiece` model, a tokenizer.json of `tokenizers`, or `bytes` (256, BOS, EOS)."""
-    model: str = ""
+    model: _PathText = ""
     """File of the tokenizer; empty: train a sentencepiece model on the corpus while preparing."""
     vocab_size: int = 4096
     """Size of the vocabulary to train (sentencepiece without `model`)."""
@@ -297,7 +305,7 @@ class CorpusConfig(Settings):
     """Stop after this many documents; 0 means all."""
     held_out_fraction: float = 0.02
     """Share of documents kept for evaluation, chosen by a hash of their text so it never moves."""
-    store: str = ""
+    store: _PathText = ""
     """Directory of the token store that `infini-ds prepare` writes; must be given."""
     passkey: PasskeyConfig = PasskeyConfig()
     """`passkey`: the documents that are made."""
@@ -602,13 +610,13 @@ class EvaluationConfig(Settings):
 class RunConfig(Settings):
     """A complete run."""
 
-    output_dir: str
+    output_dir: _PathText
     """Directory of the run: checkpoints, metrics.jsonl, TensorBoard events, resolved config."""
     seed: int = 0
     """Seed of the initial weights and of the order of documents."""
     resume: bool = True
     """Go on from the newest valid checkpoint in output_dir; false: refuse if there is one."""
-    init_from: str = ""
+    init_from: _PathText = ""
     """Export to start from, also with its `model` and `data.tokenizer`; empty: random weights."""
     model: ModelConfig
     """The Infini-Transformer itself."""
@@ -665,17 +673,17 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """
     path = Path(path)
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"config {path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: must be a mapping of settings, is {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
     if isinstance(tree.get("init_from"), str) and tree["init_from"]:
-        _take_from_export(tree, Path(tree["init_from"]))
+        _take_from_export(tree, Path(argument("init_from", tree["init_from"])))
     config = parse(tree, str(path))
     if not all(corpus.store for corpus in config.data.corpora.values()):  # only exports have none
         raise UserError(f"config {path}: data.store must name the directory of the token store")
@@ -696,7 +704,7 @@ def parse(tree: dict[str, Any], origin: str) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML: every setting, defaults included."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump())
 
 
 def reference() -> str:
@@ -727,11 +735,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        inner = {} if node.get(parent) is None else node[parent]
+        if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a section")
+        node[parent] = node = dict(inner)  # one of its own: an alias gives two names to the same
     try:
-        node[leaf] = read_yaml(text)
+        node[leaf] = read_value(text)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: {_one_line(error)}") from None
 
@@ -742,7 +751,7 @@ def _take_from_export(tree: dict[str, Any], export: Path) -> None:
     A run that has begun needs its export no longer, if its config says all of that itself.
     """
     try:
-        known = read_yaml((export / "config.yaml").read_text(encoding="utf-8"))
+        known = read_yaml((export / "config.yaml").read_bytes())
         model = known["model"]
     except OSError as error:
         if "model" in tree:
@@ -751,7 +760,7 @@ def _take_from_export(tree: dict[str, Any], export: Path) -> None:
             f"init_from ({export}): its config.yaml cannot be read ({error.strerror}); name a "
             "directory that `infini-ds convert` made, or give the settings of `model`"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"config {export / 'config.yaml'}: must be YAML with `model`") from None
     tree["model"] = _filled(tree.get("model") or {}, model)
     data = tree.get("data")

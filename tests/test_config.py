@@ -287,6 +287,57 @@ def test_values_are_taken_as_they_are_plainly_meant(file, override, value):
     assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize("text", ["yes", "on", "Yes", "ON", "true"])
+def test_switches_may_be_spoken(file, text):
+    assert load(file, [f"parallel.offload_optimizer={text}"]).parallel.offload_optimizer is True
+
+
+@pytest.mark.parametrize("text", ["no", "off", "No", "OFF", "False"])
+def test_switches_may_be_spoken_the_other_way(file, text):
+    assert load(file, [f"resume={text}"]).resume is False
+
+
+@pytest.mark.parametrize("text", ["no", "on", "yes", "1:30", "'1e6'", "'~'", "'010'"])
+def test_text_that_looks_like_something_else_stays_text(file, tmp_path, text):
+    """Such as the Norwegian part of a dataset; also when it is written and read again."""
+    config = load(file, [f"data.dataset_config={text}"])
+    assert config.data.dataset_config == text.strip("'")
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("section", ["optimizer", "evaluation", "model.memory", "data.passkey"])
+def test_section_without_settings_has_the_defaults(file, section):
+    key = section.split(".")[0]
+    assert load(file, [f"{section}="]) == load(file, [f"{section}={{}}"])
+    assert load(file, [f"{section}=~"]) == load(file)
+    assert getattr(load(file, [f"{section}="]), key)
+
+
+def test_override_of_a_section_that_is_empty_in_the_file(file):
+    file.write_text(file.read_text() + "optimizer:\n  # learning_rate: 1e-3\n")
+    assert load(file, ["optimizer.warmup_steps=5"]).optimizer.warmup_steps == 5
+
+
+def test_override_changes_only_one_of_two_corpora_that_are_written_once(file):
+    file.write_text(
+        yaml.safe_dump({k: v for k, v in TREE.items() if k != "data"})
+        + "data:\n  tokenizer: {kind: bytes}\n  mixture:\n"
+        "    a: &a {store: stores/a, passkey: {digits: 4}}\n    b: *a\n    c: {<<: *a, store: c}\n"
+    )
+    changed = ["data.mixture.b.store=stores/b", "data.mixture.c.passkey.digits=6"]
+    corpora = load(file, changed).data.corpora
+    assert [corpora[name].store for name in "abc"] == ["stores/a", "stores/b", "c"]
+    assert [corpora[name].passkey.digits for name in "abc"] == [4, 4, 6]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_file_may_say_its_encoding(file, encoding):
+    text = file.read_text().replace("runs/test", "runs/Länge")
+    file.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    assert load(file).output_dir == "runs/Länge"
+
+
 def test_passkey_documents_have_the_segments_of_the_model(file):
     passkey = ["data.source=passkey", "data.tokenizer.kind=bytes", "model.segment_length=128"]
     message = "data.passkey.segment_length (2048) must be model.segment_length (128)"

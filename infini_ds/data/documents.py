@@ -17,6 +17,7 @@ import zstandard
 
 from infini_ds.config import DataConfig
 from infini_ds.errors import UserError
+from infini_ds.paths import argument, as_path, check_name
 
 _NAMES_KEPT = 3
 _PARQUET_ROWS = 64
@@ -297,13 +298,19 @@ def _load_dataset(config: DataConfig):
     import datasets
 
     datasets.disable_progress_bars()
-    local = Path(config.dataset)
+    place = argument("data.dataset", config.dataset)
+    local = Path(place)
     if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
         # Written by save_to_disk, which load_dataset refuses.
-        saved = datasets.load_from_disk(config.dataset)
+        saved = datasets.load_from_disk(place)
         return saved[config.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
+    if local.exists() and glob.escape(place := str(local.absolute())) != place:
+        raise UserError(
+            f"data.dataset {place}: has one of [, * and ?, with which `datasets` reads other "
+            "directories or none; rename it"
+        )
     return datasets.load_dataset(
-        config.dataset,
+        place,
         config.dataset_config or None,
         split=config.dataset_split,
         streaming=config.streaming,
@@ -327,17 +334,33 @@ def _matching(patterns: list[str]) -> list[Path]:
     """Files in the order of the patterns, sorted within each, none twice by any name."""
     found: dict[str, str] = {}
     for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        if os.path.isdir(expanded):
-            raise UserError(f"data.files {pattern}: is a directory; name its files: {pattern}/*")
-        # A file whose own name looks like a pattern is meant literally.
-        paths = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
-        files = sorted(path for path in paths if os.path.isfile(path))
-        if not files:
-            raise UserError(f"data.files {pattern}: no such file")
+        try:
+            expanded = as_path(pattern)
+            if os.path.isdir(expanded):
+                within = os.path.join(pattern, "*")
+                raise ValueError(f"{pattern}: is a directory; name its files: {within}")
+            files = sorted(
+                path
+                for path in glob.iglob(_as_glob(expanded), recursive=True)
+                if os.path.isfile(path)
+            )
+            if not files:
+                raise ValueError(f"{pattern or repr(pattern)}: no such file")
+            for path in files:
+                check_name(path)
+        except ValueError as error:
+            raise UserError(f"data.files {error}") from None
         for path in files:
             found.setdefault(os.path.realpath(path), path)
     return [Path(path) for path in found.values()]
+
+
+def _as_glob(path: str) -> str:
+    """A pattern of which what is there under just this name, or lies on the way, is literal."""
+    literal = path
+    while literal and not os.path.exists(literal):
+        literal = os.path.dirname(literal.rstrip("/"))
+    return glob.escape(literal) + path[len(literal) :]
 
 
 def _digest(path: Path) -> bytes:

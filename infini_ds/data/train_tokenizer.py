@@ -15,6 +15,7 @@ from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.documents import Corpus, Document
 from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
 from infini_ds.errors import UserError
+from infini_ds.paths import argument
 
 _BLOCK_CHARACTERS = 2048
 # A stream from the network is read this many times as far as the training text is long, not to
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = TokenizerConfig(
             vocab_size=options.vocab_size, training_bytes=options.training_bytes
         )
+        destination = argument("MODEL", options.model)
         config = DataConfig(
             source="files",
             files=options.files,
@@ -99,9 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
             tokenizer=tokenizer,
         )
         corpus = Corpus(config)
-        Path(options.model).parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(corpus, config, Path(options.model))
-        trained = load_tokenizer("sentencepiece", options.model)
+        Path(destination).parent.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(corpus, config, Path(destination))
+        trained = load_tokenizer("sentencepiece", destination)
     except (ValueError, OSError) as error:
         message = str(error)
         if isinstance(error, ValidationError):

@@ -12,12 +12,14 @@ documents of seed and step, and nothing draws from a global random state.
 """
 
 import contextlib
+import glob
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -210,14 +212,27 @@ def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
     engine._config.load_universal_checkpoint = load_from != directory
     if load_from != directory:
         _allow_empty_shards(engine.optimizer)
-    with contextlib.redirect_stdout(None):
-        path, _ = engine.load_checkpoint(str(load_from.parent), tag=load_from.name)
+    with contextlib.redirect_stdout(None), _plain(load_from.parent) as folder:
+        path, _ = engine.load_checkpoint(folder, tag=load_from.name)
     # The config's learning rates and decay hold, not those of when the checkpoint was written.
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
     if path is None:
         raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
     _load_memories(engine, directory / "memory")
+
+
+@contextlib.contextmanager
+def _plain(directory: Path) -> Iterator[str]:
+    """A path to a directory that DeepSpeed, which takes it for a pattern, does not mistake."""
+    if glob.escape(str(directory)) == str(directory):
+        yield str(directory)
+        return
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{opened}"
+    finally:
+        os.close(opened)
 
 
 def _allow_empty_shards(optimizer: Any) -> None:
@@ -337,8 +352,11 @@ def _load_memories(engine: InfiniEngine, directory: Path) -> None:
 def _to_universal(directory: Path, universal: Path) -> str:
     """Runs DeepSpeed's converter; what went wrong, or nothing."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(directory), "--output_folder", str(universal)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # From where they are: it takes their paths for patterns.
+    command += ["--input_folder", directory.name, "--output_folder", universal.name]
+    done = subprocess.run(
+        command, cwd=directory.parent, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
     manifest.write(universal, {})

@@ -1,6 +1,7 @@
 """What a finished run tells: quality beside the baseline, and what to type next."""
 
 import json
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +47,8 @@ def report(
     output_dir = Path(config.output_dir)
     (output_dir / REPORT).write_text(json.dumps(figures, indent=1) + "\n")
     console.print(f"checkpoint   {directory_of(config) / f'step_{step:08d}'}")
-    console.print(f"TensorBoard  tensorboard --logdir {output_dir / 'tensorboard'}")
+    logs = shlex.quote(str(output_dir / "tensorboard"))
+    console.print(f"TensorBoard  tensorboard --logdir {logs}")
     console.print(
         "go on        the same command resumes; to train longer add train.steps="
         f"{step + config.train.steps}"

@@ -217,7 +217,8 @@ class TestResumeInAnotherLayout:
         self, tmp_path, data, source, before, after, tied, changes
     ):
         original = source(*before, tied)
-        run = copied(original, tmp_path, data, **(TIED if tied else FP32))
+        odd = str(tmp_path / "layers=[1,2]*?")  # as sweeps name them
+        run = copied(original, tmp_path, data, **(TIED if tied else FP32), output_dir=odd)
         without_checkpoints_after(run, 4)
         output = run.finish(after[0] * after[1], f"parallel.pipeline_stages={after[0]}", *changes)
         assert "at step 4\n" in output
@@ -230,7 +231,7 @@ class TestResumeInAnotherLayout:
 
     def test_transport_may_change_in_the_same_layout(self, tmp_path, data, source):
         original = source(2, 1, False)
-        run = copied(original, tmp_path, data, **FP32)
+        run = copied(original, tmp_path, data, **FP32, output_dir=str(tmp_path / "resident [1]"))
         without_checkpoints_after(run, 4)
         run.finish(2, "parallel.memory_transport=resident")
         assert run.losses == pytest.approx(original.losses, rel=1e-6)
