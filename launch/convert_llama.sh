@@ -10,4 +10,5 @@ if [ $# -lt 2 ]; then
     sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
+. "$(dirname -- "$0")/environment.sh"
 exec infini-ds convert from-llama "$@"

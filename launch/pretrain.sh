@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-"exec" "python3" "-m" "infini_ds.cluster.supervisor" "$0" "$@"
-# This file is valid in two languages. A shell runs the line above and becomes a supervisor around
-# DeepSpeed's launcher, which runs the file once more in each process, with Python: there that line
-# is strings, and what follows is the program. So all of these work:
+''':'
+. "$(dirname -- "$0")/environment.sh"
+exec python3 -m infini_ds.cluster.supervisor "$0" "$@"
+'''
+# This file is valid in two languages. A shell runs the lines above and becomes a supervisor around
+# DeepSpeed's launcher, which runs the file once more in each process, with Python: there these
+# lines are a string, and what follows is the program. So all of these work:
 #
 #   bash launch/pretrain.sh CONFIG [key.path=value ...]
 #   bash launch/pretrain.sh --max-restarts N [--hostfile HOSTS] CONFIG ...
@@ -15,10 +18,18 @@
 
 import sys
 
-from infini_ds.cli import exit_code, main
-from infini_ds.cluster.launcher import check_hostfile_of_launcher
+try:
+    from infini_ds.cli import exit_code, main
+    from infini_ds.cluster.launcher import check_hostfile_of_launcher, unquoted
+except ModuleNotFoundError as missing:
+    print(
+        f"infini-ds: {sys.executable}, which was told to run {__file__}, has no {missing.name}; "
+        "activate the environment that has it (source .venv/bin/activate) before",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":
     # DeepSpeed's launcher adds --local_rank=N, which is in the environment as well.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    sys.exit(exit_code(check_hostfile_of_launcher) or main(["pretrain", *arguments]))
+    sys.exit(exit_code(check_hostfile_of_launcher) or main(["pretrain", *unquoted(arguments)]))

@@ -1,12 +1,14 @@
 """DeepSpeed's hostfile: a line `HOST slots=N` for each host, blank lines and # comments."""
 
+import codecs
 import re
 from pathlib import Path
 
 from infini_ds.errors import UserError
 
-# A name that began with a dash would be an option of ssh.
-_LINE = re.compile(r"([^\s#-]\S*)\s+slots=([1-9]\d*)\s*(#.*)?")
+# A name that began with a dash would be an option of ssh; brackets and commas are lists to pdsh.
+_LINE = re.compile(r"([\w.:][\w.:@-]*)\s+slots=([1-9]\d*)\s*(#.*)?", re.ASCII)
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -16,7 +18,12 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         UserError: it cannot be read, names no host or one twice, or a line is not as above.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        if Path(path).read_bytes().startswith(_MARKS):
+            raise UserError(
+                f"hostfile {path}: begins with a byte order mark, which DeepSpeed takes for a part "
+                "of the first name; save it as UTF-8 without"
+            )
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"hostfile {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 
 from infini_ds import config as configuration
-from infini_ds.cli import exit_code
+from infini_ds.cli import exit_code, take_paths
 from infini_ds.cluster import preflight
+from infini_ds.cluster.launcher import check_what_is_not_quoted, quoted
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.cluster.way import words
 from infini_ds.errors import UserError
@@ -69,12 +70,16 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts ({options.max_restarts}) must be at least 0")
+    take_paths(options)
     config = configuration.load(options.config, options.overrides)
+    arguments = [options.config, *options.overrides]
     command = ["deepspeed", "--log_level", "error", *words("--deepspeed", options.deepspeed)]
     if options.hostfile:
+        check_what_is_not_quoted(options.script)
         preflight.run(options.config, options.overrides, options.hostfile, quiet=True)
-        command += ["--hostfile", options.hostfile]
-    command += [options.script, options.config, *options.overrides]
+        command.append(f"--hostfile={options.hostfile}")
+        arguments = quoted(arguments)
+    command += [options.script, *arguments]
     return supervise(command, Path(config.output_dir), options.max_restarts)
 
 

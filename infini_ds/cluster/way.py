@@ -1,6 +1,7 @@
 """How our part on a host is started: here, over ssh, or as a step of a Slurm job."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -35,9 +36,10 @@ def over_ssh(host: str) -> Way:
     # Ssh takes the first of options that are given twice.
     given = words("PDSH_SSH_ARGS_APPEND", os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
-    variables = [f"{name}={value}" for name, value in _exported().items()]
-    program = shlex.join(["env", *variables, *to_here().command])
-    there = f"cd {shlex.quote(str(Path.cwd()))} && exec {program}"
+    variables = [f"{name}={_as_launcher_writes(v)}" for name, v in _exported().items()]
+    export = f"export {' '.join(variables)} && " if variables else ""
+    program = shlex.join(to_here().command)
+    there = f"cd {shlex.quote(str(Path.cwd()))} && {export}exec {program}"
     remedy = f"`ssh {host} true` must work without a password"
     return Way(["ssh", *given, *ours, host, there], remedy)
 
@@ -69,6 +71,11 @@ def words(name: str, text: str) -> list[str]:
 def _require(program: str) -> None:
     if not shutil.which(program):
         raise UserError(f"{program}: no such program here, and the hosts are reached by it")
+
+
+def _as_launcher_writes(value: str) -> str:
+    """The value of a variable as DeepSpeed writes it for a shell, which fills in `$` there."""
+    return f'"{value.strip()}"' if re.search(r"[^\w@%+=:,./-]", value.strip()) else value.strip()
 
 
 def _exported() -> dict[str, str]:

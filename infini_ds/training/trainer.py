@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from infini_ds import config as configuration
 from infini_ds.allocator import keep_freed_memory
+from infini_ds.cluster.launcher import check_arguments_of_launcher
 from infini_ds.config import RunConfig
 from infini_ds.conversion.start import load_start, open_start
 from infini_ds.cores import cores_at_hand
@@ -80,6 +81,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, stop: StopRequest, watchdog: Watchdog, fault: str):
         with together():
+            check_arguments_of_launcher()
             config.data_parallel_size(dist.get_world_size())
             if dist.get_rank() == 0:
                 self._lock = lock(Path(config.output_dir), config.train.timeout / 2)

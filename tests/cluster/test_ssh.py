@@ -1,10 +1,12 @@
 """`deepspeed --hostfile HOSTS launch/pretrain.sh CONFIG` on several hosts."""
 
+import json
 import signal
 import time
 
 import pytest
 
+from infini_ds import config as configuration
 from tests.cluster.conftest import FP32, LAYOUTS, LIMIT
 from tests.distributed.conftest import SCRIPT, Run
 from tests.distributed.processes import Processes
@@ -31,6 +33,30 @@ def test_hosts_train_as_one_process_does(hosts, tmp_path, data, alone, count, la
         assert launcher.wait(LIMIT) == [0], launcher.outputs()
     assert run.losses == pytest.approx(alone.losses, rel=1e-5)
     assert not any(host.processes() for host in hosts.all)
+
+
+PROMPT = """costs $HOME `a` "b" 'c' \\d %h %% ; & * [1] {a,b} ~ é"""
+"""What a shell or pdsh would change."""
+
+
+@pytest.mark.slow
+def test_supervisor_hands_on_settings_as_they_were_typed(hosts, tmp_path, data):
+    run = Run(tmp_path, data, **FP32)
+    prompt = f"evaluation.sample_prompt={json.dumps(PROMPT)}"
+    command = ["bash", str(SCRIPT), "--hostfile", str(hosts.hostfile(2)), str(run.config), prompt]
+    with Processes([hosts[0].start(*command, log=tmp_path / "log", cwd=ROOT)]) as supervisor:
+        assert supervisor.wait(LIMIT) == [0], supervisor.outputs()
+    assert configuration.load(run.output / "config.yaml").evaluation.sample_prompt == PROMPT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["costs $HOME", "on %h"])
+def test_setting_that_the_launcher_changed_ends_the_run_on_all(hosts, tmp_path, data, value):
+    run = Run(tmp_path, data, **FP32)
+    with launch(hosts, 2, run, f"evaluation.sample_prompt={value}") as launcher:
+        assert launcher.wait(LIMIT) == [2], launcher.outputs()
+        assert f"{value}' was typed, and is " in launcher.all[0].output
+    assert not (run.output / "config.yaml").exists()
 
 
 HANG_TIMEOUT = 15

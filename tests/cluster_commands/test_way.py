@@ -1,5 +1,8 @@
 """What is to go with ssh to the hosts is told where it cannot be read."""
 
+import os
+import subprocess
+
 import pytest
 
 from infini_ds.cluster import way
@@ -13,9 +16,18 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_variables_of_deepspeeds_file_go_along(tmp_path):
-    (tmp_path / ".deepspeed_env").write_text("COLOUR=light blue\nnothing\n")
-    assert "'COLOUR=light blue'" in way.over_ssh("node-1").command[-1]
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [("COLOUR=light blue", "light blue"), ("COLOUR=$HOME/a", "/there/a"), ("COLOUR=a=b", "a=b"),
+     ("COLOUR=it's", "it's"), ("COLOUR= a ", "a"), ("COLOUR=", "")],
+)  # fmt: skip
+def test_variables_of_deepspeeds_file_go_along(tmp_path, line, value):
+    """With the values that DeepSpeed's launcher gives them, which leaves `$` to the other host."""
+    (tmp_path / ".deepspeed_env").write_text(f"{line}\nnothing\n")
+    there, _, _ = way.over_ssh("node-1").command[-1].rpartition("exec ")
+    command = ["bash", "-c", f'{there} printf "%s" "$COLOUR"']
+    environment = {"HOME": "/there", "PATH": os.environ["PATH"]}
+    assert subprocess.check_output(command, env=environment, text=True) == value
 
 
 def test_file_of_variables_that_is_not_text_is_named(tmp_path):
