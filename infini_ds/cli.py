@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="of any length")
     prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="the same from a file (also .gz, .zst)"
+        "--prompt-file",
+        metavar="FILE",
+        help="the same from a file (.gz, .zst), or - for standard input",
     )
     generate.add_argument(
         "--memory", metavar="FILE", help="of a document that the prompt goes on with, by memorize"
@@ -194,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         commands, "memorize", "read a document and keep the model's memory of it", _memorize
     )
     memorize.add_argument(
-        "document", metavar="FILE", help="UTF-8 text of any length, plain, .gz or .zst"
+        "document",
+        metavar="FILE",
+        help="text of any length, plain, .gz or .zst, or - for standard input",
     )
     memorize.add_argument(
         "-o", "--output", metavar="FILE", required=True, help="the memory, for generate --memory"
@@ -209,7 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--documents", metavar="FILE", nargs="+", default=[],
-        help="files or globs as in data.files (the run's held-out documents)",
+        help="files or globs as in data.files, or - for one on standard input (the run's held-out "
+        "documents)",
     )  # fmt: skip
     evaluate.add_argument(
         "--corpus", metavar="NAME", default="", help="whose held-out documents, in a mixture"
@@ -521,10 +526,10 @@ def _generate(options: argparse.Namespace) -> None:
         if not good:
             option = name.replace("_", "-")
             raise UserError(f"--{option} ({getattr(options, name)}) is out of range")
-    for name in ("prompt_file", "memory"):
-        path = getattr(options, name)
-        if path:
-            _check_file(f"--{name.replace('_', '-')}", path)
+    if options.prompt_file:
+        _check_text("--prompt-file", options.prompt_file)
+    if options.memory:
+        _check_file("--memory", options.memory)
     from infini_ds.generation import generate
 
     asked = generate.GenerateOptions(
@@ -536,7 +541,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _memorize(options: argparse.Namespace) -> None:
     output = Path(options.output)
-    _check_file("document", options.document)
+    _check_text("document", options.document)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: its directory does not exist")
     if output.is_dir() or (output.exists() and not options.force):
@@ -617,6 +622,15 @@ def _check_file(name: str, path: str) -> None:
     """There is such a file, whose size is known."""
     if not Path(path).is_file():
         problem = "must be a regular file" if Path(path).exists() else "no such file"
+        raise UserError(f"{name} {path}: {problem}")
+
+
+def _check_text(name: str, path: str) -> None:
+    """There is such a file of text, which may be a pipe."""
+    from infini_ds.data import text_files
+
+    if not text_files.exists(path):
+        problem = "is a directory; name a file" if Path(path).is_dir() else "no such file"
         raise UserError(f"{name} {path}: {problem}")
 
 

@@ -239,9 +239,12 @@ class TokenizerConfig(Settings):
     """Size of the vocabulary to train (sentencepiece without `model`)."""
     training_bytes: int = 20_000_000
     """At most this much text is used to train the tokenizer, spread over the corpus."""
+    min_restored: float = 0.9
+    """Refuse a tokenizer where less of the text (share of bytes) comes back from its tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizerConfig":
+        _require(self, "min_restored", 0 <= self.min_restored <= 1, "from 0 to 1")
         if self.kind == "bytes" and self.model:
             raise ValueError("model must be empty when kind is bytes")
         if self.kind == "tokenizers" and not self.model:
@@ -286,7 +289,7 @@ class CorpusConfig(Settings):
     source: Literal["python-stdlib", "files", "huggingface", "passkey"] = "python-stdlib"
     """The running Python's own library sources, local files, a hub dataset, or made pass keys."""
     files: list[str] = []
-    """`files`: paths, globs: .txt (a document each), .jsonl, .parquet, plain, .gz or .zst."""
+    """`files`: paths, globs: .txt (a document each), .jsonl, .json, .parquet; also .gz or .zst."""
     document_separator: str = ""
     """`files`: a new document begins wherever a .txt has this; empty: one .txt, one document."""
     dataset: str = ""
@@ -298,7 +301,7 @@ class CorpusConfig(Settings):
     streaming: bool = True
     """`huggingface`: read as a stream instead of downloading everything first."""
     text_field: str = "text"
-    """Field that holds a document's text, in .jsonl, .parquet and datasets."""
+    """Field with a document's text in records of .jsonl, .parquet or datasets; also `meta.text`."""
     weighted_field: str = ""
     """Instead of text_field: a list of [text, weight] or {text, weight}, weights of the loss."""
     max_documents: int = 0

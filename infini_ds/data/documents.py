@@ -1,25 +1,23 @@
 """Documents of a corpus, as text: the running Python's own sources, files, or a hub dataset."""
 
 import glob
-import gzip
 import hashlib
-import io
-import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import zstandard
 
 from infini_ds.config import DataConfig
+from infini_ds.data import text_files
+from infini_ds.data.json_records import InvalidJson, json_records
 from infini_ds.errors import UserError
 from infini_ds.paths import argument, as_path, check_name
 
 _NAMES_KEPT = 3
+_FIELDS_TOLD = 20
 _PARQUET_ROWS = 64
 _READ_BYTES = 1 << 20
 # Of larger files only the beginning and the end tell whether they have changed.
@@ -60,6 +58,11 @@ class Skipped:
         if len(names) < _NAMES_KEPT:
             names.append(name)
 
+    @property
+    def total(self) -> int:
+        """How many were left out."""
+        return sum(self.counts.values())
+
     def lines(self) -> list[str]:
         """One line for each reason, most frequent first."""
         lines = []
@@ -87,7 +90,7 @@ class Corpus:
                 _kind_of(path)  # a wrong name is reported before hours of work, not after
         elif config.source == "python-stdlib":
             self._files = _library_sources()
-        self.total_bytes = sum(path.stat().st_size for path in self._files)
+        self.total_bytes = sum(map(text_files.size_of, self._files))
 
     @property
     def snapshot(self) -> str:
@@ -96,13 +99,18 @@ class Corpus:
         Of a file of more than 64 MiB a change inside that keeps its size is not noticed.
 
         Raises:
-            UserError: one of them cannot be read.
+            UserError: one of them cannot be read, or only once.
         """
         if self._config.source != "files":
             return ""
         digest = hashlib.sha256()
         for path in self._files:
             try:
+                if text_files.is_pipe(path):
+                    raise UserError(
+                        f"data.files {path}: is a pipe; a store is made of files, which may be "
+                        "read again"
+                    )
                 digest.update(_digest(path))
             except OSError as error:
                 raise _unreadable(path, error) from None
@@ -126,8 +134,9 @@ class Corpus:
         pieces = _pieces_of(value) if weighted else [(value, 1.0)]
         try:
             texts = [_checked_text(text) for text, _ in pieces]
-        except UnicodeError:
-            self.skipped.add("invalid UTF-8", name)
+        except UnicodeError as error:
+            place = f" byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+            self.skipped.add("invalid UTF-8", name + place)
             return None
         except TypeError:
             reason = "field is not text or weighted pieces" if weighted else "field is not text"
@@ -170,22 +179,31 @@ class Corpus:
 
     def _file_records(self) -> Iterator[tuple[str, Any]]:
         for path in self._files:
-            kind = _kind_of(path)
-            before = self.done_bytes
+            before, found = self.done_bytes, self.skipped.total
             try:
-                if kind == "parquet":
-                    yield from self._parquet_records(path)
-                else:
-                    with path.open("rb") as raw, decompressed(raw, path) as content:
-                        if kind == "text":
-                            yield from self._text_records(path, content.read())
-                        else:
-                            for record in self._json_records(path, content):
-                                self.done_bytes = before + raw.tell()
-                                yield record
-            except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+                for record in self._records_of(path):
+                    found = -1
+                    yield record
+                self.done_bytes = before + text_files.size_of(path)
+            except InvalidJson as error:
+                raise UserError(f"data.files {path}: {error}") from None
+            except text_files.UNREADABLE as error:
                 raise _unreadable(path, error) from None
-            self.done_bytes = before + path.stat().st_size
+            if found == self.skipped.total:  # not even one that is left out
+                self.skipped.add("empty", str(path))
+
+    def _records_of(self, path: Path) -> Iterator[tuple[str, Any]]:
+        kind, before = _kind_of(path), self.done_bytes
+        if kind == "parquet":
+            yield from self._parquet_records(path)
+            return
+        with text_files.open_text(path) as (content, source):
+            if kind == "text":
+                yield from self._text_records(path, content.read())
+                return
+            for record in self._json_records(path, content):
+                self.done_bytes = before + source.done_bytes
+                yield record
 
     def _text_records(self, path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         separator = self._config.document_separator.encode()
@@ -200,29 +218,20 @@ class Corpus:
             yield f"{path} part {number}", content[begin:end]
             begin = end
 
-    def _json_records(self, path: Path, lines: IO[bytes]) -> Iterator[tuple[str, Any]]:
-        _, field = _field_of(self._config)
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            name = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError:
-                self.skipped.add("invalid UTF-8", name)
-                continue
-            except (ValueError, RecursionError):  # Python's integers have a limit of digits
-                self.skipped.add("invalid JSON", name)
-                continue
-            if not isinstance(record, dict) or field not in record:
-                raise _missing_field(f"data.files {name}", self._config, record)
-            yield name, record[field]
+    def _json_records(self, path: Path, content: IO[bytes]) -> Iterator[tuple[str, Any]]:
+        def skip(reason: str, place: str) -> None:
+            self.skipped.add(reason, f"{path}{place}")
+
+        for place, record in json_records(content, skip):
+            name = f"{path}{place}"
+            yield name, self._field(record, f"data.files {name}")
 
     def _parquet_records(self, path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
 
-        setting, field = _field_of(self._config)
+        setting, name = _field_of(self._config)
         # As bytes: one row of invalid UTF-8 must not end the whole file.
         kind: Any = pyarrow.large_binary()
         if self._config.weighted:
@@ -230,34 +239,87 @@ class Corpus:
             kind = pyarrow.large_list(pyarrow.struct(piece))
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                schema = file.schema_arrow
-                if field not in schema.names:
-                    record = dict.fromkeys(schema.names)
-                    raise _missing_field(f"data.files {path}", self._config, record)
+                steps = self._field(_columns(file.schema_arrow), f"data.files {path}")
+                if isinstance(steps, dict):
+                    raise pyarrow.ArrowTypeError(f"its fields are {', '.join(_names(steps))}")
                 number = 0
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                    for value in batch.column(0).cast(kind):
+                for batch in file.iter_batches(_PARQUET_ROWS, columns=[".".join(steps)]):
+                    column = batch.column(batch.schema.names.index(steps[0]))
+                    for step in steps[1:]:
+                        column = pyarrow.compute.struct_field(column, [step])
+                    for value in column.cast(kind):
                         number += 1
                         yield f"{path} row {number}", value.as_py()
         except pyarrow.ArrowException as error:
             content = "lists of {text, weight}" if self._config.weighted else "text"
             raise UserError(
                 f"data.files {path}: cannot be read as parquet with {content} in {setting} "
-                f"{field!r} ({_one_line(error)})"
+                f"{name!r} ({_one_line(error)})"
             ) from None
 
     def _dataset_records(self) -> Iterator[tuple[str, Any]]:
-        _, field = _field_of(self._config)
         name = f"data.dataset {self._config.dataset}"
         try:
             for number, record in enumerate(_load_dataset(self._config), start=1):
-                if field not in record:
-                    raise _missing_field(name, self._config, record)
-                yield f"{self._config.dataset} record {number}", record[field]
+                yield f"{self._config.dataset} record {number}", self._field(record, name)
         except UserError:
             raise
         except Exception as error:  # a loader's errors are of any kind: missing, offline, format
             raise UserError(f"{name}: {_one_line(error)}") from None
+
+    def _field(self, record: Any, where: str) -> Any:
+        """What a record has in the field of a document's text.
+
+        Raises:
+            UserError: it has no such field.
+        """
+        setting, field = _field_of(self._config)
+        try:
+            return _value_at(record, field)
+        except KeyError:
+            has = "it is no object with fields"
+            if isinstance(record, dict):
+                names = list(_names(record))
+                more = ", ..." if len(names) > _FIELDS_TOLD else ""
+                has = f"its fields are {' '.join(', '.join(names[:_FIELDS_TOLD]).split())}{more}"
+            raise UserError(f"{where}: has no {setting} {field!r} ({has})") from None
+
+
+def _value_at(record: Any, field: str) -> Any:
+    """The value of a field, or of one inside another (`meta.text`); None of one inside nothing.
+
+    Raises:
+        KeyError: there is no such field.
+    """
+    if not isinstance(record, dict):
+        raise KeyError
+    if field in record:
+        return record[field]
+    outer, dot, inner = field.partition(".")
+    if not dot:
+        raise KeyError
+    return None if record[outer] is None else _value_at(record[outer], inner)
+
+
+def _names(record: dict[str, Any]) -> Iterator[str]:
+    """Of fields, and of those one level inside."""
+    for name, value in record.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{inner}" for inner in value)
+        else:
+            yield str(name)
+
+
+def _columns(schema: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Fields of a record of an arrow schema, each with the names on the way to it."""
+    import pyarrow
+
+    return {
+        field.name: _columns(field.type, (*above, field.name))
+        if pyarrow.types.is_struct(field.type)
+        else (*above, field.name)
+        for field in schema
+    }
 
 
 def _pieces_of(value: Any) -> list[tuple[Any, Any]]:
@@ -339,11 +401,13 @@ def _matching(patterns: list[str]) -> list[Path]:
             if os.path.isdir(expanded):
                 within = os.path.join(pattern, "*")
                 raise ValueError(f"{pattern}: is a directory; name its files: {within}")
-            files = sorted(
-                path
-                for path in glob.iglob(_as_glob(expanded), recursive=True)
-                if os.path.isfile(path)
-            )
+            files = [expanded]
+            if not text_files.exists(expanded):
+                files = sorted(
+                    path
+                    for path in glob.iglob(_as_glob(expanded), recursive=True)
+                    if os.path.isfile(path)
+                )
             if not files:
                 raise ValueError(f"{pattern or repr(pattern)}: no such file")
             for path in files:
@@ -377,59 +441,20 @@ def _digest(path: Path) -> bytes:
 
 
 def _kind_of(path: Path) -> str:
-    """`text`, `jsonl` or `parquet`."""
-    suffixes = path.suffixes
-    compressed = suffixes[-1:] in ([".gz"], [".zst"])
-    suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
-    if suffix in ([], [".txt"]):
+    """`text`, `json` or `parquet`."""
+    compressed = text_files.compression(path) != ""
+    suffixes = path.suffixes[:-1] if compressed else path.suffixes
+    suffix = "".join(suffixes[-1:]).lower()
+    if suffix in ("", ".txt"):
         return "text"
-    if suffix == [".jsonl"]:
-        return "jsonl"
-    if suffix == [".parquet"] and not compressed:
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return "json"
+    if suffix == ".parquet" and not compressed:
         return "parquet"
     raise UserError(
-        f"data.files {path}: must be .txt, .jsonl (also .gz or .zst), .parquet, or plain text "
-        "without an extension"
+        f"data.files {path}: must be .txt, .jsonl, .ndjson or .json (also .gz or .zst), .parquet, "
+        "or plain text without an extension"
     )
-
-
-def decompressed(raw: io.BufferedReader, path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), _READ_BYTES)
-    return raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """Frames of zstd as one stream. Unlike zstandard's own reader it notices a truncated file."""
-
-    def __init__(self, raw: IO[bytes]):
-        self._raw = raw
-        self._frame = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._output:
-            self._input = self._input or self._raw.read(_READ_BYTES)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before its end")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
 
 
 def _field_of(config: DataConfig) -> tuple[str, str]:
@@ -439,16 +464,8 @@ def _field_of(config: DataConfig) -> tuple[str, str]:
     return "data.text_field", config.text_field
 
 
-def _missing_field(where: str, config: DataConfig, record: Any) -> UserError:
-    setting, field = _field_of(config)
-    has = "no fields"
-    if isinstance(record, dict):
-        has = f"its fields are {' '.join(', '.join(map(str, record)).split())}"
-    return UserError(f"{where}: has no {setting} {field!r} ({has})")
-
-
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"data.files {path}: cannot be read ({_one_line(error)})")
+    return UserError(f"data.files {path}: cannot be read ({text_files.reason_of(error)})")
 
 
 def _one_line(error: Exception) -> str:

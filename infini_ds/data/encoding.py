@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from infini_ds.data.documents import Corpus, Document, Span
+from infini_ds.data.restored import Restored, restored
 from infini_ds.data.store import token_dtype
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
@@ -40,6 +41,8 @@ class Encoded(NamedTuple):
     """[tokens]: BOS, the text's tokens, EOS."""
     text_bytes: int
     """Bytes of its text."""
+    restored: Restored
+    """How much of its text comes back from its tokens."""
     draw: float
     """In [0, 1), from the text's hash: below held_out_fraction the document is held out."""
     weights: np.ndarray | None = None
@@ -62,7 +65,8 @@ def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Enc
         weights = np.repeat(of_part, [1, *map(len, parts), 1])
     content = text.encode()
     draw = int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
-    return Encoded(tokens, len(content), draw, weights)
+    back = restored(tokenizer, tokens, content)
+    return Encoded(tokens, len(content), back, draw, weights)
 
 
 def encoded_batches(

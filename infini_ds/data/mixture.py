@@ -98,7 +98,10 @@ def _join(splits: list[Split]) -> Split:
     weights = None
     if any(split.weights is not None for split in splits):
         weights = Joined([_weights(split) for split in splits])
-    return Split(Joined([split.data for split in splits]), np.r_[0, np.cumsum(lengths)], weights)
+    return Split(
+        Joined([split.data for split in splits]), np.r_[0, np.cumsum(lengths)], weights,
+        sum(split.text_bytes for split in splits), sum(split.token_bytes for split in splits),
+    )  # fmt: skip
 
 
 def _weights(split: Split) -> np.ndarray | Joined:

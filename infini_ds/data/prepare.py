@@ -31,9 +31,11 @@ from infini_ds.data.store import (
     SPLITS,
     WEIGHT_DTYPE,
     Store,
+    check_restored,
     content_settings,
     count_tokens,
     mapped,
+    restored_share,
     sha256_of,
     token_dtype,
 )
@@ -42,6 +44,9 @@ from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.printing import Console
 from infini_ds.temporary import only_one_in, temporary_beside
+
+# So much text tells whether the tokenizer restores text: no need to read hundreds of gigabytes.
+_SURE_BYTES = 64 << 20
 
 
 def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
@@ -52,8 +57,9 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
         workers: tokenising processes; 0 is one for each core.
 
     Raises:
-        UserError: a source, the tokenizer or the store's place is unusable, there is nothing to
-            train on, or another store is there and `force` is not given.
+        UserError: a source, the tokenizer or the store's place is unusable, the tokenizer loses
+            too much of the text, there is nothing to train on, or another store is there and
+            `force` is not given.
         RunError: the store is made, but that cannot be printed.
     """
     path = Path(config.store)
@@ -90,6 +96,8 @@ class _Written(NamedTuple):
     splits: dict[str, dict[str, int]]
     skipped: list[str]
     """Lines, see `Skipped.lines`."""
+    change: str
+    """The first text that does not come back from its tokens as it was, see `Restored`."""
 
 
 def _write_store(config: DataConfig, path: Path, workers: int, console: Console) -> _Written:
@@ -111,12 +119,16 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
             stack.enter_context(_SplitWriter(path, name, dtype, config.weighted)) for name in SPLITS
         )
         progress = stack.enter_context(CorpusProgress(console, "tokenising", corpus.total_bytes))
+        change = ""
         for batch in encoded_batches(corpus, kind, model, workers):
             for document in batch:
                 if document.draw < config.held_out_fraction:
                     held_out.add(document)
                 else:
                     train.add(document)
+                change = change or document.restored.change
+            if train.text_bytes >= _SURE_BYTES:
+                check_restored(config, {"train": train.summary()}, change)
             progress.update(
                 corpus.done_bytes,
                 train.documents + held_out.documents,
@@ -129,10 +141,11 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
             f"data.held_out_fraction ({config.held_out_fraction}): holds out every document; "
             "lower it, or add documents"
         )
+    splits = {writer.name: writer.summary() for writer in (train, held_out)}
+    check_restored(config, splits, change)
     counts = count_tokens(mapped(path / "train.tokens", dtype), tokenizer)
     np.save(path / COUNTS, counts)
 
-    splits = {writer.name: writer.summary() for writer in (train, held_out)}
     files = sorted(file for file in path.iterdir())
     manifest = {
         "format": FORMAT,
@@ -150,7 +163,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
         },
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return _Written(splits, corpus.skipped.lines())
+    return _Written(splits, corpus.skipped.lines(), change)
 
 
 class _SplitWriter:
@@ -158,7 +171,7 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, weighted: bool):
         self.name = name
-        self.text_bytes = 0
+        self.text_bytes = self.token_bytes = self.restored_bytes = 0
         self._dtype = dtype
         self._offsets = array("q", [0])
         self._offsets_file = folder / f"{name}.offsets.npy"
@@ -184,12 +197,16 @@ class _SplitWriter:
             self._weights_file.write(document.weights.astype(WEIGHT_DTYPE, copy=False).data)
         self._offsets.append(self._offsets[-1] + len(document.tokens))
         self.text_bytes += document.text_bytes
+        self.token_bytes += document.restored.token_bytes
+        self.restored_bytes += document.restored.text_bytes
 
     def summary(self) -> dict[str, int]:
         return {
             "documents": self.documents,
             "tokens": self._offsets[-1],
             "bytes": self.text_bytes,
+            "token_bytes": self.token_bytes,
+            "restored_bytes": self.restored_bytes,
         }
 
 
@@ -262,14 +279,16 @@ def _report(config: DataConfig, written: _Written, seconds: float, console: Cons
     table.add_column("split")
     for heading in ("documents", "tokens", "bytes", "bytes per token"):
         table.add_column(heading, justify="right")
+    if written.change:
+        table.add_column("restored", justify="right")
     for name, split in written.splits.items():
         ratio = split["bytes"] / split["tokens"] if split["tokens"] else 0.0
-        table.add_row(
-            name,
-            *(f"{split[key]:,}" for key in ("documents", "tokens", "bytes")),
-            f"{ratio:.3f}",
-        )
+        row = [f"{split[key]:,}" for key in ("documents", "tokens", "bytes")]
+        back = [f"{restored_share({name: split}):.2%}"] if written.change else []
+        table.add_row(name, *row, f"{ratio:.3f}", *back)
     console.print(table)
+    if written.change:
+        console.print(f"warning: the tokenizer does not restore the text: {written.change}")
     for line in written.skipped:
         console.print(line)
     if config.held_out_fraction and not written.splits["held_out"]["documents"]:

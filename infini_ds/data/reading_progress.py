@@ -10,7 +10,7 @@ class ReadingProgress(ProgressLine):
 
     Args:
         title: what is being done.
-        total: what `done` reaches at the end.
+        total: what `done` reaches at the end; 0 where it is not known, then no end is predicted.
         unit: of both.
     """
 
@@ -30,8 +30,10 @@ class ReadingProgress(ProgressLine):
     def update(self, done: int, tokens: int) -> None:
         """`done` of the total are read by now; `tokens` more since the last call."""
         self._tokens += tokens
+        of_total = f" of {self._total:,}" if self._total else ""
         line = (
-            f"{self._title}: {done:,} of {self._total:,} {self._unit}, "
+            f"{self._title}: {done:,}{of_total} {self._unit}, "
             f"{self.tokens_per_second:,.0f} tokens/s"
         )
-        self.show(done, line, self.seconds * (self._total - done) / max(done, 1))
+        left = self.seconds * (self._total - done) / max(done, 1)
+        self.show(done, line, left if self._total else None)

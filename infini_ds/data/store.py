@@ -31,6 +31,8 @@ MANIFEST = "manifest.json"
 COUNTS = "train.counts.npy"
 SPLITS = ("train", "held_out")
 _SIZES = ("documents", "tokens", "bytes")
+# Of text that comes back; older stores do not have them.
+_SIZES_SINCE = ("token_bytes", "restored_bytes")
 WEIGHT_DTYPE = np.dtype("<f4")
 # Larger files are not read whole at every start; `verify` does it.
 _CHECKED_ON_OPEN = 256 << 20
@@ -84,6 +86,8 @@ class Split:
         data: uint16 or uint32 [tokens], memory-mapped.
         weights: float32 [tokens], memory-mapped: weight of each token in the loss, where it is the
             label. None where all have weight 1.
+        text_bytes: bytes of the documents' text; 0 where they are not known.
+        token_bytes: bytes that their tokens stand for: others where the tokenizer changes text.
     """
 
     def __init__(
@@ -91,9 +95,13 @@ class Split:
         data: np.ndarray | Joined,
         offsets: np.ndarray,
         weights: np.ndarray | Joined | None = None,
+        text_bytes: int = 0,
+        token_bytes: int = 0,
     ):
         self.data = data
         self.weights = weights
+        self.text_bytes = text_bytes
+        self.token_bytes = token_bytes
         self.offsets = offsets
         self.lengths = np.diff(offsets)
 
@@ -101,6 +109,12 @@ class Split:
         """Tokens start to stop of a document, clipped to it: a view."""
         begin, end = self.offsets[document], self.offsets[document + 1]
         return self.data[min(begin + start, end) : min(begin + stop, end)]
+
+    @property
+    def byte_scale(self) -> float:
+        """Bytes of text for each byte that tokens stand for, on average: 1 but for tokenizers that
+        change text. Bits per byte are over the text as it was."""
+        return self.text_bytes / self.token_bytes if self.text_bytes and self.token_bytes else 1.0
 
     def has_answers(self) -> bool:
         """Whether a weight is above 1; reads up to the first one."""
@@ -125,10 +139,13 @@ class Store:
         weights = None
         if f"{name}.weights" in self.manifest["files"]:
             weights = mapped(self.path / f"{name}.weights", WEIGHT_DTYPE)
+        sizes = self.manifest["splits"][name]
         return Split(
             mapped(self.path / f"{name}.tokens", token_dtype(self.tokenizer.vocab_size)),
             np.load(self.path / f"{name}.offsets.npy"),
             weights,
+            sizes["bytes"],
+            sizes.get("token_bytes", sizes["bytes"]),
         )
 
     @classmethod
@@ -152,6 +169,7 @@ class Store:
                         f"{name} is {want!r}, but data.store {path} was made with {had!r}; name "
                         "another data.store, or run `infini-ds prepare CONFIG --force`"
                     )
+            check_restored(config, manifest["splits"])
         try:
             return cls(path, manifest)
         except OSError as error:
@@ -207,7 +225,7 @@ class Store:
         split = self.split("held_out")
         end = split.offsets[-1 if documents is None else documents]
         held_out = count_tokens(split.data[:end], self.tokenizer)
-        text_bytes = int(held_out @ self.tokenizer.token_bytes)
+        text_bytes = float(held_out @ self.tokenizer.token_bytes) * split.byte_scale
         if not text_bytes:
             raise UserError(
                 f"data.store {self.path}: no held-out text; raise data.held_out_fraction"
@@ -215,6 +233,38 @@ class Store:
         train = np.load(self.path / COUNTS)
         bits = np.log2(train.sum() + len(train)) - np.log2(train + 1)
         return float(held_out @ bits) / text_bytes
+
+
+def restored_share(splits: dict[str, dict[str, Any]]) -> float:
+    """Share of the bytes of all text that come back from its tokens; 1 where it is not known.
+
+    Args:
+        splits: of a manifest.
+    """
+    sizes = splits.values()
+    text_bytes = sum(size["bytes"] for size in sizes)
+    back = sum(size.get("restored_bytes", size["bytes"]) for size in sizes)
+    return back / text_bytes if text_bytes else 1.0
+
+
+def check_restored(config: DataConfig, splits: dict[str, dict[str, Any]], change: str = "") -> None:
+    """Refuses a tokenizer that loses much of the text.
+
+    Args:
+        splits: of a manifest.
+        change: an example of what it loses.
+
+    Raises:
+        UserError: less comes back than the config demands.
+    """
+    share, tokenizer = restored_share(splits), config.tokenizer
+    if share < tokenizer.min_restored:
+        example = f" ({change})" if change else ""
+        raise UserError(
+            f"data.tokenizer.min_restored ({tokenizer.min_restored:g}): "
+            f"{tokenizer.model or tokenizer.kind} restores {share:.2%} of the bytes of the text"
+            f"{example}; take another tokenizer, or lower it"
+        )
 
 
 def count_tokens(data: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -263,6 +313,7 @@ def _check_entries(manifest: dict[str, Any]) -> None:
         needed.add(TOKENIZER_FILES[kind])
     sizes = [_dict(splits.get(name)).get(key) for name in SPLITS for key in _SIZES]
     sizes += [_dict(file).get("size") for file in files.values()]
+    sizes += [splits[name].get(key, 0) for name in SPLITS for key in _SIZES_SINCE]
     texts = [source.get("snapshot"), *(file.get("sha256") for file in files.values())]
     if not (
         kind in TOKENIZER_FILES

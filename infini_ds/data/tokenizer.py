@@ -17,6 +17,7 @@ SPACE_MARK = "\u2581"
 # A text is encoded in pieces of about this many characters, so that a book needs no more working
 # memory than a page.
 PIECE_CHARACTERS = 1 << 18
+_IDS_AT_ONCE = 1 << 20
 
 
 class Tokenizer:
@@ -34,6 +35,8 @@ class Tokenizer:
         self.fingerprint = fingerprint
         self.token_bytes = np.array([len(entry) for entry in table], dtype=np.int32)
         """[vocab_size] int32: bytes of text each id stands for."""
+        self._joined = np.frombuffer(b"".join(table), np.uint8)
+        self._begins = np.cumsum(self.token_bytes) - self.token_bytes
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS."""
@@ -56,6 +59,16 @@ class Tokenizer:
     def _encode_piece(self, text: str) -> list[int]:
         raise NotImplementedError
 
+    def bytes_of(self, ids: np.ndarray) -> bytes:
+        """What ids [any length] stand for, as `decode` has it before it becomes text."""
+        parts = []
+        for first in range(0, len(ids), _IDS_AT_ONCE):
+            some = ids[first : first + _IDS_AT_ONCE]
+            sizes = self.token_bytes[some]
+            places = np.repeat(self._begins[some] - np.cumsum(sizes) + sizes, sizes)
+            parts.append(self._joined[places + np.arange(len(places))].tobytes())
+        return b"".join(parts)
+
     def decode(self, ids) -> str:
         """Text of ids. BOS, EOS and unknown stand for nothing; broken UTF-8 is replaced."""
         table = self.table
@@ -71,6 +84,10 @@ class ByteTokenizer(Tokenizer):
 
     def _encode_piece(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def bytes_of(self, ids: np.ndarray) -> bytes:
+        """See Tokenizer."""
+        return ids[ids < 256].astype(np.uint8).tobytes()
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -24,7 +24,7 @@ class Totals(NamedTuple):
     """Nats."""
     tokens: Tensor
     bytes: Tensor
-    """Of the text that the tokens stand for."""
+    """Of the text."""
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def read_documents(
     n, lanes = model.config.segment_length, len(plans[0].lengths)
     parameter = next(model.parameters())
     layers = Memory.empty(model.config, lanes, parameter.device, parameter.dtype).layers()
-    text_bytes = torch.from_numpy(token_bytes).double()
+    text_bytes = torch.from_numpy(token_bytes).double() * split.byte_scale
     sums = torch.zeros(3, len(bins), dtype=torch.float64)
     for plan in plans:
         windows = windows_of(split, plan, n, memory)

@@ -118,13 +118,17 @@ def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
     settings = {"source": "files", "files": list(files), "max_documents": 0}
     try:
         corpus = Corpus(loaded.config.data.model_copy(update=settings))
-        encoded = [encode(loaded.tokenizer, text, spans).tokens for _, text, spans in corpus]
+        encoded = [encode(loaded.tokenizer, text, spans) for _, text, spans in corpus]
     except UserError as error:
         raise UserError(str(error).replace("data.files", "--documents", 1)) from None
     if not encoded:
         raise UserError(f"--documents {' '.join(files)}: no text in them")
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return Split(np.concatenate(encoded), offsets), corpus.skipped.lines()
+    tokens = [document.tokens for document in encoded]
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    text_bytes = sum(document.text_bytes for document in encoded)
+    token_bytes = sum(document.restored.token_bytes for document in encoded)
+    split = Split(np.concatenate(tokens), offsets, None, text_bytes, token_bytes)
+    return split, corpus.skipped.lines()
 
 
 def _count(plans: list[Plan]) -> int:

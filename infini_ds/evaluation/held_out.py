@@ -23,7 +23,7 @@ class Quality(NamedTuple):
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """Bits over the bytes of text that the tokens stand for: comparable between tokenizers."""
+    """Bits over the bytes of the text: comparable between tokenizers."""
 
 
 class _Corpus(NamedTuple):
@@ -102,7 +102,7 @@ class HeldOut:
             if self._engine.is_last_stage():
                 labels = windows.labels[windows.labels >= 0]
                 sums[1] += len(labels)
-                sums[2] += self._token_bytes[labels].sum()
+                sums[2] += int(self._token_bytes[labels].sum()) * split.byte_scale
             return windows
 
         return read

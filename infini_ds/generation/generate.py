@@ -26,7 +26,7 @@ class GenerateOptions(NamedTuple):
     prompt: str | None
     """The prompt itself, or None where it is in `prompt_file`."""
     prompt_file: str | None
-    """Text, plain, .gz or .zst."""
+    """File of text, see `open_text`."""
     memory: str | None
     """File of a document that the prompt goes on with."""
     max_new_tokens: int

@@ -11,6 +11,7 @@ from infini_ds.allocator import keep_freed_memory
 from infini_ds.compute_type import place
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds.data.text_files import STANDARD_INPUT
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.errors import UserError
 from infini_ds.generation.absorb import absorb
@@ -27,7 +28,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
 
     Args:
         path, step: see `load_model`.
-        document: UTF-8 text, plain, .gz or .zst.
+        document: file of text, see `open_text`.
         output: the memory's file, replaced where it exists.
 
     Raises:
@@ -36,7 +37,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     """
     console = Console()
     text = TextPieces(document)
-    if Path(output).exists() and Path(output).samefile(document):
+    if Path(output).exists() and document != STANDARD_INPUT and Path(output).samefile(document):
         raise UserError(f"--output {output}: is the document itself")
     check_writable(output, "--output")
     keep_freed_memory()

@@ -98,7 +98,7 @@ def test_corpus_skips_and_counts_what_is_no_text(tmp_path):
         "field is not text": 2,
     }
     assert corpus.skipped.lines()[0] == (
-        f"3 skipped, invalid UTF-8: {path}:4, {path}:5, {tmp_path / 'latin.txt'}"
+        f"3 skipped, invalid UTF-8: {path}:4, {path}:5, {tmp_path / 'latin.txt'} byte 3"
     )
 
 
@@ -115,7 +115,7 @@ def test_corpus_parquet_skips_a_row_of_invalid_utf8(tmp_path):
     [
         ("a.csv", b"text", r"must be \.txt, \.jsonl"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: has no data\.text_field 'text' .*body"),
-        ("a.jsonl", b"[1]", r"a\.jsonl:1: has no data\.text_field 'text'"),
+        ("a.jsonl", b"[1]", r"a\.jsonl record 1: has no data\.text_field 'text' \(it is no object"),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], r"a\.txt\.gz: cannot be read"),
         ("a.txt.gz", b"plain", r"a\.txt\.gz: cannot be read"),

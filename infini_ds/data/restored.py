@@ -1,0 +1,49 @@
+"""How much of a text comes back from its tokens: not all where a tokenizer changes it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from infini_ds.data.tokenizer import Tokenizer
+
+_BEFORE, _SHOWN = 12, 32
+
+
+class Restored(NamedTuple):
+    """What comes back of one text."""
+
+    token_bytes: int
+    """Bytes that its tokens stand for."""
+    text_bytes: int
+    """Bytes of the text that are among them, each as often as both have it, in any order."""
+    change: str
+    """The first difference, for messages; empty if there is none."""
+
+
+def restored(tokenizer: Tokenizer, tokens: np.ndarray, content: bytes) -> Restored:
+    """Compares a text with what its tokens stand for.
+
+    Args:
+        tokens: of the text, [any length].
+        content: the text, as UTF-8.
+    """
+    back = tokenizer.bytes_of(tokens)
+    if back == content:
+        return Restored(len(content), len(content), "")
+    kept = np.minimum(_occurrences(content), _occurrences(back))
+    return Restored(len(back), int(kept.sum()), _change(content, back))
+
+
+def _occurrences(content: bytes) -> np.ndarray:
+    """Of each byte: int64 [256]."""
+    return np.bincount(np.frombuffer(content, np.uint8), minlength=256)
+
+
+def _change(before: bytes, after: bytes) -> str:
+    shorter = min(len(before), len(after))
+    one, other = (np.frombuffer(content, np.uint8)[:shorter] for content in (before, after))
+    different = one != other
+    first = int(different.argmax()) if different.any() else shorter
+    begin = max(first - _BEFORE, 0)
+    texts = (c[begin : begin + _SHOWN].decode(errors="ignore") for c in (before, after))
+    return "{!r} comes back as {!r}".format(*texts)

@@ -1,0 +1,119 @@
+"""Files of text as people have them: plain, .gz or .zst, of any Unicode encoding, or a pipe."""
+
+import contextlib
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from infini_ds.text_encoding import Utf8, WrongEncoding
+
+STANDARD_INPUT = "-"
+# What reading one may raise.
+UNREADABLE = (EOFError, OSError, WrongEncoding, zlib.error, zstandard.ZstdError)
+_READ_BYTES = 1 << 20
+
+
+class _Source(io.FileIO):
+    """A file as it is on disk."""
+
+    done_bytes = 0
+    """How much of it has been read."""
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self.done_bytes += count
+        return count
+
+
+@contextlib.contextmanager
+def open_text(path: str | Path) -> Iterator[tuple[IO[bytes], _Source]]:
+    """The text of a file as UTF-8, read as a stream, and the file itself.
+
+    Raises:
+        UNREADABLE: here or while it is read.
+    """
+    file = _file(path)
+    with (
+        _Source(file, closefd=file != 0) as source,
+        io.BufferedReader(source) as raw,
+        _decompressed(raw, compression(path)) as content,
+        io.BufferedReader(Utf8(content), _READ_BYTES) as text,
+    ):
+        yield text, source
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something to read: a file, a pipe, or `-`, which is standard input."""
+    return os.path.exists(_file(path)) and not os.path.isdir(_file(path))
+
+
+def is_pipe(path: str | Path) -> bool:
+    """Whether it can be read only once, and has no size."""
+    return not stat.S_ISREG(os.stat(_file(path)).st_mode)
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes on disk; 0 of a pipe."""
+    return 0 if is_pipe(path) else os.stat(_file(path)).st_size
+
+
+def compression(path: str | Path) -> str:
+    """`.gz`, `.zst` or nothing, by the name."""
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in (".gz", ".zst") else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file cannot be read, in one line."""
+    strerror = getattr(error, "strerror", None)
+    return strerror or " ".join(str(error).split()) or type(error).__name__
+
+
+def _file(path: str | Path) -> str | Path | int:
+    return 0 if str(path) == STANDARD_INPUT else path
+
+
+def _decompressed(raw: Any, kind: str) -> Any:
+    if kind == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if kind == ".zst":
+        return io.BufferedReader(_ZstdReader(raw), _READ_BYTES)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames of zstd as one stream. Unlike zstandard's own reader it notices a truncated file."""
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw = raw
+        self._frame = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(_READ_BYTES)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("compressed file ended before its end")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
