@@ -3,7 +3,7 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from infini_ds.errors import UserError
 
 # Sentencepiece writes a space as this character, so that in a text it would come back as a space.
 SPACE_MARK = "\u2581"
+# No characters of any script, of as many bytes as the mark: one that no text has stands in for it.
+_STAND_INS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # A text is encoded in pieces of about this many characters, so that a book needs no more working
 # memory than a page.
 PIECE_CHARACTERS = 1 << 18
@@ -75,6 +77,43 @@ class Tokenizer:
         return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
 
 
+class SpaceMarks:
+    """Lets the space mark through a tokenizer that writes spaces so, as bytes.
+
+    Another character goes in, and its bytes become the mark's. Without tokens of these bytes the
+    mark comes back as a space.
+
+    Args:
+        encode: ids of a text.
+        ids: of the tokens that stand for single bytes, by byte.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], ids: dict[int, int]):
+        self._encode = encode
+        self._stand_ins: dict[str, list[int]] = {}
+        self._mark = [ids.get(byte, -1) for byte in SPACE_MARK.encode()]
+        for character in _STAND_INS if -1 not in self._mark else ():
+            own = [ids.get(byte, -1) for byte in character.encode()]
+            if _places(encode(character), own):
+                self._stand_ins[character] = own
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        if SPACE_MARK not in text or not self._stand_ins:
+            return self._encode(text)
+        character = next((c for c in self._stand_ins if c not in text), SPACE_MARK)
+        ids = self._encode(text.replace(SPACE_MARK, character))
+        for place in _places(ids, self._stand_ins.get(character, [])):
+            ids[place : place + len(self._mark)] = self._mark
+        return ids
+
+
+def _places(ids: list[int], part: list[int]) -> list[int]:
+    """Where a part of ids begins."""
+    starts = [i for i, token in enumerate(ids) if token in part[:1]]
+    return [i for i in starts if ids[i : i + len(part)] == part]
+
+
 class ByteTokenizer(Tokenizer):
     """A byte's id is its value; BOS is 256 and EOS 257."""
 
@@ -107,10 +146,11 @@ class SentencePieceTokenizer(Tokenizer):
             if i < 0:
                 raise UserError(f"data.tokenizer.model {name}: must have a {token} id, has none")
         self._processor, self._content = processor, model
-        self._mark = [processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._has_bytes = all(processor.IsByte(i) for i in self._mark)
+        tokens = range(processor.GetPieceSize())
+        bytes_ = {self._bytes_of(i)[0]: i for i in tokens if processor.IsByte(i)}
+        self._marks = SpaceMarks(processor.EncodeAsIds, bytes_)
         super().__init__(
-            [self._bytes_of(i) for i in range(processor.GetPieceSize())],
+            [self._bytes_of(i) for i in tokens],
             processor.bos_id(),
             processor.eos_id(),
             hashlib.sha256(model).hexdigest(),
@@ -128,15 +168,13 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE_MARK, " ").encode()
 
+    def _pieces(self, text: str) -> Iterator[str]:
+        # A space that is put before a text must not come into the middle of a word.
+        whole = self._processor.EncodeAsPieces("a")[0].startswith(SPACE_MARK)
+        return iter([text] if whole and text else super()._pieces(text))
+
     def _encode_piece(self, text: str) -> list[int]:
-        if not self._has_bytes or SPACE_MARK not in text:
-            return self._processor.EncodeAsIds(text)
-        first, *rest = text.split(SPACE_MARK)
-        ids = self._processor.EncodeAsIds(first)
-        for part in rest:
-            ids += self._mark
-            ids += self._processor.EncodeAsIds(part)
-        return ids
+        return self._marks.encode(text)
 
 
 def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:

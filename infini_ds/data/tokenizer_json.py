@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from infini_ds.config import TOKENIZER_FILES
-from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Tokenizer
+from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, SpaceMarks, Tokenizer
 from infini_ds.errors import UserError
 
 # One text at a time needs no threads, and processes that prepare a store are many already.
@@ -27,8 +27,10 @@ class TokenizerJson(Tokenizer):
     """A tokenizer.json, with the BOS and EOS of the files beside it.
 
     Ids are those of transformers with `add_special_tokens=False, split_special_tokens=True`: what
-    is written like a special token is text. As lossless as the tokenizer is: where it normalises
-    text, `token_bytes` counts what it restores.
+    is written like a special token is text; here also where transformers still finds the token in
+    the model's own vocabulary (Unigram, WordLevel, BPE with `ignore_merges`), and the space mark
+    is bytes. As lossless as the tokenizer is: where it normalises text, `token_bytes` counts what
+    it restores.
 
     Args:
         file: the tokenizer.json. Beside it, tokenizer_config.json has `bos_token` and `eos_token`,
@@ -46,13 +48,25 @@ class TokenizerJson(Tokenizer):
         except Exception as error:  # the library has no class of its own
             reason = " ".join(str(error).split())
             raise UserError(f"data.tokenizer.model {file}: no tokenizer.json ({reason})") from None
-        model.no_truncation()
-        model.no_padding()
-        model.encode_special_tokens = True
         self._model, self._content = model, content
         self._settings = _read(file.with_name(SPECIAL))
         bos, eos = (_special_id(file, model, name) for name in ("bos", "eos"))
-        table = _table(file, json.loads(content), model)
+        tree = json.loads(content)
+        bytes_ = _byte_tokens(tree, model)
+        table = _table(file, tree, model, bytes_)
+        table[bos] = table[eos] = b""
+        ends = {str(model.id_to_token(i)) for i in (bos, eos)}
+        self._encoder = _without_literals(tree, ends, bytes_)
+        self._marks = SpaceMarks(
+            self._encode_as_it_is,
+            {table[i][0]: i for token, i in model.get_vocab().items() if token in bytes_},
+        )
+        for end in sorted(ends):
+            if {bos, eos} & set(self._encode_as_it_is(end)):
+                raise UserError(
+                    f"data.tokenizer.model {file}: a text with {end!r} would have BOS or EOS "
+                    "inside; name other tokens in " + SPECIAL
+                )
         digest = hashlib.sha256(content + f" {bos} {eos}".encode())
         super().__init__(table, bos, eos, digest.hexdigest())
 
@@ -67,8 +81,11 @@ class TokenizerJson(Tokenizer):
         (directory / SPECIAL).write_text(text + "\n", encoding="utf-8")
 
     def _encode_piece(self, text: str) -> list[int]:
+        return self._marks.encode(text)
+
+    def _encode_as_it_is(self, text: str) -> list[int]:
         # Without the offsets of tokens, which take most of the time of `encode`.
-        return self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Cut only at line ends where the tokens of both sides are those of the whole."""
@@ -128,7 +145,66 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _table(file: Path, tree: dict[str, Any], model: tokenizers.Tokenizer) -> list[bytes]:
+def _byte_tokens(tree: dict[str, Any], model: tokenizers.Tokenizer) -> list[str]:
+    """Tokens such as <0x0A>, where they stand for a byte."""
+    fallback = tree["model"].get("byte_fallback") or "ByteFallback" in _decoders(
+        tree.get("decoder")
+    )
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)] if fallback else []
+    return [token for token in tokens if model.token_to_id(token) is not None]
+
+
+def _unknown(model: dict[str, Any]) -> str:
+    """The token of what a model does not know; empty if it has none."""
+    if model["type"] == "Unigram":
+        return "" if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token") or ""
+
+
+def _without_literals(
+    tree: dict[str, Any], ends: set[str], bytes_: list[str]
+) -> tokenizers.Tokenizer:
+    """The tokenizer for texts, which takes what is written like a special or byte token as text.
+
+    Args:
+        ends: BOS and EOS, whether the file says that they are special or not.
+        bytes_: byte tokens.
+    """
+    special = ends | {*bytes_, _unknown(tree["model"])}
+    for added in tree["added_tokens"]:
+        added["special"] |= added["content"] in ends
+        special |= {added["content"]} if added["special"] else set()
+    rests: dict[str, list[str]] = {}
+    for token in sorted(special & _found_in_text(tree["model"])):
+        if len(token) > 1:
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    if rests:  # cut after its first character, it is two words
+        cuts = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+        pattern = {"Regex": "|".join(cuts)}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        steps = [step for step in (tree["pre_tokenizer"], split) if step]
+        tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
+    return model
+
+
+def _found_in_text(model: dict[str, Any]) -> set[str]:
+    """Tokens of a model that a word of a text may be, if it is written so."""
+    vocabulary = model["vocab"]
+    if model["type"] == "Unigram":
+        return {piece for piece, _ in vocabulary}
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        return set(vocabulary)
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    return {"".join(pair) for pair in pairs}
+
+
+def _table(
+    file: Path, tree: dict[str, Any], model: tokenizers.Tokenizer, bytes_: list[str]
+) -> list[bytes]:
     """The bytes that each id stands for; nothing for special tokens and ids without one."""
     kinds = _decoders(tree.get("decoder"))
     if "ByteLevel" in kinds:
@@ -146,8 +222,12 @@ def _table(file: Path, tree: dict[str, Any], model: tokenizers.Tokenizer) -> lis
     for token, i in vocabulary.items():
         table[i] = bytes_of(token)
     for i, added in model.get_added_tokens_decoder().items():
-        table[i] = b"" if added.special else added.content.encode()
-    unknown = tree["model"].get("unk_token")
+        # A single character is found in texts all the same.
+        nothing = added.special and len(added.content) > 1
+        table[i] = b"" if nothing else added.content.encode()
+    for token in bytes_:  # which trainers can only add as special ones
+        table[vocabulary[token]] = bytes([int(token[3:5], 16)])
+    unknown = _unknown(tree["model"])
     if unknown in vocabulary:
         table[vocabulary[unknown]] = b""
     return table
@@ -163,8 +243,7 @@ def _decoders(tree: dict[str, Any] | None) -> set[str]:
 
 
 def _bytes_of_sentencepiece(token: str) -> bytes:
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE_MARK, " ").encode()
+    return token.replace(SPACE_MARK, " ").encode()
 
 
 def _bytes_of_byte_level(token: str) -> bytes:
