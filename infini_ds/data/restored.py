@@ -17,7 +17,8 @@ class Restored(NamedTuple):
     text_bytes: int
     """Bytes of the text that are among them, each as often as both have it, in any order."""
     change: str
-    """The first difference, for messages; empty if there is none."""
+    """The first difference, for messages; empty if there is none. A space before all is shown only
+    where it is the one difference."""
 
 
 def restored(tokenizer: Tokenizer, tokens: np.ndarray, content: bytes) -> Restored:
@@ -40,6 +41,8 @@ def _occurrences(content: bytes) -> np.ndarray:
 
 
 def _change(before: bytes, after: bytes) -> str:
+    if before[:1] != b" " == after[:1] and before != after[1:]:
+        after = after[1:]
     shorter = min(len(before), len(after))
     one, other = (np.frombuffer(content, np.uint8)[:shorter] for content in (before, after))
     different = one != other
