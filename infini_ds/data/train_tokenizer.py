@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="file to write, for example tokenizer/mine.model")
     parser.add_argument("vocab_size", type=int, help="number of token ids, at least 320")
     parser.add_argument("files", nargs="+", help="as in data.files: .txt, .jsonl, .parquet, globs")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet")
+    parser.add_argument("--text-field", default="text", help="of .jsonl, .json and .parquet")
     parser.add_argument(
         "--training-bytes",
         type=int,

@@ -1,6 +1,7 @@
 """The figures are the trainer's own, whatever reads the documents."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -116,9 +117,26 @@ def write_held_out(store: Store, folder: Path) -> int:
     return len(split.lengths)
 
 
+def test_a_document_may_come_through_a_pipe(trained, tmp_path):
+    (tmp_path / "a.txt").write_text("abc é " * 9)
+    expected = evaluate(trained, tmp_path, "--documents", tmp_path / "a.txt")
+    before = os.dup(0)
+    reading, writing = os.pipe()
+    os.write(writing, (tmp_path / "a.txt").read_bytes())
+    os.close(writing)
+    try:
+        os.dup2(reading, 0)
+        figures = evaluate(trained, tmp_path, "--documents", "-")
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reading)
+    assert figures["with_memory"] == expected["with_memory"]
+
+
 MISTAKES = {
     "files": (["--documents=none.txt"], "--documents none.txt: no such file"),
-    "kind": (["--documents={trained}/evaluation.json"], "must be .txt, .jsonl"),
+    "kind": (["--documents={trained}/config.yaml"], "must be .txt, .jsonl"),
     "empty": (["--documents={trained}/empty.txt"], "empty.txt: no text in them"),
     "json": (["--json=none/a.json"], "--json none/a.json: its directory does not exist"),
     "plot": (["--plot=none/a.png"], "--plot none/a.png: its directory does not exist"),
@@ -130,7 +148,6 @@ MISTAKES = {
 def test_mistake_is_one_line_with_code_2(trained, capsys, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     (trained / "empty.txt").touch()
-    (trained / "evaluation.json").write_text("{}")
     arguments, message = MISTAKES[name]
     given = [each.format(trained=trained) for each in arguments]
     assert cli.main(["evaluate", str(trained), *given]) == 2

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -203,8 +204,50 @@ def test_failed_reading_leaves_the_old_file(folder, book, capsys):
     before = book.read_bytes()
     (folder / "broken.txt").write_bytes(b"x" * 5000 + b"\xff")
     arguments = ["memorize", folder / "run", folder / "broken.txt", "-o", book, "--force"]
-    assert "broken.txt: cannot be read (not UTF-8 at byte 5,000" in mistake(capsys, *arguments)
+    assert "broken.txt: cannot be read (line 1, byte 5,000: 0xff" in mistake(capsys, *arguments)
     assert book.read_bytes() == before
+
+
+@pytest.fixture(params=["-", "/dev/stdin", "/dev/fd/{}", "named"])
+def piped(request, tmp_path):
+    """Puts text into a pipe, and the name of its other end."""
+    before, ends = os.dup(0), []
+
+    def made(text):
+        if request.param == "named":
+            os.mkfifo(tmp_path / "pipe")
+            ends.append(os.open(tmp_path / "pipe", os.O_RDWR))  # so that opening does not wait
+            writing = os.open(tmp_path / "pipe", os.O_WRONLY)
+        else:
+            reading, writing = os.pipe()
+            ends.append(reading)
+            os.dup2(reading, 0)
+        os.write(writing, text.encode())
+        os.close(writing)
+        if request.param != "named":
+            return request.param.format(reading)
+        threading.Timer(0.2, os.close, ends[-1:]).start()
+        ends.clear()
+        return tmp_path / "pipe"
+
+    yield made
+    os.dup2(before, 0)
+    for end in (before, *ends):
+        os.close(end)
+
+
+def test_a_document_may_come_through_a_pipe(folder, book, piped, capsys):
+    arguments = ["memorize", folder / "run", piped(TEXT), "-o", folder / "piped", "--force"]
+    assert cli.main(list(map(str, arguments))) == 0
+    memory, expected = Memory.load(folder / "piped"), Memory.load(book)
+    assert memory.lengths == expected.lengths
+    assert torch.equal(memory.kv, expected.kv)
+
+
+def test_a_prompt_may_come_through_a_pipe(folder, piped, capsys):
+    arguments = [folder / "run", "--greedy", "--max-new-tokens", 20]
+    expected = written(capsys, *arguments, "--prompt", "line 1")
+    assert written(capsys, *arguments, "--prompt-file", piped("line 1")) == expected
 
 
 GENERATE = {
@@ -233,12 +276,15 @@ MEMORIZE = {
     "no_document": (["{folder}/none.txt"], "none.txt: no such file"),
     "no_directory": (["{folder}/book.txt", "-o{folder}/none/a"], "its directory does not exist"),
     "empty": (["{folder}/empty.txt"], "empty.txt: is empty"),
+    "directory": (["{folder}"], ": is a directory; name a file"),
+    "utf16_without_mark": (["{folder}/utf16.txt"], "looks like UTF-16LE without a byte order mark"),
 }
 
 
 @pytest.mark.parametrize("name", MEMORIZE)
 def test_mistake_in_memorize_is_one_line_with_code_2(folder, capsys, name):
     (folder / "empty.txt").touch()
+    (folder / "utf16.txt").write_bytes(TEXT.encode("utf-16-le"))
     given, message = MEMORIZE[name]
     given = [each.format(folder=folder) for each in given]
     line = mistake(capsys, "memorize", folder / "run", f"-o{folder}/new.safetensors", *given)
