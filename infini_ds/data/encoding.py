@@ -54,7 +54,7 @@ def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Enc
     parts = []
     begin = 0
     for characters, _ in spans or (Span(len(text), 1.0),):
-        parts.append(tokenizer.encode_array(text[begin : begin + characters]))
+        parts.append(tokenizer.encode_array(text[begin : begin + characters], begin == 0))
         begin += characters
     tokens = np.empty(sum(map(len, parts)) + 2, dtype=token_dtype(tokenizer.vocab_size))
     tokens[0], tokens[-1] = tokenizer.bos_id, tokenizer.eos_id

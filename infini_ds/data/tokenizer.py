@@ -44,10 +44,15 @@ class Tokenizer:
         """Ids of a text, without BOS and EOS."""
         return self.encode_array(text).tolist()
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Ids of a text, without BOS and EOS: uint32 [tokens]."""
+    def encode_array(self, text: str, begins: bool = True) -> np.ndarray:
+        """Ids of a text, without BOS and EOS: uint32 [tokens].
+
+        Args:
+            begins: False where the text goes on with another, so that no space is put before it.
+        """
         pieces = [
-            np.array(self._encode_piece(piece), dtype=np.uint32) for piece in self._pieces(text)
+            np.array(self._encode_piece(piece, begins and not number), dtype=np.uint32)
+            for number, piece in enumerate(self._pieces(text))
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
 
@@ -58,7 +63,7 @@ class Tokenizer:
         for i in range(0, len(text), PIECE_CHARACTERS):
             yield text[i : i + PIECE_CHARACTERS]
 
-    def _encode_piece(self, text: str) -> list[int]:
+    def _encode_piece(self, text: str, begins: bool) -> list[int]:
         raise NotImplementedError
 
     def bytes_of(self, ids: np.ndarray) -> bytes:
@@ -77,11 +82,13 @@ class Tokenizer:
         return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
 
 
-class SpaceMarks:
-    """Lets the space mark through a tokenizer that writes spaces so, as bytes.
+class Exact:
+    """Keeps a tokenizer that writes spaces as marks from changing what it need not.
 
-    Another character goes in, and its bytes become the mark's. Without tokens of these bytes the
-    mark comes back as a space.
+    A space mark in a text comes back as one: another character goes in, and its bytes become the
+    mark's. Where a space is put before a text, none is put before one that goes on with another:
+    that character goes in first, and is taken out with what comes before it. Without tokens of
+    single bytes all is as the tokenizer has it.
 
     Args:
         encode: ids of a text.
@@ -90,27 +97,35 @@ class SpaceMarks:
 
     def __init__(self, encode: Callable[[str], list[int]], ids: dict[int, int]):
         self._encode = encode
-        self._stand_ins: dict[str, list[int]] = {}
         self._mark = [ids.get(byte, -1) for byte in SPACE_MARK.encode()]
+        self._stand_ins: dict[str, list[int]] = {}
+        before = 0
         for character in _STAND_INS if -1 not in self._mark else ():
             own = [ids.get(byte, -1) for byte in character.encode()]
-            if _places(encode(character), own):
+            found = encode(character)
+            if found[-len(own) :] == own:
                 self._stand_ins[character] = own
+                before = len(found) - len(own)
+        self._puts_before = before > 0
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        if SPACE_MARK not in text or not self._stand_ins:
+    def encode(self, text: str, begins: bool) -> list[int]:
+        """Ids of a text, see `Tokenizer.encode_array`."""
+        goes_on = self._puts_before and not begins
+        if not goes_on and SPACE_MARK not in text:
             return self._encode(text)
-        character = next((c for c in self._stand_ins if c not in text), SPACE_MARK)
-        ids = self._encode(text.replace(SPACE_MARK, character))
-        for place in _places(ids, self._stand_ins.get(character, [])):
+        character = next((c for c in self._stand_ins if c not in text), "")
+        if not character:
+            return self._encode(text)
+        ids = self._encode(character * goes_on + text.replace(SPACE_MARK, character))
+        places = _places(ids, self._stand_ins[character])
+        for place in places:
             ids[place : place + len(self._mark)] = self._mark
-        return ids
+        return ids[places[0] + len(self._mark) :] if goes_on else ids
 
 
 def _places(ids: list[int], part: list[int]) -> list[int]:
     """Where a part of ids begins."""
-    starts = [i for i, token in enumerate(ids) if token in part[:1]]
+    starts = [i for i, token in enumerate(ids) if token == part[0]]
     return [i for i in starts if ids[i : i + len(part)] == part]
 
 
@@ -121,7 +136,7 @@ class ByteTokenizer(Tokenizer):
         table = [bytes([value]) for value in range(256)] + [b"", b""]
         super().__init__(table, 256, 257, hashlib.sha256(b"bytes").hexdigest())
 
-    def _encode_piece(self, text: str) -> list[int]:
+    def _encode_piece(self, text: str, begins: bool) -> list[int]:
         return list(text.encode())
 
     def bytes_of(self, ids: np.ndarray) -> bytes:
@@ -133,7 +148,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model.
 
     Lossless for models as `train_sentencepiece` makes them. A model from elsewhere may normalise
-    text or put a space before it; then `token_bytes` counts the text that it restores.
+    text or put a space before it; then `token_bytes` counts what it makes of it.
     """
 
     def __init__(self, model: bytes, name: str):
@@ -148,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor, self._content = processor, model
         tokens = range(processor.GetPieceSize())
         bytes_ = {self._bytes_of(i)[0]: i for i in tokens if processor.IsByte(i)}
-        self._marks = SpaceMarks(processor.EncodeAsIds, bytes_)
+        self._exact = Exact(processor.EncodeAsIds, bytes_)
         super().__init__(
             [self._bytes_of(i) for i in tokens],
             processor.bos_id(),
@@ -168,13 +183,8 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE_MARK, " ").encode()
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        # A space that is put before a text must not come into the middle of a word.
-        whole = self._processor.EncodeAsPieces("a")[0].startswith(SPACE_MARK)
-        return iter([text] if whole and text else super()._pieces(text))
-
-    def _encode_piece(self, text: str) -> list[int]:
-        return self._marks.encode(text)
+    def _encode_piece(self, text: str, begins: bool) -> list[int]:
+        return self._exact.encode(text, begins)
 
 
 def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:

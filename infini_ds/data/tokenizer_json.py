@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from infini_ds.config import TOKENIZER_FILES
-from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, SpaceMarks, Tokenizer
+from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
 
 # One text at a time needs no threads, and processes that prepare a store are many already.
@@ -57,7 +57,7 @@ class TokenizerJson(Tokenizer):
         table[bos] = table[eos] = b""
         ends = {str(model.id_to_token(i)) for i in (bos, eos)}
         self._encoder = _without_literals(tree, ends, bytes_)
-        self._marks = SpaceMarks(
+        self._exact = Exact(
             self._encode_as_it_is,
             {table[i][0]: i for token, i in model.get_vocab().items() if token in bytes_},
         )
@@ -80,8 +80,8 @@ class TokenizerJson(Tokenizer):
         text = json.dumps(tree, indent=2, ensure_ascii=False)
         (directory / SPECIAL).write_text(text + "\n", encoding="utf-8")
 
-    def _encode_piece(self, text: str) -> list[int]:
-        return self._marks.encode(text)
+    def _encode_piece(self, text: str, begins: bool) -> list[int]:
+        return self._exact.encode(text, begins)
 
     def _encode_as_it_is(self, text: str) -> list[int]:
         # Without the offsets of tokens, which take most of the time of `encode`.
@@ -102,8 +102,8 @@ class TokenizerJson(Tokenizer):
             if not place:
                 break
             left, right = text[place - _AROUND : place], text[place : place + _AROUND]
-            apart = self._encode_piece(left) + self._encode_piece(right)
-            if apart == self._encode_piece(left + right):
+            apart = self._encode_piece(left, False) + self._encode_piece(right, False)
+            if apart == self._encode_piece(left + right, False):
                 return place
         return len(text)
 

@@ -108,7 +108,7 @@ def _tokens(tokenizer: Tokenizer, options: GenerateOptions, begins: bool) -> np.
         text.encode()
     except UnicodeEncodeError:  # the shell gives any bytes
         raise UserError("--prompt: is not UTF-8") from None
-    tokens = tokenizer.encode_array(text)
+    tokens = tokenizer.encode_array(text, begins)
     if begins:
         tokens = np.concatenate((np.array([tokenizer.bos_id], tokens.dtype), tokens))
     if not len(tokens):

@@ -1,7 +1,7 @@
 """`infini-ds memorize`: reads a document of any length and keeps its memory as a file."""
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,8 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         def pieces() -> Iterator[np.ndarray]:
             nonlocal encoded
             bos = np.array([tokenizer.bos_id], dtype=np.uint32)
-            for piece in chain([bos], map(tokenizer.encode_array, text)):
+            tokens = map(tokenizer.encode_array, text, chain([True], repeat(False)))
+            for piece in chain([bos], tokens):
                 encoded += len(piece)
                 yield piece
 

@@ -7,6 +7,8 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from infini_ds.data.documents import Span
+from infini_ds.data.encoding import encode
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from tests.data.tokenizer_files import SOURCE, byte_level, sentencepiece_like
@@ -141,6 +143,28 @@ def test_text_comes_back_as_it_was(load, name, text):
     assert tokenizer.bytes_of(tokenizer.encode_array(text)).decode() == before + text
     assert tokenizer.token_bytes[ids].sum() == len((before + text).encode())
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_no_space_is_put_into_a_text_that_comes_in_parts(load, name):
+    tokenizer = load(name)
+    parts = [tokenizer.encode_array("def▁"), *(tokenizer.encode_array(t, False) for t in "▁a🎉\n")]
+    before = " " if tokenizer.decode(tokenizer.encode("d")) == " d" else ""
+    assert "".join(map(tokenizer.decode, parts)) == before + "def▁▁a🎉\n"
+    spans = (Span(0, 1.0), Span(3, 0.0), Span(5, 1.0))
+    encoded = encode(tokenizer, "def def ", spans)
+    assert tokenizer.decode(encoded.tokens) == before + "def def "
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_no_space_is_put_into_a_long_text(load, name, monkeypatch):
+    for module in ("tokenizer", "tokenizer_json"):
+        monkeypatch.setattr(f"infini_ds.data.{module}.PIECE_CHARACTERS", 100)
+    tokenizer = load(name)
+    text = "def function(x):\n    return x▁\n" * 30
+    assert len(list(tokenizer._pieces(text))) > 3
+    before = " " if tokenizer.decode(tokenizer.encode("d")) == " d" else ""
+    assert tokenizer.decode(tokenizer.encode(text)) == before + text
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
