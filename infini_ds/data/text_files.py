@@ -18,6 +18,7 @@ STANDARD_INPUT = "-"
 # What reading one may raise.
 UNREADABLE = (EOFError, OSError, WrongEncoding, zlib.error, zstandard.ZstdError)
 _READ_BYTES = 1 << 20
+_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 class _Source(io.FileIO):
@@ -26,9 +27,9 @@ class _Source(io.FileIO):
     done_bytes = 0
     """How much of it has been read."""
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer) -> int | None:
         count = super().readinto(buffer)
-        self.done_bytes += count
+        self.done_bytes += count or 0
         return count
 
 
@@ -43,7 +44,7 @@ def open_text(path: str | Path) -> Iterator[tuple[IO[bytes], _Source]]:
     with (
         _Source(file, closefd=file != 0) as source,
         io.BufferedReader(source) as raw,
-        _decompressed(raw, compression(path)) as content,
+        _decompressed(raw, compression(path) or _compression_of(raw)) as content,
         io.BufferedReader(Utf8(content), _READ_BYTES) as text,
     ):
         yield text, source
@@ -56,12 +57,12 @@ def exists(path: str | Path) -> bool:
 
 def is_pipe(path: str | Path) -> bool:
     """Whether it can be read only once, and has no size."""
-    return not stat.S_ISREG(os.stat(_file(path)).st_mode)
+    return str(path) == STANDARD_INPUT or not stat.S_ISREG(os.stat(path).st_mode)
 
 
 def size_of(path: str | Path) -> int:
     """Bytes on disk; 0 of a pipe."""
-    return 0 if is_pipe(path) else os.stat(_file(path)).st_size
+    return 0 if is_pipe(path) else os.stat(path).st_size
 
 
 def compression(path: str | Path) -> str:
@@ -78,6 +79,12 @@ def reason_of(error: BaseException) -> str:
 
 def _file(path: str | Path) -> str | Path | int:
     return 0 if str(path) == STANDARD_INPUT else path
+
+
+def _compression_of(raw: Any) -> str:
+    """The same by the first bytes, which no text has: a pipe has no name."""
+    head = raw.peek(4)
+    return next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), "")
 
 
 def _decompressed(raw: Any, kind: str) -> Any:

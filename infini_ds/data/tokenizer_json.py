@@ -13,6 +13,7 @@ import tokenizers
 from infini_ds.config import TOKENIZER_FILES
 from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
+from infini_ds.text_encoding import read_text
 
 # One text at a time needs no threads, and processes that prepare a store are many already.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -135,7 +136,7 @@ def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
 def _read(path: Path) -> dict[str, Any]:
     """What a file of settings says, nothing if there is none."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -200,6 +200,14 @@ def test_a_pipe_is_read_as_a_file_is(pipe, encoding):
     assert texts(corpus_of(pipe(MARKED[encoding]))) == [TEXT]
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_what_is_compressed_is_known_without_its_name(pipe, tmp_path, ending):
+    content = COMPRESS[ending](TEXT.encode())
+    (tmp_path / "a.txt").write_bytes(content)
+    assert "".join(TextPieces(pipe(content))) == TEXT
+    assert texts(corpus_of(tmp_path / "a.txt")) == [TEXT]
+
+
 @pytest.mark.parametrize("content", ["file", "pipe"])
 def test_a_dash_is_standard_input(pipe, tmp_path, content):
     (tmp_path / "a").write_text(TEXT, newline="")
