@@ -14,7 +14,7 @@ from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
-from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import SPACE_MARK, load_tokenizer
 from tests.data.test_tokenizer import TEXTS
 from tests.data.tokenizer_files import SPECIAL, byte_level, sentencepiece_like, write_byte_level
 from tests.tiny_run import write_checkpoint
@@ -139,7 +139,10 @@ def test_ids_are_those_of_the_classes_of_transformers(kind, tmp_path):
     ours = load_tokenizer("tokenizers", tmp_path / "tokenizer.json")
     for text in TEXTS.values():
         expected = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        assert ours.encode(text) == expected
+        if kind == "LlamaTokenizer" and SPACE_MARK in text:  # which becomes a space there
+            assert ours.decode(ours.encode(text)) == f" {text}"
+        else:
+            assert ours.encode(text) == expected
     assert ours.eos_id == theirs.eos_token_id
 
 
