@@ -1,5 +1,6 @@
 """How much of a text comes back from its tokens: not all where a tokenizer changes it."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,21 @@ def restored(tokenizer: Tokenizer, tokens: np.ndarray, content: bytes) -> Restor
         return Restored(len(content), len(content), "")
     kept = np.minimum(_occurrences(content), _occurrences(back))
     return Restored(len(back), int(kept.sum()), _change(content, back))
+
+
+def loss_of(found: Iterable[tuple[Restored, int]]) -> list[str]:
+    """A line to say of texts that do not all come back, none of others.
+
+    Args:
+        found: of each text, and its bytes.
+    """
+    back = text_bytes = 0
+    for restored_, size in found:
+        back += restored_.text_bytes
+        text_bytes += size
+    if back == text_bytes:
+        return []
+    return [f"warning: the tokenizer restores {back / text_bytes:.2%} of the bytes of the text"]
 
 
 def _occurrences(content: bytes) -> np.ndarray:

@@ -18,6 +18,7 @@ from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds.data.restored import loss_of
 from infini_ds.data.store import Split, Store
 from infini_ds.errors import UserError
 from infini_ds.evaluation import documents_report as report
@@ -60,8 +61,8 @@ def run(
         if corpus:
             raise UserError(f"--corpus {corpus}: is for held-out documents; leave out --documents")
         source: list[str] | str = list(documents)
-        split, skipped = _encoded(loaded, documents)
-        for line in skipped:
+        split, lost = _encoded(loaded, documents)
+        for line in lost:
             console.print(line)
         plans = _plans(split.lengths, config, max_segments=0)
     else:
@@ -114,7 +115,7 @@ def _data_of(path: str, data: DataConfig, corpus: str) -> DataConfig:
 
 
 def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
-    """Documents of files as the run's config reads them, as tokens, and why some were skipped."""
+    """Documents of files as the run's config reads them, as tokens, and what is lost of them."""
     settings = {"source": "files", "files": list(files), "max_documents": 0}
     try:
         corpus = Corpus(loaded.config.data.model_copy(update=settings))
@@ -128,7 +129,8 @@ def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
     text_bytes = sum(document.text_bytes for document in encoded)
     token_bytes = sum(document.restored.token_bytes for document in encoded)
     split = Split(np.concatenate(tokens), offsets, None, text_bytes, token_bytes)
-    return split, corpus.skipped.lines()
+    lost = loss_of((document.restored, document.text_bytes) for document in encoded)
+    return split, corpus.skipped.lines() + lost
 
 
 def _count(plans: list[Plan]) -> int:

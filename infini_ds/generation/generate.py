@@ -8,6 +8,7 @@ import torch
 from infini_ds.compute_type import place
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
@@ -59,7 +60,9 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
     device = place(model, console)
     if memory:
         memory = memory.to(device, next(model.parameters()).dtype)
-    prompt = _tokens(tokenizer, options, begins=memory is None)
+    prompt, lost = _tokens(tokenizer, options, begins=memory is None)
+    for line in lost:
+        console.print(line, style="yellow")
     with ReadingProgress(console, "prompt", len(prompt), "tokens") as progress:
         read = 0
 
@@ -98,14 +101,16 @@ def load_memory(path: str, model: InfiniTransformer) -> Memory:
     return memory
 
 
-def _tokens(tokenizer: Tokenizer, options: GenerateOptions, begins: bool) -> np.ndarray:
-    """The prompt's tokens, after BOS where a document begins with it."""
+def _tokens(
+    tokenizer: Tokenizer, options: GenerateOptions, begins: bool
+) -> tuple[np.ndarray, list[str]]:
+    """The prompt's tokens, after BOS where a document begins with it, and what is lost of it."""
     text = options.prompt
     if text is None:
         assert options.prompt_file is not None
         text = "".join(TextPieces(options.prompt_file))
     try:
-        text.encode()
+        content = text.encode()
     except UnicodeEncodeError:  # the shell gives any bytes
         raise UserError("--prompt: is not UTF-8") from None
     tokens = tokenizer.encode_array(text, begins)
@@ -113,4 +118,4 @@ def _tokens(tokenizer: Tokenizer, options: GenerateOptions, begins: bool) -> np.
         tokens = np.concatenate((np.array([tokenizer.bos_id], tokens.dtype), tokens))
     if not len(tokens):
         raise UserError("prompt: is empty; a memory needs something to go on with")
-    return tokens
+    return tokens, loss_of([(restored(tokenizer, tokens, content), len(content))])

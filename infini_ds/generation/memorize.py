@@ -1,7 +1,6 @@
 """`infini-ds memorize`: reads a document of any length and keeps its memory as a file."""
 
 from collections.abc import Iterator
-from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from infini_ds.allocator import keep_freed_memory
 from infini_ds.compute_type import place
 from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds.data.restored import Restored, loss_of, restored
 from infini_ds.data.text_files import STANDARD_INPUT
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.errors import UserError
@@ -48,15 +48,19 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     reader = fingerprint(model)
     place(model, console)
     encoded = read = 0
+    found: list[tuple[Restored, int]] = []
     with ReadingProgress(console, "memorize", text.total_bytes, "bytes") as progress:
 
         def pieces() -> Iterator[np.ndarray]:
             nonlocal encoded
-            bos = np.array([tokenizer.bos_id], dtype=np.uint32)
-            tokens = map(tokenizer.encode_array, text, chain([True], repeat(False)))
-            for piece in chain([bos], tokens):
-                encoded += len(piece)
-                yield piece
+            encoded += 1
+            yield np.array([tokenizer.bos_id], dtype=np.uint32)
+            for number, piece in enumerate(text):
+                tokens = tokenizer.encode_array(piece, begins=number == 0)
+                content = piece.encode()
+                found.append((restored(tokenizer, tokens, content), len(content)))
+                encoded += len(tokens)
+                yield tokens
 
         def on_read(tokens: int) -> None:
             nonlocal read
@@ -72,6 +76,8 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         on_read(rest.shape[1])
         rate = progress.tokens_per_second
     memory.save(output, reader)
+    for line in loss_of(found):
+        console.print(line, style="yellow")
     console.print(
         f"{output}: memory of {read:,} tokens, {Path(output).stat().st_size:,} bytes "
         f"({rate:,.0f} tokens/s)"

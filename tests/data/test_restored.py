@@ -12,7 +12,7 @@ from infini_ds.data import prepare as prepare_module
 from infini_ds.data.encoding import encode
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.prepare import prepare
-from infini_ds.data.restored import restored
+from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.store import Store, restored_share
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
@@ -199,6 +199,15 @@ def test_bytes_that_come_back_are_counted(name):
     if expected[2] is not None:
         assert found.change == expected[2]
     assert len(found.change) < 120
+
+
+def test_commands_say_what_is_lost_of_their_text(tmp_path):
+    tokenizer = written(tmp_path, LOSING["no_spaces"][0]())
+    loaded = load_tokenizer(tokenizer.kind, tokenizer.model)
+    texts = [text.encode() for text in ("ab cd", "abcde", " ")]
+    found = [(restored(loaded, loaded.encode_array(t.decode()), t), len(t)) for t in texts]
+    assert loss_of(found) == ["warning: the tokenizer restores 81.82% of the bytes of the text"]
+    assert loss_of(found[1:2]) == loss_of([]) == []
 
 
 def test_bits_per_byte_are_over_the_text_as_it_was(tmp_path):
