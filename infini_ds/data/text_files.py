@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import zstandard
 
-from infini_ds.text_encoding import Utf8, WrongEncoding
+from infini_ds.data.text_encoding import Utf8, WrongEncoding
 
 STANDARD_INPUT = "-"
 # What reading one may raise.

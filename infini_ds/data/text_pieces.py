@@ -4,9 +4,9 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
+from infini_ds.data.text_encoding import conversion
 from infini_ds.data.text_files import UNREADABLE, open_text, reason_of, size_of
 from infini_ds.errors import UserError
-from infini_ds.text_encoding import conversion
 
 _PIECE_BYTES = 1 << 16
 

@@ -11,9 +11,9 @@ from typing import Any
 import tokenizers
 
 from infini_ds.config import TOKENIZER_FILES
+from infini_ds.data.text_encoding import read_text
 from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
-from infini_ds.text_encoding import read_text
 
 # One text at a time needs no threads, and processes that prepare a store are many already.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,13 +10,13 @@ import threading
 import pytest
 import zstandard
 
-from infini_ds.config import DataConfig, load
+from infini_ds.config import DataConfig
 from infini_ds.data import text_files
 from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
+from infini_ds.data.text_encoding import Utf8, WrongEncoding, read_text
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.errors import UserError
-from infini_ds.text_encoding import Utf8, WrongEncoding, read_text
 
 TEXT = "tea for €5 … naïve Straße\r\nПривет, мир\r日本語 🎉\n\u2028\x0c\x85\0 end\n"  # noqa: RUF001
 MARKED = {
@@ -76,18 +76,6 @@ def test_a_stream_gives_blocks_of_any_size(encoding):
 def test_small_files_are_read_in_any_encoding(tmp_path, encoding, line):
     (tmp_path / "a").write_bytes(line.encode(encoding))
     assert read_text(tmp_path / "a") == line
-
-
-def test_a_config_may_be_of_another_encoding(tmp_path):
-    text = (
-        "output_dir: runs/é\nmodel: {hidden_size: 32, num_layers: 2, num_heads: 2}\n"
-        "data: {store: stores/é}\ntrain: {steps: 2, batch_size: 2}\n"
-    )
-    (tmp_path / "a.yaml").write_bytes(text.encode("utf-16"))
-    assert load(tmp_path / "a.yaml").output_dir == "runs/é"
-    (tmp_path / "a.yaml").write_bytes((text * 3).encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.yaml: not valid YAML: line 1, byte 17: 0xe9 is not"):
-        load(tmp_path / "a.yaml")
 
 
 FRENCH = "Une forêt, l'été à Genève : « ça suffit ».\n" * 3
