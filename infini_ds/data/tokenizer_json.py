@@ -52,16 +52,18 @@ class TokenizerJson(Tokenizer):
         self._model, self._content = model, content
         self._settings = _read(file.with_name(SPECIAL))
         bos, eos = (_special_id(file, model, name) for name in ("bos", "eos"))
-        tree = json.loads(content)
-        bytes_ = _byte_tokens(tree, model)
+        tree = json.loads(model.to_str())  # whole, whatever the file leaves out
+        vocabulary = model.get_vocab(with_added_tokens=True)
+        bytes_ = _byte_tokens(tree, vocabulary)
         table = _table(file, tree, model, bytes_)
         table[bos] = table[eos] = b""
         ends = {str(model.id_to_token(i)) for i in (bos, eos)}
-        self._encoder = _without_literals(tree, ends, bytes_)
-        self._exact = Exact(
-            self._encode_as_it_is,
-            {table[i][0]: i for token, i in model.get_vocab().items() if token in bytes_},
-        )
+        self._encoder = _without_literals(tree, model, ends, bytes_)
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self._encoder.encode_special_tokens = True
+        ids = [vocabulary[token] for token in bytes_]
+        self._exact = Exact(self._encode_as_it_is, {table[i][0]: i for i in ids})
         for end in sorted(ends):
             if {bos, eos} & set(self._encode_as_it_is(end)):
                 raise UserError(
@@ -146,13 +148,12 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _byte_tokens(tree: dict[str, Any], model: tokenizers.Tokenizer) -> list[str]:
+def _byte_tokens(tree: dict[str, Any], vocabulary: dict[str, int]) -> list[str]:
     """Tokens such as <0x0A>, where they stand for a byte."""
-    fallback = tree["model"].get("byte_fallback") or "ByteFallback" in _decoders(
-        tree.get("decoder")
-    )
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)] if fallback else []
-    return [token for token in tokens if model.token_to_id(token) is not None]
+    if not tree["model"].get("byte_fallback") and "ByteFallback" not in _decoders(tree["decoder"]):
+        return []
+    tokens = (f"<0x{byte:02X}>" for byte in range(256))
+    return [token for token in tokens if token in vocabulary]
 
 
 def _unknown(model: dict[str, Any]) -> str:
@@ -163,16 +164,19 @@ def _unknown(model: dict[str, Any]) -> str:
 
 
 def _without_literals(
-    tree: dict[str, Any], ends: set[str], bytes_: list[str]
+    tree: dict[str, Any], model: tokenizers.Tokenizer, ends: set[str], bytes_: list[str]
 ) -> tokenizers.Tokenizer:
     """The tokenizer for texts, which takes what is written like a special or byte token as text.
 
     Args:
+        tree: what `model` is made of.
         ends: BOS and EOS, whether the file says that they are special or not.
         bytes_: byte tokens.
     """
     special = ends | {*bytes_, _unknown(tree["model"])}
+    found = False  # whether special tokens are found in texts
     for added in tree["added_tokens"]:
+        found |= added["content"] in ends and not added["special"]
         added["special"] |= added["content"] in ends
         special |= {added["content"]} if added["special"] else set()
     rests: dict[str, list[str]] = {}
@@ -185,11 +189,7 @@ def _without_literals(
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
         steps = [step for step in (tree["pre_tokenizer"], split) if step]
         tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    model = tokenizers.Tokenizer.from_str(json.dumps(tree))
-    model.no_truncation()
-    model.no_padding()
-    model.encode_special_tokens = True
-    return model
+    return tokenizers.Tokenizer.from_str(json.dumps(tree)) if found or rests else model
 
 
 def _found_in_text(model: dict[str, Any]) -> set[str]:
@@ -199,15 +199,14 @@ def _found_in_text(model: dict[str, Any]) -> set[str]:
         return {piece for piece, _ in vocabulary}
     if model["type"] != "BPE" or model.get("ignore_merges"):
         return set(vocabulary)
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    return {"".join(pair) for pair in pairs}
+    return {"".join(pair) for pair in model["merges"]}
 
 
 def _table(
     file: Path, tree: dict[str, Any], model: tokenizers.Tokenizer, bytes_: list[str]
 ) -> list[bytes]:
     """The bytes that each id stands for; nothing for special tokens and ids without one."""
-    kinds = _decoders(tree.get("decoder"))
+    kinds = _decoders(tree["decoder"])
     if "ByteLevel" in kinds:
         bytes_of = _bytes_of_byte_level
     elif kinds & {"Metaspace", "ByteFallback"}:

@@ -188,6 +188,27 @@ def test_byte_tokens_that_are_special_stand_for_bytes(load, name):
     assert tokenizer.encode("\n") == [first + 10]
 
 
+def test_a_single_character_that_is_special_is_text(tmp_path):
+    tokenizer = bpe()
+    tokenizer.add_special_tokens(["d", ">"])
+    loaded = _load(tmp_path, tokenizer)
+    assert loaded.decode(loaded.encode("def>")) == "def>"
+
+
+def test_a_file_of_an_older_form_is_read(tmp_path):
+    tree = json.loads(bpe(merges=MERGES).to_str())
+    tree["model"]["merges"] = [" ".join(pair) for pair in tree["model"]["merges"]]
+    for name in ("type", "ignore_merges", "dropout"):
+        del tree["model"][name]
+    for name in ("padding", "truncation", "post_processor", "pre_tokenizer"):
+        del tree[name]
+    _load(tmp_path, bpe())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    loaded = load_tokenizer("tokenizers", tmp_path / "tokenizer.json")
+    assert loaded.decode(loaded.encode("<s> def")) == "<s> def"
+    assert not {loaded.bos_id, loaded.eos_id} & set(loaded.encode("<s> </s>"))
+
+
 def test_other_text_has_the_ids_of_the_library(load):
     text = "def function(x):\n    return x\n" * 20
     for name in ("unigram", "bpe_whole_words", "words", "word_pieces", "unigram_without_bytes"):
