@@ -303,6 +303,11 @@ def _add_convert(commands) -> None:
                 "--shard-size", default="5GB", metavar="SIZE",
                 help="largest file of a directory, such as 500MB (%(default)s)",
             )  # fmt: skip
+        if name not in ("to-seed", "from-seed"):
+            parser.add_argument(
+                "--without-tokenizer", action="store_true",
+                help="make a directory even if there is no tokenizer that can be read",
+            )  # fmt: skip
         if name.startswith("to-"):
             parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest)")
         if name in ("to-safetensors", "to-hf"):
@@ -492,7 +497,10 @@ def _convert(options: argparse.Namespace) -> None:
     size = _bytes("--shard-size", options.shard_size) if name != "to-seed" else 0
     from infini_ds.conversion import convert
 
-    task = convert.Task(Path(options.source), Path(options.destination), options.force, size)
+    task = convert.Task(
+        Path(options.source), Path(options.destination), options.force, size,
+        getattr(options, "without_tokenizer", False),
+    )  # fmt: skip
     if name == "from-seed":
         convert.from_seed(task, options.segment_length, options.memory_rule)
     elif name == "to-seed":

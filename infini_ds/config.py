@@ -25,6 +25,8 @@ _WEEK = 7 * 24 * 3600
 _PathText = Annotated[str, AfterValidator(as_path)]
 """A path, or empty. What decides what is in a store, such as data.files, stays as it is typed."""
 _SPOKEN = {"yes": True, "on": True, "no": False, "off": False}
+LARGEST_GATE = 10000.0
+"""Of the gates' beta, whose sigmoid is 0 or 1 long before; every type of weights can hold it."""
 
 
 class Settings(BaseModel):
@@ -211,7 +213,11 @@ class ModelConfig(Settings):
         for name in ("vocab_size", "num_kv_heads", "intermediate_size"):
             _require_at_least(self, name, 0)
         _require_at_least(self, "rope_theta", 1)
-        _require_at_least(self, "initializer_range", 0)
+        _require(self, "initializer_range", 0 <= self.initializer_range <= 100, "from 0 to 100")
+        _require(
+            self, "gate_init", abs(self.gate_init) <= LARGEST_GATE,
+            f"from -{LARGEST_GATE:g} to {LARGEST_GATE:g}",
+        )  # fmt: skip
         _require_epsilon(self, "norm_eps")
         if self.num_heads % self.kv_heads:
             raise ValueError(
@@ -674,15 +680,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     Raises:
         UserError: the file is missing or not YAML, or a key or value is wrong; one line.
     """
-    path = Path(path)
-    try:
-        tree = read_yaml(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"config {path}: must be a mapping of settings, is {type(tree).__name__}")
+    tree = _read(Path(path))
     for override in overrides:
         _apply(tree, override)
     if isinstance(tree.get("init_from"), str) and tree["init_from"]:
@@ -691,6 +689,27 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     if not all(corpus.store for corpus in config.data.corpora.values()):  # only exports have none
         raise UserError(f"config {path}: data.store must name the directory of the token store")
     return config
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """Reads what `dump` wrote, a run's own config.yaml: nothing that it names is looked at.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is wrong; one line.
+    """
+    return parse(_read(path), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: must be a mapping of settings, is {type(tree).__name__}")
+    return tree
 
 
 def parse(tree: dict[str, Any], origin: str) -> RunConfig:

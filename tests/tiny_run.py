@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
+from infini_ds.data.kept_tokenizer import copy_kept_tokenizer
 from infini_ds.data.store import sha256_of
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.training import manifest
@@ -28,12 +29,13 @@ def tiny_config(folder: Path, **model) -> RunConfig:
 
 
 def write_checkpoint(
-    config: RunConfig, step: int = 9, seed: int = 0, store: str = "none"
+    config: RunConfig, step: int = 9, seed: int = 0, store: str = "none", **told
 ) -> InfiniTransformer:
     """Writes the initial model of a seed as the checkpoint of a step; the model.
 
     Args:
         store: fingerprint of the one that it was trained on.
+        told: what else its state says.
     """
     model = InfiniTransformer(config.model, seed).eval()
     directory = Path(config.output_dir) / "checkpoints" / f"step_{step:08d}"
@@ -43,10 +45,11 @@ def write_checkpoint(
             torch.save(layer.state_dict(), directory / f"layer_{index:02d}-model_states.pt")
     save_file({"norm": torch.zeros(3)}, directory / "memory" / "block_000.lanes_00000.safetensors")
     (directory / "rank_0_optim_states.pt").write_bytes(b"optimizer" * 9)
+    copy_kept_tokenizer(Path(config.output_dir), directory)
     (directory / "config.yaml").write_text(configuration.dump(config))
     state = {
         "step": step, "tokens": 100 * step, "skipped_steps": 0,
-        "layout": {"pipeline": 2, "data": 1}, "store": store,
+        "layout": {"pipeline": 2, "data": 1}, "store": store, **told,
     }  # fmt: skip
     (directory / "state.json").write_text(json.dumps(state))
     files = {

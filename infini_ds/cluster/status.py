@@ -61,7 +61,7 @@ def figures_of(directory: Path) -> dict[str, Any]:
     if not metrics.is_file() or not (directory / "config.yaml").is_file():
         why = f"the run did not start: {failure['message']}" if failure else "is no run"
         raise UserError(f"status {directory}: {why}; name the output_dir of a run")
-    config = configuration.load(directory / "config.yaml")
+    config = configuration.load_resolved(directory / "config.yaml")
     steps, evaluation = _last_lines(metrics)
     last = steps[0] if steps else {}
     saved = _last_checkpoint(directory)

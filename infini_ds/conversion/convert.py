@@ -1,7 +1,6 @@
 """The conversions of `infini-ds convert`: each streams tensor by tensor, from disk to disk."""
 
 import json
-import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infini_ds.config import TOKENIZER_FILES, ModelConfig
+from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ModelConfig
 from infini_ds.conversion import hub, llama, seed
 from infini_ds.conversion.destination import check_destination, destination
 from infini_ds.conversion.export import (
@@ -25,6 +24,7 @@ from infini_ds.conversion.export import (
     export_tokenizer,
     open_model,
     parameters_of,
+    tokenizer_files,
 )
 from infini_ds.conversion.huggingface import write_huggingface
 from infini_ds.conversion.pairs import Move, Pair
@@ -40,6 +40,7 @@ from infini_ds.conversion.writer import Plan
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.printing import Console
+from infini_ds.ranges import narrowed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,6 +55,8 @@ class Task:
     """Replace the target if it exists."""
     shard_bytes: int = 5_000_000_000
     """Largest file of a directory, but for a tensor that is larger; 0: one file."""
+    without_tokenizer: bool = False
+    """Make a directory even if there is no tokenizer that can be read."""
 
 
 def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None) -> None:
@@ -132,8 +135,10 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
             cannot be written.
     """
     console = Console()
-    if not math.isfinite(gate_init):
-        raise UserError(f"--gate-init ({gate_init}) must be a finite number")
+    if not abs(gate_init) <= LARGEST_GATE:
+        raise UserError(
+            f"--gate-init ({gate_init:g}) must be from -{LARGEST_GATE:g} to {LARGEST_GATE:g}"
+        )
     _require_directory(task)
     check_destination(task.target, task.source, task.force)
     source, on_hub = task.source, hub.is_name(task.source)
@@ -142,6 +147,7 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     tree = llama.read_config(source / "config.json")
     path = task.source / "config.json"
     config = llama.from_config(tree, path, segment_length, gate_init, memory_rule)
+    kind = _kind_of(source, config, task, console)
     longest = tree.get("max_position_embeddings")
     if longest is not None and segment_length > longest:
         _warn(
@@ -167,7 +173,9 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
-        kind = _take_tokenizer(source, partial, config, console)
+        copy_tokenizer(source, partial)
+        if kind:  # with BOS and EOS, which may be in config.json alone
+            load_tokenizer(kind, source / TOKENIZER_FILES[kind]).save(partial)
         (partial / CONFIG).write_text(config_text(config, kind))
         shutil.copyfile(source / "config.json", partial / SOURCE_CONFIG)
     _report(plan, task, console)
@@ -188,12 +196,13 @@ def to_llama(task: Task, step: int | None = None) -> None:
     beside = task.source / SOURCE_CONFIG
     before = llama.read_config(beside) if beside.is_file() else None
     tree = llama.to_config(config, origin, _dtype_of(model), before)
+    tokenizer = _tokenizer_of(model, task, console)
     plan = Plan([p.outward() for p in llama.table(config)], model.weights, task.shard_bytes)
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
         (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
-        _write_tokenizer(model, task.source, partial, console)
+        _write_tokenizer(model, tokenizer, task.source, partial)
     _report(plan, task, console)
     shares = torch.cat([model.weights.read(name) for name in llama.gates(config)]).float().sigmoid()
     lost = " and the write gates" if config.memory.write_gate else ""
@@ -289,10 +298,14 @@ def _weights(model: Model, dtype: str | None) -> Weights:
 def _kept(model: Model, dtype: str | None) -> list[Move]:
     """Our weights under our names."""
 
-    def keep(tensors: list[Tensor]) -> list[Tensor]:
-        return tensors if dtype is None else [tensor.to(DTYPES[dtype]) for tensor in tensors]
+    def kept(name: str) -> Move:
+        def keep(tensors: list[Tensor]) -> list[Tensor]:
+            what = f"{model.weights.origin}: tensor {name}"
+            return [narrowed(tensors[0], DTYPES[dtype], what)] if dtype else tensors
 
-    return [Move((name,), (name,), keep) for name in parameters_of(model.config)]
+        return Move((name,), (name,), keep)
+
+    return [kept(name) for name in parameters_of(model.config)]
 
 
 def _write_export(
@@ -303,13 +316,15 @@ def _write_export(
     huggingface: bool,
     console: Console,
 ) -> None:
+    check_destination(task.target, task.source, task.force)
+    tokenizer = _tokenizer_of(model, task, console)
     plan = Plan(_kept(model, dtype), weights, task.shard_bytes)
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
         if model.checkpoint is None and (task.source / SOURCE_CONFIG).is_file():
             shutil.copyfile(task.source / SOURCE_CONFIG, partial / SOURCE_CONFIG)
-        tokenizer = _write_tokenizer(model, task.source, partial, console)
+        _write_tokenizer(model, tokenizer, task.source, partial)
         kind = model.settings.data.tokenizer.kind if tokenizer else None
         (partial / CONFIG).write_text(config_text(model.config, kind))
         if huggingface:
@@ -318,35 +333,53 @@ def _write_export(
     _report(plan, task, console)
 
 
-def _write_tokenizer(
-    model: Model, source: Path, directory: Path, console: Console
-) -> Tokenizer | None:
-    """Puts the files of a model's tokenizer into an export; the tokenizer, if it is one of ours."""
-    if model.checkpoint is None:
-        tokenizer = export_tokenizer(model.settings)
-        if source.is_dir():
-            copy_tokenizer(source, directory)
-        elif tokenizer:
-            tokenizer.save(directory)
-        return tokenizer
+def _tokenizer_of(model: Model, task: Task, console: Console) -> Tokenizer | None:
+    """The tokenizer of a model; None if it has files that transformers alone may read.
+
+    Raises:
+        UserError: it has none, or one that cannot be read, and the task needs one.
+    """
     try:
-        tokenizer = tokenizer_of(model.checkpoint, model.settings)
+        if model.checkpoint:
+            return tokenizer_of(model.checkpoint, model.settings)
+        tokenizer = export_tokenizer(model.settings)
+        if tokenizer or (task.source.is_dir() and tokenizer_files(task.source)):
+            return tokenizer
+        reason = f"{task.source}: has no tokenizer; put its tokenizer.json or tokenizer.model there"
+        if task.source.is_file():
+            reason = f"{task.source}: a single file carries no tokenizer; name what it was made of"
     except UserError as error:
-        _warn(console, f"the tokenizer is left out: {error}")
-        return None
-    tokenizer.save(directory)
-    return tokenizer
+        reason = str(error)
+    _accept_none(reason, task, console)
+    return None
 
 
-def _take_tokenizer(
-    source: Path, directory: Path, config: ModelConfig, console: Console
-) -> str | None:
-    """Puts the tokenizer of a plain model into an export; its kind, if it can be read.
+def _accept_none(reason: str, task: Task, console: Console) -> None:
+    """An export without a tokenizer is of little use, so it is not made by mistake."""
+    if not task.without_tokenizer:
+        raise UserError(f"{reason}, or add --without-tokenizer")
+    _warn(console, f"made without a tokenizer that can be read: {reason}")
+
+
+def _write_tokenizer(
+    model: Model, tokenizer: Tokenizer | None, source: Path, directory: Path
+) -> None:
+    """Puts the files of a model's tokenizer into an export, those that others alone read too."""
+    if model.checkpoint is None and source.is_dir():
+        copy_tokenizer(source, directory)
+    elif tokenizer:
+        tokenizer.save(directory)
+
+
+def _kind_of(source: Path, config: ModelConfig, task: Task, console: Console) -> str | None:
+    """The kind of a plain model's tokenizer; None if it has none that can be read.
 
     A tokenizer.json comes first: it is what transformers uses.
+
+    Raises:
+        UserError: there is none, and the task needs one.
     """
-    copy_tokenizer(source, directory)
-    reason = "it has neither tokenizer.json nor tokenizer.model"
+    reason = f"{task.source}: has neither tokenizer.json nor tokenizer.model; put one there"
     for kind in ("tokenizers", "sentencepiece"):
         file = source / TOKENIZER_FILES[kind]
         if not file.is_file():
@@ -357,10 +390,9 @@ def _take_tokenizer(
             reason = str(error)
             continue
         if tokenizer.vocab_size <= config.vocab_size:
-            tokenizer.save(directory)  # with BOS and EOS, which may be in config.json alone
             return kind
         reason = f"{file} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
-    _warn(console, f"the export has no tokenizer that a run can use: {reason}")
+    _accept_none(reason, task, console)
     return None
 
 

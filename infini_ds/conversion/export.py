@@ -21,17 +21,25 @@ from torch import Tensor
 
 from infini_ds import config as configuration
 from infini_ds.config import TOKENIZER_FILES, ModelConfig, RunConfig
-from infini_ds.conversion.run import Loaded, find_checkpoint, is_checkpoint, is_run, load_run
+from infini_ds.conversion.run import (
+    Loaded,
+    config_of,
+    find_checkpoint,
+    is_checkpoint,
+    is_run,
+    load_run,
+)
 from infini_ds.conversion.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.ranges import compute_dtype, name_of
 
 CONFIG = "config.yaml"
 SOURCE_CONFIG = "source_config.json"
 METADATA_KEY = "config"
 _LANES = 8  # documents, and segments of each, that are evaluated together
-_TOKENIZER_FILES = (
+_TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*",
 )  # fmt: skip
@@ -87,7 +95,7 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
 
 
 def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
-    """The model of an export, on the CPU, in the dtype of its file, to evaluate.
+    """The model of an export, on the CPU, in the dtype of its file (fp16 in fp32), to evaluate.
 
     Args:
         path: directory or file of the export.
@@ -98,10 +106,13 @@ def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
     model = _open_export(Path(path))
     weights = model.weights
     check_tensors(weights.metas, parameters_of(model.config), weights.origin, CONFIG)
-    check_one_dtype(weights.metas, weights.origin)
+    dtypes = {name: compute_dtype(meta.dtype) for name, meta in weights.metas.items()}
+    computed = {name: meta.to(dtypes[name]) for name, meta in weights.metas.items()}
+    check_one_dtype(computed, weights.origin)
     with torch.device("meta"):
         module = InfiniTransformer(model.config)
-    module.load_state_dict({name: weights.read(name) for name in weights.metas}, assign=True)
+    state = {name: weights.read(name).to(dtype) for name, dtype in dtypes.items()}
+    module.load_state_dict(state, assign=True)
     return module.eval(), model.config
 
 
@@ -117,7 +128,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
     """
     if _is_of_run(path):
         checkpoint, skipped = find_checkpoint(path, step)
-        settings = configuration.load(checkpoint / CONFIG)
+        settings = config_of(checkpoint)
         model = Model(settings, CheckpointWeights(checkpoint), checkpoint, skipped)
     else:
         _check_no_step(path, step)
@@ -158,7 +169,7 @@ def check_tensors(
             )
         if not found[name].is_floating_point() or found[name].itemsize < 2:
             raise UserError(
-                f"{origin}: tensor {name} is {str(found[name].dtype).removeprefix('torch.')}; "
+                f"{origin}: tensor {name} is {name_of(found[name].dtype)}; "
                 "weights must be float32, bfloat16 or float16"
             )
     for name in found:
@@ -175,7 +186,7 @@ def check_one_dtype(found: dict[str, Tensor], origin: str) -> None:
     first = next(iter(found))
     for name, meta in found.items():
         if meta.dtype != found[first].dtype:
-            kinds = (str(found[each].dtype).removeprefix("torch.") for each in (first, name))
+            kinds = (name_of(found[each].dtype) for each in (first, name))
             raise UserError(
                 f"{origin}: {first} is {next(kinds)}, {name} {next(kinds)}; make them one with "
                 "`infini-ds convert to-safetensors --dtype fp32` or `bf16`"
@@ -212,12 +223,16 @@ def export_tokenizer(settings: RunConfig) -> Tokenizer | None:
     return tokenizer
 
 
+def tokenizer_files(source: Path) -> list[Path]:
+    """The files of a tokenizer in a directory, ours or others'."""
+    found = (file for pattern in _TOKENIZER_PATTERNS for file in source.glob(pattern))
+    return [file for file in found if file.is_file()]
+
+
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copies the files of a tokenizer, unchanged, if there are any."""
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, directory / file.name)
 
 
 def _is_of_run(path: Path) -> bool:

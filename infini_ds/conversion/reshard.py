@@ -31,7 +31,7 @@ def reshard(path: Path, step: int | None) -> None:
         console.print(line, style="yellow")
     if problems := problems_of(checkpoint):
         raise UserError(f"checkpoint {checkpoint}: {problems[0]}; choose another one with --step")
-    config = configuration.load(checkpoint / "config.yaml")
+    config = configuration.load_resolved(checkpoint / "config.yaml")
     if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
         raise UserError(
             f"checkpoint {checkpoint}: is of fp32 without ZeRO (parallel.zero_stage: 0), and can "

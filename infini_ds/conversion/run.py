@@ -3,16 +3,19 @@
 What takes a run or an export alike is `conversion.export.load_model`.
 """
 
+import glob
 import json
+import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from infini_ds import config as configuration
-from infini_ds.config import RunConfig
+from infini_ds.config import CorpusConfig, RunConfig
+from infini_ds.data.kept_tokenizer import FOLDER, kept_tokenizer
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.store import sha256_of
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,17 +30,17 @@ class Loaded(NamedTuple):
     """A model with what its commands need."""
 
     model: InfiniTransformer
-    """On the CPU, to evaluate; in the dtype that its weights are stored in."""
+    """On the CPU, to evaluate; in the dtype that its weights are stored in, but fp16 in fp32."""
     config: RunConfig
-    """As the checkpoint has it; of an export, that model with the defaults of all else."""
+    """As `config_of` gives it; of an export, that model with the defaults of all else."""
     tokenizer: Tokenizer
-    """Of the run's data.store, or of the export."""
+    """Of the checkpoint, or of the export."""
     checkpoint: Path
     """Where the weights are from, OUTPUT_DIR/checkpoints/step_XXXXXXXX or the export."""
     step: int
     """Training steps that made the weights, 0 of an export."""
     directory: Path
-    """Where reports go: the run's output directory, or that of the export."""
+    """Where reports go: the run's output directory; the export or the checkpoint alone."""
     skipped: list[str]
     """Newer checkpoints that were passed over, a line each with the reason."""
 
@@ -53,7 +56,7 @@ def load_run(path: str | Path, step: int | None = None) -> Loaded:
         UserError: there is no such run or no valid checkpoint, or the run's tokenizer is gone.
     """
     checkpoint, skipped = find_checkpoint(Path(path), step)
-    config = configuration.load(checkpoint / "config.yaml")
+    config = config_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, config)
     weights = read_weights(checkpoint)
     with torch.device("meta"):
@@ -65,20 +68,62 @@ def load_run(path: str | Path, step: int | None = None) -> Loaded:
             f"checkpoint {checkpoint}: its weights do not fit this version's model "
             f"({' '.join(str(error).split())})"
         ) from None
-    directory = checkpoint.parent.parent
-    step = manifest.step_of(checkpoint)
-    return Loaded(model.eval(), config, tokenizer, checkpoint, step, directory, skipped)
+    directory = run_of(checkpoint) or checkpoint
+    steps = state_of(checkpoint).get("step", 0)
+    return Loaded(model.eval(), config, tokenizer, checkpoint, steps, directory, skipped)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a directory named as checkpoints are, and no run of such a name."""
-    named = re.fullmatch(r"step_[0-9]+", path.resolve().name)
-    return named is not None and path.is_dir() and not is_run(path)
+    """Whether it is a directory named as checkpoints are, or a whole one of another name, and no
+    run."""
+    named = re.fullmatch(r"step_[0-9]+", path.resolve().name) is not None
+    if not named:
+        named = all((path / name).is_file() for name in (manifest.NAME, "state.json"))
+    return named and path.is_dir() and not is_run(path)
 
 
 def is_run(path: Path) -> bool:
     """Whether it is a directory with checkpoints, whole or not."""
     return bool(manifest.directories(path / "checkpoints"))
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The directory of the run that a checkpoint lies in, if it was not taken out of it."""
+    directory = checkpoint.parent.parent
+    return directory if checkpoint in manifest.directories(directory / "checkpoints") else None
+
+
+def config_of(checkpoint: Path) -> RunConfig:
+    """The config of a checkpoint, with the paths that reading needs as they are now.
+
+    Those are paths from where the run was started, unless the run has been moved together with
+    what lies around it. Of a run that did not note where that was, they are from here.
+
+    Raises:
+        UserError: its config.yaml is none of this version.
+    """
+    config = configuration.load_resolved(checkpoint / "config.yaml")
+    started = state_of(checkpoint).get("directory", os.getcwd())
+    output_dir = os.path.join(started, config.output_dir)
+
+    def found(path: str) -> str:
+        there = os.path.join(started, path)
+        moved = checkpoint.parent.parent / os.path.relpath(there, output_dir)
+        places = [there, os.path.normpath(moved)]
+        return next((place for place in places if os.path.exists(place) or glob.glob(place)), there)
+
+    def placed(corpus: CorpusConfig) -> dict:
+        passkey = corpus.passkey
+        texts = {"text_files": [found(path) for path in passkey.text_files]}
+        store = found(corpus.store) if corpus.store else ""
+        return {"store": store, "passkey": passkey.model_copy(update=texts)}
+
+    mixture = {
+        name: corpus.model_copy(update=placed(corpus))
+        for name, corpus in config.data.mixture.items()
+    }
+    data = config.data.model_copy(update={**placed(config.data), "mixture": mixture})
+    return config.model_copy(update={"data": data})
 
 
 def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
@@ -87,7 +132,7 @@ def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
         raise UserError(f"run {path}: no such directory; name the output_dir of a run")
     if is_checkpoint(path):
         candidates = [path.resolve()]
-        if step not in (None, manifest.step_of(candidates[0])):
+        if step not in (None, state_of(path).get("step")):
             raise UserError(f"run {path}: is a checkpoint; name its run to choose step {step}")
     else:
         candidates = manifest.directories(path.resolve() / "checkpoints")
@@ -115,10 +160,11 @@ def _problem(directory: Path) -> str | None:
         files = manifest.read(directory)
     except ValueError as error:
         return str(error)
+    needed = [*(file.name for file in layer_files(directory)), "config.yaml", "state.json"]
     try:
-        for file in (*layer_files(directory), directory / "config.yaml", directory / "state.json"):
-            if file.name not in files or sha256_of(file) != files[file.name]["sha256"]:
-                return f"{file.name} does not have its checksum"
+        for name in (*needed, *(name for name in files if name.startswith(f"{FOLDER}/"))):
+            if name not in files or sha256_of(directory / name) != files[name]["sha256"]:
+                return f"{name} does not have its checksum"
     except OSError as error:  # or the run that it belongs to has just deleted it
         return f"it cannot be read ({error.strerror})"
     return None
@@ -141,17 +187,40 @@ def layer_files(checkpoint: Path) -> list[Path]:
 
 
 def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with.
+    """The tokenizer that a checkpoint was trained with: its own, its run's, or that of the store.
+
+    Args:
+        config: from `config_of`.
 
     Raises:
-        UserError: the store that has it is gone, or is another one.
+        UserError: it has none (earlier versions kept it in the store alone), and the store that
+            has it is gone, or is another one.
     """
-    if config.data.tokenizer.kind == "bytes":
-        return load_tokenizer("bytes")
-    data = Mixture.open(config.data, settings=False)
-    if data.fingerprint != json.loads((checkpoint / "state.json").read_text())["store"]:
+    kind = config.data.tokenizer.kind
+    if kind == "bytes":
+        return load_tokenizer(kind)
+    for directory in filter(None, (checkpoint, run_of(checkpoint))):
+        if file := kept_tokenizer(directory, kind):
+            return load_tokenizer(kind, file)
+    try:
+        data = Mixture.open(config.data, settings=False)
+    except UserError as error:
+        raise UserError(
+            f"{error}, or put there what the run had, as checkpoint {checkpoint} has no tokenizer "
+            "of its own"
+        ) from None
+    if data.fingerprint != state_of(checkpoint).get("store"):
         raise UserError(
             f"{data.place}: is not what checkpoint {checkpoint} was trained on, "
             "so its tokenizer may be another; put what the run had there"
         )
     return data.tokenizer
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says, nothing if it cannot be read."""
+    try:
+        tree = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}

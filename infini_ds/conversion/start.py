@@ -14,6 +14,7 @@ from infini_ds.conversion.weights import Weights
 from infini_ds.data.mixture import Mixture
 from infini_ds.errors import UserError
 from infini_ds.pipeline.module import single_process_name
+from infini_ds.ranges import check_finite, narrowed
 
 _FREE = ("gate_init", "initializer_range", "memory.write_penalty")
 """Settings that say nothing about weights that are there already."""
@@ -64,11 +65,17 @@ def load_start(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights)
     Args:
         parameters: of an engine's module, by their names in it.
         weights: from `open_start`.
+
+    Raises:
+        UserError: a weight is not finite, or beyond the range of its parameter's type.
     """
     for name, parameter in parameters:
-        tensor = weights.read(single_process_name(name)).to(parameter.device)
-        parameter.copy_(tensor)
-        safe_set_full_fp32_param(parameter, tensor.float())
+        own = single_process_name(name)
+        what = f"init_from: tensor {own} of {weights.origin}"
+        tensor = weights.read(own).to(parameter.device)
+        check_finite(tensor, what)
+        parameter.copy_(narrowed(tensor, parameter.dtype, what))
+        safe_set_full_fp32_param(parameter, narrowed(tensor, torch.float32, what))
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infini_ds.conversion.pairs import Move
 from infini_ds.conversion.weights import INDEX, SINGLE, Weights
+from infini_ds.ranges import check_finite
 
 # Names of dtypes in the format.
 _DTYPES = {
@@ -105,9 +106,14 @@ class Plan:
 
     def _produce(self):
         for move in self._moves:
-            made = list(move.make([self._weights.read(name) for name in move.reads]))
+            made = list(move.make([self._read(name) for name in move.reads]))
             for name in move.writes:
                 yield name, made.pop(0)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._weights.read(name)
+        check_finite(tensor, f"{self._weights.origin}: tensor {name}")
+        return tensor
 
 
 def _write_header(

@@ -23,7 +23,7 @@ import numpy as np
 
 from infini_ds.data.documents import Corpus, Document, Span
 from infini_ds.data.restored import Restored, restored
-from infini_ds.data.store import token_dtype
+from infini_ds.data.store import stored_tokens
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 
@@ -56,9 +56,8 @@ def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Enc
     for characters, _ in spans or (Span(len(text), 1.0),):
         parts.append(tokenizer.encode_array(text[begin : begin + characters], begin == 0))
         begin += characters
-    tokens = np.empty(sum(map(len, parts)) + 2, dtype=token_dtype(tokenizer.vocab_size))
-    tokens[0], tokens[-1] = tokenizer.bos_id, tokenizer.eos_id
-    np.concatenate(parts, out=tokens[1:-1], casting="unsafe")
+    bos, eos = (np.array([i], np.uint32) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    tokens = stored_tokens([bos, *parts, eos], tokenizer.vocab_size)
     weights = None
     if spans:
         of_part = np.array([0, *(weight for _, weight in spans), spans[-1].weight], np.float32)

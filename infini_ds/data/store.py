@@ -16,6 +16,7 @@ The splits are `train` and `held_out`. A store without a valid manifest does not
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ _COUNTED_AT_ONCE = 1 << 24
 def token_dtype(vocab_size: int) -> np.dtype:
     """How a token is stored."""
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def stored_tokens(parts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+    """Token ids one after another, as they are stored.
+
+    Raises:
+        UserError: one is none of the tokenizer's.
+    """
+    tokens = np.concatenate(parts)
+    if len(tokens) and (largest := tokens.max()) >= vocab_size:
+        raise UserError(f"data.tokenizer: gives token {largest}, but has {vocab_size} tokens")
+    return tokens.astype(token_dtype(vocab_size), copy=False)
 
 
 def content_settings(config: DataConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from infini_ds.layout import Layout
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.ranges import require_finite
 
 
 class Totals(NamedTuple):
@@ -49,6 +50,9 @@ def read_documents(
         token_bytes: [vocab_size] bytes of text each token stands for.
         loss_chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
         report: is told each window that has been read.
+
+    Raises:
+        RunError: a loss is not finite.
     """
     model.eval()
     n, lanes = model.config.segment_length, len(plans[0].lengths)
@@ -63,6 +67,7 @@ def read_documents(
         hidden, layers, _ = model.read_window(tokens, layout, layers)
         losses = token_losses(hidden, *model.head(), targets, loss_chunk_tokens).cpu()
         valid = windows.labels >= 0
+        require_finite(losses[valid], model, "the losses of the documents are")
         positions = torch.from_numpy(plan.offsets[..., None] + np.arange(n)).flatten(1)
         index = bin_of(positions[valid], bins)
         labels = windows.labels[valid]

@@ -13,7 +13,7 @@ from infini_ds.allocator import keep_freed_memory
 from infini_ds.compute_type import place
 from infini_ds.config import DataConfig, RunConfig
 from infini_ds.conversion.export import load_model
-from infini_ds.conversion.run import Loaded
+from infini_ds.conversion.run import Loaded, state_of
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode
 from infini_ds.data.lanes import Plan, held_out_plans
@@ -66,9 +66,8 @@ def run(
             console.print(line)
         plans = _plans(split.lengths, config, max_segments=0)
     else:
-        data = _data_of(path, config.data, corpus)
-        store, source = Store.open(data.store, data), data.store
-        split = store.split("held_out")
+        store = _store_of(loaded, _data_of(path, config.data, corpus), corpus)
+        source, split = str(store.path), store.split("held_out")
         plans = _plans(split.lengths, config, config.evaluation.max_segments)
         store.check_tokens("held_out", _count(plans))
     count = _count(plans)
@@ -112,6 +111,22 @@ def _data_of(path: str, data: DataConfig, corpus: str) -> DataConfig:
     if not data.corpora[corpus].store:
         raise UserError(f"{path}: is an export, without held-out documents; name --documents")
     return data.corpora[corpus]
+
+
+def _store_of(loaded: Loaded, data: DataConfig, corpus: str) -> Store:
+    """The store of a corpus, as the run had it."""
+    try:
+        store = Store.open(data.store)
+    except UserError as error:
+        raise UserError(f"{error}, or name --documents") from None
+    state = state_of(loaded.checkpoint)
+    had = state.get("stores", {"": state.get("store")})  # of an earlier version: of all together
+    if had.get(corpus, store.fingerprint) != store.fingerprint:
+        raise UserError(
+            f"data.store {store.path}: is not what checkpoint {loaded.checkpoint} was trained on; "
+            "put that there, or name --documents"
+        )
+    return store
 
 
 def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:

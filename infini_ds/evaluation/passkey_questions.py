@@ -13,7 +13,7 @@ import numpy as np
 
 from infini_ds.config import PasskeyConfig
 from infini_ds.data.passkey import PasskeyDocument, Passkeys, TooShort, passkey_random
-from infini_ds.data.store import token_dtype
+from infini_ds.data.store import stored_tokens
 from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from infini_ds.errors import UserError
 
@@ -136,9 +136,8 @@ class Questions:
     def _question(
         self, document: PasskeyDocument, pieces: list[np.ndarray], depth: int, cut: bool
     ) -> Question:
-        bos = np.array([self._tokenizer.bos_id])
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        prompt = np.concatenate([bos, *pieces], dtype=dtype, casting="unsafe")
+        bos = np.array([self._tokenizer.bos_id], np.uint32)
+        prompt = stored_tokens([bos, *pieces], self._tokenizer.vocab_size)
         answer = document.answer.decode()
         return Question(prompt, answer, len(self._tokenizer.encode_array(answer)), depth, cut)
 

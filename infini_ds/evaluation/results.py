@@ -40,7 +40,8 @@ def places(
 ) -> Places:
     """Where the results of a command go.
 
-    An export is what one gives to others: nothing is written into it. Nor into the TensorBoard of
+    An export is what one gives to others: nothing is written into it, or into a checkpoint that
+    was taken out of its run. Nor into the TensorBoard of
     a run that is not to be written, somebody else's.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor
 from infini_ds.model.generation import WINDOW_SEGMENTS
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.ranges import require_finite
 
 _CALL_TOKENS = 16384
 
@@ -27,6 +28,9 @@ def absorb(
         memory: of a document that they go on with.
         on_read: called with the number of tokens just read.
 
+    Raises:
+        RunError: what the model makes of them is not finite.
+
     Returns:
         The memory, and the tokens still to be read, [1, up to 16 segments].
     """
@@ -38,7 +42,8 @@ def absorb(
         new = torch.from_numpy(piece.astype(np.int64)).to(device)
         rest = torch.cat((rest, new[None]), dim=1)
         while rest.shape[1] > width:
-            _, memory = model.read(rest[:, :width], memory)
+            hidden, memory = model.read(rest[:, :width], memory)
+            require_finite(hidden[:, -1], model, "what the model makes of the text is")
             rest = rest[:, width:]
             on_read(width)
     return memory, rest

@@ -17,6 +17,7 @@ from infini_ds.errors import UserError
 from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.printing import Console
+from infini_ds.ranges import require_finite
 from infini_ds.whole_file import check_writable
 
 
@@ -34,6 +35,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     Raises:
         UserError: there is no such model, the document is empty or cannot be read, or the output
             cannot be written.
+        RunError: what the model makes of the text is not finite.
     """
     console = Console()
     text = TextPieces(document)
@@ -72,7 +74,10 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         if read + rest.shape[1] == 1:
             raise UserError(f"document {document}: is empty")
         with torch.no_grad():
-            _, memory = model.read(rest, memory)
+            hidden, memory = model.read(rest, memory)
+            results = (model.logits(hidden[:, -1]), memory.kv, memory.norm)
+        for result in results:
+            require_finite(result, model, "what the model makes of the text is")
         on_read(rest.shape[1])
         rate = progress.tokens_per_second
     memory.save(output, reader)

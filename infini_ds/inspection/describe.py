@@ -10,6 +10,7 @@ from infini_ds import config as configuration
 from infini_ds.config import RunConfig
 from infini_ds.conversion.export import export_tokenizer, is_export, open_model
 from infini_ds.conversion.run import is_checkpoint, layer_files, read_weights
+from infini_ds.data.kept_tokenizer import kept_tokenizer
 from infini_ds.data.store import FORMAT, MANIFEST, SPLITS, sha256_of
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import gates, is_gate, parameter_counts
@@ -63,7 +64,7 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
     state = _json(path / "state.json")
     config: RunConfig | None = None
     try:
-        config = configuration.load(path / "config.yaml")
+        config = configuration.load_resolved(path / "config.yaml")
     except UserError as error:
         problems = problems or [str(error)]
     return {
@@ -71,6 +72,7 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
         "path": str(path),
         **{name: state.get(name) for name in ("step", "tokens", "skipped_steps", "layout")},
         "settings": None if config is None else config.model_dump(),
+        "tokenizer": None if config is None else _place_of_tokenizer(path, config),
         "parameters": None if config is None else parameter_counts(config.model),
         "gates": gates(read_weights(path)) if _weights_are_whole(path, problems) else None,
         "bytes": {
@@ -109,6 +111,14 @@ def _tokenizer(settings: RunConfig) -> str:
         return f"none that can be used ({error})"
     kind = settings.data.tokenizer.kind
     return f"{kind}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
+
+
+def _place_of_tokenizer(checkpoint: Path, config: RunConfig) -> str:
+    kind = config.data.tokenizer.kind
+    if kind == "bytes":
+        return kind
+    own = kept_tokenizer(checkpoint, kind)
+    return f"{kind}, in {'the checkpoint' if own else 'its run or its store'}"
 
 
 def _has_weights(file: Path) -> bool:

@@ -80,6 +80,7 @@ def _checkpoint_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         corpora = data["mixture"].items()
         stores = [f"{corpus['store']} ({name} {corpus['weight']:g})" for name, corpus in corpora]
         yield "store", ", ".join(stores) or data["store"]
+        yield "tokenizer", figures["tokenizer"]
 
 
 def _export_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infini_ds.model.memory import Memory
+from infini_ds.ranges import require_finite
 
 if TYPE_CHECKING:
     from infini_ds.model.transformer import InfiniTransformer
@@ -49,6 +50,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, or a setting out of its range.
+        RunError: logits are not finite.
     """
     columns = stream(
         self, prompt, max_new_tokens, temperature, top_p, top_k, stop_token, memory, generator
@@ -85,6 +87,7 @@ def stream(
         written = 0
         while True:
             logits = model.logits(hidden).float()  # [batch, vocab_size]
+            require_finite(logits, model, "the logits of the next token are")
             token = sample(logits, temperature, top_p, top_k, generator)
             if stop_token is not None:
                 token = token.masked_fill(finished, stop_token)

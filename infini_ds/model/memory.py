@@ -14,6 +14,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.short_conv import TAPS
+from infini_ds.ranges import check_finite, narrowed
 from infini_ds.whole_file import whole_file
 
 FORMAT = "infini_ds.memory.2"
@@ -109,11 +110,15 @@ class Memory:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Memory":
-        """Moves every tensor; `dtype` is of the open segment, the compressive memory stays fp32."""
-        tensors = {
-            name: getattr(self, name).to(device, dtype if name in _COMPUTED else torch.float32)
-            for name in _TENSORS
-        }
+        """Moves every tensor; `dtype` is of the open segment, the compressive memory stays fp32.
+
+        Raises:
+            UserError: a number is beyond the range of `dtype`.
+        """
+        tensors = {name: getattr(self, name).to(device) for name in _TENSORS}
+        for name, tensor in tensors.items():
+            wanted = (dtype or tensor.dtype) if name in _COMPUTED else torch.float32
+            tensors[name] = narrowed(tensor, wanted, f"memory: {name}")
         return replace(self, **tensors)
 
     @classmethod
@@ -164,7 +169,8 @@ class Memory:
             fingerprint: of the model that is to go on with it; a file saved without one is taken.
 
         Raises:
-            UserError: the file is missing, is not a memory, or is another model's.
+            UserError: the file is missing, is not a memory, is another model's, or holds numbers
+                that are not finite.
         """
         if Path(path).is_dir():
             raise UserError(f"memory {path}: cannot be read (it is a directory)")
@@ -199,6 +205,8 @@ class Memory:
             ValueError,
         ):  # or no memory for so long a segment
             raise UserError(f"memory {path}: is damaged; read the document again") from None
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"memory {path}: {name}")
         return cls(**tensors, lengths=lengths)
 
     def check(self, config: ModelConfig, batch: int) -> None:

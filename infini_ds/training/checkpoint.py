@@ -3,7 +3,8 @@
     step_00000100/
         ...                     DeepSpeed's own files: layers, optimizer states
         memory/block_003.lanes_00000.safetensors    compressive memories by block, from a lane on
-        state.json              step, lanes, layout, store
+        tokenizer/              a copy of OUTPUT_DIR/tokenizer, so that it can be read alone
+        state.json              step, lanes, layout, store, where the run was started
         config.yaml             the resolved config
         manifest.json           sizes and checksums, written last
 
@@ -31,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infini_ds.config import RunConfig, dump, parse
+from infini_ds.data.kept_tokenizer import copy_kept_tokenizer
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.pipeline.engine import InfiniEngine
@@ -94,6 +96,7 @@ def _save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any], direct
     _save_memories(engine, directory / "memory")
     engine.on_progress("saving memories")
     if first:
+        copy_kept_tokenizer(directory.parent.parent, directory)
         (directory / "config.yaml").write_text(dump(config))
         (directory / "state.json").write_text(json.dumps({**state, "layout": _layout(engine)}))
     dist.barrier()

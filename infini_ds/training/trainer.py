@@ -19,6 +19,7 @@ from infini_ds.config import RunConfig
 from infini_ds.conversion.start import load_start, open_start
 from infini_ds.cores import cores_at_hand
 from infini_ds.data.curriculum import CurriculumLanes
+from infini_ds.data.kept_tokenizer import keep_tokenizer
 from infini_ds.data.lanes import Plan
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.data.windows import Windows, read_windows, total_weight
@@ -122,7 +123,8 @@ class Trainer:
                 start = open_start(config, self.data)
         self.engine = build_engine(config, universal=load_from != found)
         if start:
-            load_start(self.engine.module.named_parameters(), start)
+            with together():
+                load_start(self.engine.module.named_parameters(), start)
         watchdog.waiting_for = lambda: self.engine.waiting_for
         self.engine.on_progress = watchdog.progress
         if found and load_from and state:
@@ -131,6 +133,9 @@ class Trainer:
             self.first_step = self.step
         with together():
             self.held_out = HeldOut(config, self.data, self.engine)
+            if dist.get_rank() == 0:
+                kind = config.data.tokenizer.kind
+                keep_tokenizer(self.data.tokenizer, kind, Path(config.output_dir))
         self.monitor = None
         if dist.get_rank() == 0:
             output_dir = Path(config.output_dir)
@@ -390,6 +395,8 @@ class Trainer:
             **self._count_bad_steps(),
             "lanes": self.lanes.state(),
             "store": self.data.fingerprint,
+            "stores": {name: store.fingerprint for name, store in self.data.stores.items()},
+            "directory": os.getcwd(),
         }
         with self.watchdog.patient():
             directory = checkpoint.save(self.engine, self.config, state)

@@ -44,7 +44,8 @@ def hub(make_plain, tmp_path, monkeypatch):
 
 
 def from_llama(source, target="export", code=0):
-    assert cli.main(["convert", "from-llama", source, target, "--segment-length=32"]) == code
+    options = ["--segment-length=32", "--without-tokenizer"]
+    assert cli.main(["convert", "from-llama", source, target, *options]) == code
 
 
 def test_name_gives_the_export_of_its_directory(hub, tmp_path):

@@ -44,7 +44,8 @@ def make_llama(directory: Path, tied: bool) -> Path:
     plain = directory / f"plain_{tied}"
     transformers.LlamaForCausalLM(config).save_pretrained(plain, max_shard_size="20KB")
     export = directory / f"export_{tied}"
-    arguments = ["convert", "from-llama", plain, export, "--segment-length", LENGTH]
+    arguments = ["convert", "from-llama", plain, export, "--without-tokenizer"]
+    arguments += ["--segment-length", LENGTH]
     arguments += ["--gate-init", 0.5, "--memory-rule", "delta"]
     assert cli.main(list(map(str, arguments))) == 0
     return export

@@ -4,13 +4,14 @@ Each layer attends inside a segment and reads a compressive memory of all segmen
 what is kept of a text does not grow with it. Shapes: b batch, t tokens, h heads, g key-value heads,
 d width of a head.
 
-    M, z        memory and its normaliser, [b, g, d, d] and [b, g, d], fp32
+    M, z        memory and its normaliser, [b, g, d, d] and [b, g, d], fp32, as are sums and reads
     sigma(x)    elu(x) + 1
     read        sigma(q) M / (sigma(q) z), mixed with local attention by sigmoid(beta) of the head
     linear      M + sigma(k)^T v
     delta       M + sigma(k)^T (v - sigma(k) M / (sigma(k) z))
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,8 @@ class InfiniAttention(nn.Module):
         if state.norm is not None:
             out = self._mixed(out, q, state.kv, state.norm)
         if keys.shape[1] == self.config.segment_length:
-            self._write(state)
+            with _in_fp32(keys.device):
+                self._write(state)
         return self.o_proj(out.flatten(2))
 
     def _local(self, q: Tensor, keys: Tensor, values: Tensor, rotary) -> Tensor:
@@ -128,8 +130,9 @@ class InfiniAttention(nn.Module):
     def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor) -> Tensor:
         grouped = q.unflatten(2, (self.kv_heads, -1))  # [b, t, g, queries of a group, d]
         sigma_q = F.elu(grouped.float()) + 1
-        denominator = torch.einsum("btgqd,bgd->btgq", sigma_q, norm).clamp(min=EPSILON)
-        read = torch.einsum("btgqd,bgde->btgqe", sigma_q.to(q.dtype), kv.to(q.dtype))
+        with _in_fp32(q.device):  # fp16 ends below what the memory's sums reach
+            denominator = torch.einsum("btgqd,bgd->btgq", sigma_q, norm).clamp(min=EPSILON)
+            read = torch.einsum("btgqd,bgde->btgqe", sigma_q, kv)
         read = (read / denominator[..., None]).to(q.dtype).flatten(2, 3)
         written = (norm.sum(-1) > 0).repeat_interleave(self.heads // self.kv_heads, dim=1)
         gate = (self.beta.float().sigmoid() * written)[:, None, :, None].to(q.dtype)
@@ -166,6 +169,13 @@ def _damping(sigma_k, weighted_k, norm, added, denominator) -> Tensor:
     bound = (x / previous.clamp(min=EPSILON)).amax(dim=-1)
     damping = (2 / bound.clamp(min=EPSILON)).clamp(max=1)
     return torch.where(norm.sum(-1) > 0, damping, torch.zeros_like(damping))
+
+
+def _in_fp32(device: torch.device):
+    """Keeps autocast from the memory, which is fp32 whatever the rest is computed in."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _append(before: Tensor | None, new: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.segment_sums import Part, parts, sigma
 from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
+from infini_ds.ranges import compute_dtype
 
 
 def read_and_mix(a_dot: Tensor, q: Tensor, states: LayerMemory, beta: Tensor) -> Tensor:
@@ -38,11 +39,11 @@ class _ReadAndMix(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for part in parts(q.shape[0], q.shape[1], kv.shape[1], kv.shape[2], q.device):
             read = _Read(part, q, kv, norm, gate)
-            numerator = read.sigma_q.to(q.dtype) @ read.kv
+            numerator = read.sigma_q.to(read.dtype) @ read.kv
             mixed = torch.addcmul(
-                numerator.mul_((read.gate / read.denominator).to(q.dtype)),
-                read.rows(a_dot),
-                (1 - read.gate).to(q.dtype),
+                numerator.mul_((read.gate / read.denominator).to(read.dtype)),
+                read.rows(a_dot).to(read.dtype),
+                (1 - read.gate).to(read.dtype),
             )
             read.rows(out).copy_(mixed)
         return out
@@ -56,15 +57,15 @@ class _ReadAndMix(torch.autograd.Function):
         )
         for part in parts(q.shape[0], q.shape[1], kv.shape[1], kv.shape[2], q.device):
             read = _Read(part, q, kv, norm, gate)
-            d_out = read.rows(gradient)  # [s, h, g, n, d]
+            d_out = read.rows(gradient).to(read.dtype)  # [s, h, g, n, d]
             share = read.gate / read.denominator  # [s, h, g, n, 1]
             d_sigma = (d_out @ read.kv.mT).float()  # of the numerator alone, times share below
             along_read = (d_sigma * read.sigma_q).sum(dim=-1, keepdim=True) / read.denominator
             along_local = (d_out * read.rows(a_dot)).sum(dim=(-2, -1), dtype=torch.float32)
             read.per_head(d_gate).copy_(along_read.sum(dim=(-2, -1)) - along_local)
-            read.rows(d_dot).copy_(d_out * (1 - read.gate).to(q.dtype))
+            read.rows(d_dot).copy_(d_out * (1 - read.gate).to(read.dtype))
             # [s, h, d, g n] @ [s, h, g n, d] -> [s, h, d, d]
-            d_kv[part] = _joined((read.sigma_q * share).to(q.dtype)).mT @ _joined(d_out)
+            d_kv[part] = _joined((read.sigma_q * share).to(read.dtype)).mT @ _joined(d_out)
             d_denominator = along_read.mul_(share).neg_()
             d_norm[part] = (_joined(read.sigma_q).mT @ _joined(d_denominator))[..., 0]
             d_sigma.mul_(share).addcmul_(d_denominator, norm[part][:, :, None, None])
@@ -78,7 +79,8 @@ class _Read:
     def __init__(self, part: Part, q: Tensor, kv: Tensor, norm: Tensor, gate: Tensor):
         self.part = part
         self.group = q.shape[2] // kv.shape[1]
-        self.kv = kv[part][:, :, None].to(q.dtype)
+        self.dtype = compute_dtype(q.dtype)
+        self.kv = kv[part][:, :, None].to(self.dtype)
         self.gate = self.per_head(gate)[..., None, None]
         self.sigma_q = sigma(self.rows(q))
         self.denominator = self.sigma_q @ norm[part][:, :, None, :, None]

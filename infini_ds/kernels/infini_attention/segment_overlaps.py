@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from infini_ds.kernels.infini_attention.reference import delta_damping
 from infini_ds.kernels.infini_attention.segment_sums import Part, parts, rows_of, sigma
 from infini_ds.kernels.infini_attention.state import EPSILON
+from infini_ds.ranges import compute_dtype
 
 
 def segment_overlaps(k: Tensor, weight: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
@@ -57,9 +58,10 @@ class _SegmentOverlaps(torch.autograd.Function):
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, weight, norm)
         )
         both = (d_overlaps + d_overlaps.mT).mul_(damping)
+        dtype = compute_dtype(k.dtype)
         for part in parts(segments, n, kv_heads, d, k.device):
             keys = _Keys(part, k, weight, norm)
-            d_sigma = (keys.sigma_k.to(k.dtype) @ both[part].to(k.dtype)).float()
+            d_sigma = (keys.sigma_k.to(dtype) @ both[part].to(dtype)).float()
             d_share = (d_sigma * keys.sigma_k).sum(dim=-1, keepdim=True).mul_(0.5)
             d_share /= keys.denominator
             if ctx.needs_input_grad[1]:

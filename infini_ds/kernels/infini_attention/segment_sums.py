@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.state import LayerMemory
+from infini_ds.ranges import compute_dtype
 
 CACHED = 2**16
 """Numbers worked on together: some fp32 copies of them fit into a core's own cache (1 MiB)."""
@@ -83,15 +84,16 @@ class _SegmentSums(torch.autograd.Function):
     def backward(ctx, d_kv, d_norm):
         k, v, weight = ctx.saved_tensors
         segments, n, kv_heads, d = k.shape
+        dtype = compute_dtype(k.dtype)
         dk, dv, d_weight = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, weight)
         )
         for part in parts(segments, n, kv_heads, d, k.device):
             own_k, own_v, own_weight = (rows_of(x, part) for x in (k, v, weight[..., None]))
             sigma_k = sigma(own_k)  # [s, h, n, d]
-            own_d_kv = d_kv[part].to(k.dtype)
-            rows_of(dv, part).copy_((sigma_k * own_weight).to(k.dtype) @ own_d_kv)
-            d_weighted = (own_v @ own_d_kv.mT).float()
+            own_d_kv = d_kv[part].to(dtype)
+            rows_of(dv, part).copy_((sigma_k * own_weight).to(dtype) @ own_d_kv)
+            d_weighted = (own_v.to(dtype) @ own_d_kv.mT).float()
             d_weighted += d_norm[part].unsqueeze(-2)
             if ctx.needs_input_grad[2]:
                 rows_of(d_weight[..., None], part).copy_(
