@@ -244,7 +244,7 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
     _report(plan, task, console)
     console.print(
         f"  taken to be (no state_dict tells): segments of {config.segment_length} tokens, "
-        f"{config.memory_rule} memory rule"
+        f"{config.memory_rule} memory rule; it has no tokenizer, as no state_dict has one"
     )
 
 

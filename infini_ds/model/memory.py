@@ -275,6 +275,7 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
         and len(shapes["tail"]) == 5
         and all(tensors[name].dtype == torch.float32 for name in ("kv", "norm", "weights"))
         and all(tensors[name].is_floating_point() for name in _COMPUTED)
+        and all(tensors[name].itemsize > 1 for name in _COMPUTED)
     ):
         raise ValueError
     return tuple(lengths)
