@@ -391,7 +391,10 @@ def _kind_of(source: Path, config: ModelConfig, task: Task, console: Console) ->
             continue
         if tokenizer.vocab_size <= config.vocab_size:
             return kind
-        reason = f"{file} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        reason = (
+            f"{file} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; it must be "
+            "the model's own"
+        )
     _accept_none(reason, task, console)
     return None
 

@@ -39,10 +39,10 @@ def convert_it(folder: Path, name: str, kind: str) -> None:
 
 
 def there_and_back(folder: Path, name: str) -> None:
-    paths = [folder / name, folder / f"{name}_export", folder / f"{name}_back"]
-    settings = {"shard_bytes": 16_000_000, "without_tokenizer": True}
-    convert.from_llama(convert.Task(*paths[:2], **settings), 32, -4.0, "linear")
-    convert.to_llama(convert.Task(*paths[1:], **settings))
+    plain, export, back = folder / name, folder / f"{name}_export", folder / f"{name}_back"
+    inward = convert.Task(plain, export, shard_bytes=16_000_000, without_tokenizer=True)
+    convert.from_llama(inward, 32, -4.0, "linear")
+    convert.to_llama(convert.Task(export, back, shard_bytes=16_000_000, without_tokenizer=True))
 
 
 if __name__ == "__main__":

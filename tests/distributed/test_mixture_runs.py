@@ -1,12 +1,17 @@
 """Runs on a mixture of two corpora, through launch/pretrain.sh and the commands around it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from infini_ds import cli
+from infini_ds.conversion.export import load_model
 from infini_ds.data.prepare import prepare
+from infini_ds.data.store import Store
+from infini_ds.data.tokenizer import train_sentencepiece
 from tests.distributed.conftest import Run, copied, without_checkpoints_after
 
 STEPS = 9
@@ -20,9 +25,13 @@ def mixed(tmp_path_factory, data):
         (folder / f"{i}.txt").write_text(f"{i} times {i} is {i * i}. " * (1 + i % 9))
     corpus = data.model_dump(exclude={"tokenizer", "mixture"})
     numbers = corpus | {"files": [f"{folder}/*.txt"], "store": f"{folder}/store", "weight": 3.0}
-    both = {"numbers": numbers, "words": corpus}
-    mixture = type(data).model_validate({"tokenizer": data.tokenizer.model_dump(), "mixture": both})
-    prepare(mixture.corpora["numbers"], workers=1)
+    both = {"numbers": numbers, "words": {**corpus, "store": f"{folder}/words"}}
+    model = folder / "shared.model"
+    train_sentencepiece((path.read_text() for path in folder.glob("*.txt")), 300, model)
+    tokenizer = {"kind": "sentencepiece", "model": str(model)}
+    mixture = type(data).model_validate({"tokenizer": tokenizer, "mixture": both})
+    for each in mixture.corpora.values():
+        prepare(each, workers=1)
     return mixture
 
 
@@ -86,6 +95,20 @@ def test_each_corpus_is_evaluated(alone, tmp_path):
 def test_evaluate_wants_the_name_of_a_corpus(alone, capsys, arguments, message):
     assert cli.main(["evaluate", str(alone.output), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_run_and_each_checkpoint_have_the_tokenizer(alone, mixed, tmp_path):
+    store = Store.open(mixed.mixture["words"].store)
+    checkpoint = alone.checkpoint(STEPS)
+    listed = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    assert "tokenizer/tokenizer.model" in listed
+    kept = (alone.output / "tokenizer" / "tokenizer.model").read_bytes()
+    assert kept == (store.path / "tokenizer.model").read_bytes()
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["stores"]["words"] == store.fingerprint
+    assert Path(state["directory"]).is_dir()
+    taken = shutil.copytree(checkpoint, tmp_path / "taken")
+    assert load_model(taken).tokenizer.fingerprint == store.tokenizer.fingerprint
 
 
 def test_inspect_names_the_stores(alone, mixed, capsys):
