@@ -107,7 +107,7 @@ def config_of(checkpoint: Path) -> RunConfig:
     output_dir = os.path.join(started, config.output_dir)
 
     def found(path: str) -> str:
-        there = os.path.join(started, path)
+        there = os.path.join(started, os.path.expanduser(path))
         moved = checkpoint.parent.parent / os.path.relpath(there, output_dir)
         places = [there, os.path.normpath(moved)]
         return next((place for place in places if os.path.exists(place) or glob.glob(place)), there)
