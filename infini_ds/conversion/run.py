@@ -103,7 +103,7 @@ def config_of(checkpoint: Path) -> RunConfig:
         UserError: its config.yaml is none of this version.
     """
     config = configuration.load_resolved(checkpoint / "config.yaml")
-    started = state_of(checkpoint).get("directory", os.getcwd())
+    started = state_of(checkpoint).get("directory") or os.getcwd()
     output_dir = os.path.join(started, config.output_dir)
 
     def found(path: str) -> str:

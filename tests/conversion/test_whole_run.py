@@ -214,6 +214,22 @@ def test_held_out_documents_that_are_gone_or_others_are_told(taken, made, elsewh
     assert line.endswith("was trained on; put that there, or name --documents")
 
 
+def test_texts_that_pass_keys_hide_in_are_found_from_anywhere(tmp_path):
+    started = tmp_path / "started"
+    (started / "texts").mkdir(parents=True)
+    (started / "texts" / "book.txt").write_text("a book of plain words, again and again\n" * 100)
+    config = tiny_config(started / "run", segment_length=128)
+    texts = {"filler": "text", "text_files": ["texts/*.txt"], "segment_length": 128}
+    passkey = config.data.passkey.model_copy(update=texts)
+    data = config.data.model_copy(update={"passkey": passkey})
+    write_checkpoint(config.model_copy(update={"data": data}), directory=str(started))
+    asked = ["--segments=3", "--samples=1", "--depths=1", "--plot=plot.png"]
+    assert cli.main(["passkey", str(started / "run"), *asked]) == 0
+    shutil.rmtree(started / "texts")
+    assert cli.main(["passkey", str(started / "run"), *asked]) == 2
+    assert cli.main(["passkey", str(started / "run"), *asked, "--filler=noise"]) == 0
+
+
 def write_again(checkpoint: Path) -> None:
     """The manifest of a checkpoint that a test has changed."""
     from infini_ds.training import manifest
