@@ -26,7 +26,7 @@ from infini_ds.conversion.export import (
     parameters_of,
     tokenizer_files,
 )
-from infini_ds.conversion.huggingface import write_huggingface
+from infini_ds.conversion.huggingface import special_tokens, write_huggingface
 from infini_ds.conversion.pairs import Move, Pair
 from infini_ds.conversion.progress import BytesBar
 from infini_ds.conversion.run import tokenizer_of
@@ -201,8 +201,10 @@ def to_llama(task: Task, step: int | None = None) -> None:
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
-        (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
         _write_tokenizer(model, tokenizer, task.source, partial)
+        if tokenizer and before is None:
+            tree |= special_tokens(tokenizer)
+        (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     _report(plan, task, console)
     shares = torch.cat([model.weights.read(name) for name in llama.gates(config)]).float().sigmoid()
     lost = " and the write gates" if config.memory.write_gate else ""

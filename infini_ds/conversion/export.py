@@ -30,6 +30,7 @@ from infini_ds.conversion.run import (
     load_run,
 )
 from infini_ds.conversion.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
+from infini_ds.data.generation_settings import GENERATION
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
@@ -230,8 +231,11 @@ def tokenizer_files(source: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copies the files of a tokenizer, unchanged, if there are any."""
-    for file in tokenizer_files(source):
+    """Copies the files of a tokenizer, and how its model writes, unchanged, if there are any."""
+    files = tokenizer_files(source)
+    if (source / GENERATION).is_file():
+        files.append(source / GENERATION)
+    for file in files:
         shutil.copyfile(file, directory / file.name)
 
 

@@ -11,6 +11,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.conversion.export import SOURCE_CONFIG, Model
 from infini_ds.conversion.llama import read_config
 from infini_ds.conversion.model_card import model_card
+from infini_ds.data.generation_settings import GENERATION, read_generation
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 
@@ -33,12 +34,9 @@ def write_huggingface(
             so are those that transformers reads without our code.
         dtype: of the weights.
     """
-    special = _special_tokens(directory, tokenizer)
+    generation = tokenizer.generation if tokenizer else read_generation(directory)
+    special = _special_tokens(directory, tokenizer, generation)
     _write(directory / "config.json", config_tree(model.config, dtype) | special)
-    pad = special["eos_token_id"]
-    if isinstance(pad, list):
-        pad = next(iter(pad), None)
-    _write(directory / "generation_config.json", {**special, "pad_token_id": pad})
     code = _MODEL_CODE
     if tokenizer is not None and not _has_foreign_tokenizer(directory):
         code = (*code, _TOKENIZER_CODE)
@@ -47,6 +45,11 @@ def write_huggingface(
         _write(directory / _TOKENIZER_CONFIG, tree)
     elif isinstance(tokenizer, TokenizerJson):
         _take_as_it_is(tokenizer, directory)
+    pad = generation.get("pad_token_id")
+    if pad is None:
+        ends = special["eos_token_id"]
+        pad = next(iter(ends), None) if isinstance(ends, list) else ends
+    _write(directory / GENERATION, {**generation, **special, "pad_token_id": pad})
     for file in code:
         shutil.copyfile(CODE / file, directory / file)
     (directory / "README.md").write_text(model_card(name, model, tokenizer, dtype))
@@ -83,6 +86,7 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "head_bias": config.head_bias,
         "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
     }
 
 
@@ -101,15 +105,28 @@ def _take_as_it_is(tokenizer: TokenizerJson, directory: Path) -> None:
     path = directory / _TOKENIZER_CONFIG
     tree = json.loads(path.read_text(encoding="utf-8"))
     tree.pop("auto_map", None)
+    # Of its default, token_type_ids, the model knows nothing.
+    tree.setdefault("model_input_names", ["input_ids", "attention_mask"])
     _write(path, tree | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _special_tokens(directory: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Ids of BOS and EOS as config.json has them: a list where a text has several ends."""
+    ends = tokenizer.eos_ids
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
+
+
+def _special_tokens(
+    directory: Path, tokenizer: Tokenizer | None, generation: dict[str, Any]
+) -> dict[str, Any]:
     if tokenizer is not None:
-        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        return special_tokens(tokenizer)
     before = directory / SOURCE_CONFIG
     tree = read_config(before) if before.is_file() else {}
-    return {name: tree.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        name: tree.get(name) if generation.get(name) is None else generation[name]
+        for name in ("bos_token_id", "eos_token_id")
+    }
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:

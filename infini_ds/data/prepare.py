@@ -22,6 +22,7 @@ from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.cores import cores_at_hand
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
+from infini_ds.data.generation_settings import GENERATION
 from infini_ds.data.passkey import PasskeyCorpus
 from infini_ds.data.progress import CorpusProgress
 from infini_ds.data.store import (
@@ -242,6 +243,7 @@ def _check_replaceable(path: Path) -> None:
     if not path.exists():
         return
     known = {MANIFEST, COUNTS, *filter(None, TOKENIZER_FILES.values()), "tokenizer_config.json"}
+    known.add(GENERATION)
     known.update(
         f"{name}{end}" for name in SPLITS for end in (".tokens", ".weights", ".offsets.npy")
     )

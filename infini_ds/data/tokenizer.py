@@ -5,11 +5,13 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from infini_ds.config import TOKENIZER_FILES
+from infini_ds.data.generation_settings import read_generation, save_generation
 from infini_ds.errors import UserError
 
 # Sentencepiece writes a space as this character, so that in a text it would come back as a space.
@@ -28,6 +30,9 @@ class Tokenizer:
     Args:
         table: the bytes each id stands for; empty for BOS, EOS and unknown.
     """
+
+    generation: dict[str, Any] = {}  # noqa: RUF012, replaced whole
+    """Of the model that it came with, see `read_generation`."""
 
     def __init__(self, table: list[bytes], bos_id: int, eos_id: int, fingerprint: str):
         self.table = table
@@ -58,6 +63,13 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Writes the files of which `load_tokenizer` makes it again, if it needs any."""
+        save_generation(self.generation, directory)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens at which a text that is written ends: EOS, which ends documents, comes first."""
+        ends = self.generation.get("eos_token_id") or ()
+        return [self.eos_id, *(i for i in ends if i != self.eos_id)]
 
     def _pieces(self, text: str) -> Iterator[str]:
         for i in range(0, len(text), PIECE_CHARACTERS):
@@ -173,6 +185,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> None:
         """See Tokenizer."""
+        super().save(directory)
         (directory / TOKENIZER_FILES["sentencepiece"]).write_bytes(self._content)
 
     def _bytes_of(self, i: int) -> bytes:
@@ -199,12 +212,15 @@ def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:
         if kind == "tokenizers":
             from infini_ds.data.tokenizer_json import TokenizerJson
 
-            return TokenizerJson(Path(model))
-        return SentencePieceTokenizer(Path(model).read_bytes(), str(model))
+            tokenizer = TokenizerJson(Path(model))
+        else:
+            tokenizer = SentencePieceTokenizer(Path(model).read_bytes(), str(model))
     except OSError as error:
         raise UserError(
             f"data.tokenizer.model {model}: cannot be read ({error.strerror})"
         ) from None
+    tokenizer.generation = read_generation(Path(model).parent)
+    return tokenizer
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, destination: str | Path) -> None:

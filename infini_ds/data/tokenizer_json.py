@@ -75,6 +75,7 @@ class TokenizerJson(Tokenizer):
 
     def save(self, directory: Path) -> None:
         """See Tokenizer; BOS and EOS are in tokenizer_config.json, all else there as it was."""
+        super().save(directory)
         (directory / TOKENIZER_FILES["tokenizers"]).write_bytes(self._content)
         tree = self._settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
         for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):

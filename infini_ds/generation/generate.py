@@ -79,7 +79,7 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
         generator.manual_seed(options.seed)
     columns = stream(
         model, rest, options.max_new_tokens, options.temperature, options.top_p, options.top_k,
-        tokenizer.eos_id, memory, generator,
+        tokenizer.eos_ids, memory, generator,
     )  # fmt: skip
     for part in text_of(tokenizer, map(int, columns), options.stop):
         print(part, end="", flush=True)

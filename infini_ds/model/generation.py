@@ -26,7 +26,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     memory: Memory | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -41,7 +41,8 @@ def generate(
         temperature: 0 is greedy.
         top_p: sample among the likeliest tokens that together reach this probability.
         top_k: sample among this many likeliest tokens; 0 means all.
-        stop_token: a row that wrote it is finished; the rest of it is filled with it.
+        stop_token: a row that wrote it, or one of them, is finished; the rest of it is filled with
+            it, or with the first.
         memory: of a document that the prompt goes on with.
         generator: source of the random numbers.
 
@@ -66,7 +67,7 @@ def stream(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     memory: Memory | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
@@ -84,14 +85,15 @@ def stream(
     try:
         hidden, memory = _absorb(model, prompt, memory)
         finished = torch.zeros(memory.batch, dtype=torch.bool, device=hidden.device)
+        stops = torch.tensor(_several(stop_token), dtype=torch.int64, device=hidden.device)
         written = 0
         while True:
             logits = model.logits(hidden).float()  # [batch, vocab_size]
             require_finite(logits, model, "the logits of the next token are")
             token = sample(logits, temperature, top_p, top_k, generator)
-            if stop_token is not None:
-                token = token.masked_fill(finished, stop_token)
-                finished |= token == stop_token
+            if len(stops):
+                token = token.masked_fill(finished, stops[0])
+                finished |= torch.isin(token, stops)
             yield token
             written += 1
             if written == max_new_tokens or bool(finished.all()):
@@ -100,6 +102,12 @@ def stream(
             hidden = hidden[:, -1]
     finally:
         model.train(training)
+
+
+def _several(stop_token: int | Sequence[int] | None) -> list[int]:
+    if stop_token is None:
+        return []
+    return [stop_token] if isinstance(stop_token, int) else list(stop_token)
 
 
 def _absorb(

@@ -23,13 +23,16 @@ TEXT = "def function_123(first, second):\n    <think> 漢字  é\n"
 
 
 def make_plain(directory, vocab_size=512):
-    """A plain model with more ids than its tokenizer, whose BOS is in config.json alone."""
+    """A plain model with more ids than its tokenizer, whose BOS is in config.json alone.
+
+    Its texts end at more tokens than its tokenizer says.
+    """
     import transformers
 
     config = transformers.Qwen3Config(
         vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
-        bos_token_id=400, eos_token_id=402, tie_word_embeddings=True,
+        bos_token_id=400, eos_token_id=[402, 403], tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
@@ -88,6 +91,7 @@ def test_ids_in_an_export_a_store_and_a_run_are_those_of_transformers(export, ru
         tokenizer = load_model(model).tokenizer
         assert [tokenizer.bos_id, *tokenizer.encode(TEXT)] == expected
         assert (tokenizer.bos_id, tokenizer.eos_id) == (400, 401)
+        assert tokenizer.eos_ids == [401, 402, 403]
         command = ["generate", str(model), "--prompt", TEXT, "--max-new-tokens=3", "--seed=0"]
         assert cli.main(command) == 0
     stored = Store.open(run.data.store).split("train").tokens(0, 0, len(expected))
@@ -97,6 +101,8 @@ def test_ids_in_an_export_a_store_and_a_run_are_those_of_transformers(export, ru
 
 @pytest.mark.parametrize("of", ["export", "run"])
 def test_it_goes_out_again_with_its_settings(of, export, run, tmp_path):
+    from transformers import AutoConfig, GenerationConfig
+
     plain = tmp_path / "plain"
     expected = of_transformers(plain, TEXT)
     for direction in ("to-hf", "to-llama"):
@@ -107,8 +113,14 @@ def test_it_goes_out_again_with_its_settings(of, export, run, tmp_path):
         settings = json.loads((target / "tokenizer_config.json").read_text())
         assert settings["chat_template"] == "{{ messages }}"
         assert settings["bos_token"] == SPECIAL[0]
-    generation = json.loads((tmp_path / "to-hf" / "generation_config.json").read_text())
-    assert (generation["bos_token_id"], generation["eos_token_id"]) == (400, 401)
+    hf = tmp_path / "to-hf"
+    ends = {"bos_token_id": 400, "eos_token_id": [401, 402, 403]}
+    for name in ("config.json", "generation_config.json"):
+        tree = json.loads((hf / name).read_text())
+        assert {key: tree[key] for key in ends} == ends
+    back = AutoConfig.from_pretrained(tmp_path / "to-llama").eos_token_id
+    back += GenerationConfig.from_pretrained(tmp_path / "to-llama").eos_token_id
+    assert set(back) >= {402, 403}, "as of the plain model"
     assert not (tmp_path / "to-hf" / "tokenization_infini.py").exists()
     assert "BOS (id 400)" in (tmp_path / "to-hf" / "README.md").read_text()
 

@@ -72,6 +72,18 @@ def test_stop_token_ends_a_row_and_then_the_whole(make_model, make_tokens):
     assert alone.shape == (1, first + 1)
 
 
+@pytest.mark.parametrize("more", [[], [999], [3, 999]], ids=["one", "two", "three"])
+def test_a_row_ends_at_any_of_several_stop_tokens(more, make_model, make_tokens):
+    model, prompt = make_model(), make_tokens(2, 6)
+    free = model.generate(prompt, 15, temperature=0)
+    first, later = int(free[0, 2]), int(free[1, 6])
+    stopped = model.generate(prompt, 15, temperature=0, stop_token=[first, later, *more])
+    for row, free_row in zip(stopped, free, strict=True):
+        at = next(i for i, token in enumerate(free_row.tolist()) if token in (first, later, *more))
+        assert torch.equal(row[: at + 1], free_row[: at + 1])
+        assert (row[at + 1 :] == first).all()
+
+
 def test_stream_gives_each_column_before_the_next_is_computed(make_model, make_tokens, monkeypatch):
     model, prompt = make_model(), make_tokens(2, 6)
     expected = model.generate(prompt, 5, temperature=0)
