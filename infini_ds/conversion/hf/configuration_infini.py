@@ -13,6 +13,7 @@ class InfiniConfig(PretrainedConfig):
     """
 
     model_type = "infini_transformer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -37,6 +38,11 @@ class InfiniConfig(PretrainedConfig):
         mlp_bias=False,
         head_bias=False,
         tie_word_embeddings=False,
+        initializer_range=0.02,
+        use_cache=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -59,4 +65,12 @@ class InfiniConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.head_bias = head_bias
-        super().__init__(**kwargs, tie_word_embeddings=tie_word_embeddings)  # type: ignore[call-arg]
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        kwargs |= {
+            "tie_word_embeddings": tie_word_embeddings,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+        }
+        super().__init__(**kwargs)

@@ -20,13 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import TransformersKwargs
 
 from .configuration_infini import InfiniConfig
 
 TAPS = 4  # tokens that a short convolution looks back
 EPSILON = 1e-10  # least denominator of a read
-IGNORED = -100  # label of a token without a loss
+# Of what `generate` was given, what it asks of the model: passed on, to be refused if not known.
+_ASKED = ("use_cache", "logits_to_keep", "position_ids", *TransformersKwargs.__optional_keys__)
+
+# By this table of names the Trainer knows that labels are to be shifted where it smooths them, and
+# a pipeline that it can take the model.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(InfiniConfig.model_type, "InfiniForCausalLM")
 
 
 @dataclass
@@ -52,12 +60,15 @@ class InfiniCache:
 
     Give it to another call of the model to go on with the text. For `generate` give all tokens of
     the text: those that are in the cache are not read again. A call changes it; copy.deepcopy
-    keeps it as it is, to ask several questions about one text.
+    keeps it as it is, to ask several questions about one text. Beams and several answers need a
+    row each: `batch_repeat_interleave` makes them of the rows that there are.
     """
 
     layers: list[LayerState] = field(default_factory=list)
     tokens: int = 0  # read so far
+    rows: int = 0  # texts of the batch
     is_compileable = False
+    is_croppable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.tokens
@@ -65,6 +76,13 @@ class InfiniCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:
             layer.select(beam_idx)
+        self.rows = len(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def crop(self, *args, **kwargs) -> None:
+        raise NotImplementedError("an InfiniCache cannot be cropped: what was read stays read")
 
 
 class InfiniAttention(nn.Module):
@@ -218,7 +236,7 @@ class FeedForward(nn.Module):
         return self.down_proj(self.act(gate) * up)
 
 
-class InfiniBlock(nn.Module):
+class InfiniBlock(GradientCheckpointingLayer):
     def __init__(self, config: InfiniConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -226,9 +244,16 @@ class InfiniBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, hidden: Tensor, state: LayerState, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), state, rotary)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, *before: Tensor | None) -> tuple:
+        """Hidden states and the fields of a LayerState, which goes in as it was and stays so.
+
+        So it can be computed again in backward, and all tensors are arguments of their own, as
+        checkpoints that are re-entrant want them.
+        """
+        state = LayerState(*before)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), state, (cos, sin))
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return (hidden, *vars(state).values())
 
 
 class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
@@ -236,8 +261,12 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = InfiniConfig
     _no_split_modules = ["InfiniBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True  # what was read cannot be taken back
     _supports_sdpa = True
+    _supports_context_parallel = False  # the memory would have to go from rank to rank
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the loss of a part of a batch is divided by num_items_in_batch
 
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
@@ -250,11 +279,25 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "beta" or isinstance(module, ShortConv):
+                nn.init.zeros_(parameter)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.layers[0]
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.layers[0] = value
+
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.config.tie_word_embeddings else self.layers[-1]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if self.config.tie_word_embeddings:
+            raise ValueError("there is no output embedding: tie_word_embeddings is true")
+        self.layers[-1] = new_embeddings
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -262,99 +305,186 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: InfiniCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ):
         """Reads tokens [b, any length] after what is in the cache, a part of a segment at a time.
 
         Args:
             attention_mask: all ones; rows of a batch have the same length.
+            past_key_values: what an earlier call returned.
+            inputs_embeds: [b, any length, hidden_size], in place of input_ids.
             labels: as input_ids, -100 where there is no loss.
             use_cache: whether to return the cache; by default it is, unless in training.
-            logits_to_keep: of so many last tokens; 0: of all.
+            logits_to_keep: of so many last tokens, or of those at these indices; 0: of all.
             output_hidden_states: whether to return what goes into each block, and the final norm's
                 result; of all tokens.
             output_attentions: must be false, there is no matrix of them.
+            num_items_in_batch: what the sum of the tokens' losses is divided by; by default by the
+                number of labels here.
+            shift_labels: what each token's logits are to tell, in place of labels.
+            kwargs: position_ids or cache_position, if they say where the tokens stand.
         """
-        if output_attentions:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        config = self.config
+        if config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions must be false: the memory is read without any")
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError(
-                "attention_mask must be all ones: padding would be read as text; put texts of one "
-                "length into a batch"
-            )
-        cache = past_key_values or InfiniCache()
-        if not cache.layers:
-            cache.layers = [LayerState() for _ in range(self.config.num_hidden_layers)]
-        n, length = self.config.segment_length, input_ids.shape[1]
-        wanted_from = length - logits_to_keep if logits_to_keep else 0
-        logits, states, begin = [], [], 0
-        while begin < length:
-            end = min(length, begin + n - cache.tokens % n)
-            inner = [] if output_hidden_states else None
-            hidden = self._read(input_ids[:, begin:end], cache, inner)
-            if end > wanted_from:
-                logits.append(self._head(hidden[:, max(wanted_from - begin, 0) :]))
-            if inner is not None:
-                states.append((*inner, hidden))
-            begin = end
-        logits = torch.cat(logits, dim=1)
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:].to(logits.device)
-            loss = F.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
-            )
-        hidden_states = None
-        if states:
-            hidden_states = tuple(torch.cat(parts, dim=1) for parts in zip(*states))  # noqa: B905
-        keep = not self.training if use_cache is None else use_cache
+            output_hidden_states = bool(config.output_hidden_states)
+        if output_hidden_states and inputs_embeds is None:
+            inputs_embeds = self.layers[0](input_ids)
+        given: Tensor = inputs_embeds if inputs_embeds is not None else input_ids  # type: ignore
+        cache = self._opened(past_key_values, given)
+        _check_mask(attention_mask)
+        _check_positions(kwargs, cache.tokens, given.shape[1])
+        losses = labels is not None or shift_labels is not None
+        if losses and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("logits_to_keep must be 0 where there are labels: all logits count")
+        some = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        hidden, states = self._read_all(
+            given, cache, int(logits_to_keep) if some else 0, output_hidden_states
+        )
+        if not isinstance(logits_to_keep, int):
+            hidden = hidden[:, logits_to_keep]
+        logits, loss = self._head(hidden), None
+        if losses:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch, shift_labels=shift_labels,
+            )  # fmt: skip
+        keep = (config.use_cache and not self.training) if use_cache is None else use_cache
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=cache if keep else None,  # type: ignore[arg-type]
-            hidden_states=hidden_states,
+            hidden_states=states,
         )
-        return output if return_dict is not False else output.to_tuple()
+        with_names = config.return_dict if return_dict is None else return_dict
+        return output if with_names else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: InfiniCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        name, given = "input_ids", input_ids
+        if inputs_embeds is not None and is_first_iteration:
+            name, given = "inputs_embeds", inputs_embeds
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if seen >= input_ids.shape[1]:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, the cache has read {seen}: give the "
-                "whole text, at least one token longer"
-            )
+        if seen:
+            # How many of the tokens are not read yet; None, all of them. Older releases of
+            # transformers 5 tell their places.
+            new = kwargs.get("next_sequence_length")
+            if "cache_position" in kwargs:
+                new = len(kwargs["cache_position"])
+            if new is not None and new < 1:
+                raise ValueError(
+                    f"{name} has {given.shape[1]} tokens, the cache has read {seen}: give the "
+                    "whole text, at least one token longer"
+                )
+            given = given if new is None else given[:, -new:]
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            kwargs["position_ids"] = positions[..., -given.shape[1] :]
+        kwargs.setdefault("logits_to_keep", 1)
         return {
-            "input_ids": input_ids[:, seen:].to(self.device),
+            name: given.to(self.device),
             "past_key_values": past_key_values,
-            "attention_mask": kwargs.get("attention_mask"),
-            "use_cache": kwargs.get("use_cache"),
-            "logits_to_keep": kwargs.get("logits_to_keep", 1),
+            "attention_mask": attention_mask,
+            **{key: kwargs[key] for key in kwargs if key in _ASKED},
         }
 
-    def _read(self, tokens: Tensor, cache: InfiniCache, inner: list[Tensor] | None) -> Tensor:
-        """Final hidden states of tokens that fit into the open segment.
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError("there is no continuous batching: it needs pages of a cache")
 
-        What goes into each block is put into `inner`, if it is a list.
+    def _opened(self, cache: InfiniCache | None, given: Tensor) -> InfiniCache:
+        """The cache to go on with.
+
+        Raises:
+            ValueError: it is of another kind or model, or of other rows, or there is no token.
         """
-        hidden = self.layers[0](tokens)
-        rotary = self._rotary_table(hidden.device)
+        if given.ndim < 2 or not given.shape[1]:
+            raise ValueError(
+                f"there must be at least one token in [batch, tokens], got {[*given.shape]}"
+            )
+        if cache is None:
+            cache = InfiniCache()
+        if not isinstance(cache, InfiniCache):
+            raise ValueError(
+                f"past_key_values ({type(cache).__name__}) must be an InfiniCache, which this "
+                "model returns"
+            )
+        if not cache.layers:
+            cache.layers = [LayerState() for _ in range(self.config.num_hidden_layers)]
+            cache.rows = len(given)
+        if len(cache.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers: it is another model's"
+            )
+        if cache.rows != len(given):
+            raise ValueError(
+                f"past_key_values holds {cache.rows} texts, the batch {len(given)}: make as many "
+                "with its batch_repeat_interleave"
+            )
+        return cache
+
+    def _read_all(
+        self, given: Tensor, cache: InfiniCache, keep: int, inner: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Final hidden states, and what goes into each block and they, if these are wanted.
+
+        Args:
+            given: token ids [b, t], or embeddings [b, t, hidden_size].
+            keep: final hidden states of so many last tokens are returned; 0: of all.
+        """
+        n, length = self.config.segment_length, given.shape[1]
+        wanted_from = length - keep if keep else 0
+        kept, states, begin = [], [], 0
+        while begin < length:
+            end = min(length, begin + n - cache.tokens % n)
+            piece = given[:, begin:end]
+            hidden = piece if given.ndim == 3 else self.layers[0](piece)
+            into = self._read(hidden, cache)
+            if end > wanted_from:
+                kept.append(into[-1][:, max(wanted_from - begin, 0) :])
+            if inner:
+                states.append(into)
+            begin = end
+        final = torch.cat(kept, dim=1)
+        if not inner:
+            return final, None
+        _, *between, last = (torch.cat(parts, dim=1) for parts in zip(*states))  # noqa: B905
+        return final, (given, *between, last if keep else final)
+
+    def _read(self, hidden: Tensor, cache: InfiniCache) -> list[Tensor]:
+        """What goes into each block, and the final norm's result, of a part of the open segment.
+
+        The cache goes on only after all layers have.
+        """
+        into, after = [], []
+        cos, sin = self._rotary_table(hidden.device)
         for layer, state in zip(self.layers[1:], cache.layers):  # noqa: B905, norm and head follow
-            if inner is not None:
-                inner.append(hidden)
-            hidden = layer(hidden, state, rotary)
-        cache.tokens += tokens.shape[1]
-        return self.layers[1 + self.config.num_hidden_layers](hidden)
+            into.append(hidden)
+            hidden, *fields = layer(hidden, cos, sin, *vars(state).values())
+            after.append(LayerState(*fields))
+        cache.layers, cache.tokens = after, cache.tokens + hidden.shape[1]
+        return [*into, self.layers[1 + self.config.num_hidden_layers](hidden)]
 
     def _head(self, hidden: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
@@ -376,6 +506,26 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
                 angles = angles.clone()
                 self._rotary = angles.cos().float().to(device), angles.sin().float().to(device)
         return self._rotary
+
+
+def _check_mask(mask: Tensor | None) -> None:
+    if mask is not None and not (mask.ndim == 2 and bool((mask == 1).all())):
+        raise ValueError(
+            "attention_mask must be all ones: padding would be read as text; put texts of one "
+            "length into a batch"
+        )
+
+
+def _check_positions(given: dict[str, Any], seen: int, length: int) -> None:
+    for name, positions in given.items():
+        if name not in ("position_ids", "cache_position"):
+            raise TypeError(f"{name} is not supported: this model does not know it")
+        if positions is not None:
+            expected = torch.arange(seen, seen + length, device=positions.device)
+            if positions.shape[-1] != length or not bool((positions == expected).all()):
+                raise ValueError(
+                    f"{name} must go on from {seen} by one a token: a row is one text, whole"
+                )
 
 
 def _scaled(frequencies: Tensor, scaling: dict) -> Tensor:

@@ -1,9 +1,11 @@
 """The tokenizer of an Infini-Transformer, for transformers: plain bytes, or a sentencepiece model.
 
-Needs the package sentencepiece where there is a tokenizer.model. Text is taken as it is: whatever
-is written like a special token is text, and BOS comes first, unless add_special_tokens is false.
+Needs the package sentencepiece where there is a tokenizer.model. Text is taken as it is: what is
+written like BOS or EOS is text, tokens that were added are found, and BOS comes first, unless
+add_special_tokens is false.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ class InfiniTokenizer(PreTrainedTokenizer):
             self._bytes = {token: _bytes_of(model, i) for i, token in enumerate(self._tokens)}
             self._marks = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
             self._has_bytes = all(model.IsByte(model.PieceToId(mark)) for mark in self._marks)
-            kwargs.setdefault("bos_token", self._tokens[model.bos_id()])
-            kwargs.setdefault("eos_token", self._tokens[model.eos_id()])
+            for name in ("bos", "eos", "unk"):
+                kwargs.setdefault(f"{name}_token", self._tokens[getattr(model, f"{name}_id")()])
         else:
             self._tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["<s>", "</s>"]
             self._bytes = {self._tokens[byte]: bytes([byte]) for byte in range(256)}
@@ -47,6 +49,18 @@ class InfiniTokenizer(PreTrainedTokenizer):
     def get_vocab(self):
         return {**self._ids, **self.added_tokens_encoder}
 
+    def tokenize(self, text, **kwargs):
+        if not kwargs.get("split_special_tokens", self.split_special_tokens):
+            return super().tokenize(text, **kwargs)
+        added = [token for i, token in self.added_tokens_decoder.items() if i >= self.vocab_size]
+        added.sort(key=lambda token: len(token.content), reverse=True)
+        tokens, begin = [], 0
+        for found in re.finditer("|".join(map(_pattern, added)), text) if added else ():
+            tokens += self._tokenize(text[begin : found.start()])
+            tokens.append(found[found.lastindex or 0])
+            begin = found.end()
+        return tokens + self._tokenize(text[begin:])
+
     def _tokenize(self, text, **kwargs):
         if self._processor is None:
             return [self._tokens[byte] for byte in text.encode()]
@@ -63,7 +77,7 @@ class InfiniTokenizer(PreTrainedTokenizer):
         return [self._tokens[i] for i in self._processor.EncodeAsIds(text)]
 
     def _convert_token_to_id(self, token):
-        return self._ids[token]
+        return self._ids.get(token, self.unk_token_id)
 
     def _convert_id_to_token(self, index):
         # A model may have more ids than its tokenizer.
@@ -75,6 +89,18 @@ class InfiniTokenizer(PreTrainedTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
+
+    def get_special_tokens_mask(
+        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
+    ):
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+        return [1] + [0] * (len(token_ids_0) + len(token_ids_1 or []))
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        # What a template writes as BOS or EOS is one.
+        options = {"split_special_tokens": False, **(kwargs.pop("tokenizer_kwargs", None) or {})}
+        return super().apply_chat_template(conversation, *args, tokenizer_kwargs=options, **kwargs)
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         if self._processor is None:
@@ -92,3 +118,12 @@ def _bytes_of(model, i):
     if model.IsControl(i) or model.IsUnknown(i):
         return piece.encode()
     return bytes([int(piece[3:5], 16)]) if model.IsByte(i) else piece.replace(SPACE, " ").encode()
+
+
+def _pattern(token):
+    """Of an added token in a text, with the spaces that it takes along."""
+    content = re.escape(token.content)
+    if token.single_word:
+        content = rf"(?<!\w){content}(?!\w)"
+    left, right = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
+    return f"{left}({content}){right}"
