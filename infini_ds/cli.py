@@ -1,7 +1,7 @@
 """The command line: `infini-ds COMMAND ...`; one clear line and exit code 2 for mistakes."""
 
 import argparse
-import errno
+import contextlib
 import math
 import os
 import select
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import infini_ds
 from infini_ds import config as configuration
+from infini_ds import environment
 from infini_ds.benchmarks.quality_variants import VARIANTS
+from infini_ds.causes import cause, variable
 from infini_ds.errors import RunError, UserError
 from infini_ds.paths import argument
 from infini_ds.whole_file import check_writable
@@ -32,6 +34,8 @@ _UNREAD = 128 + 13
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is that of `exit_code`."""
+    if arguments is None:
+        environment.use_utf8()
     return exit_code(lambda: _run(arguments))
 
 
@@ -43,6 +47,9 @@ def _run(arguments: Sequence[str] | None) -> None:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         options.overrides = [*options.overrides, *others]
     take_paths(options)
+    if options.run not in (_pretrain, _bench_transport):
+        environment.forget_launcher()
+    environment.check_accelerator()
     options.run(options)
 
 
@@ -64,9 +71,11 @@ def take_paths(options: argparse.Namespace) -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Runs something and turns its errors into one line and a code.
 
-    The code is 0, 1 if a run could not go on, 2 for the user's mistakes, 130 after Ctrl-C, and 141,
-    as of a program that SIGPIPE has ended, without a line, when nobody reads the output any more.
+    Errors of the system, such as a full disk, are told with what helps, see `cause`. The code is 0,
+    1 if a run could not go on, 2 for the user's mistakes, 130 after Ctrl-C, and 141, as of a
+    program that SIGPIPE has ended, without a line, when nobody reads the output any more.
     """
+    environment.open_streams()
     try:
         try:
             command()
@@ -87,11 +96,20 @@ def exit_code(command: Callable[[], None]) -> int:
         return _UNREAD  # rich ends the program itself
     except OSError as error:
         unread = isinstance(error, BrokenPipeError) and _output_is_unread()
-        if error.errno != errno.ENOSPC and not unread:
+        told = cause(error)
+        if not told and not unread:
             raise
-        # What was not written would be tried again, and fail with a traceback, at the very end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _UNREAD if unread else _fail(f"cannot write ({error.strerror})", 1)
+        if error.errno and error.filename is None:  # of a write, most often to standard output
+            # What was not written would be tried again, and fail with a traceback, at the very end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            told = f"cannot write ({error.strerror})"
+        return _UNREAD if unread else _fail(told, 1)
+    except (MemoryError, RuntimeError, ImportError, ValueError) as error:
+        if told := cause(error):
+            return _fail(told, 1)
+        if told := variable(error):
+            return _fail(told, 2)
+        raise
     return 0
 
 
@@ -105,7 +123,8 @@ def _output_is_unread() -> bool:
 def _fail(error: UserError | RunError | str, code: int) -> int:
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" rank {rank}" if rank != "0" or (code == 1 and world != "1") else ""
-    print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # as where the terminal has been closed
+        print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
     return code
 
 
@@ -387,52 +406,28 @@ def _config(options: argparse.Namespace) -> None:
         print(configuration.dump(configuration.load(options.config, options.overrides)), end="")
 
 
-def _world_size() -> int:
-    """Number of processes that the launcher started.
-
-    Raises:
-        UserError: what it says of this process is missing, no number, or contradicts itself.
-    """
-    remedy = "whatever starts several processes sets it for each; unset it for a single process"
-    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    for name in numbers:
-        value = os.environ.get(name, "0")
-        if not value.isdecimal():
-            raise UserError(f"environment variable {name}={value!r}: must be a number; {remedy}")
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if rank >= world:
-        raise UserError(
-            f"environment variable WORLD_SIZE={world}: must be above RANK ({rank}); {remedy}"
-        )
-    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if world > 1 and missing:
-        raise UserError(
-            f"environment variable WORLD_SIZE={world}: needs {', '.join(sorted(missing))} as well; "
-            f"{remedy}"
-        )
-    return world
-
-
 def _pretrain(options: argparse.Namespace) -> None:
     config = configuration.load(options.config, options.overrides)
-    world = _world_size()
+    world = environment.world_size()
+    environment.raise_file_limit()
     config.data_parallel_size(world)
     if world == 1:  # what one of several ranks finds alone, it must tell the others
         from infini_ds.data.opening import open_data
 
         open_data(config)
-    from infini_ds.training.trainer import pretrain
+    from infini_ds.training.trainer import have_met, pretrain
 
     code = 0
     try:
         pretrain(config)
     except RunError as error:
         code = _fail(error, 1)
-    except UserError as error:  # the same on all ranks
-        if world == 1:
+    except UserError as error:  # the same on all ranks, if they have met
+        if world == 1 or not have_met():
             raise
         code = _fail(error, 2) if os.environ["RANK"] == "0" else 2
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     # After an error other ranks may be gone, so the process group cannot be closed; once in some
     # hundred runs its threads abort a process that closes it or exits with it; and in an orderly
     # exit a scheduler's SIGTERM, as another task has ended, would change the code.

@@ -6,22 +6,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_ds.errors import UserError
+from infini_ds.causes import remedy, shortened, told
+from infini_ds.errors import RunError, UserError
 
 _BLOCK = bytes(4096)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, name: str) -> Iterator[Path]:
+def whole_file(path: str | Path, name: str, kind: type[Exception] = UserError) -> Iterator[Path]:
     """A new file beside `path` that takes its place if nothing goes wrong.
 
     What is there and is no file, such as /dev/stdout, is written itself.
 
     Args:
         name: what the user calls it, for the message.
+        kind: of the error.
 
     Raises:
-        UserError: it cannot be written.
+        kind: it cannot be written.
     """
     try:
         if _is_special(path):
@@ -39,8 +41,12 @@ def whole_file(path: str | Path, name: str) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
-    except OSError as error:
-        raise _unwritable(path, name, error) from None
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # libraries wrap the system's errors in theirs
+        if not isinstance(error, OSError) and not remedy(error):
+            raise
+        raise kind(_unwritable(path, name, error)) from None
 
 
 def check_writable(path: str | Path, name: str) -> None:
@@ -56,7 +62,7 @@ def check_writable(path: str | Path, name: str) -> None:
                 trial.write(_BLOCK)
                 trial.flush()
     except OSError as error:
-        raise _unwritable(path, name, error) from None
+        raise UserError(_unwritable(path, name, error)) from None
 
 
 def umask() -> int:
@@ -70,6 +76,7 @@ def _is_special(path: str | Path) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def _unwritable(path: str | Path, name: str, error: OSError) -> UserError:
-    reason = error.strerror or " ".join(str(error).split())
-    return UserError(f"{name} {path}: cannot be written ({reason})")
+def _unwritable(path: str | Path, name: str, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or shortened(told(error))
+    helps = remedy(error)
+    return f"{name} {path}: cannot be written ({reason})" + (f"; {helps}" if helps else "")

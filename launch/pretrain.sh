@@ -21,6 +21,7 @@ import sys
 try:
     from infini_ds.cli import exit_code, main
     from infini_ds.cluster.launcher import check_hostfile_of_launcher, unquoted
+    from infini_ds.environment import use_utf8
 except ModuleNotFoundError as missing:
     print(
         f"infini-ds: {sys.executable}, which was told to run {__file__}, has no {missing.name}; "
@@ -30,6 +31,7 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 if __name__ == "__main__":
+    use_utf8()
     # DeepSpeed's launcher adds --local_rank=N, which is in the environment as well.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     sys.exit(exit_code(check_hostfile_of_launcher) or main(["pretrain", *unquoted(arguments)]))

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from infini_ds.benchmarks.quality_variants import VARIANTS
+from infini_ds.whole_file import whole_file
 
 
 def summarize(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,7 +120,8 @@ def write_plot(figures: dict[str, Any], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png", dpi=150)
+    with whole_file(path, "--plot") as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def _by_position(run: dict[str, Any]) -> list[float | None]:

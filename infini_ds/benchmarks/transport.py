@@ -43,7 +43,7 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
         dtype: of what is computed, and of the activations that are sent; as train.dtype.
         json_path: where to write the figures as well.
     """
-    if "RANK" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         measure(steps, dtype, json_path)
         sys.stdout.flush()
         os._exit(0)  # threads of the process group may abort an orderly exit, as in `pretrain`

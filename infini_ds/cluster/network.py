@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import psutil
 
+from infini_ds.errors import UserError
+
 
 class Route(NamedTuple):
     """The interface on the way to an address, this host's address there, and the other one."""
@@ -76,6 +78,45 @@ def name_interface() -> None:
         interface = route_to_first(address).interface
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = : not as a prefix
+
+
+def check_address() -> None:
+    """Whether MASTER_ADDR leads anywhere: PyTorch would try until its limit.
+
+    Raises:
+        UserError: no such name is known here.
+    """
+    address = os.environ.get("MASTER_ADDR", "localhost")
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        if error.errno == socket.EAI_AGAIN:
+            return  # the server of names may answer the next time
+        raise UserError(
+            f"environment variable MASTER_ADDR={address!r}: is no address and no name that "
+            f"{socket.gethostname()} knows ({error.strerror}); give all hosts an address of the "
+            "first one (deepspeed --master_addr)"
+        ) from None
+
+
+def check_interfaces() -> None:
+    """Whether the interfaces that gloo and NCCL are to use are there.
+
+    Raises:
+        UserError: one is not.
+    """
+    there = psutil.net_if_addrs()
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = os.environ.get(name, "")
+        exact = name.startswith("GLOO") or value.startswith("=")  # otherwise NCCL's are prefixes
+        wanted = [] if value.startswith("^") else value.lstrip("=").split(",")
+        for each in filter(None, wanted):
+            interface = each.partition(":")[0]  # NCCL's may name a port
+            if not any(i == interface or (i.startswith(interface) and not exact) for i in there):
+                raise UserError(
+                    f"environment variable {name}={value!r}: {socket.gethostname()} has no "
+                    f"interface {each}, but {', '.join(there)}; unset it, or name one of these"
+                )
 
 
 def _is_loopback(address: str) -> bool:

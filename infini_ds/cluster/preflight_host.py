@@ -154,7 +154,10 @@ def _ptxas() -> dict[str, str]:
 
 def _cpu_processes() -> int:
     """As DeepSpeed has it: LOCAL_SIZE, or one for each NUMA node if it can tell them."""
-    told = int(os.environ.get("LOCAL_SIZE", "0"))
+    value = os.environ.get("LOCAL_SIZE", "0")
+    if not value.isdecimal():
+        raise UserError(f"environment variable LOCAL_SIZE={value!r}: must be a number, or unset")
+    told = int(value)
     if told or not shutil.which("numactl"):
         return told or 1
     nodes = Path("/sys/devices/system/node").glob("node*/cpulist")

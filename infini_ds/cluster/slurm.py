@@ -20,7 +20,11 @@ def nodes_of_job() -> dict[str, int]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"SLURM_JOB_NODELIST ({nodes}): {error}") from None
+        said = getattr(error, "stderr", None) or str(error)
+        raise UserError(
+            f"environment variable SLURM_JOB_NODELIST={nodes!r}: `scontrol show hostnames` fails "
+            f"({' '.join(said.split())}); unset it outside of a Slurm job"
+        ) from None
     names = done.stdout.split()
     tasks = os.environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
     counts = tasks_per_node(tasks)

@@ -21,13 +21,16 @@ from pathlib import Path
 import psutil
 
 from infini_ds import config as configuration
+from infini_ds import environment
 from infini_ds.cli import exit_code, take_paths
 from infini_ds.cluster import preflight
+from infini_ds.cluster.devices import translate_visible_devices
 from infini_ds.cluster.launcher import check_what_is_not_quoted, quoted
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.cluster.way import words
 from infini_ds.errors import UserError
 from infini_ds.training import failures, manifest
+from infini_ds.training.signals import stop_signals
 
 FIRST_DELAY = 5.0
 LONGEST_DELAY = 300.0
@@ -38,6 +41,8 @@ END_SECONDS = 60.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts a run as its options say; the exit code of its last launcher."""
+    if arguments is None:
+        environment.use_utf8()
     options = _parser().parse_intermixed_args(arguments)
     codes: list[int] = []
     code = exit_code(lambda: codes.append(run(options)))
@@ -71,6 +76,9 @@ def run(options: argparse.Namespace) -> int:
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts ({options.max_restarts}) must be at least 0")
     take_paths(options)
+    environment.forget_launcher()  # the launcher tells its processes anew
+    environment.check_accelerator()
+    environment.world_size()
     config = configuration.load(options.config, options.overrides)
     arguments = [options.config, *options.overrides]
     command = ["deepspeed", "--log_level", "error", *words("--deepspeed", options.deepspeed)]
@@ -79,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
         preflight.run(options.config, options.overrides, options.hostfile, quiet=True)
         command.append(f"--hostfile={options.hostfile}")
         arguments = quoted(arguments)
+    else:
+        translate_visible_devices()
     command += [options.script, *arguments]
     return supervise(command, Path(config.output_dir), options.max_restarts)
 
@@ -101,6 +111,7 @@ def supervise(
         reason = f"the run ended with exit code {code}"
         if records:
             reason += f" (rank {records[-1]['rank']}: {records[-1]['message']})"
+        reason += _killed(code)
         if code == 2:
             if max_restarts:
                 _say(f"{reason}; not started again, as this is a mistake in the command")
@@ -122,7 +133,8 @@ def supervise(
 class Job:
     """The launcher of a run and all it starts on this host, in a process group of its own.
 
-    SIGTERM and SIGINT ask the run to finish its step, save and end; another one kills it.
+    SIGTERM, SIGINT and SIGHUP (its terminal is closed) ask the run to finish its step, save and
+    end; another one kills it. What is started with nohup goes on without a terminal.
     """
 
     def __init__(self, command: Sequence[str], output_dir: Path):
@@ -130,7 +142,7 @@ class Job:
         self._output_dir = output_dir
         self._command = list(command)
         self._launcher: subprocess.Popen | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals(signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
     @property
@@ -167,6 +179,8 @@ class Job:
 
     def _stop(self, number: int, frame: object) -> None:
         again = self.asked_to_stop
+        if again and number == signal.SIGHUP:
+            return  # a shell that ends repeats the system's
         self.stopped.set()
         if self._launcher is None or not self._alive():
             return
@@ -231,8 +245,22 @@ def _is_rank(process: psutil.Process) -> bool:
     return False
 
 
+def _killed(code: int) -> str:
+    """What an exit code of the launcher tells of a rank that the system has ended."""
+    # The launcher passes a rank's -9 on, of which the system keeps 247.
+    if code in (256 - signal.SIGKILL, 128 + signal.SIGKILL):
+        return (
+            "; a process was killed (SIGKILL), most often by the kernel as memory ran out: see "
+            "`dmesg`, and `infini-ds plan` for what a layout needs"
+        )
+    if code in (256 - signal.SIGBUS, 128 + signal.SIGBUS):
+        return "; SIGBUS, most often as /dev/shm is full: in a container, docker run --shm-size=8g"
+    return ""
+
+
 def _say(message: str) -> None:
-    print(f"infini-ds supervisor: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its terminal may be closed
+        print(f"infini-ds supervisor: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

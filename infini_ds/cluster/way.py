@@ -82,13 +82,19 @@ def _exported() -> dict[str, str]:
     """The variables that DeepSpeed's launcher gives to the processes of each host."""
     exported = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "NCCL"))}
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for file in (Path.home() / name, Path(name)):
+    for file in (Path(os.path.expanduser("~"), name), Path(name)):
         if file.is_file():
             try:
                 lines = file.read_text().splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 why = getattr(error, "strerror", "not text")
                 raise UserError(f"{file}: cannot be read ({why})") from None
-            pairs = (line.partition("=") for line in lines)
-            exported |= {key: value for key, equals, value in pairs if equals}
+            for number, line in enumerate(lines, start=1):
+                key, equals, value = line.partition("=")
+                if not equals or not key.isidentifier():  # the launcher takes nothing else
+                    raise UserError(
+                        f"{file} line {number}: {line!r} must be NAME=VALUE (nor is there place "
+                        "for blank lines and comments)"
+                    )
+                exported[key] = value
     return exported

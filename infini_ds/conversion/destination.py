@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from infini_ds.causes import remedy
 from infini_ds.conversion.run import is_run
 from infini_ds.errors import UserError
 from infini_ds.temporary import temporary_beside
@@ -75,7 +76,9 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename2 or error.filename or path
-        raise UserError(f"{where}: {error.strerror or error}") from None
+        helps = remedy(error)
+        why = f"{error.strerror or error}" + (f"; {helps}" if helps else "")
+        raise UserError(f"{where}: {why}") from None
 
 
 def _check_replaceable(path: Path, force: bool) -> None:

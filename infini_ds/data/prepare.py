@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
+from infini_ds.causes import cause, told
 from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.cores import cores_at_hand
 from infini_ds.data.documents import Corpus
@@ -86,7 +87,8 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
                 _publish(unfinished, path)
                 store = Store.open(path, config)
     except OSError as error:
-        raise UserError(f"data.store {path}: cannot be written ({error})") from None
+        why = cause(error) or told(error)
+        raise UserError(f"data.store {path}: cannot be written ({why})") from None
     _report(config, written, time.monotonic() - began, console)
     return store
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import socket
 from datetime import timedelta
 
 import deepspeed
@@ -12,9 +13,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
 from torch.distributed import DistError, distributed_c10d
 
-from infini_ds.cluster.network import name_interface
+from infini_ds.causes import cause, shortened, told
+from infini_ds.cluster.network import check_address, check_interfaces, name_interface
 from infini_ds.config import RunConfig
-from infini_ds.errors import RunError
+from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.backend import use_backend
 from infini_ds.pipeline.engine import InfiniEngine
 from infini_ds.pipeline.module import InfiniPipeline
@@ -29,17 +31,21 @@ def start_distributed(timeout: float) -> None:
         timeout: seconds that anyone waits for anyone.
 
     Raises:
+        UserError: they cannot meet where they are told to.
         RunError: not all of them came.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
+    # It meets nobody, whatever was left over from others. (Torchrun has a store of its own there.)
+    if os.environ["WORLD_SIZE"] == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    check_address()
     name_interface()
+    check_interfaces()
     # A stream for each channel and group: those that share a connection wait for each other.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     logger.setLevel("WARNING")
+    _check_device(int(os.environ["LOCAL_RANK"]))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # A communication operator for inference that DeepSpeed would compile at the first start, for a
     # minute, and behind a lock that a killed process leaves for ever.
@@ -50,11 +56,49 @@ def start_distributed(timeout: float) -> None:
             timeout=timedelta(seconds=timeout),
             verbose=False,
         )
-    except DistError as error:
-        raise RunError(
-            f"the {os.environ['WORLD_SIZE']} processes did not find each other within "
-            f"train.timeout = {timeout:g} s: {' '.join(str(error).split())}"
-        ) from None
+    except (DistError, RuntimeError, ValueError) as error:
+        raise _not_started(error, timeout) from None
+
+
+def _check_device(local_rank: int) -> None:
+    """Whether there is a device for this process; on a CPU there always is.
+
+    Raises:
+        UserError: there is none.
+    """
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    devices = accelerator.device_count() if accelerator.is_available() else 0
+    if name != "cpu" and local_rank >= devices:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        which = "CUDA_VISIBLE_DEVICES is not set" if visible is None else (
+            f"CUDA_VISIBLE_DEVICES={visible!r}"
+        )  # fmt: skip
+        raise UserError(
+            f"process {local_rank} of {socket.gethostname()} has no {name} device: PyTorch sees "
+            f"{devices} there ({which}); start fewer processes, or with DS_ACCELERATOR=cpu"
+        )
+
+
+def _not_started(error: Exception, timeout: float) -> UserError | RunError:
+    """In one line why the processes have not met."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+        return UserError(
+            f"port {port} is in use on this machine, most often by another run: name another one, "
+            "deepspeed --master_port PORT (bash launch/pretrain.sh --deepspeed '--master_port "
+            "PORT'), torchrun --master-port PORT, or the variable MASTER_PORT"
+        )
+    said = cause(error) or shortened(told(error))
+    world = f"the {os.environ['WORLD_SIZE']} processes"
+    if "imed out" in said or "timeout" in said:
+        return RunError(
+            f"{world} did not find each other within train.timeout = {timeout:g} s at {address} "
+            f"port {port}: {said}"
+        )
+    if isinstance(error, ValueError):  # of a variable that PyTorch reads
+        return UserError(f"{world} cannot meet: {said}")
+    return RunError(f"{world} did not find each other at {address} port {port}: {said}")
 
 
 def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:

@@ -31,6 +31,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from infini_ds.causes import cause, told
 from infini_ds.config import RunConfig, dump, parse
 from infini_ds.data.kept_tokenizer import copy_kept_tokenizer
 from infini_ds.errors import RunError, UserError
@@ -70,7 +71,7 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
         if is_lost_contact(error):
             raise
         raise RunError(
-            f"checkpoint {directory} could not be written ({' '.join(str(error).split())}); the "
+            f"checkpoint {directory} could not be written ({cause(error) or told(error)}); the "
             "older ones are kept"
         ) from None
     return directory

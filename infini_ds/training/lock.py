@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import IO
 
+from infini_ds.causes import remedy
 from infini_ds.errors import UserError
+from infini_ds.whole_file import check_writable
 
 NAME = ".lock"
 _LONGEST_WAIT = 100.0
@@ -28,7 +30,11 @@ def lock(output_dir: Path, limit: float) -> IO | None:
         output_dir.mkdir(parents=True, exist_ok=True)
         file = open(output_dir / NAME, "a")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"output_dir {output_dir}: cannot be written ({error.strerror})") from None
+        helps = f"; {remedy(error)}" if remedy(error) else ""
+        raise UserError(
+            f"output_dir {output_dir}: cannot be written ({error.strerror}){helps}"
+        ) from None
+    check_writable(output_dir / NAME, "output_dir")  # a full disk has room for names
     deadline = time.monotonic() + min(limit, _LONGEST_WAIT)
     while True:
         try:

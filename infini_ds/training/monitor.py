@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,18 @@ _TIMED_STEPS, _TIMED_SECONDS = 3, 5.0
 
 
 class _Shown(Console):
-    """A full disk does not end a run: nothing more is shown then."""
+    """A full disk or a closed terminal does not end a run: nothing more is shown then."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
         except RunError:
+            self.on_broken_pipe()
+
+    def __exit__(self, *error: Any) -> None:
+        try:  # what the live line shows is written here
+            super().__exit__(*error)
+        except OSError:
             self.on_broken_pipe()
 
 
@@ -57,6 +64,7 @@ class Monitor:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._output_dir = output_dir
         self._complained = False
+        threading.excepthook = _thread_failed
         self._open(step)
         self.text(step, "config", config, "yaml")
 
@@ -162,6 +170,12 @@ class Monitor:
                     "and are missing from here on; the run goes on"
                 )
             self._complained = True
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises once more what `_writing` is told of and tells."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _drop_steps_after(path: Path, step: int) -> None:

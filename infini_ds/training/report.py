@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import RunConfig
+from infini_ds.errors import RunError
 from infini_ds.evaluation.held_out import figure_name
 from infini_ds.training.checkpoint import directory_of
+from infini_ds.whole_file import whole_file
 
 REPORT = "report.json"
 """Figures of a finished run, in its directory."""
@@ -45,7 +47,8 @@ def report(
         console.print(sample, markup=False)
         console.rule()
     output_dir = Path(config.output_dir)
-    (output_dir / REPORT).write_text(json.dumps(figures, indent=1) + "\n")
+    with whole_file(output_dir / REPORT, "output_dir", RunError) as file:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
     console.print(f"checkpoint   {directory_of(config) / f'step_{step:08d}'}")
     logs = shlex.quote(str(output_dir / "tensorboard"))
     console.print(f"TensorBoard  tensorboard --logdir {logs}")

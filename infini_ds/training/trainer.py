@@ -38,12 +38,14 @@ from infini_ds.training.dtype import with_dtype
 from infini_ds.training.kernel_check import find_fault, with_kernels
 from infini_ds.training.lock import lock
 from infini_ds.training.monitor import Monitor
+from infini_ds.training.operators import build_cpu_adam
 from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
 from infini_ds.training.peak import device_peak_flops
 from infini_ds.training.report import REPORT, report
 from infini_ds.training.signals import StopRequest
 from infini_ds.training.startup import together
 from infini_ds.training.watchdog import Watchdog
+from infini_ds.whole_file import whole_file
 
 
 def pretrain(config: RunConfig) -> None:
@@ -77,6 +79,11 @@ def pretrain(config: RunConfig) -> None:
         raise watchdog.failed(error) from None
 
 
+def have_met() -> bool:
+    """Whether the ranks of a run have found each other."""
+    return dist.is_initialized()
+
+
 class Trainer:
     """The state of a run on this process."""
 
@@ -90,6 +97,8 @@ class Trainer:
             config = with_vocabulary(config, self.data)
             device = get_accelerator().device_name()
             check_backend(config.kernels.backend, device, config.model.head_dim)
+            if config.parallel.offload_optimizer:
+                build_cpu_adam()
         self.config, self.stop, self.watchdog = config, stop, watchdog
         self.step = self.first_step = 0
         self.saved: int | None = None
@@ -141,7 +150,8 @@ class Trainer:
             output_dir = Path(config.output_dir)
             text = configuration.dump(config)
             self.monitor = Monitor(output_dir, self.step, config.train.steps, text)
-            (output_dir / "config.yaml").write_text(text)
+            with whole_file(output_dir / "config.yaml", "output_dir", RunError) as file:
+                file.write_text(text)
             if self.step < config.train.steps:
                 (output_dir / REPORT).unlink(missing_ok=True)  # of when there were fewer to make
             self._say(f"computes in {config.train.dtype}: {why_dtype}")
@@ -446,6 +456,8 @@ class Trainer:
 
 
 def _set_threads(config: RunConfig) -> None:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    # It may be left over from something else, as the processes of a run are.
+    local = max(1, min(int(told), int(os.environ.get("WORLD_SIZE", "1"))))
     cores = min(psutil.cpu_count(logical=False) or 1, cores_at_hand())
     torch.set_num_threads(config.train.threads or max(1, cores // local))

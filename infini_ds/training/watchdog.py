@@ -15,6 +15,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from infini_ds.causes import cause
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.training import failures
@@ -92,7 +93,11 @@ class Watchdog:
             text = f"lost another rank at step {self.step}, after {self._done}, {where}"
             text += f": {_one_line(error)}"
             message = f"{text} ({others})" if others else text
-        elif isinstance(error, RunError | OSError):
+        elif isinstance(error, RunError):
+            message = str(error)
+        elif known := cause(error):
+            message = f"{known}, at step {self.step}, after {self._done}"
+        elif isinstance(error, OSError):
             message = str(error)
         else:
             within(_WRITE_SECONDS, lambda: traceback.print_exception(error), None)
