@@ -71,8 +71,8 @@ def variable(error: BaseException) -> str:
 
 def told(error: BaseException) -> str:
     """What an error says, in one line."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
 
 

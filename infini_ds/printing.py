@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from typing import Any
 
 import rich.console
@@ -46,6 +47,16 @@ class Console(rich.console.Console):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if self.stderr else sys.stdout).fileno())
         os.close(nowhere)
+
+
+def leave_to_the_caller() -> None:
+    """Prints no traceback of what TensorBoard's thread cannot write: its caller is told as well."""
+
+    def failed(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            threading.__excepthook__(failure)
+
+    threading.excepthook = failed
 
 
 def _widen(table: Table, console: Console) -> None:

@@ -99,24 +99,25 @@ def check_address() -> None:
         ) from None
 
 
-def check_interfaces() -> None:
-    """Whether the interfaces that gloo and NCCL are to use are there.
+def check_interfaces(backend: str) -> None:
+    """Whether the interfaces that gloo or nccl is to use are there.
 
     Raises:
         UserError: one is not.
     """
+    name = f"{backend.upper()}_SOCKET_IFNAME"
+    value = os.environ.get(name, "")
+    # NCCL's are prefixes, but after `=`, may name a port, and after `^` are those not to be used.
+    prefixes = backend == "nccl" and not value.startswith("=")
+    wanted = [] if backend == "nccl" and value.startswith("^") else value.split(",")
     there = psutil.net_if_addrs()
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        value = os.environ.get(name, "")
-        exact = name.startswith("GLOO") or value.startswith("=")  # otherwise NCCL's are prefixes
-        wanted = [] if value.startswith("^") else value.lstrip("=").split(",")
-        for each in filter(None, wanted):
-            interface = each.partition(":")[0]  # NCCL's may name a port
-            if not any(i == interface or (i.startswith(interface) and not exact) for i in there):
-                raise UserError(
-                    f"environment variable {name}={value!r}: {socket.gethostname()} has no "
-                    f"interface {each}, but {', '.join(there)}; unset it, or name one of these"
-                )
+    for each in filter(None, wanted):
+        named = each.lstrip("=").partition(":")[0] if backend == "nccl" else each
+        if not any(one.startswith(named) if prefixes else one == named for one in there):
+            raise UserError(
+                f"environment variable {name}={value!r}: {socket.gethostname()} has no interface "
+                f"{each}, but {', '.join(there)}; unset it, or name one of these"
+            )
 
 
 def _is_loopback(address: str) -> bool:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from infini_ds.causes import shortened
 from infini_ds.config import DataConfig
 from infini_ds.data import text_files
 from infini_ds.data.json_records import InvalidJson, json_records
@@ -265,7 +267,7 @@ class Corpus:
         except UserError:
             raise
         except Exception as error:  # a loader's errors are of any kind: missing, offline, format
-            raise UserError(f"{name}: {_one_line(error)}") from None
+            raise _unloadable(self._config, error) from None
 
     def _field(self, record: Any, where: str) -> Any:
         """What a record has in the field of a document's text.
@@ -365,7 +367,11 @@ def _load_dataset(config: DataConfig):
     if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
         # Written by save_to_disk, which load_dataset refuses.
         saved = datasets.load_from_disk(place)
-        return saved[config.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if config.dataset_split not in saved:
+            raise ValueError(f"Unknown split. Should be one of {[*saved]}")
+        return saved[config.dataset_split]
     if local.exists() and glob.escape(place := str(local.absolute())) != place:
         raise UserError(
             f"data.dataset {place}: has one of [, * and ?, with which `datasets` reads other "
@@ -466,6 +472,36 @@ def _field_of(config: DataConfig) -> tuple[str, str]:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"data.files {path}: cannot be read ({text_files.reason_of(error)})")
+
+
+_OF_DATASETS = (
+    (r"[Ss]plit|instruction format", "dataset_split", ""),
+    (r"BuilderConfig|[Cc]onfig name", "dataset_config", ""),
+    (
+        r"reach|resolve|[Cc]onnect|[Pp]roxy|[Oo]ffline|timed out",
+        "dataset",
+        "; the hub must be reachable (HTTPS_PROXY, HF_ENDPOINT, HF_HUB_OFFLINE unset), or name a "
+        "directory with the dataset's files",
+    ),
+    (
+        r"No space left|quota|Permission denied|Read-only",
+        "dataset",
+        "; the variable HF_HOME names another place for what is downloaded",
+    ),
+)
+"""What the library's errors are about: its words, the setting of ours, and what helps."""
+
+
+def _unloadable(config: DataConfig, error: Exception) -> UserError:
+    """Of a dataset; the library's own words tell which splits or configurations there are."""
+    chain = [error]
+    while chain[-1].__cause__ and isinstance(chain[-1].__cause__, Exception):
+        chain.append(chain[-1].__cause__)
+    said = ": ".join(dict.fromkeys(_one_line(each) for each in (chain[0], chain[-1])))
+    about = ((name, helps) for words, name, helps in _OF_DATASETS if re.search(words, said))
+    name, helps = next(about, ("dataset", ""))
+    of = "" if name == "dataset" else f" of data.dataset {config.dataset}"
+    return UserError(f"data.{name} {getattr(config, name)}{of}: {shortened(said)}{helps}")
 
 
 def _one_line(error: Exception) -> str:

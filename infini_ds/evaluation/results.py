@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from infini_ds.causes import cause, told
 from infini_ds.conversion.run import Loaded
 from infini_ds.errors import UserError
 from infini_ds.figures import write_figures
-from infini_ds.printing import Console
+from infini_ds.printing import Console, leave_to_the_caller
 from infini_ds.whole_file import check_writable, whole_file
 
 
@@ -73,6 +74,7 @@ def write(results: Results, places: Places, console: Console) -> None:
     if places.tensorboard is None:
         return
     step = results.figures["step"]
+    leave_to_the_caller()
     try:
         board = SummaryWriter(str(places.tensorboard))
         board.add_figure(results.plot_tag, results.plot, step, close=False)
@@ -80,8 +82,8 @@ def write(results: Results, places: Places, console: Console) -> None:
             board.add_scalar(name, value, step)
         board.close()
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(f"TensorBoard {places.tensorboard}: cannot be written ({reason})") from None
+        why = cause(error) or told(error)
+        raise UserError(f"TensorBoard {places.tensorboard}: cannot be written ({why})") from None
 
 
 def _board(directory: Path, command: str) -> Path | None:

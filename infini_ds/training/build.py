@@ -41,7 +41,7 @@ def start_distributed(timeout: float) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     check_address()
     name_interface()
-    check_interfaces()
+    check_interfaces(get_accelerator().communication_backend_name())
     # A stream for each channel and group: those that share a connection wait for each other.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     logger.setLevel("WARNING")

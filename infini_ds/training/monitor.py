@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from rich.text import Text
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from infini_ds.errors import RunError
-from infini_ds.printing import Console
+from infini_ds.printing import Console, leave_to_the_caller
 
 _SECONDS_BETWEEN_LINES = 10.0
 _TIMED_STEPS, _TIMED_SECONDS = 3, 5.0
@@ -64,7 +63,7 @@ class Monitor:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._output_dir = output_dir
         self._complained = False
-        threading.excepthook = _thread_failed
+        leave_to_the_caller()
         self._open(step)
         self.text(step, "config", config, "yaml")
 
@@ -170,12 +169,6 @@ class Monitor:
                     "and are missing from here on; the run goes on"
                 )
             self._complained = True
-
-
-def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread raises once more what `_writing` is told of and tells."""
-    if not issubclass(failure.exc_type, OSError):
-        threading.__excepthook__(failure)
 
 
 def _drop_steps_after(path: Path, step: int) -> None:

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from infini_ds.cluster import network
+from infini_ds.errors import UserError
 
 
 def test_route_to_an_own_address_is_the_interface_that_has_it():
@@ -93,3 +94,52 @@ def test_without_a_route_nothing_is_named(routes):
     routes.setattr(network, "route_to", fail)
     routes.setenv("MASTER_ADDR", "node-2")
     assert named() == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth0", False), ("GLOO_SOCKET_IFNAME", "eth0,ib0", False),
+        ("GLOO_SOCKET_IFNAME", "", False), ("GLOO_SOCKET_IFNAME", "eth", True),
+        ("GLOO_SOCKET_IFNAME", "eth0,eth9", True), ("GLOO_SOCKET_IFNAME", "=eth0", True),
+        ("NCCL_SOCKET_IFNAME", "eth", False), ("NCCL_SOCKET_IFNAME", "=eth0", False),
+        ("NCCL_SOCKET_IFNAME", "=eth", True), ("NCCL_SOCKET_IFNAME", "^docker0,lo", False),
+        ("NCCL_SOCKET_IFNAME", "wlan", True), ("NCCL_SOCKET_IFNAME", "=ib0:1,eth0", False),
+    ],
+)  # fmt: skip
+def test_interface_that_is_not_there_is_named(monkeypatch, name, value, refused):
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [], "eth0": [], "ib0": []})
+    monkeypatch.setenv(name, value)
+    backend = name.partition("_")[0].lower()
+    if not refused:
+        network.check_interfaces(backend)
+        return
+    with pytest.raises(UserError) as caught:
+        network.check_interfaces(backend)
+    assert str(caught.value).startswith(f"environment variable {name}={value!r}: ")
+    assert "lo, eth0, ib0" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "localhost", "fe80::1"])
+def test_address_of_the_first_host_leads_somewhere(monkeypatch, address):
+    monkeypatch.setenv("MASTER_ADDR", address)
+    network.check_address()
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "node-[1-2]", "256.1.1.1.1", "a b"])
+def test_address_of_the_first_host_that_leads_nowhere_is_named(monkeypatch, address):
+    def fail(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setenv("MASTER_ADDR", address)
+    with pytest.raises(UserError, match=r"^environment variable MASTER_ADDR=.*not known"):
+        network.check_address()
+
+
+def test_server_of_names_that_does_not_answer_just_now_is_asked_again_by_others(monkeypatch):
+    def fail(*_):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    network.check_address()

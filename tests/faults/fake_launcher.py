@@ -1,7 +1,8 @@
 """Acts as a launcher of a run: python fake_launcher.py OUTPUT SCENARIO.
 
 SCENARIO is a JSON list with one entry a start: the exit code, and the step that metrics.jsonl ends
-with. "forever": it runs until SIGTERM, and exits with 0. "orphan": it leaves a child behind.
+with. "forever": it runs until SIGTERM, and exits with 0, "slow" seconds after it. "orphan": it
+leaves a child behind.
 """
 
 import json
@@ -26,7 +27,7 @@ def main() -> int:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (output / "orphan").write_text(str(child.pid))
     if act.get("forever"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(time.sleep(act.get("slow", 0))))
         (output / "ready").touch()
         while True:
             time.sleep(0.1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infini_ds.cluster import supervisor
 from infini_ds.training import failures
 from tests.distributed.conftest import SCRIPT
 from tests.distributed.processes import Process, Processes
@@ -91,7 +92,7 @@ def test_launcher_that_does_not_end_after_a_failure_is_told_to(tmp_path):
     assert "exit code 130 (rank 0: rank 1 on node-2 is lost)" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_stops_the_run_for_good(tmp_path, number):
     job = Supervised(tmp_path, 9, [{"forever": True, "step": 3}])
     with job.processes as processes:
@@ -101,6 +102,27 @@ def test_signal_stops_the_run_for_good(tmp_path, number):
         (line,) = processes.all[0].output.splitlines()
     assert "asked to stop: the run finishes its step, saves and ends" in line
     assert len(job.starts) == 1
+
+
+def test_shell_that_repeats_the_hangup_does_not_kill_the_run(tmp_path):
+    job = Supervised(tmp_path, 9, [{"forever": True, "slow": 0.5, "step": 3}])
+    with job.processes as processes:
+        processes.wait_until((job.output / "ready").exists, LIMIT, "the launcher")
+        for _ in range(3):
+            processes.all[0].send(signal.SIGHUP)
+        assert processes.wait(LIMIT) == [0]
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        (137, "`dmesg`"), (247, "`dmesg`"), (135, "--shm-size"), (249, "--shm-size"), (0, ""),
+        (1, ""), (2, ""), (130, ""), (143, ""), (241, ""), (255, ""),
+    ],
+)  # fmt: skip
+def test_rank_that_the_system_has_killed_is_told_as_such(code, hint):
+    assert hint in supervisor._killed(code)
+    assert bool(hint) == bool(supervisor._killed(code))
 
 
 def test_leaves_no_process_behind(tmp_path):
