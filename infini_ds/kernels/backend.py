@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -101,6 +102,8 @@ def _cannot_run() -> str:
         return "is not installed (pip install triton)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "needs a C compiler, gcc or clang"
+    if fault := _variable_in_the_way():
+        return fault
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
@@ -111,6 +114,21 @@ def _cannot_run() -> str:
         major, minor = torch.cuda.get_device_capability()
         if fault := choose_ptxas(10 * major + minor).warning:
             _warn(f"kernels.backend: {fault}")
+    return ""
+
+
+def _variable_in_the_way() -> str:
+    """What a variable that Triton reads keeps it from, in one line."""
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off"):
+        return "would interpret its kernels, as TRITON_INTERPRET says; unset it"
+    assembler = os.environ.get("TRITON_PTXAS_PATH")
+    if assembler and not os.access(assembler, os.X_OK):  # Triton would take another, silently
+        return f"finds no program at TRITON_PTXAS_PATH={assembler}; correct or unset it"
+    home = os.environ.get("TRITON_HOME", os.path.expanduser("~/"))
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        return f"cannot write {cache}; set TRITON_CACHE_DIR to a directory of yours"
     return ""
 
 
