@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -258,3 +259,18 @@ def test_a_run_goes_on_where_nothing_can_be_shown(tmp_path, output):
     process.communicate("x", timeout=60)
     assert process.returncode == 0
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_run_goes_on_when_its_terminal_is_closed(tmp_path, monkeypatch):
+    ours, its = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with open(its, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monitor = Monitor(tmp_path, 0, 10, "")
+        assert monitor._live
+        monitor.step(1, metrics(), log=True)
+        os.close(ours)
+        monitor.step(2, metrics(), log=True)
+        monitor.say("a line")
+        monitor.close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
