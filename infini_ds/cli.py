@@ -50,6 +50,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     if options.run not in (_pretrain, _bench_transport):
         environment.forget_launcher()
     environment.check_accelerator()
+    environment.raise_file_limit()
     options.run(options)
 
 
@@ -409,7 +410,6 @@ def _config(options: argparse.Namespace) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     config = configuration.load(options.config, options.overrides)
     world = environment.world_size()
-    environment.raise_file_limit()
     config.data_parallel_size(world)
     if world == 1:  # what one of several ranks finds alone, it must tell the others
         from infini_ds.data.opening import open_data
