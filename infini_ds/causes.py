@@ -38,7 +38,7 @@ _SIGNS = [
     ),
     (
         r"can't start new thread|Resource temporarily unavailable",
-        "`ulimit -u` or the container allows no more threads; raise it",
+        "`ulimit -u`, `ulimit -v` or the container allows no more threads; raise it",
     ),
     (
         r"can't allocate memory|Cannot allocate memory|failed to map segment|bad_alloc|MemoryError",
