@@ -48,7 +48,7 @@ _TILES = {
     ("attend", 128): {
         AMPERE: Tiles(64, 64, 4, 2),
         HOPPER: Tiles(128, 64, 8, 3),
-        BLACKWELL: Tiles(128, 32, 8, 2),
+        BLACKWELL: Tiles(128, 32, 8, 3),
     },
     ("read_gradient", 64): {AMPERE: Tiles(64, 64, 4, 1)},
     ("read_gradient", 128): {AMPERE: Tiles(64, 128, 8, 1)},
