@@ -195,7 +195,8 @@ def main(arguments: list[str]) -> None:
     """
     device, rule, *sizes, dtype, limit = arguments
     signal.alarm(int(float(limit)) + 1)  # of whoever started it there may be nothing left
-    trial = Trial(rule, *map(int, sizes), dtype)
+    heads, kv_heads, head_dim, n = map(int, sizes)
+    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype)
     fault = ""
     if not backend.why_missing(torch.device(device).type, trial.head_dim):
         _choose_assembler(device)

@@ -76,12 +76,10 @@ def test_a_process_of_its_own_tells_how_it_ended(monkeypatch, plant, limit, faul
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
-@pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("n", [273])
-def test_bf16_of_pytorch_is_no_fault(monkeypatch, rule, group, n):
-    """What it may be off by rounding, at the sizes that are checked on a GPU."""
+def test_bf16_of_pytorch_is_no_fault(monkeypatch, rule):
+    """What it may be off by rounding, with grouped heads and as many tokens as on a GPU."""
     monkeypatch.setattr(op, "infini_attention_triton", infini_attention_parallel)
-    assert self_check.find_fault(Trial(rule, 2 * group, 2, 64, n), "cpu") == ""
+    assert self_check.find_fault(Trial(rule, 8, 2, 64, 273), "cpu") == ""
 
 
 @pytest.mark.parametrize(

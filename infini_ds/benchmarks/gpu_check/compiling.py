@@ -56,6 +56,7 @@ def compile_ahead(part: Part, case: str) -> None:
     widths = (heads, kv_heads, kv_heads)
     size = (1, segments, n, sum(widths), d)
     qkv = torch.empty(size, dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = qkv.split(widths, dim=3)
     layout = Layout(
         torch.zeros(1, segments, dtype=torch.bool), torch.full((1, segments), n, dtype=torch.int32)
     )
@@ -64,7 +65,7 @@ def compile_ahead(part: Part, case: str) -> None:
     rotary = torch.empty(n, d // 2), torch.empty(n, d // 2)
     with without_gpu(), mock.patch.object(op, "launch", launch):
         out, after = op.infini_attention_triton(
-            *qkv.split(widths, dim=3), None, LayerMemory.empty(1, kv_heads, d), layout, beta, rule,
+            q, k, v, None, LayerMemory.empty(1, kv_heads, d), layout, beta, rule,
             rotary,
         )  # fmt: skip
         (out.float().sum() + after.kv.sum() + after.norm.sum()).backward()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from torch.cuda import nccl
 
 from infini_ds.benchmarks.gpu_check.results import Part
 
@@ -38,7 +39,7 @@ def env(part: Part) -> None:
     card = torch.cuda.get_device_properties(0)
     part.note(
         "env", card=card.name, memory_gib=card.total_memory / 2**30,
-        capability=torch.cuda.get_device_capability(), nccl=torch.cuda.nccl.version(),
+        capability=torch.cuda.get_device_capability(), nccl=nccl.version(),
         cudnn=torch.backends.cudnn.version(), tf32=torch.backends.cuda.matmul.allow_tf32,
     )  # fmt: skip
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
