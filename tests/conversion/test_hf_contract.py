@@ -290,6 +290,10 @@ REFUSED = {
         lambda m, t: m.generate(t, past_key_values=after(m, t, LENGTH)),
         "give the whole text, at least one token longer",
     ),
+    "a-cache-without-use_cache": (
+        lambda m, t: m.generate(t, past_key_values=after(m, t, 5), use_cache=False),
+        "use_cache must be true",
+    ),
     "a-cache-cropped": (lambda m, t: after(m, t, 5).crop(3), "cannot be cropped"),
     "no-tokens": (lambda m, t: m(t[:, :0]), "at least one token"),
     "neither-ids-nor-embeddings": (lambda m, t: m(), "either input_ids or inputs_embeds"),

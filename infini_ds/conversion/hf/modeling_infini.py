@@ -388,6 +388,8 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             name, given = "inputs_embeds", inputs_embeds
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if seen:
+            if kwargs.get("use_cache") is False:  # all tokens would come each time
+                raise ValueError("use_cache must be true to go on with past_key_values")
             # How many of the tokens are not read yet; None, all of them. Older releases of
             # transformers 5 tell their places.
             new = kwargs.get("next_sequence_length")
