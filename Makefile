@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STEPS := 230
+STEPS := 300
 SEEDS := 0
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
   slurm-client
