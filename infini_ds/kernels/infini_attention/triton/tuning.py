@@ -29,8 +29,8 @@ def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
     """Of a kernel by its name, for head size d and operands of `itemsize` bytes.
 
     Generations that are not in the table take what the nearest older one has; RTX_BLACKWELL has the
-    matrix instructions of AMPERE and 99 KiB of shared memory, and takes AMPERE's, of which three
-    kernels then spill up to 40 bytes. fp32 is there to be exact, not to be fast: small tiles.
+    matrix instructions of AMPERE and 99 KiB of shared memory, and takes AMPERE's, of which some
+    kernels may then spill a little. fp32 is there to be exact, not to be fast: small tiles.
     """
     if itemsize == 4:
         return Tiles(32, 32, 4, 1)
