@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from infini_ds.errors import UserError
 from infini_ds.paths import argument, as_path
@@ -22,7 +29,14 @@ from infini_ds.read_yaml import read_value, read_yaml, write_yaml
 _LARGEST = 2**31 - 1
 """Of all integers: what counts tokens, steps or bytes with more than these is a slip."""
 _WEEK = 7 * 24 * 3600
-_PathText = Annotated[str, AfterValidator(as_path)]
+_RESOLVED = "resolved"
+
+
+def _as_typed(text: str, info: ValidationInfo) -> str:
+    return text if info.context == _RESOLVED else as_path(text)
+
+
+_PathText = Annotated[str, AfterValidator(_as_typed)]
 """A path, or empty. What decides what is in a store, such as data.files, stays as it is typed."""
 _SPOKEN = {"yes": True, "on": True, "no": False, "off": False}
 LARGEST_GATE = 10000.0
@@ -697,7 +711,7 @@ def load_resolved(path: Path) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, or a key or value is wrong; one line.
     """
-    return parse(_read(path), str(path))
+    return parse(_read(path), str(path), _RESOLVED)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -712,14 +726,14 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def parse(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Validates a tree of settings.
+def parse(tree: dict[str, Any], origin: str, context: str | None = None) -> RunConfig:
+    """Validates a tree of settings; _RESOLVED as `context`: of a run, with paths as they are.
 
     Raises:
         UserError: the first thing that is wrong, in one line naming the setting and `origin`.
     """
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree, context=context)
     except ValidationError as error:
         raise UserError(f"config {origin}: {_one_line(_explain(error))}") from None
 

@@ -42,7 +42,7 @@ _made = WeakTensorKeyDictionary()
 
 
 def _once(lengths: Tensor, sizes: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
-    made = _made.setdefault(lengths, {})
+    made: dict[tuple[int, ...], Tensor] = _made.setdefault(lengths, {})  # type: ignore[assignment]
     if sizes not in made:
         with torch.inference_mode(False):  # training may use it later
             made[sizes] = make()

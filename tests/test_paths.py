@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infini_ds import cli
-from infini_ds.config import DataConfig, TokenizerConfig, load
+from infini_ds.config import DataConfig, TokenizerConfig, dump, load, load_resolved
 from infini_ds.data import train_tokenizer
 from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
@@ -19,6 +19,7 @@ from infini_ds.training import checkpoint
 from tests.test_config import TREE
 from tests.tiny_run import tiny_config, write_checkpoint
 
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ODD = {
     "brackets": "layers=[1,2]",
     "bracket": "a[b",
@@ -295,3 +296,16 @@ def test_tokenizer_may_begin_with_the_home_directory(home, capsys):
     assert train_tokenizer.main(["$MODELS/a.model", "320", "a.txt"]) == 2
     assert "variables are not filled in" in capsys.readouterr().err
     assert os.listdir() == ["a.txt"]
+
+
+def test_paths_of_a_run_s_own_config_are_not_looked_for_again(tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    (made / "$stores").mkdir(parents=True)
+    monkeypatch.chdir(made)
+    text = dump(load(QUICKSTART, ["data.store=$stores"]))
+    own = tmp_path / "config.yaml"
+    own.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert load_resolved(own).data.store == "$stores"
+    with pytest.raises(UserError, match="variables are not filled in"):
+        load(own)
