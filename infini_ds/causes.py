@@ -13,7 +13,7 @@ _SIGNS = [
     (
         r"CUDA out of memory|CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED",
         "the GPU's memory is full: a smaller train.micro_batch_size, more train.chunks, "
-        "train.activation_checkpointing=true or more parallel.pipeline_stages "
+        "train.activation_checkpointing=block or more parallel.pipeline_stages "
         "(`infini-ds plan` says what a layout needs)",
     ),
     (

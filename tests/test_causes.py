@@ -46,7 +46,7 @@ KNOWN = {
     ),
     "memory_of_cublas": (
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        "train.activation_checkpointing=true",
+        "train.activation_checkpointing=block",
     ),
     "write_of_numpy": (OSError("131072 requested and 4064 written"), "most often the disk is full"),
     "write_of_torch": (
