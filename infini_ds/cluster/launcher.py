@@ -20,6 +20,8 @@ from infini_ds.errors import UserError
 _QUOTED = "--percent-encoded"
 _OF_RUN = ("--world_info=", "--master_addr=", "--master_port=")
 """Beginnings of words that tell a run from others, as the launcher has them on each host."""
+_PDSH = ("pdsh", "pdsh.bin")
+"""The second one is Debian's, which the first one starts."""
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 """Beginnings of the variables that the launcher gives to other hosts."""
 _CHANGED = re.compile(r"""[$`"\\]|%[%hnu]""")
@@ -85,7 +87,7 @@ def _typed(script: str) -> Iterator[list[str]]:
     ours = {word for words in _commands_above() for word in words if word.startswith(_OF_RUN)}
     for process in psutil.process_iter() if ours else ():
         with contextlib.suppress(psutil.Error, ValueError):
-            if process.name() == "pdsh" and ours <= {*process.cmdline()}:
+            if process.name() in _PDSH and ours <= {*process.cmdline()}:
                 launcher = process.parent()
                 words = launcher.cmdline() if launcher else []
                 yield words[words.index(script) + 1 :]

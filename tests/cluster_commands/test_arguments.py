@@ -94,7 +94,7 @@ class TestLauncherThatQuotesNothing:
     @pytest.fixture
     def start(self, tmp_path, monkeypatch):
         """Starts a launcher with a pdsh, as whose rank this process appears."""
-        pdsh = tmp_path / "pdsh"
+        pdsh = tmp_path / "pdsh.bin"  # as Debian has it
         pdsh.write_text("#!/bin/sh\nsleep 600 & child=$!\ntrap 'kill $child' TERM\nwait\n")
         pdsh.chmod(0o755)
         world = f"--world_info={tmp_path.name}"
