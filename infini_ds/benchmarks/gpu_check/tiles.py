@@ -22,17 +22,16 @@ CANDIDATES = {
                        (128, 64, 8, 1), (64, 32, 4, 3), (128, 128, 8, 1)],
     "key_gradient": [(32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2),
                      (64, 128, 8, 1), (64, 64, 4, 1)],
-    "sums": [(64, 128, 8, 1), (64, 64, 8, 1), (128, 128, 8, 1), (64, 64, 4, 1), (128, 64, 8, 1)],
+    "sums": [(64, 128, 8, 1), (64, 64, 8, 1), (32, 128, 8, 1), (32, 64, 4, 1)],
     "write_gradient": [(64, 16, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (64, 128, 8, 1)],
     "read_gradient": [(64, 128, 8, 1), (32, 128, 4, 1)],
     "overlap": [(64, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 3)],
     "overlap_gradient": [(64, 32, 8, 1), (64, 64, 8, 1), (128, 32, 8, 1), (64, 32, 4, 1)],
-    "rotate": [(64, 128, 4, 1), (32, 128, 4, 1), (128, 128, 8, 1), (64, 128, 8, 1)],
 }  # fmt: skip
 """Rows, columns, warps, stages, beside what tuning.py has. All but the last two of key_gradient (40
 and 72 bytes) compile without spills by Triton 3.6 for Hopper. `sums` has one stage alone: its code
 with more overwrites registers of unfinished products."""
-BY_ROWS = ("attend", "query_gradient", "read_gradient", "write_gradient", "rotate")
+BY_ROWS = ("attend", "query_gradient", "read_gradient", "write_gradient")
 """Kernels whose grid begins with tiles of rows."""
 
 
