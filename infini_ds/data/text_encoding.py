@@ -3,6 +3,7 @@
 import codecs
 import io
 import re
+from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 20
@@ -82,6 +83,17 @@ class Utf8(io.RawIOBase):
                 f"begins as {self._encoding}, which it is not to its end: {error.reason}"
             ) from None
         return text.encode("utf-8", "surrogatepass")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text (WrongEncoding, UnicodeDecodeError).
+    """
+    with open(path, "rb") as file:
+        return Utf8(file).readall().decode()
 
 
 def conversion(text: bytes, first: int) -> str:

@@ -76,6 +76,7 @@ def test_kernels_for_segments_that_tiles_divide_keep_them_too(tmp_path):
 
 GOOD = {
     "registers": 255, "stack": 0, "shared": 163 * 1024, "instructions": {"mma.sync": 8},
+    "touched": [],
 }  # fmt: skip
 PRODUCT = "%1 = tt.dot %a, %b, %c : tensor<64x64xbf16> -> tensor<64x64xf32, #mma>"
 
@@ -94,8 +95,13 @@ PRODUCT = "%1 = tt.dot %a, %b, %c : tensor<64x64xbf16> -> tensor<64x64xf32, #mma
         ),
         ({"instructions": {}}, PRODUCT, ["products by none and not mma.sync alone"]),
         ({}, PRODUCT.replace("#mma", "#blocked2"), ["1 products without matrix instructions"]),
+        (
+            {"touched": ["R4 is written", "R5 is written"]},
+            PRODUCT,
+            ["touches registers of running products, 2 times: R4 is written"],
+        ),
     ],
-    ids=["nothing", "spills", "registers", "shared", "generation", "none", "scalar"],
+    ids=["nothing", "spills", "registers", "shared", "generation", "none", "scalar", "touched"],
 )
 def test_rule_that_is_broken_is_named(change, ttgir, broken):
     found = kernels_compile._broken(GOOD | change, TARGETS[80], "%1 = tt.dot %a, %b", ttgir)
