@@ -95,13 +95,13 @@ class TestLauncherThatQuotesNothing:
     def start(self, tmp_path, monkeypatch):
         """Starts a launcher with a pdsh, as whose rank this process appears."""
         pdsh = tmp_path / "pdsh.bin"  # as Debian has it
-        pdsh.write_text("#!/bin/sh\nsleep 600 & child=$!\ntrap 'kill $child' TERM\nwait\n")
+        pdsh.write_text("#!/bin/sh\necho\nsleep 600 & child=$!\ntrap 'kill $child' TERM\nwait\n")
         pdsh.chmod(0o755)
         world = f"--world_info={tmp_path.name}"
         started = []
 
         def start_launcher(typed: list[str], found: list[str], port: int = 29500) -> None:
-            script = f"{pdsh} {world} --master_port={port} & echo; trap 'kill $!' TERM; wait"
+            script = f"{pdsh} {world} --master_port={port} & trap 'kill $!' TERM; wait"
             command = ["bash", "-c", script, "deepspeed", "launch/pretrain.sh", *typed]
             started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
             started[0].stdout.readline()
