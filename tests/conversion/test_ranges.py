@@ -340,7 +340,7 @@ class TooMany(ByteTokenizer):
         super().__init__()
         self._token = token
 
-    def _encode_piece(self, text):
+    def _encode_piece(self, text, begins):
         return [*text.encode(), self._token]
 
 
