@@ -16,7 +16,7 @@ from infini_ds import config as configuration
 from infini_ds import environment
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.causes import cause, variable
-from infini_ds.errors import RunError, UserError
+from infini_ds.errors import RunError, SharedError, UserError
 from infini_ds.paths import argument
 from infini_ds.whole_file import check_writable
 
@@ -415,15 +415,15 @@ def _pretrain(options: argparse.Namespace) -> None:
         from infini_ds.data.opening import open_data
 
         open_data(config)
-    from infini_ds.training.trainer import have_met, pretrain
+    from infini_ds.training.trainer import pretrain
 
     code = 0
     try:
         pretrain(config)
     except RunError as error:
         code = _fail(error, 1)
-    except UserError as error:  # the same on all ranks, if they have met
-        if world == 1 or not have_met():
+    except SharedError as error:
+        if world == 1:
             raise
         code = _fail(error, 2) if os.environ["RANK"] == "0" else 2
     with contextlib.suppress(OSError):

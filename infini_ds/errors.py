@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong."""
+"""What a user can get wrong, and what goes wrong by itself."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The message names the setting or the file and says what would be right.
     """
+
+
+class SharedError(UserError):
+    """The same on all ranks of a run, which have met: one of them tells it."""
 
 
 class RunError(RuntimeError):

@@ -23,7 +23,7 @@ from infini_ds.data.kept_tokenizer import keep_tokenizer
 from infini_ds.data.lanes import Plan
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.data.windows import Windows, read_windows, total_weight
-from infini_ds.errors import RunError, UserError
+from infini_ds.errors import RunError, SharedError, UserError
 from infini_ds.evaluation.held_out import HeldOut
 from infini_ds.kernels.backend import check_backend
 from infini_ds.model.flops import training_flops_per_token
@@ -54,7 +54,8 @@ def pretrain(config: RunConfig) -> None:
     The process group stays open when it returns: leave by os._exit.
 
     Raises:
-        UserError: a setting or a file is wrong; the same on all ranks.
+        SharedError: a setting or a file is wrong.
+        UserError: this rank cannot meet the others as it was told to.
         RunError: the run cannot go on.
     """
     stop = StopRequest()
@@ -71,17 +72,12 @@ def pretrain(config: RunConfig) -> None:
         Trainer(config, stop, watchdog, fault).run()
         dist.barrier()
         watchdog.stop()
-    except UserError:  # on all ranks together, as is this; without it the exit may abort
+    except UserError as error:  # on all ranks together, as is this; without it the exit may abort
         watchdog.stop()
         dist.destroy_process_group()
-        raise
+        raise SharedError(str(error)) from None
     except Exception as error:
         raise watchdog.failed(error) from None
-
-
-def have_met() -> bool:
-    """Whether the ranks of a run have found each other."""
-    return dist.is_initialized()
 
 
 class Trainer:
