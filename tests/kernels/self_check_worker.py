@@ -120,7 +120,7 @@ PLANTS = {
     "one number of the output": (LINEAR, False, after("attend_kernel", "out", _add_one)),
     "nan in the output": (LINEAR, False, after("attend_kernel", "out", _nan)),
     "rows that are not written": (LINEAR, False, left_out("attend_kernel")),
-    "keys not rotated": (LINEAR, False, before("rotate_kernel", "cos", torch.ones_like)),
+    "keys not rotated": (LINEAR, False, before("sums_kernel", "cos", torch.ones_like)),
     "a row of a memory": (LINEAR, False, after("sums_kernel", "kv", _scaled(1.5, 2, 0, 3))),
     "a norm": (LINEAR, False, after("sums_kernel", "norm", _scaled(1.5, 2, 0))),
     "documents not told apart": (LINEAR, False, before("scan_kernel", "starts", torch.zeros_like)),
