@@ -65,7 +65,7 @@ def take_paths(options: argparse.Namespace) -> None:
         shown = name if name in _POSITIONAL else f"--{name.replace('_', '-')}"
         if isinstance(given, list):
             setattr(options, name, [argument(shown, each) for each in given])
-        elif given is not None:
+        elif isinstance(given, str):  # the memory of a device is a number
             setattr(options, name, argument(shown, given))
 
 
