@@ -197,7 +197,7 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("model.gate_init=.nan", "model.gate_init: input should be a finite number, got nan"),
         ("model.rope_theta=0", "model: rope_theta (0.0) must be at least 1"),
         ("model.norm_eps=0", "model: norm_eps (0.0) must be from 1e-30 to 1"),
-        ("model.initializer_range=-1", "model: initializer_range (-1.0) must be at least 0"),
+        ("model.initializer_range=-1", "model: initializer_range (-1.0) must be from 0 to 100"),
         ("model.rope_scaling.factor=0", "model.rope_scaling: factor (0.0) must be above 0"),
         ("model.rope_scaling.low_freq_factor=-1", "low_freq_factor (-1.0) must be above 0"),
         ("model.rope_scaling.high_freq_factor=1", "must be above low_freq_factor (1.0)"),

@@ -36,4 +36,7 @@ def test_full_disk_is_one_line_after_what_was_found(capsys):
     shown = capsys.readouterr()
     assert "layouts" in shown.out
     (line,) = shown.err.splitlines()
-    assert line == "infini-ds: --json /dev/full: cannot be written (No space left on device)"
+    assert line == (
+        "infini-ds: --json /dev/full: cannot be written (No space left on device); make room "
+        "there, or name another place"
+    )
