@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from infini_ds.data.text_encoding import read_text
 from infini_ds.errors import UserError
 
 GENERATION = "generation_config.json"
@@ -18,9 +19,9 @@ def read_generation(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file cannot be read, or an end is no token's id.
     """
-    tree = _read(folder / GENERATION)
+    tree = read_settings(folder / GENERATION)
     for file in (GENERATION, "config.json"):
-        ends = _read(folder / file).get("eos_token_id")
+        ends = read_settings(folder / file).get("eos_token_id")
         if ends is None:
             continue
         ends = ends if isinstance(ends, list) else [ends]
@@ -36,9 +37,14 @@ def save_generation(settings: dict[str, Any], folder: Path) -> None:
         (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a JSON file of settings says, nothing if there is none.
+
+    Raises:
+        UserError: it cannot be read, or holds no settings.
+    """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

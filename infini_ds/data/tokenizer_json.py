@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from infini_ds.config import TOKENIZER_FILES
-from infini_ds.data.text_encoding import read_text
+from infini_ds.data.generation_settings import read_settings
 from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
 
@@ -50,7 +50,7 @@ class TokenizerJson(Tokenizer):
             reason = " ".join(str(error).split())
             raise UserError(f"data.tokenizer.model {file}: no tokenizer.json ({reason})") from None
         self._model, self._content = model, content
-        self._settings = _read(file.with_name(SPECIAL))
+        self._settings = read_settings(file.with_name(SPECIAL))
         bos, eos = (_special_id(file, model, name) for name in ("bos", "eos"))
         tree = json.loads(model.to_str())  # whole, whatever the file leaves out
         vocabulary = model.get_vocab(with_added_tokens=True)
@@ -115,7 +115,7 @@ class TokenizerJson(Tokenizer):
 def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
     """The id of `bos` or `eos`."""
     for beside in (file.with_name(SPECIAL), file.with_name("config.json")):
-        tree = _read(beside)
+        tree = read_settings(beside)
         token, i = tree.get(f"{name}_token"), tree.get(f"{name}_token_id")
         if token not in (None, ""):
             content = token.get("content") if isinstance(token, dict) else token
@@ -134,19 +134,6 @@ def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
         f"data.tokenizer.model {file}: must have a {name.upper()}, has none; put `{name}_token` "
         f"into a {SPECIAL} beside it"
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a file of settings says, nothing if there is none."""
-    try:
-        tree = json.loads(read_text(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: must be a mapping of settings")
-    return tree
 
 
 def _byte_tokens(tree: dict[str, Any], vocabulary: dict[str, int]) -> list[str]:
