@@ -61,3 +61,15 @@ def write_checkpoint(
     }
     manifest.write(directory, files)
     return model
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Of a checkpoint whose files a test has changed."""
+    files = {
+        name: {
+            "size": (checkpoint / name).stat().st_size,
+            "sha256": manifest.sha256(checkpoint / name),
+        }
+        for name in manifest.files_of(checkpoint)
+    }
+    manifest.write(checkpoint, files)

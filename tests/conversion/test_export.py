@@ -17,8 +17,8 @@ from infini_ds.conversion.run import load_run
 from infini_ds.conversion.writer import Plan
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.training import manifest
 from tests.evaluation.conftest import RUNS
+from tests.tiny_run import write_manifest
 
 
 def run(direction, source, target, *options) -> int:
@@ -102,14 +102,7 @@ def test_shards_of_several_ranks_are_put_together(saved, tmp_path):
                     places[-1][name] = type(place)(numel=high - low, start=low - begin)
         state |= {"single_partition_of_fp32_groups": parts, "param_slice_mappings": places}
         torch.save(whole, checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    files = {
-        name: {
-            "size": (checkpoint / name).stat().st_size,
-            "sha256": manifest.sha256(checkpoint / name),
-        }
-        for name in manifest.files_of(checkpoint)
-    }
-    manifest.write(checkpoint, files)
+    write_manifest(checkpoint)
     assert run("to-safetensors", checkpoint, tmp_path / "export", "--dtype", "fp32") == 0
     expected = masters_of(load_run(checkpoint).config)
     assert_same(load_export(tmp_path / "export")[0].state_dict(), expected)

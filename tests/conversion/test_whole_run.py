@@ -20,7 +20,7 @@ from infini_ds.data.prepare import prepare
 from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
 from infini_ds.errors import UserError
 from tests.data.tokenizer_files import write_byte_level
-from tests.tiny_run import tiny_config, write_checkpoint
+from tests.tiny_run import tiny_config, write_checkpoint, write_manifest
 
 torch.set_num_threads(1)
 
@@ -204,7 +204,7 @@ def test_held_out_documents_that_are_gone_or_others_are_told(taken, made, elsewh
     tree = json.loads(state.read_text())
     tree["directory"] = str(elsewhere)
     state.write_text(json.dumps(tree))
-    write_again(state.parent)
+    write_manifest(state.parent)
     line = mistake(capsys, "evaluate", "taken")
     assert f"data.store {elsewhere}/stores/s: not found; run `infini-ds prepare CONFIG`" in line
     assert line.endswith("`, or name --documents")
@@ -228,20 +228,6 @@ def test_texts_that_pass_keys_hide_in_are_found_from_anywhere(tmp_path):
     shutil.rmtree(started / "texts")
     assert cli.main(["passkey", str(started / "run"), *asked]) == 2
     assert cli.main(["passkey", str(started / "run"), *asked, "--filler=noise"]) == 0
-
-
-def write_again(checkpoint: Path) -> None:
-    """The manifest of a checkpoint that a test has changed."""
-    from infini_ds.training import manifest
-
-    files = {
-        name: {
-            "size": (checkpoint / name).stat().st_size,
-            "sha256": manifest.sha256(checkpoint / name),
-        }
-        for name in manifest.files_of(checkpoint)
-    }
-    manifest.write(checkpoint, files)
 
 
 def test_a_run_of_an_earlier_version_is_read_where_its_store_is(made, taken, monkeypatch, capsys):
