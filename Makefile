@@ -31,9 +31,9 @@ passkey: $(VENV)/installed
 	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
 	done
 
-# Two workers: most tests wait for processes of their own. A file's tests stay in one worker.
+# Two workers, to which tests/conftest.py gives whole files.
 test: $(VENV)/installed lint
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" -n 2 --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow

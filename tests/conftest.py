@@ -3,9 +3,9 @@
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.fault_table import pytest_terminal_summary, trial  # noqa: F401
 
@@ -24,14 +24,17 @@ def pytest_configure(config):
         os.environ.pop(name, None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    # Where workers share the tests (-n 2 --dist loadgroup), the runs of a file are made once, and
-    # the hosts of the cluster belong to one worker.
-    for item in items:
-        path = item.path.relative_to(config.rootpath)
-        group = "cluster" if Path("tests/cluster") in path.parents else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+class _FilesTogether(LoadScopeScheduling):
+    """A file's tests stay in one worker, which makes their runs once; so do all of a cluster's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        cluster = "tests/cluster/"
+        return cluster if nodeid.startswith(cluster) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return _FilesTogether(config, log)
 
 
 def pytest_unconfigure(config):

@@ -1,7 +1,6 @@
 """A run begins with the weights of an export, in any layout, and only with its own settings."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ from tests.distributed.layout_worker import LENGTH, windows_of
 from tests.distributed.processes import start_ranks
 from tests.tiny_run import tiny_config, write_checkpoint
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("start_worker.py")
 BYTES_AND_SPECIAL = 258
 
@@ -180,8 +178,8 @@ def started(export, tmp_path_factory) -> dict[str, list[dict]]:
                 given[key] = {"init_from": str(export(tied)), **case}
         path = folder / "cases.json"
         path.write_text(json.dumps(given))
-        command = [sys.executable, str(WORKER), str(path), str(folder)]
-        with start_ranks(command, world, folder / "logs", {"PYTHONPATH": str(ROOT)}) as ranks:
+        script = [str(WORKER), str(path), str(folder)]
+        with start_ranks(script, world, folder / "logs") as ranks:
             assert not any(ranks.wait(580, together=True)), ranks.outputs()
         for name in given:
             files = [folder / f"{name}.{rank}.json" for rank in range(world)]

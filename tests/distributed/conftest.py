@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,14 +46,15 @@ class Run:
         self.output = Path(str(tree["output_dir"]))
         self.config.write_text(yaml.safe_dump(tree))
 
-    def command(self, *overrides: str) -> list[str]:
-        return [sys.executable, str(SCRIPT), str(self.config), *overrides]
+    def script(self, *overrides: str) -> list[str]:
+        """What each rank runs, and its arguments."""
+        return [str(SCRIPT), str(self.config), *overrides]
 
     def start(self, world: int, *overrides: str, directories=None) -> Processes:
         """Starts the ranks."""
         self._launches += 1
         logs = self.folder / f"launch{self._launches}"
-        return start_ranks(self.command(*overrides), world, logs, directories=directories)
+        return start_ranks(self.script(*overrides), world, logs, directories=directories)
 
     def finish(self, world: int, *overrides: str) -> str:
         """Runs all ranks to their end; the output of rank 0."""

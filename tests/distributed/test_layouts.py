@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -186,9 +185,9 @@ class Results:
         folder = self._folder / f"launch{len(self._launched)}_world{world}"
         folder.mkdir()
         (folder / "cases.json").write_text(cases)
-        command = [sys.executable, layout_worker.__file__, folder / "cases.json", folder]
+        script = [layout_worker.__file__, folder / "cases.json", folder]
         try:
-            run_ranks(command, world, folder, limit)
+            run_ranks(script, world, folder, limit)
         except AssertionError as failure:  # told by every test that needs it, but made once
             return failure
         return folder

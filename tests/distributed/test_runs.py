@@ -362,7 +362,7 @@ class TestLaunchers:
 
     def test_mistake_in_the_config_is_one_line_with_code_2(self, tmp_path, data):
         run = Run(tmp_path, data)
-        command = [*run.command("train.stepz=1")]
+        command = [sys.executable, *run.script("train.stepz=1")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START)
         assert done.returncode == 2
         assert done.stderr.splitlines() == [

@@ -1,19 +1,14 @@
 """Tiny fp32 runs that are going to be disturbed."""
 
-import contextlib
-import multiprocessing
 import os
-import runpy
-import signal
 import time
 from pathlib import Path
 
 from infini_ds.training import failures
-from tests.distributed.conftest import SCRIPT, Run
-from tests.distributed.processes import Processes, free_port
+from tests.distributed.conftest import Run
+from tests.distributed.processes import Processes
 
 WORKER = Path(__file__).with_name("worker.py")
-FORKED = Path(__file__).with_name("forked_rank.py")
 START = 400
 """Seconds that anything may take to start, on a machine with other work."""
 LIMIT = 600
@@ -26,40 +21,6 @@ FP32 = {
 }  # fmt: skip
 
 
-class ForkedRank:
-    """A rank of a run, as `Process` is one, that is forked from a process with all imports done."""
-
-    def __init__(self, arguments: list[str], log: Path, env: dict[str, str]):
-        self.log = log
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["infini_ds.training.trainer"])
-        given = {"ARGUMENTS": arguments, "LOG": str(log), "ENVIRONMENT": env}
-        self._process = context.Process(target=runpy.run_path, args=(str(FORKED), given))
-        log.touch()
-        self._process.start()
-
-    @property
-    def code(self) -> int | None:
-        """Exit code, or None while it runs."""
-        return self._process.exitcode
-
-    @property
-    def output(self) -> str:
-        """What it has written so far."""
-        return self.log.read_text(errors="replace")
-
-    def send(self, number: signal.Signals) -> None:
-        """Signals this process."""
-        os.kill(self._process.pid, number)
-
-    def kill_group(self) -> None:
-        """Ends it and all that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
-
-
 class FaultyRun(Run):
     """A run whose ranks make the faults that `worker.py` knows."""
 
@@ -67,21 +28,10 @@ class FaultyRun(Run):
         super().__init__(folder, data, **{**FP32, **settings})
         self.faults = faults
 
-    def start(self, world: int, *overrides: str) -> Processes:
-        self._launches += 1
-        logs = self.folder / f"launch{self._launches}"
-        logs.mkdir()
-        script = [str(SCRIPT)] if self.faults == "{}" else [str(WORKER), self.faults]
-        arguments = [*script, str(self.config), *overrides]
-        shared = {
-            "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        }  # fmt: skip
-        ranks = []
-        for rank in range(world):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(ForkedRank(arguments, logs / f"rank{rank}.log", env))
-        return Processes(ranks)
+    def script(self, *overrides: str) -> list[str]:
+        if self.faults == "{}":
+            return super().script(*overrides)
+        return [str(WORKER), self.faults, str(self.config), *overrides]
 
     def finish(self, world: int, *overrides: str) -> str:
         with self.start(world, *overrides) as ranks:

@@ -65,7 +65,7 @@ def test_frozen_rank_does_not_keep_the_job(tmp_path, data, trial):
     run = FaultyRun(tmp_path, data, **SETTINGS)
     port = str(free_port())
     options = ["--log_level", "warning", "--num_accelerators", "2", "--master_port", port]
-    command = ["deepspeed", *options, *run.command()[1:]]
+    command = ["deepspeed", *options, *run.script()]
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     job = Processes([Process(command, tmp_path / "log", env, tmp_path)])
     with trial("`SIGSTOP` of a rank, under the launcher"), job as processes:

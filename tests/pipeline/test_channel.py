@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ LIMIT = 2.0  # the worker's train.timeout
 def outcome(tmp_path):
     def run(mode: str) -> dict:
         result = tmp_path / "result.json"
-        run_ranks([sys.executable, str(WORKER), mode, str(result)], 2, tmp_path, limit=90)
+        run_ranks([str(WORKER), mode, str(result)], 2, tmp_path, limit=90)
         return json.loads(result.read_text())
 
     return run

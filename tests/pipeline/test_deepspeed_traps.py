@@ -1,7 +1,6 @@
 """What DeepSpeed gets wrong where nobody looks, each of it seen from inside a two-stage engine."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def ranks(tmp_path_factory):
     extensions.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        run_ranks([sys.executable, str(WORKER), str(folder)], 2, folder, limit=120)
+        run_ranks([str(WORKER), str(folder)], 2, folder, limit=120)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -15,8 +15,6 @@ from infini_ds.pipeline.engine import InfiniEngine, StepSize
 from infini_ds.pipeline.gradient_sums import gradient_of
 from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.optimizer import set_learning_rate
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.distributed.layout_worker import config_of, cut, windows_of
 
 KINDS = {
