@@ -1,5 +1,6 @@
 """A run from its config to its last checkpoint, on every process of it."""
 
+import gc
 import math
 import os
 import time
@@ -61,6 +62,7 @@ def pretrain(config: RunConfig) -> None:
     stop = StopRequest()
     _set_threads(config)
     keep_freed_memory()
+    gc.freeze()  # what is imported stays: DeepSpeed has it searched for garbage eight times
     fault = find_fault(config)
     try:
         start_distributed(config.train.timeout)
