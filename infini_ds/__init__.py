@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from infini_ds.config import ModelConfig
 
 if TYPE_CHECKING:
-    from infini_ds.conversion.export import load_model
     from infini_ds.model.memory import Memory
     from infini_ds.model.transformer import InfiniTransformer
+    from infini_ds.runs.export import load_model
 
 __all__ = ["InfiniTransformer", "Memory", "ModelConfig", "load_model"]
 
@@ -23,7 +23,7 @@ def __getattr__(name: str):
 
         return Memory
     if name == "load_model":
-        from infini_ds.conversion.export import load_model
+        from infini_ds.runs.export import load_model
 
         return load_model
     if name == "__version__":

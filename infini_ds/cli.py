@@ -13,12 +13,12 @@ from pathlib import Path
 
 import infini_ds
 from infini_ds import config as configuration
-from infini_ds import environment
 from infini_ds.benchmarks.quality_variants import VARIANTS
-from infini_ds.causes import cause, variable
 from infini_ds.errors import RunError, SharedError, UserError
-from infini_ds.paths import argument
-from infini_ds.whole_file import check_writable
+from infini_ds.system import environment
+from infini_ds.system.causes import cause, variable
+from infini_ds.system.paths import argument
+from infini_ds.system.whole_file import check_writable
 
 _HEAD_START_SECONDS = 5.0
 """Of rank 0, which may have begun later than the others."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infini_ds import cli
-from infini_ds.causes import cause
+from infini_ds.system.causes import cause
 
 
 def of_system(number: int) -> OSError:

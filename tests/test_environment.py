@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_ds import cli, environment
-from infini_ds.training.signals import StopRequest
+from infini_ds import cli
+from infini_ds.guard.signals import StopRequest
+from infini_ds.system import environment
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
 MEETING = {
@@ -135,7 +136,7 @@ def test_closed_streams_are_not_taken_for_the_next_files(tmp_path):
 
 def test_file_limit_is_raised_to_what_is_allowed():
     code = (
-        "import resource; from infini_ds.environment import raise_file_limit;"
+        "import resource; from infini_ds.system.environment import raise_file_limit;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 300)); raise_file_limit();"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from infini_ds.printing import Console
+from infini_ds.system.console import Console
 
 STRANGE = "[bold]run[/bold] [a-z1]*.txt x[/y] :smile:"
 
@@ -34,7 +34,7 @@ def test_table_keeps_its_figures_in_a_narrow_terminal(capsys, monkeypatch):
 
 
 def printing_to(target, script="console.print('a')"):
-    code = f"from infini_ds.printing import Console; console = Console(); {script}"
+    code = f"from infini_ds.system.console import Console; console = Console(); {script}"
     return subprocess.run(
         [sys.executable, "-c", code], stdout=target, stderr=subprocess.PIPE, text=True, check=False
     )

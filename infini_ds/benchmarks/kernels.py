@@ -28,9 +28,9 @@ from infini_ds.benchmarks.kernels_timing import (
     time_operation,
 )
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
 from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.kernels.trial import Operation
+from infini_ds.system.figures import write_figures
 
 ERROR_LIMIT = 0.03
 """Relative; the gradient of beta, a sum that largely cancels, is off by most."""

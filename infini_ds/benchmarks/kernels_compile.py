@@ -27,11 +27,11 @@ from rich.table import Table
 
 from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.system.figures import write_figures
 
 
 class Target(NamedTuple):

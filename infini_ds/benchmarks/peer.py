@@ -25,7 +25,7 @@ from rich.table import Table
 
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.figures import write_figures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,9 +175,9 @@ def _build_peer(_: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor],
 
 
 def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor], Any]:
-    from infini_ds.allocator import keep_freed_memory
     from infini_ds.conversion.seed import from_seed
     from infini_ds.model.transformer import InfiniTransformer
+    from infini_ds.system.allocator import keep_freed_memory
 
     keep_freed_memory()  # as the trainer does
     config = ModelConfig(

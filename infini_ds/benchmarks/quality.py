@@ -20,11 +20,11 @@ from rich.console import Console
 from infini_ds.benchmarks.quality_progress import QualityProgress
 from infini_ds.benchmarks.quality_variants import VARIANTS, variant_config
 from infini_ds.config import RunConfig
-from infini_ds.cores import cores_at_hand
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.figures import write_figures
 
 if TYPE_CHECKING:
     from infini_ds.benchmarks.quality_run import Job

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.allocator import keep_freed_memory
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
@@ -19,13 +18,14 @@ from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
-from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.training.optimizer import (
+from infini_ds.model.optimizer import (
     adamw,
     learning_rate_factor,
     parameter_groups,
     set_learning_rate,
 )
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.system.allocator import keep_freed_memory
 
 STEP_COST = 3
 """Forward and backward pass through a position, in forward passes."""

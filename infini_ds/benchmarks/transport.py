@@ -27,8 +27,8 @@ from infini_ds import config as configuration
 from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.errors import RunError
-from infini_ds.figures import write_figures
 from infini_ds.layout import Layout
+from infini_ds.system.figures import write_figures
 
 TIME_LIMIT = 900.0
 """Seconds that the whole benchmark may take."""
@@ -62,8 +62,8 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
 
 def measure(steps: int, dtype: str, json_path: str | None) -> None:
     """One process of the benchmark; the process group stays open."""
-    from infini_ds.pipeline.engine import StepSize
-    from infini_ds.training.build import build_engine, start_distributed
+    from infini_ds.parallel.build import build_engine, start_distributed
+    from infini_ds.parallel.pipeline.engine import StepSize
     from infini_ds.training.dtype import with_dtype
 
     start_distributed(120)

@@ -18,7 +18,7 @@ from infini_ds.cluster.preflight_host import versions
 from infini_ds.cluster.slurm import nodes_of_job
 from infini_ds.cluster.way import Way, over_srun, over_ssh, to_here
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.figures import write_figures
 
 _ROWS_OF_A_CHECK = 3
 _COLOURS = {"good": "green", "warning": "yellow", "failed": "red"}

@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 from infini_ds import config as configuration
-from infini_ds.cluster import network
 from infini_ds.data.opening import open_data
 from infini_ds.errors import UserError
 from infini_ds.kernels.assembler import choose_ptxas
+from infini_ds.system import network
 
 MARK = "infini-ds-preflight "
 

@@ -17,8 +17,8 @@ from infini_ds import config as configuration
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
-from infini_ds.training import failures, manifest
+from infini_ds.runs import failures, manifest
+from infini_ds.system.figures import write_figures
 
 _AVERAGED_STEPS = 20
 _READ_AT_MOST = 64 << 20

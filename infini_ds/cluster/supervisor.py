@@ -21,7 +21,6 @@ from pathlib import Path
 import psutil
 
 from infini_ds import config as configuration
-from infini_ds import environment
 from infini_ds.cli import exit_code, take_paths
 from infini_ds.cluster import preflight
 from infini_ds.cluster.devices import translate_visible_devices
@@ -29,8 +28,9 @@ from infini_ds.cluster.launcher import check_what_is_not_quoted, quoted
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.cluster.way import words
 from infini_ds.errors import UserError
-from infini_ds.training import failures, manifest
-from infini_ds.training.signals import stop_signals
+from infini_ds.guard.signals import stop_signals
+from infini_ds.runs import failures, manifest
+from infini_ds.system import environment
 
 FIRST_DELAY = 5.0
 LONGEST_DELAY = 300.0

@@ -12,7 +12,14 @@ from torch import Tensor
 from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ModelConfig
 from infini_ds.conversion import hub, llama, seed
 from infini_ds.conversion.destination import check_destination, destination
-from infini_ds.conversion.export import (
+from infini_ds.conversion.huggingface import special_tokens, write_huggingface
+from infini_ds.conversion.pairs import Move, Pair
+from infini_ds.conversion.progress import BytesBar
+from infini_ds.conversion.writer import Plan
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.errors import UserError
+from infini_ds.runs.checkpoint import tokenizer_of
+from infini_ds.runs.export import (
     CONFIG,
     METADATA_KEY,
     SOURCE_CONFIG,
@@ -26,21 +33,14 @@ from infini_ds.conversion.export import (
     parameters_of,
     tokenizer_files,
 )
-from infini_ds.conversion.huggingface import special_tokens, write_huggingface
-from infini_ds.conversion.pairs import Move, Pair
-from infini_ds.conversion.progress import BytesBar
-from infini_ds.conversion.run import tokenizer_of
-from infini_ds.conversion.weights import (
+from infini_ds.runs.weights import (
     PickledWeights,
     Renamed,
     SafetensorsWeights,
     Weights,
 )
-from infini_ds.conversion.writer import Plan
-from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
-from infini_ds.errors import UserError
-from infini_ds.printing import Console
-from infini_ds.ranges import narrowed
+from infini_ds.system.console import Console
+from infini_ds.system.ranges import narrowed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from infini_ds.data.store import sha256_of
 from infini_ds.errors import UserError
-from infini_ds.pipeline.module import single_process_name
-from infini_ds.training import manifest
+from infini_ds.parallel.pipeline.module import single_process_name
+from infini_ds.runs import manifest
 
 _SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from infini_ds.conversion.export import Model
 from infini_ds.data import store
 from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
+from infini_ds.runs.export import Model
 
 _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
 

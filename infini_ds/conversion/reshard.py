@@ -7,10 +7,10 @@ train.timeout.
 from pathlib import Path
 
 from infini_ds import config as configuration
-from infini_ds.conversion.run import find_checkpoint
 from infini_ds.errors import RunError, UserError
 from infini_ds.inspection.describe import problems_of
-from infini_ds.printing import Console
+from infini_ds.runs.checkpoint import find_checkpoint
+from infini_ds.system.console import Console
 from infini_ds.training.checkpoint import make_universal, universal_of
 
 

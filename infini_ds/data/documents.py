@@ -11,12 +11,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from infini_ds.causes import shortened
 from infini_ds.config import DataConfig
 from infini_ds.data import text_files
 from infini_ds.data.json_records import InvalidJson, json_records
 from infini_ds.errors import UserError
-from infini_ds.paths import argument, as_path, check_name
+from infini_ds.system.causes import shortened
+from infini_ds.system.paths import argument, as_path, check_name
 
 _NAMES_KEPT = 3
 _FIELDS_TOLD = 20

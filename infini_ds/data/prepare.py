@@ -18,9 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from infini_ds.causes import cause, told
 from infini_ds.config import TOKENIZER_FILES, DataConfig
-from infini_ds.cores import cores_at_hand
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.generation_settings import GENERATION
@@ -44,8 +42,10 @@ from infini_ds.data.store import (
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
-from infini_ds.printing import Console
-from infini_ds.temporary import only_one_in, temporary_beside
+from infini_ds.system.causes import cause, told
+from infini_ds.system.console import Console
+from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.temporary import only_one_in, temporary_beside
 
 # So much text tells whether the tokenizer restores text: no need to read hundreds of gigabytes.
 _SURE_BYTES = 64 << 20

@@ -15,7 +15,7 @@ from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.documents import Corpus, Document
 from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
 from infini_ds.errors import UserError
-from infini_ds.paths import argument
+from infini_ds.system.paths import argument
 
 _BLOCK_CHARACTERS = 2048
 # A stream from the network is read this many times as far as the training text is long, not to

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infini_ds.allocator import keep_freed_memory
 from infini_ds.compute_type import place
 from infini_ds.config import DataConfig, RunConfig
-from infini_ds.conversion.export import load_model
-from infini_ds.conversion.run import Loaded, state_of
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode
 from infini_ds.data.lanes import Plan, held_out_plans
@@ -24,7 +21,10 @@ from infini_ds.errors import UserError
 from infini_ds.evaluation import documents_report as report
 from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.by_position import means, position_bins, read_documents
-from infini_ds.printing import Console
+from infini_ds.runs.checkpoint import Loaded, state_of
+from infini_ds.runs.export import load_model
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.console import Console
 
 _CALL_TOKENS = 16384
 

@@ -12,7 +12,7 @@ from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.store import Split, Store
 from infini_ds.data.windows import Windows, read_windows
-from infini_ds.pipeline.engine import InfiniEngine
+from infini_ds.parallel.pipeline.engine import InfiniEngine
 
 
 class Quality(NamedTuple):

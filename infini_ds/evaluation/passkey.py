@@ -12,9 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from infini_ds.allocator import keep_freed_memory
 from infini_ds.compute_type import place
-from infini_ds.conversion.export import load_model
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation import passkey_report as report
@@ -23,7 +21,9 @@ from infini_ds.evaluation.passkey_progress import PasskeyProgress
 from infini_ds.evaluation.passkey_questions import Question, Questions
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
-from infini_ds.printing import Console
+from infini_ds.runs.export import load_model
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.console import Console
 
 CALL_TOKENS = 16384
 """Tokens that are read at one time, unless one segment of the batch has more."""

@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from infini_ds.causes import cause, told
-from infini_ds.conversion.run import Loaded
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
-from infini_ds.printing import Console, leave_to_the_caller
-from infini_ds.whole_file import check_writable, whole_file
+from infini_ds.runs.checkpoint import Loaded
+from infini_ds.system.causes import cause, told
+from infini_ds.system.console import Console, leave_to_the_caller
+from infini_ds.system.figures import write_figures
+from infini_ds.system.whole_file import check_writable, whole_file
 
 
 class Places(NamedTuple):

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from infini_ds.compute_type import place
-from infini_ds.conversion.export import load_model
 from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
@@ -18,7 +17,8 @@ from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.generation import stream
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.printing import Console
+from infini_ds.runs.export import load_model
+from infini_ds.system.console import Console
 
 
 class GenerateOptions(NamedTuple):

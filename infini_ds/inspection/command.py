@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from infini_ds.figures import write_figures
 from infini_ds.inspection.describe import describe
 from infini_ds.inspection.difference import difference
 from infini_ds.inspection.report import show, show_difference
-from infini_ds.printing import Console
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 
 def run(path: str, other: str | None, json_path: str | None) -> None:

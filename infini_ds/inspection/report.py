@@ -6,7 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from infini_ds.printing import Console
+from infini_ds.system.console import Console
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory.state import LayerMemory
 
 Operation = Callable[..., tuple[Tensor, LayerMemory]]
 """Arguments and results of `infini_attention_reference`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infini_ds.model.memory import Memory
-from infini_ds.ranges import require_finite
+from infini_ds.system.ranges import require_finite
 
 if TYPE_CHECKING:
     from infini_ds.model.transformer import InfiniTransformer

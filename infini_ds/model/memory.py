@@ -14,8 +14,8 @@ from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.short_conv import TAPS
-from infini_ds.ranges import check_finite, narrowed
-from infini_ds.whole_file import whole_file
+from infini_ds.system.ranges import check_finite, narrowed
+from infini_ds.system.whole_file import whole_file
 
 FORMAT = "infini_ds.memory.2"
 

@@ -13,8 +13,8 @@ from infini_ds.config import RunConfig
 from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
 from infini_ds.planning.plan import Plan, alternatives, plan
+from infini_ds.system.figures import write_figures
 
 GIB, MIB = 2**30, 2**20
 

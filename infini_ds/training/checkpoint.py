@@ -31,14 +31,14 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infini_ds.causes import cause, told
 from infini_ds.config import RunConfig, dump, parse
-from infini_ds.data.kept_tokenizer import copy_kept_tokenizer
 from infini_ds.errors import RunError, UserError
+from infini_ds.guard.peers import is_lost_contact
 from infini_ds.kernels.infini_attention import LayerMemory
-from infini_ds.pipeline.engine import InfiniEngine
-from infini_ds.training import manifest
-from infini_ds.training.peers import is_lost_contact
+from infini_ds.parallel.pipeline.engine import InfiniEngine
+from infini_ds.runs import manifest
+from infini_ds.runs.tokenizer import copy_kept_tokenizer
+from infini_ds.system.causes import cause, told
 
 # What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
 UNIVERSAL_INFO = {

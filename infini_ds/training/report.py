@@ -10,8 +10,8 @@ from rich.table import Table
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.evaluation.held_out import figure_name
+from infini_ds.system.whole_file import whole_file
 from infini_ds.training.checkpoint import directory_of
-from infini_ds.whole_file import whole_file
 
 REPORT = "report.json"
 """Figures of a finished run, in its directory."""

@@ -13,39 +13,40 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from infini_ds import config as configuration
-from infini_ds.allocator import keep_freed_memory
 from infini_ds.cluster.launcher import check_arguments_of_launcher
 from infini_ds.config import RunConfig
-from infini_ds.conversion.start import load_start, open_start
-from infini_ds.cores import cores_at_hand
 from infini_ds.data.curriculum import CurriculumLanes
-from infini_ds.data.kept_tokenizer import keep_tokenizer
 from infini_ds.data.lanes import Plan
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.data.windows import Windows, read_windows, total_weight
 from infini_ds.errors import RunError, SharedError, UserError
 from infini_ds.evaluation.held_out import HeldOut
+from infini_ds.guard.signals import StopRequest
+from infini_ds.guard.watchdog import Watchdog
 from infini_ds.kernels.backend import check_backend
 from infini_ds.model.flops import training_flops_per_token
 from infini_ds.model.layers import count_parameters
-from infini_ds.pipeline.balance import describe
-from infini_ds.pipeline.engine import StepSize
-from infini_ds.pipeline.generation import generate
-from infini_ds.training import checkpoint, failures
+from infini_ds.model.optimizer import learning_rate_factor, set_learning_rate
+from infini_ds.parallel.build import build_engine, start_distributed
+from infini_ds.parallel.deepspeed.operators import build_cpu_adam
+from infini_ds.parallel.pipeline.balance import describe
+from infini_ds.parallel.pipeline.engine import StepSize
+from infini_ds.parallel.pipeline.generation import generate
+from infini_ds.parallel.together import together
+from infini_ds.runs import failures
+from infini_ds.runs.tokenizer import keep_tokenizer
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.lock import lock
+from infini_ds.system.whole_file import whole_file
+from infini_ds.training import checkpoint
 from infini_ds.training.bad_steps import BadSteps, bad_documents
-from infini_ds.training.build import build_engine, start_distributed
 from infini_ds.training.dtype import with_dtype
 from infini_ds.training.kernel_check import find_fault, with_kernels
-from infini_ds.training.lock import lock
 from infini_ds.training.monitor import Monitor
-from infini_ds.training.operators import build_cpu_adam
-from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
 from infini_ds.training.peak import device_peak_flops
 from infini_ds.training.report import REPORT, report
-from infini_ds.training.signals import StopRequest
-from infini_ds.training.startup import together
-from infini_ds.training.watchdog import Watchdog
-from infini_ds.whole_file import whole_file
+from infini_ds.training.start import load_start, open_start
 
 
 def pretrain(config: RunConfig) -> None:

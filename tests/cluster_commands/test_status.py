@@ -14,7 +14,7 @@ from infini_ds import config as configuration
 from infini_ds.cluster.status import figures_of
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.planning.estimate import checkpoint_bytes
-from infini_ds.training import failures, manifest
+from infini_ds.runs import failures, manifest
 from tests.distributed.conftest import Run, data  # noqa: F401
 from tests.tiny_run import tiny_config
 

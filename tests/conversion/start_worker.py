@@ -13,12 +13,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from infini_ds.config import RunConfig, parse
-from infini_ds.conversion.export import open_model
-from infini_ds.conversion.start import load_start
 from infini_ds.data.windows import Windows
-from infini_ds.pipeline.engine import StepSize
-from infini_ds.pipeline.module import single_process_name
-from infini_ds.training.build import build_engine, start_distributed
+from infini_ds.parallel.build import build_engine, start_distributed
+from infini_ds.parallel.pipeline.engine import StepSize
+from infini_ds.parallel.pipeline.module import single_process_name
+from infini_ds.runs.export import open_model
+from infini_ds.training.start import load_start
 from tests.distributed.layout_worker import LANES, SEGMENTS, STEPS, cut, windows_of
 
 

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 from infini_ds.config import RunConfig, parse
 from infini_ds.data.windows import IGNORE_INDEX, Windows
 from infini_ds.layout import Layout
-from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
+from infini_ds.model.optimizer import learning_rate_factor, set_learning_rate
 
 STEPS = 5
 LANES = 4
@@ -83,11 +83,11 @@ def cut(windows: Windows, lanes: range) -> Windows:
 
 def train(config: RunConfig) -> dict:
     """STEPS steps on this rank."""
-    from infini_ds.pipeline.engine import StepSize
-    from infini_ds.pipeline.generation import generate
-    from infini_ds.pipeline.gradient_sums import gradient_of
-    from infini_ds.pipeline.module import single_process_name
-    from infini_ds.training.build import build_engine
+    from infini_ds.parallel.build import build_engine
+    from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+    from infini_ds.parallel.pipeline.engine import StepSize
+    from infini_ds.parallel.pipeline.generation import generate
+    from infini_ds.parallel.pipeline.module import single_process_name
 
     engine = build_engine(config)
     names = {single_process_name(n): p for n, p in engine.module.named_parameters()}
@@ -144,7 +144,7 @@ def limits_of_groups() -> set[float]:
 
 
 def main() -> None:
-    from infini_ds.training.build import start_distributed
+    from infini_ds.parallel.build import start_distributed
 
     torch.set_num_threads(1)
     spread_write_gates(pytest.MonkeyPatch())

@@ -12,7 +12,7 @@ import torch
 from infini_ds import InfiniTransformer
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.head import token_losses
-from infini_ds.training.optimizer import (
+from infini_ds.model.optimizer import (
     adamw,
     learning_rate_factor,
     parameter_groups,

@@ -15,8 +15,8 @@ from infini_ds import config as configuration
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import full_layout
+from infini_ds.parallel.build import build_engine, start_distributed
 from infini_ds.training import checkpoint
-from infini_ds.training.build import build_engine, start_distributed
 
 
 def main(*paths: str) -> None:

@@ -3,7 +3,7 @@ import torch
 
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import LayerMemory
-from infini_ds.pipeline.lane_memory import LaneMemory
+from infini_ds.parallel.lane_memory import LaneMemory
 
 CONFIG = ModelConfig(vocab_size=7, hidden_size=8, num_layers=4, num_heads=2, head_dim=4)
 LANES = 2

@@ -7,7 +7,7 @@ import torch
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
-from infini_ds.pipeline.payload import Payload, Wire
+from infini_ds.parallel.pipeline.payload import Payload, Wire
 
 CPU = torch.device("cpu")
 # Odd sizes, so that parts do not end where the next may begin.

@@ -11,10 +11,10 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from infini_ds.pipeline.engine import InfiniEngine, StepSize
-from infini_ds.pipeline.gradient_sums import gradient_of
-from infini_ds.training.build import build_engine, start_distributed
-from infini_ds.training.optimizer import set_learning_rate
+from infini_ds.model.optimizer import set_learning_rate
+from infini_ds.parallel.build import build_engine, start_distributed
+from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+from infini_ds.parallel.pipeline.engine import InfiniEngine, StepSize
 from tests.distributed.layout_worker import config_of, cut, windows_of
 
 KINDS = {

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_ds.training import checkpoint, manifest
+from infini_ds.runs import manifest
+from infini_ds.training import checkpoint
 
 
 def make(folder: Path, step: int, finished: bool = True) -> Path:

@@ -1,7 +1,7 @@
 import json
 import multiprocessing
 
-from infini_ds.training import failures
+from infini_ds.runs import failures
 
 
 def test_record_names_rank_host_step_and_message(tmp_path, monkeypatch):

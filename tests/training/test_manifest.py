@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from infini_ds.training import manifest
+from infini_ds.runs import manifest
 
 
 @pytest.fixture

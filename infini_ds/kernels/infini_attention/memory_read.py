@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.segment_sums import Part, parts, sigma
-from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
-from infini_ds.ranges import compute_dtype
+from infini_ds.memory.state import EPSILON, LayerMemory
+from infini_ds.system.ranges import compute_dtype
 
 
 def read_and_mix(a_dot: Tensor, q: Tensor, states: LayerMemory, beta: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from infini_ds.kernels.backend import uses_triton
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
-from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory.state import LayerMemory
 
 
 def infini_attention(

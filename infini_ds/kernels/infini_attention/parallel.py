@@ -13,9 +13,9 @@ from torch import Tensor
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
-from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.kernels.local_attention import local_attention
 from infini_ds.layout import Layout, valid_tokens
+from infini_ds.memory.state import LayerMemory
 
 
 def infini_attention_parallel(

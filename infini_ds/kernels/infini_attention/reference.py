@@ -7,8 +7,8 @@ one on outputs, final memory and every gradient.
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory.state import EPSILON, LayerMemory
 
 
 def sigma(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_ds.kernels.infini_attention.state import LayerMemory
-from infini_ds.ranges import compute_dtype
+from infini_ds.memory.state import LayerMemory
+from infini_ds.system.ranges import compute_dtype
 
 CACHED = 2**16
 """Numbers worked on together: some fp32 copies of them fit into a core's own cache (1 MiB)."""

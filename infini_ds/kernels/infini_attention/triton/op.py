@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.errors import UserError
-from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
 from infini_ds.kernels.infini_attention.triton.attend import attend_kernel
 from infini_ds.kernels.infini_attention.triton.attend_gradient import (
     key_gradient_kernel,
@@ -36,6 +35,7 @@ from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
 from infini_ds.layout import Layout, whole_weights
+from infini_ds.memory.state import EPSILON, LayerMemory
 
 LARGEST_GRID = 65535
 """Of CUDA, in the dimension that segments take."""

@@ -15,12 +15,12 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from infini_ds.causes import cause
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
-from infini_ds.training import failures
-from infini_ds.training.limited import within
-from infini_ds.training.peers import BEAT_SECONDS, Peers, is_lost_contact
+from infini_ds.guard.limited import within
+from infini_ds.guard.peers import BEAT_SECONDS, Peers, is_lost_contact
+from infini_ds.runs import failures
+from infini_ds.system.causes import cause
 
 _GRACE_SECONDS = 3.0
 """In which a rank notices by itself that another one has ended."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.utils import cpp_extension
 
-from infini_ds.causes import cause, shortened, told
 from infini_ds.errors import UserError
+from infini_ds.system.causes import cause, shortened, told
 
 
 def build_cpu_adam() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import sample
 from infini_ds.model.memory import Memory
-from infini_ds.pipeline.engine import InfiniEngine
+from infini_ds.parallel.pipeline.engine import InfiniEngine
 
 
 @torch.no_grad()

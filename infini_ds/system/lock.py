@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-from infini_ds.causes import remedy
 from infini_ds.errors import UserError
-from infini_ds.whole_file import check_writable
+from infini_ds.system.causes import remedy
+from infini_ds.system.whole_file import check_writable
 
 NAME = ".lock"
 _LONGEST_WAIT = 100.0

@@ -21,7 +21,11 @@ from torch import Tensor
 
 from infini_ds import config as configuration
 from infini_ds.config import TOKENIZER_FILES, ModelConfig, RunConfig
-from infini_ds.conversion.run import (
+from infini_ds.data.generation_settings import GENERATION
+from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.errors import UserError
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.runs.checkpoint import (
     Loaded,
     config_of,
     find_checkpoint,
@@ -29,12 +33,8 @@ from infini_ds.conversion.run import (
     is_run,
     load_run,
 )
-from infini_ds.conversion.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
-from infini_ds.data.generation_settings import GENERATION
-from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
-from infini_ds.errors import UserError
-from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.ranges import compute_dtype, name_of
+from infini_ds.runs.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
+from infini_ds.system.ranges import compute_dtype, name_of
 
 CONFIG = "config.yaml"
 SOURCE_CONFIG = "source_config.json"

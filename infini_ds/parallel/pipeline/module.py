@@ -11,7 +11,7 @@ from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
 from infini_ds.model.write_gate import WriteStats
-from infini_ds.pipeline.balance import balance
+from infini_ds.parallel.pipeline.balance import balance
 
 TIED_KEY = "embedding"
 

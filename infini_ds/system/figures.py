@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from infini_ds.whole_file import whole_file
+from infini_ds.system.whole_file import whole_file
 
 
 def write_figures(path: str | Path | None, figures: Any) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infini_ds.conversion.run import layer_files
 from infini_ds.errors import UserError
+from infini_ds.runs.checkpoint import layer_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

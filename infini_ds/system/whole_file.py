@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_ds.causes import remedy, shortened, told
 from infini_ds.errors import RunError, UserError
+from infini_ds.system.causes import remedy, shortened, told
 
 _BLOCK = bytes(4096)
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from infini_ds.errors import RunError
-from infini_ds.pipeline.channel import WaitError
-from infini_ds.training.limited import within
+from infini_ds.guard.limited import within
+from infini_ds.parallel.pipeline.channel import WaitError
 
 BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 3.5

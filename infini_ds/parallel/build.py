@@ -13,15 +13,15 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
 from torch.distributed import DistError, distributed_c10d
 
-from infini_ds.causes import cause, shortened, told
-from infini_ds.cluster.network import check_address, check_interfaces, name_interface
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.backend import use_backend
-from infini_ds.pipeline.engine import InfiniEngine
-from infini_ds.pipeline.module import InfiniPipeline
-from infini_ds.training.deepspeed_config import deepspeed_config
-from infini_ds.training.optimizer import adamw, parameter_groups
+from infini_ds.model.optimizer import adamw, parameter_groups
+from infini_ds.parallel.deepspeed.config import deepspeed_config
+from infini_ds.parallel.pipeline.engine import InfiniEngine
+from infini_ds.parallel.pipeline.module import InfiniPipeline
+from infini_ds.system.causes import cause, shortened, told
+from infini_ds.system.network import check_address, check_interfaces, name_interface
 
 
 def start_distributed(timeout: float) -> None:

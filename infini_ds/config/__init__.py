@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from infini_ds.config.read_yaml import read_value, read_yaml, write_yaml
 from infini_ds.errors import UserError
-from infini_ds.paths import argument, as_path
-from infini_ds.read_yaml import read_value, read_yaml, write_yaml
+from infini_ds.system.paths import argument, as_path
 
 _LARGEST = 2**31 - 1
 """Of all integers: what counts tokens, steps or bytes with more than these is a slip."""

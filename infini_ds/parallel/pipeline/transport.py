@@ -7,7 +7,7 @@ holds any between steps. `Resident`: each stage keeps those of its own layers.
 
 from dataclasses import dataclass
 
-from infini_ds.pipeline.payload import Wire
+from infini_ds.parallel.pipeline.payload import Wire
 
 
 @dataclass(frozen=True)

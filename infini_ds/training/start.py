@@ -9,12 +9,12 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import nn
 
 from infini_ds.config import ModelConfig, RunConfig
-from infini_ds.conversion.export import export_tokenizer, open_model
-from infini_ds.conversion.weights import Weights
 from infini_ds.data.mixture import Mixture
 from infini_ds.errors import UserError
-from infini_ds.pipeline.module import single_process_name
-from infini_ds.ranges import check_finite, narrowed
+from infini_ds.parallel.pipeline.module import single_process_name
+from infini_ds.runs.export import export_tokenizer, open_model
+from infini_ds.runs.weights import Weights
+from infini_ds.system.ranges import check_finite, narrowed
 
 _FREE = ("gate_init", "initializer_range", "memory.write_penalty")
 """Settings that say nothing about weights that are there already."""

@@ -26,13 +26,18 @@ from infini_ds.data.windows import Windows, answers_right
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
 from infini_ds.model.write_gate import WriteStats
-from infini_ds.pipeline.channel import Channel, settle
-from infini_ds.pipeline.gradient_sums import gradient_of, sum_in_fp32
-from infini_ds.pipeline.lane_memory import LaneMemory
-from infini_ds.pipeline.module import InfiniPipeline
-from infini_ds.pipeline.payload import Payload, Wire
-from infini_ds.pipeline.schedule import Backward, Forward, evaluation_schedule, train_schedule
-from infini_ds.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.deepspeed.gradient_sums import gradient_of, sum_in_fp32
+from infini_ds.parallel.lane_memory import LaneMemory
+from infini_ds.parallel.pipeline.channel import Channel, settle
+from infini_ds.parallel.pipeline.module import InfiniPipeline
+from infini_ds.parallel.pipeline.payload import Payload, Wire
+from infini_ds.parallel.pipeline.schedule import (
+    Backward,
+    Forward,
+    evaluation_schedule,
+    train_schedule,
+)
+from infini_ds.parallel.pipeline.transport import TRANSPORTS
 
 Reader = Callable[[int], Windows]
 """Gives this data-parallel rank's windows of a micro-batch; asked on the first and last stage.

@@ -12,7 +12,7 @@ from pathlib import Path
 from infini_ds.config import TOKENIZER_FILES
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
-from infini_ds.temporary import temporary_beside
+from infini_ds.system.temporary import temporary_beside
 
 FOLDER = "tokenizer"
 

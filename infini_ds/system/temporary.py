@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_ds.whole_file import umask
+from infini_ds.system.whole_file import umask
 
 _SECONDS, _PAUSE = 60.0, 0.05
 

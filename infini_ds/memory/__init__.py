@@ -1,0 +1,1 @@
+"""The compressive memory: the state that is handed on along a document, and how it changes."""
