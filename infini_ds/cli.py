@@ -4,11 +4,9 @@ import argparse
 import contextlib
 import math
 import os
-import select
 import sys
-import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import infini_ds
@@ -16,20 +14,16 @@ from infini_ds import config as configuration
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.errors import RunError, SharedError, UserError
 from infini_ds.system import environment
-from infini_ds.system.causes import cause, variable
+from infini_ds.system.exit_code import exit_code, fail
 from infini_ds.system.paths import argument
 from infini_ds.system.whole_file import check_writable
 
-_HEAD_START_SECONDS = 5.0
-"""Of rank 0, which may have begun later than the others."""
 _MOST_PROCESSES = 10**6
 _POSITIONAL = {"config", "destination", "directory", "document", "path", "source"}
 _PATHS = _POSITIONAL | {
     "diff", "documents", "hostfile", "json", "memory", "output", "plot", "prompt_file",
 }  # fmt: skip
 """Names of all arguments that are paths."""
-_UNREAD = 128 + 13
-"""Exit code of a program that SIGPIPE has ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,66 +61,6 @@ def take_paths(options: argparse.Namespace) -> None:
             setattr(options, name, [argument(shown, each) for each in given])
         elif isinstance(given, str):  # the memory of a device is a number
             setattr(options, name, argument(shown, given))
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs something and turns its errors into one line and a code.
-
-    Errors of the system, such as a full disk, are told with what helps, see `cause`. The code is 0,
-    1 if a run could not go on, 2 for the user's mistakes, 130 after Ctrl-C, and 141, as of a
-    program that SIGPIPE has ended, without a line, when nobody reads the output any more.
-    """
-    environment.open_streams()
-    try:
-        try:
-            command()
-        finally:
-            print(end="", flush=True)  # here, and not after the last line that could tell
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Rank 0 most often says the same, and when it leaves, the launcher ends the others.
-            time.sleep(_HEAD_START_SECONDS)
-        return _fail(error, 2)
-    except RunError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except SystemExit as ended:
-        if not isinstance(ended.__context__, BrokenPipeError):
-            raise
-        return _UNREAD  # rich ends the program itself
-    except OSError as error:
-        unread = isinstance(error, BrokenPipeError) and _output_is_unread()
-        told = cause(error)
-        if not told and not unread:
-            raise
-        if error.errno and error.filename is None:  # of a write, most often to standard output
-            # What was not written would be tried again, and fail with a traceback, at the very end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            told = f"cannot write ({error.strerror})"
-        return _UNREAD if unread else _fail(told, 1)
-    except (MemoryError, RuntimeError, ImportError, ValueError) as error:
-        if told := cause(error):
-            return _fail(told, 1)
-        if told := variable(error):
-            return _fail(told, 2)
-        raise
-    return 0
-
-
-def _output_is_unread() -> bool:
-    """The pipe that standard output goes into has no other end; there are more pipes than that."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return bool(poll.poll(0))
-
-
-def _fail(error: UserError | RunError | str, code: int) -> int:
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    where = f" rank {rank}" if rank != "0" or (code == 1 and world != "1") else ""
-    with contextlib.suppress(OSError):  # as where the terminal has been closed
-        print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -421,11 +355,11 @@ def _pretrain(options: argparse.Namespace) -> None:
     try:
         pretrain(config)
     except RunError as error:
-        code = _fail(error, 1)
+        code = fail(error, 1)
     except SharedError as error:
         if world == 1:
             raise
-        code = _fail(error, 2) if os.environ["RANK"] == "0" else 2
+        code = fail(error, 2) if os.environ["RANK"] == "0" else 2
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     # After an error other ranks may be gone, so the process group cannot be closed; once in some

@@ -7,7 +7,7 @@ import resource
 import numpy as np
 import pytest
 
-from infini_ds import cli
+from infini_ds.system import exit_code
 from infini_ds.system.causes import cause
 
 
@@ -127,7 +127,7 @@ kept: list = []
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_command_that_the_system_ends_says_why_in_one_line(capfd, command, line):
-    assert cli.exit_code(command) == 1
+    assert exit_code.exit_code(command) == 1
     (told,) = capfd.readouterr().err.splitlines()
     assert told.startswith("infini-ds: ")
     assert line in told
@@ -147,8 +147,8 @@ def test_variable_that_a_library_refuses_is_told_with_its_value(monkeypatch, cap
         raise error
 
     monkeypatch.setenv("TORCH_SOME_LEVEL", "7")
-    assert cli.exit_code(command) == 2
+    assert exit_code.exit_code(command) == 2
     assert f"variable TORCH_SOME_LEVEL='7': {error}\n" in capsys.readouterr().err
     monkeypatch.delenv("TORCH_SOME_LEVEL")
     with pytest.raises(type(error)):
-        cli.exit_code(command)
+        exit_code.exit_code(command)

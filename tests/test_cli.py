@@ -18,6 +18,7 @@ from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import RunError, UserError
+from infini_ds.system import exit_code
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
 
@@ -383,7 +384,7 @@ def test_exit_code_of(error, code, capsys):
         if error:
             raise error
 
-    assert cli.exit_code(command) == code
+    assert exit_code.exit_code(command) == code
     assert capsys.readouterr().err == (f"infini-ds: {error}\n" if error else "")
 
 
@@ -393,7 +394,7 @@ def test_exit_code_leaves_the_bugs_alone(bug, capfd):
         raise bug
 
     with pytest.raises(type(bug)):
-        cli.exit_code(command)
+        exit_code.exit_code(command)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -429,14 +430,14 @@ def test_output_that_cannot_be_written_is_one_line(arguments):
     ],
 )
 def test_ranks_tell_their_errors(monkeypatch, capsys, error, rank, shown):
-    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(exit_code, "_HEAD_START_SECONDS", 0.0)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def command():
         raise error
 
-    cli.exit_code(command)
+    exit_code.exit_code(command)
     assert capsys.readouterr().err == shown
 
 
@@ -455,7 +456,7 @@ def test_ranks_tell_their_errors(monkeypatch, capsys, error, rank, shown):
 def test_launchers_variables_that_do_not_fit_are_named(
     monkeypatch, capsys, config, variables, message
 ):
-    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(exit_code, "_HEAD_START_SECONDS", 0.0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["pretrain", str(config)]) == 2

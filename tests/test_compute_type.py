@@ -5,10 +5,10 @@ import io
 import pytest
 import torch
 
-from infini_ds import compute_type
-from infini_ds.compute_type import fastest_type, of_processor, place
 from infini_ds.config import ModelConfig
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.system import compute_type
+from infini_ds.system.compute_type import fastest_type, of_processor, place
 from infini_ds.system.console import Console
 
 AVX2 = "fpu sse4_1 sse4_2 avx f16c fma avx2 bmi2"

@@ -13,9 +13,12 @@ from infini_ds.benchmarks.peer import PEER
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.block import Block
-from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
+from infini_ds.model.flops import (
+    device_peak_flops,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from infini_ds.model.transformer import InfiniTransformer, full_layout
-from infini_ds.training.peak import device_peak_flops
 
 BLOCK = ModelConfig(
     hidden_size=4096,

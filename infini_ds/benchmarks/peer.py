@@ -128,7 +128,7 @@ def _work(
     """
     import torch
 
-    from infini_ds.compute_type import fastest_type
+    from infini_ds.system.compute_type import fastest_type
 
     if dtype == "auto":
         dtype = fastest_type(torch.device("cpu")).dtype

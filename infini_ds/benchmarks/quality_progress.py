@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from infini_ds.data.progress import ProgressLine
+from infini_ds.system.progress import ProgressLine
 
 if TYPE_CHECKING:
     from infini_ds.benchmarks.quality_run import Progress

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from infini_ds import config as configuration
-from infini_ds.cli import exit_code, take_paths
+from infini_ds.cli import take_paths
 from infini_ds.cluster import preflight
 from infini_ds.cluster.devices import translate_visible_devices
 from infini_ds.cluster.launcher import check_what_is_not_quoted, quoted
@@ -31,6 +31,7 @@ from infini_ds.errors import UserError
 from infini_ds.guard.signals import stop_signals
 from infini_ds.runs import failures, manifest
 from infini_ds.system import environment
+from infini_ds.system.exit_code import exit_code
 
 FIRST_DELAY = 5.0
 LONGEST_DELAY = 300.0

@@ -14,7 +14,6 @@ from infini_ds.conversion import hub, llama, seed
 from infini_ds.conversion.destination import check_destination, destination
 from infini_ds.conversion.huggingface import special_tokens, write_huggingface
 from infini_ds.conversion.pairs import Move, Pair
-from infini_ds.conversion.progress import BytesBar
 from infini_ds.conversion.writer import Plan
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
@@ -40,6 +39,7 @@ from infini_ds.runs.weights import (
     Weights,
 )
 from infini_ds.system.console import Console
+from infini_ds.system.progress import BytesBar
 from infini_ds.system.ranges import narrowed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

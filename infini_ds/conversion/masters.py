@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.data.store import sha256_of
 from infini_ds.errors import UserError
 from infini_ds.parallel.pipeline.module import single_process_name
 from infini_ds.runs import manifest
+from infini_ds.system.whole_file import sha256_of
 
 _SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 

@@ -36,7 +36,6 @@ from infini_ds.data.store import (
     count_tokens,
     mapped,
     restored_share,
-    sha256_of,
     token_dtype,
 )
 from infini_ds.data.tokenizer import load_tokenizer
@@ -46,6 +45,7 @@ from infini_ds.system.causes import cause, told
 from infini_ds.system.console import Console
 from infini_ds.system.cores import cores_at_hand
 from infini_ds.system.temporary import only_one_in, temporary_beside
+from infini_ds.system.whole_file import sha256_of
 
 # So much text tells whether the tokenizer restores text: no need to read hundreds of gigabytes.
 _SURE_BYTES = 64 << 20

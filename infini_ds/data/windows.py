@@ -9,10 +9,7 @@ from torch import Tensor
 
 from infini_ds.data.lanes import Plan
 from infini_ds.data.store import Split
-from infini_ds.layout import Layout
-
-IGNORE_INDEX = -100
-"""Label of a position without a loss, as in PyTorch's cross-entropy."""
+from infini_ds.layout import IGNORE_INDEX, Layout
 
 
 class Windows(NamedTuple):

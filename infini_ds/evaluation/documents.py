@@ -9,12 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infini_ds.compute_type import place
 from infini_ds.config import DataConfig, RunConfig
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode
 from infini_ds.data.lanes import Plan, held_out_plans
-from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import loss_of
 from infini_ds.data.store import Split, Store
 from infini_ds.errors import UserError
@@ -24,7 +22,9 @@ from infini_ds.evaluation.by_position import means, position_bins, read_document
 from infini_ds.runs.checkpoint import Loaded, state_of
 from infini_ds.runs.export import load_model
 from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
+from infini_ds.system.progress import ReadingProgress
 
 _CALL_TOKENS = 16384
 

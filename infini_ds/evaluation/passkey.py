@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from infini_ds.compute_type import place
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation import passkey_report as report
@@ -23,6 +22,7 @@ from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
 from infini_ds.runs.export import load_model
 from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 
 CALL_TOKENS = 16384

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from infini_ds.data.progress import ProgressLine, time_left
+from infini_ds.system.progress import ProgressLine, time_left
 
 
 class PasskeyProgress(ProgressLine):

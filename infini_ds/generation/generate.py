@@ -5,8 +5,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from infini_ds.compute_type import place
-from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer import Tokenizer
@@ -18,7 +16,9 @@ from infini_ds.model.generation import stream
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.export import load_model
+from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
+from infini_ds.system.progress import ReadingProgress
 
 
 class GenerateOptions(NamedTuple):

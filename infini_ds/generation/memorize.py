@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infini_ds.compute_type import place
-from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import Restored, loss_of, restored
 from infini_ds.data.text_files import STANDARD_INPUT
 from infini_ds.data.text_pieces import TextPieces
@@ -16,7 +14,9 @@ from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.runs.export import load_model
 from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
+from infini_ds.system.progress import ReadingProgress
 from infini_ds.system.ranges import require_finite
 from infini_ds.system.whole_file import check_writable
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
-from infini_ds.data.store import FORMAT, MANIFEST, SPLITS, sha256_of
+from infini_ds.data.store import FORMAT, MANIFEST, SPLITS
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import gates, is_gate, parameter_counts
 from infini_ds.model.memory import FORMAT as MEMORY_FORMAT
@@ -17,6 +17,7 @@ from infini_ds.runs import manifest
 from infini_ds.runs.checkpoint import is_checkpoint, layer_files, read_weights
 from infini_ds.runs.export import export_tokenizer, is_export, open_model
 from infini_ds.runs.tokenizer import kept_tokenizer
+from infini_ds.system.whole_file import sha256_of
 
 
 def describe(path: Path) -> dict[str, Any]:

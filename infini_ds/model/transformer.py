@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
-from infini_ds.data.windows import IGNORE_INDEX
 from infini_ds.kernels.infini_attention import LayerMemory
-from infini_ds.layout import Layout
+from infini_ds.layout import IGNORE_INDEX, Layout
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import WINDOW_SEGMENTS, generate

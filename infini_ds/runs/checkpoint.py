@@ -16,12 +16,12 @@ from torch import Tensor
 from infini_ds import config as configuration
 from infini_ds.config import CorpusConfig, RunConfig
 from infini_ds.data.mixture import Mixture
-from infini_ds.data.store import sha256_of
 from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs import manifest
 from infini_ds.runs.tokenizer import FOLDER, kept_tokenizer
+from infini_ds.system.whole_file import sha256_of
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
 

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from infini_ds.data.store import sha256_of
+from infini_ds.system.whole_file import sha256_of
 
 NAME = "manifest.json"
 FORMAT = 1

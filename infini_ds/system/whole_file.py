@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -80,3 +81,12 @@ def _unwritable(path: str | Path, name: str, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or shortened(told(error))
     helps = remedy(error)
     return f"{name} {path}: cannot be written ({reason})" + (f"; {helps}" if helps else "")
+
+
+def sha256_of(file: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

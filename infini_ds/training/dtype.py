@@ -7,8 +7,8 @@ import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
 
-from infini_ds.compute_type import ComputeType, fastest_type
 from infini_ds.config import RunConfig
+from infini_ds.system.compute_type import ComputeType, fastest_type
 
 
 def with_dtype(config: RunConfig, found: Path | None) -> tuple[RunConfig, str]:

@@ -24,7 +24,7 @@ from infini_ds.evaluation.held_out import HeldOut
 from infini_ds.guard.signals import StopRequest
 from infini_ds.guard.watchdog import Watchdog
 from infini_ds.kernels.backend import check_backend
-from infini_ds.model.flops import training_flops_per_token
+from infini_ds.model.flops import device_peak_flops, training_flops_per_token
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.optimizer import learning_rate_factor, set_learning_rate
 from infini_ds.parallel.build import build_engine, start_distributed
@@ -44,7 +44,6 @@ from infini_ds.training.bad_steps import BadSteps, bad_documents
 from infini_ds.training.dtype import with_dtype
 from infini_ds.training.kernel_check import find_fault, with_kernels
 from infini_ds.training.monitor import Monitor
-from infini_ds.training.peak import device_peak_flops
 from infini_ds.training.report import REPORT, report
 from infini_ds.training.start import load_start, open_start
 

@@ -14,8 +14,8 @@ import torch
 from torch.distributed import distributed_c10d
 
 from infini_ds.config import RunConfig, parse
-from infini_ds.data.windows import IGNORE_INDEX, Windows
-from infini_ds.layout import Layout
+from infini_ds.data.windows import Windows
+from infini_ds.layout import IGNORE_INDEX, Layout
 from infini_ds.model.optimizer import learning_rate_factor, set_learning_rate
 
 STEPS = 5

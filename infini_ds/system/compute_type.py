@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 from rich.console import Console
-
-from infini_ds.model.transformer import InfiniTransformer
+from torch import nn
 
 _BEFORE_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core"}
 _BEFORE_BF16 |= {"avx512_core_vnni"}
@@ -74,7 +73,7 @@ def device_at_hand() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place(model: InfiniTransformer, console: Console) -> torch.device:
+def place(model: nn.Module, console: Console) -> torch.device:
     """Moves a model that is only read to the GPU, if there is one; says so if its type changes.
 
     Weights in bf16 become fp32, which holds them exactly, where that is faster and fits.
