@@ -1,5 +1,6 @@
 """`infini-ds status`: how a run fares, from its files alone; needs no torch and reads only ends."""
 
+import contextlib
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from infini_ds.cluster.tail import lines_backwards
 from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
 from infini_ds.runs import failures, manifest
+from infini_ds.runs.directory import Depth, RunDirectory
 from infini_ds.system.figures import write_figures
 
 _AVERAGED_STEPS = 20
@@ -138,19 +140,14 @@ def _mean(lines: list[dict], name: str) -> float | None:
 
 def _last_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest one that is whole by its manifest; checksums are not compared."""
-    checkpoints = directory / "checkpoints"
-    if checkpoints.exists():
-        os.scandir(checkpoints).close()  # what cannot be read is not the same as nothing
-    for path in manifest.directories(checkpoints):
-        try:
-            manifest.read(path)
-            return {
-                "step": manifest.step_of(path),
-                "path": str(path),
-                "age": _age(path / manifest.NAME),
-            }
-        except (OSError, ValueError):
-            continue  # unfinished, or being deleted
+    run = RunDirectory(directory)
+    if run.checkpoints_path.exists():
+        os.scandir(run.checkpoints_path).close()  # what cannot be read is not the same as nothing
+    for saved in run.checkpoints():
+        with contextlib.suppress(OSError):  # it is being deleted
+            if not saved.problem(Depth.SIZES):
+                age = _age(saved.path / manifest.NAME)
+                return {"step": saved.step, "path": str(saved.path), "age": age}
     return None
 
 
@@ -167,8 +164,8 @@ def _state(
     record = directory / failures.NAME
     if record.exists() and record.stat().st_mtime >= metrics.stat().st_mtime:
         return "failed"
-    being_saved = manifest.directories(directory / "checkpoints")[:1]
-    quiet = min(_age(path) for path in (metrics, *being_saved))
+    being_saved = RunDirectory(directory).checkpoints()[:1]
+    quiet = min(_age(path) for path in (metrics, *(saved.path for saved in being_saved)))
     limit = config.train.timeout
     if seconds is not None:
         limit = 60 + 10 * seconds * config.train.log_every

@@ -29,7 +29,8 @@ from infini_ds.cluster.tail import lines_backwards
 from infini_ds.cluster.way import words
 from infini_ds.errors import UserError
 from infini_ds.guard.signals import stop_signals
-from infini_ds.runs import failures, manifest
+from infini_ds.runs import failures
+from infini_ds.runs.directory import Depth, RunDirectory
 from infini_ds.system import environment
 from infini_ds.system.exit_code import exit_code
 
@@ -218,9 +219,8 @@ class Progress:
     """How far a run has come, as its files say."""
 
     def __init__(self, output_dir: Path):
-        steps = manifest.directories(output_dir / "checkpoints")
-        finished = [path for path in steps if (path / manifest.NAME).exists()]
-        self._saved = manifest.step_of(finished[0]) if finished else 0
+        saved = RunDirectory(output_dir).newest(Depth.FINISHED)
+        self._saved = saved.step if saved else 0
         metrics = output_dir / "metrics.jsonl"
         self._written, self._step = 0, 0
         if metrics.exists():

@@ -15,9 +15,9 @@ from infini_ds.model.memory import FORMAT as MEMORY_FORMAT
 from infini_ds.model.memory import Memory
 from infini_ds.runs import manifest
 from infini_ds.runs.checkpoint import is_checkpoint, layer_files, read_weights
+from infini_ds.runs.directory import RunDirectory
 from infini_ds.runs.export import export_tokenizer, is_export, open_model
 from infini_ds.runs.tokenizer import kept_tokenizer
-from infini_ds.system.whole_file import sha256_of
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _described(path: Path) -> dict[str, Any]:
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "config.yaml").exists() and is_checkpoint(path):
-        return _checkpoint(path, problems_of(path))
+        return _checkpoint(path, _problems(path))
     if any((path / f"{split}.tokens").exists() for split in SPLITS):
         return _store(path)
     if is_export(path):
@@ -49,8 +49,8 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    steps = manifest.directories(path / "checkpoints")[::-1]
-    problems = {directory.name: problems_of(directory) for directory in steps}
+    steps = [checkpoint.path for checkpoint in RunDirectory(path).checkpoints()[::-1]]
+    problems = {directory.name: _problems(directory) for directory in steps}
     valid = [directory for directory in steps if not problems[directory.name]]
     return {
         "kind": "run",
@@ -139,7 +139,7 @@ def _store(path: Path) -> dict[str, Any]:
         "path": str(path),
         **{name: told.get(name) for name in ("tokenizer", "splits", "settings")},
         "bytes": {"total": _size(path)},
-        "problems": problems_of(path, FORMAT),
+        "problems": _problems(path, FORMAT),
     }
 
 
@@ -168,29 +168,8 @@ def _memory(path: Path) -> dict[str, Any]:
     }
 
 
-def problems_of(directory: Path, version: int = manifest.FORMAT) -> list[str]:
-    """What is wrong with the files of a checkpoint or a store, by their manifest's checksums.
-
-    Args:
-        version: format of the manifest.
-    """
-    try:
-        files = manifest.listed(directory, version)
-    except ValueError as error:
-        return [str(error)]
-    problems = []
-    for name, expected in files.items():
-        file = directory / name
-        try:
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif file.stat().st_size != expected["size"]:
-                problems.append(f"{name} has {file.stat().st_size} bytes, not {expected['size']}")
-            elif sha256_of(file) != expected["sha256"]:
-                problems.append(f"{name} does not have its checksum")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
-    return problems
+def _problems(directory: Path, version: int = manifest.FORMAT) -> list[str]:
+    return list(manifest.problems(directory, checksums=True, version=version))
 
 
 def _weights_are_whole(checkpoint: Path, problems: list[str]) -> bool:

@@ -20,8 +20,8 @@ from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs import manifest
+from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 from infini_ds.runs.tokenizer import FOLDER, kept_tokenizer
-from infini_ds.system.whole_file import sha256_of
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
 
@@ -84,13 +84,13 @@ def is_checkpoint(path: Path) -> bool:
 
 def is_run(path: Path) -> bool:
     """Whether it is a directory with checkpoints, whole or not."""
-    return bool(manifest.directories(path / "checkpoints"))
+    return bool(RunDirectory(path).checkpoints())
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The directory of the run that a checkpoint lies in, if it was not taken out of it."""
-    directory = checkpoint.parent.parent
-    return directory if checkpoint in manifest.directories(directory / "checkpoints") else None
+    run = RunDirectory(checkpoint.parent.parent)
+    return run.path if Checkpoint(checkpoint) in run.checkpoints() else None
 
 
 def config_of(checkpoint: Path) -> RunConfig:
@@ -131,43 +131,39 @@ def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
     if not path.is_dir():
         raise UserError(f"run {path}: no such directory; name the output_dir of a run")
     if is_checkpoint(path):
-        candidates = [path.resolve()]
+        candidates = [Checkpoint(path.resolve())]
         if step not in (None, state_of(path).get("step")):
             raise UserError(f"run {path}: is a checkpoint; name its run to choose step {step}")
     else:
-        candidates = manifest.directories(path.resolve() / "checkpoints")
+        candidates = RunDirectory(path.resolve()).checkpoints()
         if step is not None:
-            steps = [manifest.step_of(directory) for directory in candidates]
+            steps = [candidate.step for candidate in candidates]
             if step not in steps:
                 there = ", ".join(map(str, sorted(steps))) or "none"
                 raise UserError(f"run {path}: has no checkpoint of step {step}; there are: {there}")
             candidates = [candidates[steps.index(step)]]
     skipped = []
-    for directory in candidates:
-        problem = _problem(directory)
+    for candidate in candidates:
+        problem = _problem(candidate)
         if problem is None:
-            return directory, skipped
-        skipped.append(f"checkpoint {directory}: passed over, {problem}")
+            return candidate.path, skipped
+        skipped.append(f"checkpoint {candidate.path}: passed over, {problem}")
     if len(candidates) == 1:
-        raise UserError(f"checkpoint {candidates[0]}: cannot be used, {problem}")
+        raise UserError(f"checkpoint {candidates[0].path}: cannot be used, {problem}")
     what = f"none of its {len(candidates)} checkpoints is valid" if candidates else "no checkpoint"
     raise UserError(f"run {path}: {what}; train it first with `infini-ds pretrain CONFIG`")
 
 
-def _problem(directory: Path) -> str | None:
-    """Why a checkpoint cannot be used, if it cannot. Only what is read here is checksummed."""
+def _problem(checkpoint: Checkpoint) -> str | None:
+    """Why a model cannot be read from it. Only the files that are read are read twice."""
+    if problem := checkpoint.problem(Depth.SIZES):
+        return problem
     try:
-        files = manifest.read(directory)
-    except ValueError as error:
-        return str(error)
-    needed = [*(file.name for file in layer_files(directory)), "config.yaml", "state.json"]
-    try:
-        for name in (*needed, *(name for name in files if name.startswith(f"{FOLDER}/"))):
-            if name not in files or sha256_of(directory / name) != files[name]["sha256"]:
-                return f"{name} does not have its checksum"
-    except OSError as error:  # or the run that it belongs to has just deleted it
-        return f"it cannot be read ({error.strerror})"
-    return None
+        read = [file.name for file in layer_files(checkpoint.path)]
+        kept = [name for name in manifest.listed(checkpoint.path) if name.startswith(f"{FOLDER}/")]
+    except (OSError, ValueError) as error:  # as if the run has just deleted it
+        return f"it cannot be read ({error})"
+    return checkpoint.problem(Depth.CHECKSUMS, [*read, "config.yaml", "state.json", *kept])
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -2,24 +2,14 @@
 
 import json
 import os
-import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from infini_ds.system.whole_file import sha256_of
 
 NAME = "manifest.json"
 FORMAT = 1
-
-
-def directories(checkpoints: Path) -> list[Path]:
-    """Those of a run's checkpoints, by their names; finished or not, newest first."""
-    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(directory: Path) -> int:
-    """The step of a checkpoint, by the name of its directory."""
-    return int(directory.name.removeprefix("step_"))
+UNFINISHED = f"it was not finished (no {NAME})"
 
 
 def files_of(directory: Path) -> list[str]:
@@ -61,7 +51,7 @@ def listed(directory: Path, version: int = FORMAT) -> dict[str, dict]:
     try:
         manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"it was not finished (no {NAME})") from None
+        raise ValueError(UNFINISHED) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{NAME} cannot be read ({' '.join(str(error).split())})") from None
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -76,21 +66,43 @@ def listed(directory: Path, version: int = FORMAT) -> dict[str, dict]:
     return files
 
 
-def read(directory: Path) -> dict[str, dict]:
-    """What a manifest says of each file.
+def problems(
+    directory: Path,
+    checksums: bool,
+    names: Collection[str] | None = None,
+    version: int = FORMAT,
+) -> Iterator[str]:
+    """Everything that is wrong with the files of a directory by its manifest, a line each.
 
-    Raises:
-        ValueError: there is no valid manifest, or a file is missing, of another size, or cannot
-            be looked at.
+    Args:
+        checksums: whether the files are read to compare them; otherwise only their sizes are.
+        names: the only files to look at; all that the manifest lists by default.
+        version: format that the manifest must have.
     """
-    files = listed(directory)
-    for name, expected in files.items():
-        try:
-            size = (directory / name).stat().st_size
-        except FileNotFoundError:
-            raise ValueError(f"{name} is missing") from None
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read ({error.strerror})") from None
+    try:
+        files = listed(directory, version)
+    except ValueError as error:
+        yield str(error)
+        return
+    for name in files if names is None else names:
+        problem = _problem(directory / name, files.get(name), checksums)
+        if problem:
+            yield f"{name} {problem}"
+
+
+def _problem(file: Path, expected: dict | None, checksum: bool) -> str | None:
+    if expected is None:
+        return "is not in the manifest"
+    try:
+        size = file.stat().st_size
+        if not file.is_file():
+            return "is no file"
         if size != expected["size"]:
-            raise ValueError(f"{name} has {size} bytes, not {expected['size']}")
-    return files
+            return f"has {size} bytes, not {expected['size']}"
+        if checksum and sha256_of(file) != expected["sha256"]:
+            return "does not have its checksum"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None

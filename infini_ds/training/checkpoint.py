@@ -13,14 +13,9 @@ documents of seed and step, and nothing draws from a global random state.
 """
 
 import contextlib
-import glob
-import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -35,23 +30,18 @@ from infini_ds.config import RunConfig, dump, parse
 from infini_ds.errors import RunError, UserError
 from infini_ds.guard.peers import is_lost_contact
 from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.parallel.deepspeed.universal import (
+    UNIVERSAL_INFO,
+    allow_empty_shards,
+    make_universal,
+    plain_path,
+    universal_of,
+)
 from infini_ds.parallel.pipeline.engine import InfiniEngine
 from infini_ds.runs import manifest
+from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
 from infini_ds.system.causes import cause, told
-
-# What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
-UNIVERSAL_INFO = {
-    "universal_checkpoint_info": {
-        "universal_checkpoint_version": 0.2,
-        "pipeline_replicated_parameter_patterns": ["tied_modules.*"],
-    }
-}
-
-
-def directory_of(config: RunConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return Path(config.output_dir) / "checkpoints"
 
 
 def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path:
@@ -64,7 +54,7 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
     Raises:
         RunError: it could not be written.
     """
-    directory = directory_of(config) / f"step_{state['step']:08d}"
+    directory = RunDirectory(Path(config.output_dir)).checkpoint(state["step"]).path
     try:
         _save(engine, config, state, directory)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -108,17 +98,17 @@ def _save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any], direct
 
 
 def _delete_useless(written: Path, keep_last: int) -> None:
-    steps = manifest.directories(written.parent)
-    place = steps.index(written)
+    steps = RunDirectory(written.parent.parent).checkpoints()
+    place = steps.index(Checkpoint(written))
     later, older = steps[:place], steps[place + 1 :]
-    finished = [path for path in older if (path / manifest.NAME).exists()]
+    finished = [step for step in older if not step.problem(Depth.FINISHED)]
     kept = finished[: keep_last - 1]
-    for path in (*later, *older):
-        if path not in kept:
+    for step in (*later, *older):
+        if step not in kept:
             with contextlib.suppress(OSError):  # it is in the way of nothing
                 # No half-deleted directory must look valid.
-                (path / manifest.NAME).unlink(missing_ok=True)
-                shutil.rmtree(path)
+                (step.path / manifest.NAME).unlink(missing_ok=True)
+                shutil.rmtree(step.path)
 
 
 def find(config: RunConfig) -> tuple[Path | None, list[str]]:
@@ -127,11 +117,11 @@ def find(config: RunConfig) -> tuple[Path | None, list[str]]:
     Checksums are shared out among the ranks.
     """
     skipped = []
-    for directory in _shared(manifest.directories(directory_of(config))):
-        reason = _problem(directory)
+    for candidate in _shared(RunDirectory(Path(config.output_dir)).checkpoints()):
+        reason = _problem(candidate)
         if reason is None:
-            return directory, skipped
-        skipped.append(f"checkpoint {directory}: passed over, {reason}")
+            return candidate.path, skipped
+        skipped.append(f"checkpoint {candidate.path}: passed over, {reason}")
     return None, skipped
 
 
@@ -194,20 +184,6 @@ def _convert(directory: Path, timeout: float) -> str:
             return failure
 
 
-def universal_of(directory: Path) -> Path:
-    """Where the universal form of a checkpoint is, if it has been made."""
-    return directory.with_name(f"universal_{directory.name}")
-
-
-def make_universal(directory: Path) -> str:
-    """Makes the universal form of a checkpoint, unless it is there; what went wrong, or nothing."""
-    universal = universal_of(directory)
-    if (universal / manifest.NAME).exists():
-        return ""
-    shutil.rmtree(universal, ignore_errors=True)
-    return _to_universal(directory, universal)
-
-
 def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
     """Loads weights and optimizer states from `load_from`, memories from `directory`."""
     groups = engine.optimizer.param_groups
@@ -215,8 +191,8 @@ def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
     # In a run that goes back it is not as when the engine was built.
     engine._config.load_universal_checkpoint = load_from != directory
     if load_from != directory:
-        _allow_empty_shards(engine.optimizer)
-    with contextlib.redirect_stdout(None), _plain(load_from.parent) as folder:
+        allow_empty_shards(engine.optimizer)
+    with contextlib.redirect_stdout(None), plain_path(load_from.parent) as folder:
         path, _ = engine.load_checkpoint(folder, tag=load_from.name)
     # The config's learning rates and decay hold, not those of when the checkpoint was written.
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
@@ -226,45 +202,9 @@ def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
     _load_memories(engine, directory / "memory")
 
 
-@contextlib.contextmanager
-def _plain(directory: Path) -> Iterator[str]:
-    """A path to a directory that DeepSpeed, which takes it for a pattern, does not mistake."""
-    if glob.escape(str(directory)) == str(directory):
-        yield str(directory)
-        return
-    opened = os.open(directory, os.O_RDONLY)
-    try:
-        yield f"/proc/self/fd/{opened}"
-    finally:
-        os.close(opened)
-
-
-def _allow_empty_shards(optimizer: Any) -> None:
-    """Lets a universal form be loaded where a group is too small to be on every rank.
-
-    DeepSpeed takes the step from a group's first parameter, and a rank that has none, such as one
-    of many that share a few gates, fails.
-    """
-    load_all = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
-
-    def load_held(name: str, folder: str) -> None:
-        groups, inner = getattr(optimizer, name), optimizer.optimizer
-        everything = inner.param_groups
-        held = [any(p._hp_mapping is not None for p in group) for group in groups]
-        setattr(optimizer, name, list(itertools.compress(groups, held)))
-        inner.param_groups = list(itertools.compress(everything, held))
-        try:
-            load_all(name, folder)
-        finally:
-            setattr(optimizer, name, groups)
-            inner.param_groups = everything
-
-    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_held
-
-
 def delete_universal(config: RunConfig) -> None:
     """Removes universal forms, which a later checkpoint has made useless."""
-    for path in directory_of(config).glob("universal_step_*"):
+    for path in RunDirectory(Path(config.output_dir)).checkpoints_path.glob("universal_step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -293,24 +233,16 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _problem(directory: Path) -> str | None:
-    problem, files = None, {}
-    if dist.get_rank() == 0:
-        try:
-            files = manifest.read(directory)
-        except ValueError as error:
-            problem = str(error)
-    problem, files = _shared((problem, files))
+def _problem(checkpoint: Checkpoint) -> str | None:
+    """The first problem that any rank finds, on all of them; they share the checksums out."""
+    problem, names = None, []
+    if dist.get_rank() == 0 and not (problem := checkpoint.problem(Depth.SIZES)):
+        names = sorted(manifest.listed(checkpoint.path))
+    problem, names = _shared((problem, names))
     if problem:
         return problem
-    mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-    for name in mine:
-        try:
-            if manifest.sha256(directory / name) != files[name]["sha256"]:
-                problem = f"{name} does not have its checksum"
-        except OSError as error:
-            problem = f"{name} cannot be read ({error.strerror})"
-    return next(filter(None, _gathered(problem)), None)
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    return next(filter(None, _gathered(checkpoint.problem(Depth.CHECKSUMS, mine))), None)
 
 
 def _write_manifest(directory: Path, on_progress: Callable[[str], None]) -> None:
@@ -351,17 +283,3 @@ def _load_memories(engine: InfiniEngine, directory: Path) -> None:
         memory = LayerMemory(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
         assert len(memory.norm) == len(wanted)
         engine.memories.load(block, memory)
-
-
-def _to_universal(directory: Path, universal: Path) -> str:
-    """Runs DeepSpeed's converter; what went wrong, or nothing."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    # From where they are: it takes their paths for patterns.
-    command += ["--input_folder", directory.name, "--output_folder", universal.name]
-    done = subprocess.run(
-        command, cwd=directory.parent, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    manifest.write(universal, {})
-    return ""

@@ -10,8 +10,8 @@ from rich.table import Table
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.evaluation.held_out import figure_name
+from infini_ds.runs.directory import RunDirectory
 from infini_ds.system.whole_file import whole_file
-from infini_ds.training.checkpoint import directory_of
 
 REPORT = "report.json"
 """Figures of a finished run, in its directory."""
@@ -49,7 +49,7 @@ def report(
     output_dir = Path(config.output_dir)
     with whole_file(output_dir / REPORT, "output_dir", RunError) as file:
         file.write_text(json.dumps(figures, indent=1) + "\n")
-    console.print(f"checkpoint   {directory_of(config) / f'step_{step:08d}'}")
+    console.print(f"checkpoint   {RunDirectory(output_dir).checkpoint(step).path}")
     logs = shlex.quote(str(output_dir / "tensorboard"))
     console.print(f"TensorBoard  tensorboard --logdir {logs}")
     console.print(

@@ -1,9 +1,11 @@
 import hashlib
 import json
+import re
 
 import pytest
 
 from infini_ds.runs import manifest
+from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 
 
 @pytest.fixture
@@ -19,8 +21,8 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
-def test_read_gives_what_was_written(checkpoint):
-    files = manifest.read(checkpoint)
+def test_listed_gives_what_was_written(checkpoint):
+    files = manifest.listed(checkpoint)
     assert list(files) == ["memory/block.safetensors", "state.json"]
     assert files["state.json"]["size"] == 2
     expected = hashlib.sha256(bytes(range(256))).hexdigest()
@@ -101,7 +103,9 @@ def test_malformed_manifest_is_no_manifest(checkpoint, name):
     text = MALFORMED[name].encode(errors="surrogateescape")
     (checkpoint / manifest.NAME).write_bytes(text)
     with pytest.raises(ValueError, match=r"^manifest.json cannot be read \("):
-        manifest.read(checkpoint)
+        manifest.listed(checkpoint)
+    (problem,) = manifest.problems(checkpoint, checksums=True)
+    assert problem.startswith("manifest.json cannot be read (")
 
 
 @pytest.mark.parametrize(
@@ -119,13 +123,38 @@ def test_malformed_manifest_is_no_manifest(checkpoint, name):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_read_names_what_is_wrong(checkpoint, damage, message):
+def test_sizes_tell_what_is_wrong(checkpoint, damage, message):
     damage(checkpoint)
-    with pytest.raises(ValueError, match=message):
-        manifest.read(checkpoint)
+    (problem,) = manifest.problems(checkpoint, checksums=False)
+    assert re.search(message, problem)
+    assert Checkpoint(checkpoint).problem(Depth.SIZES) == problem
+    assert Checkpoint(checkpoint).problem(Depth.CHECKSUMS) == problem
+    finished = (checkpoint / manifest.NAME).exists()
+    assert (Checkpoint(checkpoint).problem(Depth.FINISHED) is None) == finished
 
 
-def test_directories_are_those_of_steps_newest_first(tmp_path):
+def test_checksums_tell_what_sizes_do_not(checkpoint):
+    (checkpoint / "state.json").write_text("[]")
+    block = checkpoint / "memory" / "block.safetensors"
+    block.write_bytes(bytes(256))
+    found = Checkpoint(checkpoint)
+    assert found.problem(Depth.SIZES) is None
+    assert found.problem(Depth.CHECKSUMS, ["state.json"]) == "state.json does not have its checksum"
+    assert list(manifest.problems(checkpoint, checksums=True)) == [
+        "memory/block.safetensors does not have its checksum",
+        "state.json does not have its checksum",
+    ]
+    assert found.problem(Depth.CHECKSUMS, ["other"]) == "other is not in the manifest"
+    assert found.problem(Depth.CHECKSUMS, []) is None
+
+
+def test_all_problems_are_told(checkpoint):
+    remove_file(checkpoint)
+    cut_file(checkpoint)
+    assert len(list(manifest.problems(checkpoint, checksums=False))) == 2
+
+
+def test_checkpoints_are_those_of_steps_newest_first(tmp_path):
     for name in (
         "step_00000002",
         "step_00000010",
@@ -134,7 +163,11 @@ def test_directories_are_those_of_steps_newest_first(tmp_path):
         "step_2",
         "other",
     ):
-        (tmp_path / name).mkdir()
-    found = [path.name for path in manifest.directories(tmp_path)]
-    assert found == ["step_100000000", "step_00000010", "step_00000002"]
-    assert manifest.step_of(manifest.directories(tmp_path)[0]) == 100000000
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    run = RunDirectory(tmp_path)
+    names = [checkpoint.path.name for checkpoint in run.checkpoints()]
+    assert names == ["step_100000000", "step_00000010", "step_00000002"]
+    assert run.checkpoints()[0].step == 100000000
+    assert run.newest(Depth.FINISHED) is None
+    manifest.write(run.checkpoint(10).path, {})
+    assert run.newest(Depth.CHECKSUMS) == run.checkpoint(10)
