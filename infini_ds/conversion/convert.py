@@ -15,7 +15,8 @@ from infini_ds.conversion.destination import check_destination, destination
 from infini_ds.conversion.huggingface import special_tokens, write_huggingface
 from infini_ds.conversion.pairs import Move, Pair
 from infini_ds.conversion.writer import Plan
-from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.runs.checkpoint import tokenizer_of
 from infini_ds.runs.export import (

@@ -18,6 +18,7 @@ from infini_ds.evaluation import passkey_report as report
 from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.passkey_progress import PasskeyProgress
 from infini_ds.evaluation.passkey_questions import Question, Questions
+from infini_ds.evaluation.passkey_report import Outcome
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
 from infini_ds.runs.export import load_model
@@ -48,20 +49,6 @@ class PasskeyOptions(NamedTuple):
     """Documents read together."""
     seed: int
     """Of the documents."""
-
-
-class Outcome(NamedTuple):
-    """One document's."""
-
-    segments: int
-    depth: int
-    """Which of the equal parts before the last segment the key was in, from 0."""
-    cut: bool
-    """The statement of the key was cut by a segment's end."""
-    right: bool
-    """The whole answer was."""
-    right_ablated: bool
-    """It was without the memory, too."""
 
 
 def run(

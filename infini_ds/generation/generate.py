@@ -12,7 +12,7 @@ from infini_ds.errors import UserError
 from infini_ds.generation.absorb import absorb
 from infini_ds.generation.text import text_of
 from infini_ds.model.fingerprint import fingerprint
-from infini_ds.model.generation import stream
+from infini_ds.model.generation import Sampling, stream
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.export import load_model
@@ -77,10 +77,10 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
+    sampling = Sampling(options.temperature, options.top_p, options.top_k)
     columns = stream(
-        model, rest, options.max_new_tokens, options.temperature, options.top_p, options.top_k,
-        tokenizer.eos_ids, memory, generator,
-    )  # fmt: skip
+        model, rest, options.max_new_tokens, sampling, tokenizer.eos_ids, memory, generator
+    )
     for part in text_of(tokenizer, map(int, columns), options.stop):
         print(part, end="", flush=True)
     print()

@@ -22,7 +22,8 @@ from torch import Tensor
 from infini_ds import config as configuration
 from infini_ds.config import TOKENIZER_FILES, ModelConfig, RunConfig
 from infini_ds.data.generation_settings import GENERATION
-from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.checkpoint import (

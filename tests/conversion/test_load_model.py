@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infini_ds import cli
-from infini_ds.data.tokenizer import train_sentencepiece
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.errors import UserError
 from infini_ds.inspection.describe import describe
 from infini_ds.runs.export import load_model

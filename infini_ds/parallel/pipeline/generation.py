@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infini_ds.model.decoding import extend
-from infini_ds.model.generation import sample
+from infini_ds.model.generation import Sampling, sample
 from infini_ds.model.memory import Memory
 from infini_ds.parallel.pipeline.engine import InfiniEngine
 
@@ -41,7 +41,7 @@ def generate(
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
         if engine.is_last_stage():
             logits = engine.module.logits(hidden[:, -1]).float()
-            tokens[:, 0] = sample(logits, temperature, 1.0, 0, generator)
+            tokens[:, 0] = sample(logits, Sampling(temperature), generator)
         if engine.is_pipe_parallel:
             last = engine.grid.stage_to_global(engine.num_stages - 1)
             dist.broadcast(tokens, last, group=engine.grid.get_pipe_parallel_group())
