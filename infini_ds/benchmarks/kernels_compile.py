@@ -29,8 +29,8 @@ from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import RULES, MemoryState
 from infini_ds.system.figures import write_figures
 
 
@@ -50,7 +50,6 @@ HEADS = 8
 SEGMENTS = 4
 KV_HEADS = (8, 2)
 """Without groups, and with."""
-RULES = ("linear", "delta")
 SEGMENT_LENGTHS = (512, 500)
 """One that tiles divide, one that they do not."""
 INSTRUCTIONS = {
@@ -127,7 +126,7 @@ def _recorded(case: Case) -> list[Any]:
     widths = (HEADS, kv_heads, kv_heads)
     qkv = torch.empty(1, SEGMENTS, n, sum(widths), d, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = qkv.split(widths, dim=3)
-    memory = LayerMemory.empty(1, kv_heads, d)
+    memory = MemoryState.empty(1, kv_heads, d)
     layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), torch.full((1, SEGMENTS), n))
     beta = torch.zeros(HEADS, requires_grad=True)
     table = torch.empty(n, d // 2)

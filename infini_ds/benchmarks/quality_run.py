@@ -14,7 +14,6 @@ from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
 from infini_ds.evaluation.by_position import means, read_documents, windows_of
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
@@ -126,7 +125,7 @@ def train(
         optimizer.zero_grad()
         (mean + penalty).backward()
         limit = config.optimizer.gradient_clipping or math.inf
-        memory = [LayerMemory(layer.kv.detach(), layer.norm.detach()) for layer in memory]
+        memory = [layer.map(torch.Tensor.detach) for layer in memory]
         if torch.nn.utils.clip_grad_norm_(model.parameters(), limit).isfinite():
             optimizer.step()
         else:

@@ -3,6 +3,7 @@
 import torch
 
 from infini_ds.config import ModelConfig
+from infini_ds.memory import RULES
 from infini_ds.model.short_conv import TAPS
 
 PEAK_BF16_FLOPS = {
@@ -26,7 +27,7 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     feed_forward = 2 * hidden * 3 * config.mlp_size
     local = 2 * 2 * heads * d * (n + 1) // 2
-    accesses = heads + kv_heads * (2 if config.memory_rule == "delta" else 1)
+    accesses = heads + kv_heads * (1 + RULES[config.memory_rule].reads_of_a_key)
     memory = 2 * d * (d + 1) * accesses
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
     convolution = 2 * TAPS * (heads + 2 * kv_heads) * d if config.memory.short_conv else 0

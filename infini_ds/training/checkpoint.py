@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from infini_ds.config import RunConfig, dump, parse
 from infini_ds.errors import RunError, UserError
 from infini_ds.guard.peers import is_lost_contact
-from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.memory import MemoryState
 from infini_ds.parallel.deepspeed.universal import (
     UNIVERSAL_INFO,
     allow_empty_shards,
@@ -275,11 +274,11 @@ def _load_memories(engine: InfiniEngine, directory: Path) -> None:
         for path in sorted(directory.glob(f"block_{block:03d}.lanes_*.safetensors")):
             first = int(path.stem.rpartition("_")[2])
             with safe_open(path, framework="pt") as file:
-                kv, norm = file.get_slice("kv"), file.get_slice("norm")
-                lanes = kv.get_shape()[0]
+                saved = {name: file.get_slice(name) for name in MemoryState._fields}
+                lanes = saved["norm"].get_shape()[0]
                 low, high = max(wanted.start - first, 0), min(wanted.stop - first, lanes)
                 if low < high:
-                    pieces.append(LayerMemory(kv[low:high], norm[low:high]))
-        memory = LayerMemory(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+                    pieces.append(MemoryState(**{k: v[low:high] for k, v in saved.items()}))
+        memory = MemoryState.cat(pieces)
         assert len(memory.norm) == len(wanted)
         engine.memories.load(block, memory)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_ds.kernels.infini_attention.reference import delta_damping
 from infini_ds.kernels.infini_attention.segment_sums import Part, parts, rows_of, sigma
+from infini_ds.memory.delta import delta_damping
 from infini_ds.memory.state import EPSILON
 from infini_ds.system.ranges import compute_dtype
 

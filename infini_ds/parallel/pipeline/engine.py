@@ -23,8 +23,8 @@ from torch import Tensor
 
 from infini_ds.config import ModelConfig, TrainConfig
 from infini_ds.data.windows import Windows, answers_right
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.write_gate import WriteStats
 from infini_ds.parallel.deepspeed.gradient_sums import gradient_of, sum_in_fp32
 from infini_ds.parallel.lane_memory import LaneMemory
@@ -237,7 +237,7 @@ class InfiniEngine(PipelineEngine):
     ) -> None:
         self._units: dict[tuple[int, int], Unit] = {}
         self._windows: dict[int, Windows] = {}
-        self._passing: dict[int, dict[int, LayerMemory]] = {}
+        self._passing: dict[int, dict[int, MemoryState]] = {}
         self._returning: dict[int, Tensor] = {}
         for unit in schedule:
             if isinstance(unit, Forward):
@@ -284,8 +284,7 @@ class InfiniEngine(PipelineEngine):
         if not first and training:
             # Within a window gradients flow back through the memory, one unit at a time.
             memory = [
-                LayerMemory(*(tensor.detach().requires_grad_() for tensor in layer))
-                for layer in memory
+                layer.map(lambda tensor: tensor.detach().requires_grad_()) for layer in memory
             ]
         output, after, writes = self.module(inputs, layout, memory)
         passing.update(zip(own, after, strict=True))
@@ -300,7 +299,7 @@ class InfiniEngine(PipelineEngine):
             self._loss_sum += output.detach()
         else:
             riding = self._riding(self.stage_id, chunk)
-            detached = {block: _detach(passing[block]) for block in riding}
+            detached = {block: passing[block].map(Tensor.detach) for block in riding}
             self._next.send(self._wire.pack(Payload(output, layout, detached)))
         if training:
             flat_in = [tensor for layer in memory for tensor in layer]
@@ -360,7 +359,7 @@ class InfiniEngine(PipelineEngine):
         if not (self._transport.returns and self.is_pipe_parallel):
             memories.put(micro_batch, passing)
         elif self.is_last_stage():
-            everything = {block: _detach(passing[block]) for block in sorted(passing)}
+            everything = {block: passing[block].map(Tensor.detach) for block in sorted(passing)}
             self._returning[micro_batch] = self._wire.pack_memories(everything)
 
     def _hand_back(self, micro_batch: int) -> None:
@@ -533,10 +532,6 @@ class InfiniEngine(PipelineEngine):
         now = time.perf_counter()
         self.seconds[phase] += now - begin
         return now
-
-
-def _detach(memory: LayerMemory) -> LayerMemory:
-    return LayerMemory(memory.kv.detach(), memory.norm.detach())
 
 
 def _to_device(windows: Windows, device: torch.device) -> Windows:

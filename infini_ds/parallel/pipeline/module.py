@@ -5,8 +5,8 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
@@ -65,8 +65,8 @@ class InfiniPipeline(PipelineModule):
         return layer.weight if isinstance(layer, Embedding) else None
 
     def forward(
-        self, inputs: Tensor, layout: Layout, memory: list[LayerMemory]
-    ) -> tuple[Tensor, list[LayerMemory], list[WriteStats]]:
+        self, inputs: Tensor, layout: Layout, memory: list[MemoryState]
+    ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
         """Runs this stage on a chunk; a pure function, like each of its layers.
 
         Args:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 
 ALIGNMENT = 16
 """Bytes to which each part of a message is aligned."""
@@ -22,7 +22,7 @@ class Payload(NamedTuple):
     """[batch, length, hidden_size]"""
     layout: Layout
     """Of the chunk."""
-    memories: dict[int, LayerMemory]
+    memories: dict[int, MemoryState]
     """Memories that ride along, by block."""
 
 
@@ -77,11 +77,11 @@ class Wire:
         layout = Layout(layout[..., 0].bool(), layout[..., 1].contiguous())
         return Payload(hidden, layout, self._unstack(memories, blocks))
 
-    def pack_memories(self, memories: dict[int, LayerMemory]) -> Tensor:
+    def pack_memories(self, memories: dict[int, MemoryState]) -> Tensor:
         """Message of the return from the last stage to the first."""
         return self._write(self._stack(memories), self._memory_parts(len(memories)))
 
-    def unpack_memories(self, message: Tensor, blocks: list[int]) -> dict[int, LayerMemory]:
+    def unpack_memories(self, message: Tensor, blocks: list[int]) -> dict[int, MemoryState]:
         """The inverse of `pack_memories`."""
         return self._unstack(self._read(message, self._memory_parts(len(blocks))), blocks)
 
@@ -91,21 +91,18 @@ class Wire:
     def _memory_parts(self, memories: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if not memories:
             return []
-        shape = (memories, self.batch, self.config.kv_heads, self.config.head_dim)
-        return [((*shape, self.config.head_dim), torch.float32), (shape, torch.float32)]
+        specs = MemoryState.specs(self.config.kv_heads, self.config.head_dim).values()
+        return [((memories, self.batch, *shape), torch.float32) for shape in specs]
 
-    def _stack(self, memories: dict[int, LayerMemory]) -> list[Tensor]:
+    def _stack(self, memories: dict[int, MemoryState]) -> list[Tensor]:
         if not memories:
             return []
-        kv = torch.stack([memory.kv for memory in memories.values()])
-        return [kv, torch.stack([memory.norm for memory in memories.values()])]
+        return list(MemoryState.stack(list(memories.values())))
 
-    def _unstack(self, parts: list[Tensor], blocks: list[int]) -> dict[int, LayerMemory]:
+    def _unstack(self, parts: list[Tensor], blocks: list[int]) -> dict[int, MemoryState]:
         if not blocks:
             return {}
-        return {
-            block: LayerMemory(kv, norm) for block, kv, norm in zip(blocks, *parts, strict=True)
-        }
+        return dict(zip(blocks, MemoryState(*parts).unstack(), strict=True))
 
     def _write(self, tensors: list[Tensor], parts: list) -> Tensor:
         message = torch.empty(_total(parts), dtype=torch.uint8, device=self.device)
