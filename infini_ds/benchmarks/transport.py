@@ -63,7 +63,7 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
 def measure(steps: int, dtype: str, json_path: str | None) -> None:
     """One process of the benchmark; the process group stays open."""
     from infini_ds.parallel.build import build_engine, start_distributed
-    from infini_ds.parallel.pipeline.engine import StepSize
+    from infini_ds.parallel.engine import StepSize
     from infini_ds.training.dtype import with_dtype
 
     start_distributed(120)
@@ -81,7 +81,7 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
             begin = time.perf_counter()
             windows, tokens = _windows(configs[name], step)
             size = StepSize(tokens, tokens)
-            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size)
+            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size, 1.0)
             dist.barrier()
             if step:  # the first one warms up
                 seconds[name].append(time.perf_counter() - begin)

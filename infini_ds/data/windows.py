@@ -22,6 +22,8 @@ class Windows(NamedTuple):
     layout: Layout
     weights: Tensor
     """fp32: weight of each label in the loss; 0 on padding."""
+    corrupt: Tensor | None = None
+    """[batch] bool: lanes whose tokens are none of the tokenizer's, and were replaced."""
 
 
 def read_windows(split: Split, plan: Plan, lanes: slice | range, segment_length: int) -> Windows:

@@ -54,6 +54,10 @@ class MemoryState(NamedTuple):
         parts = (tensor.chunk(count) for tensor in self)
         return [MemoryState(*tensors) for tensors in zip(*parts, strict=True)]
 
+    def mean_norm(self) -> float:
+        """Mean Frobenius norm of the memories of all lanes and heads."""
+        return float(self.kv.norm(dim=(-2, -1)).mean())
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         """The memory with each tensor changed by a function."""
         return MemoryState(*map(function, self))

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.model.memory import Memory
-from infini_ds.system.ranges import require_finite
+from infini_ds.system.ranges import Weighted, require_finite
 
 WINDOW_SEGMENTS = 16
 """Whole segments that a call reads at once; longer texts are read window by window."""
 
 
-class Reader(Protocol):
+class Reader(Weighted, Protocol):
     """A model that reads on from a memory: InfiniTransformer, or what stands in for it."""
 
     config: ModelConfig
@@ -25,7 +25,7 @@ class Reader(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def train(self, mode: bool = True): ...
+    def train(self, mode: bool = True) -> Any: ...
 
 
 class Sampling(NamedTuple):

@@ -4,14 +4,14 @@ import contextlib
 import io
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 
 import deepspeed
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger
-from torch.distributed import DistError, distributed_c10d
+from torch.distributed import DistError
 
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError, UserError
@@ -101,11 +101,16 @@ def _not_started(error: Exception, timeout: float) -> UserError | RunError:
     return RunError(f"{world} did not find each other at {address} port {port}: {said}")
 
 
-def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:
+def build_engine(
+    config: RunConfig,
+    universal: bool = False,
+    on_progress: Callable[[str], None] = lambda done: None,
+) -> InfiniEngine:
     """The engine of this process, with initial weights; model.vocab_size must be set.
 
     Args:
         universal: whether a checkpoint in DeepSpeed's universal form is going to be loaded.
+        on_progress: told of each piece of work that is done.
 
     Raises:
         UserError: the processes do not fit the config.
@@ -128,21 +133,6 @@ def build_engine(config: RunConfig, universal: bool = False) -> InfiniEngine:
         else:
             optimizer = adamw(groups, config.optimizer)
         tree = deepspeed_config(config, data, universal)
-        engine = InfiniEngine(
-            args=None,
-            model=module,
-            optimizer=optimizer,
-            mpu=module.mpu(),
-            config=tree,
-            config_class=DeepSpeedConfig(tree, module.mpu()),
+        return InfiniEngine(
+            module, optimizer, tree, config.train, config.parallel.memory_transport, on_progress
         )
-    _limit_waits(config.train.timeout)
-    engine.setup(config.train, config.parallel.memory_transport)
-    return engine
-
-
-def _limit_waits(timeout: float) -> None:
-    """DeepSpeed makes its groups with PyTorch's limits, of ten minutes and more."""
-    for group in distributed_c10d._world.pg_map:
-        if not distributed_c10d._rank_not_in_group(group):
-            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)

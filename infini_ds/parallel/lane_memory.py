@@ -1,6 +1,10 @@
 """What a stage keeps of its lanes' memories between windows."""
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from infini_ds.config import ModelConfig
 from infini_ds.memory import MemoryState
@@ -62,3 +66,29 @@ class LaneMemory:
         pieces = memory.chunk(len(self.by_micro_batch))
         for held, piece in zip(self.by_micro_batch, pieces, strict=True):
             held[block] = piece.map(lambda tensor: tensor.to(self._device).clone())
+
+    def save(self, directory: Path, first_lane: int) -> None:
+        """Writes a file for each block, named after it and the first of this rank's lanes."""
+        for block in self.blocks:
+            tensors = {name: x.cpu() for name, x in self.stacked(block)._asdict().items()}
+            save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
+
+    def read(self, directory: Path, lanes: range) -> None:
+        """Takes its blocks and lanes from the files of all ranks, whatever layout wrote them.
+
+        Args:
+            lanes: the global lanes of this rank.
+        """
+        for block in self.blocks:
+            pieces = []
+            for path in sorted(directory.glob(f"block_{block:03d}.lanes_*.safetensors")):
+                first = int(path.stem.rpartition("_")[2])
+                with safe_open(path, framework="pt") as file:
+                    saved = {name: file.get_slice(name) for name in MemoryState._fields}
+                    count = saved["norm"].get_shape()[0]
+                    low, high = max(lanes.start - first, 0), min(lanes.stop - first, count)
+                    if low < high:
+                        pieces.append(MemoryState(**{k: v[low:high] for k, v in saved.items()}))
+            memory = MemoryState.cat(pieces)
+            assert len(memory.norm) == len(lanes)
+            self.load(block, memory)

@@ -5,8 +5,11 @@ in fp32; the memory and its sums are fp32 always. No cast to a narrower type mak
 in silence, and no result that is not finite is shown as one.
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infini_ds.errors import RunError, UserError
 
@@ -52,8 +55,16 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     return cast
 
 
+class Weighted(Protocol):
+    """A module, or what stands in for one, as far as its weights go."""
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 @torch.no_grad()
-def require_finite(result: Tensor, model: nn.Module, what: str) -> None:
+def require_finite(result: Tensor, model: Weighted, what: str) -> None:
     """Whether what a model computed is finite.
 
     Args:

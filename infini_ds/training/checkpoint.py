@@ -18,33 +18,33 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from infini_ds.config import RunConfig, dump, parse
 from infini_ds.errors import RunError, UserError
 from infini_ds.guard.peers import is_lost_contact
-from infini_ds.memory import MemoryState
 from infini_ds.parallel.deepspeed.universal import (
-    UNIVERSAL_INFO,
-    allow_empty_shards,
     make_universal,
-    plain_path,
     universal_of,
 )
-from infini_ds.parallel.pipeline.engine import InfiniEngine
+from infini_ds.parallel.engine import Engine
 from infini_ds.runs import manifest
 from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
 from infini_ds.system.causes import cause, told
 
 
-def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path:
+def save(
+    engine: Engine, config: RunConfig, state: dict[str, Any], on_progress: Callable[[str], None]
+) -> Path:
     """Writes the checkpoint of state["step"]; to be called on all ranks together.
+
+    Args:
+        on_progress: told of each piece of work that is done.
 
     What it makes useless is deleted only after it is valid: older ones but the newest
     train.keep_last - 1, saves that were cut off, and what is left of later steps, which this run
@@ -55,7 +55,7 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
     """
     directory = RunDirectory(Path(config.output_dir)).checkpoint(state["step"]).path
     try:
-        _save(engine, config, state, directory)
+        _save(engine, config, state, directory, on_progress)
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_lost_contact(error):
             raise
@@ -66,31 +66,26 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
     return directory
 
 
-def _save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any], directory: Path) -> None:
+def _save(
+    engine: Engine,
+    config: RunConfig,
+    state: dict[str, Any],
+    directory: Path,
+    on_progress: Callable[[str], None],
+) -> None:
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(directory, ignore_errors=True)  # of a save that was cut off
         (directory / "memory").mkdir(parents=True)
     dist.barrier()
-    with contextlib.redirect_stdout(None):
-        engine.save_checkpoint(
-            str(directory.parent),
-            tag=directory.name,
-            client_state={**UNIVERSAL_INFO, "iteration": state["step"]},
-            save_latest=False,
-        )
-    if first:  # DeepSpeed's, which do not work for a pipeline's checkpoints
-        for name in ("zero_to_fp32.py", "zero_to_torch.py"):
-            (directory.parent / name).unlink(missing_ok=True)
-    engine.on_progress("saving weights and optimizer states")
-    _save_memories(engine, directory / "memory")
-    engine.on_progress("saving memories")
+    engine.save(directory, state["step"])
+    layout = {"pipeline": engine.layout.pipeline, "data": engine.layout.data}
     if first:
         copy_kept_tokenizer(directory.parent.parent, directory)
         (directory / "config.yaml").write_text(dump(config))
-        (directory / "state.json").write_text(json.dumps({**state, "layout": _layout(engine)}))
+        (directory / "state.json").write_text(json.dumps({**state, "layout": layout}))
     dist.barrier()
-    _write_manifest(directory, engine.on_progress)
+    _write_manifest(directory, on_progress)
     if first:
         _delete_useless(directory, config.train.keep_last)
     dist.barrier()
@@ -122,6 +117,16 @@ def find(config: RunConfig) -> tuple[Path | None, list[str]]:
             return candidate.path, skipped
         skipped.append(f"checkpoint {candidate.path}: passed over, {reason}")
     return None, skipped
+
+
+class Saved(NamedTuple):
+    """A checkpoint that a run goes on from."""
+
+    directory: Path
+    load_from: Path
+    """What holds weights and optimizer states for this layout: see `source`."""
+    state: dict[str, Any]
+    """What its state.json says."""
 
 
 def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
@@ -183,32 +188,10 @@ def _convert(directory: Path, timeout: float) -> str:
             return failure
 
 
-def load(engine: InfiniEngine, directory: Path, load_from: Path) -> None:
-    """Loads weights and optimizer states from `load_from`, memories from `directory`."""
-    groups = engine.optimizer.param_groups
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    # In a run that goes back it is not as when the engine was built.
-    engine._config.load_universal_checkpoint = load_from != directory
-    if load_from != directory:
-        allow_empty_shards(engine.optimizer)
-    with contextlib.redirect_stdout(None), plain_path(load_from.parent) as folder:
-        path, _ = engine.load_checkpoint(folder, tag=load_from.name)
-    # The config's learning rates and decay hold, not those of when the checkpoint was written.
-    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    if path is None:
-        raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
-    _load_memories(engine, directory / "memory")
-
-
 def delete_universal(config: RunConfig) -> None:
     """Removes universal forms, which a later checkpoint has made useless."""
     for path in RunDirectory(Path(config.output_dir)).checkpoints_path.glob("universal_step_*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _layout(engine: InfiniEngine) -> dict[str, int]:
-    return {"pipeline": engine.num_stages, "data": engine.dp_world_size}
 
 
 def _fixed_settings(config: dict[str, Any]) -> list[str]:
@@ -256,29 +239,3 @@ def _write_manifest(directory: Path, on_progress: Callable[[str], None]) -> None
     if dist.get_rank() == 0:
         manifest.write(directory, {k: v for part in gathered for k, v in sorted(part.items())})
     dist.barrier()
-
-
-def _save_memories(engine: InfiniEngine, directory: Path) -> None:
-    first_lane = engine.lanes_of(0).start
-    for block in engine.memories.blocks:
-        memory = engine.memories.stacked(block)
-        tensors = {name: tensor.cpu() for name, tensor in memory._asdict().items()}
-        save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
-
-
-def _load_memories(engine: InfiniEngine, directory: Path) -> None:
-    """Each rank reads its blocks and lanes, whatever layout wrote them."""
-    wanted = range(engine.lanes_of(0).start, engine.lanes_of(engine.micro_batches - 1).stop)
-    for block in engine.memories.blocks:
-        pieces = []
-        for path in sorted(directory.glob(f"block_{block:03d}.lanes_*.safetensors")):
-            first = int(path.stem.rpartition("_")[2])
-            with safe_open(path, framework="pt") as file:
-                saved = {name: file.get_slice(name) for name in MemoryState._fields}
-                lanes = saved["norm"].get_shape()[0]
-                low, high = max(wanted.start - first, 0), min(wanted.stop - first, lanes)
-                if low < high:
-                    pieces.append(MemoryState(**{k: v[low:high] for k, v in saved.items()}))
-        memory = MemoryState.cat(pieces)
-        assert len(memory.norm) == len(wanted)
-        engine.memories.load(block, memory)

@@ -11,7 +11,6 @@ from torch import nn
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.data.mixture import Mixture
 from infini_ds.errors import UserError
-from infini_ds.parallel.pipeline.module import single_process_name
 from infini_ds.runs.export import export_tokenizer, open_model
 from infini_ds.runs.weights import Weights
 from infini_ds.system.ranges import check_finite, narrowed
@@ -63,16 +62,15 @@ def load_start(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights)
     One tensor is in memory at a time, and none that this rank does not have.
 
     Args:
-        parameters: of an engine's module, by their names in it.
+        parameters: of an engine, by their names in InfiniTransformer.
         weights: from `open_start`.
 
     Raises:
         UserError: a weight is not finite, or beyond the range of its parameter's type.
     """
     for name, parameter in parameters:
-        own = single_process_name(name)
-        what = f"init_from: tensor {own} of {weights.origin}"
-        tensor = weights.read(own).to(parameter.device)
+        what = f"init_from: tensor {name} of {weights.origin}"
+        tensor = weights.read(name).to(parameter.device)
         check_finite(tensor, what)
         parameter.copy_(narrowed(tensor, parameter.dtype, what))
         safe_set_full_fp32_param(parameter, narrowed(tensor, torch.float32, what))

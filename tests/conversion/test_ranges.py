@@ -322,7 +322,6 @@ def test_a_run_starts_from_numbers_that_its_type_holds(
     stored, parameter, number, message, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(start, "safe_set_full_fp32_param", lambda *_: None)
-    monkeypatch.setattr(start, "single_process_name", lambda name: name)
     weights = SafetensorsWeights(spoilt(tmp_path / "source", stored, number))
     parameters = {
         name: torch.nn.Parameter(torch.zeros(meta.shape, dtype=parameter))

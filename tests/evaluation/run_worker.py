@@ -42,7 +42,7 @@ def main(*paths: str) -> None:
         )
         for step in (1, 2):
             state = {"step": step, "tokens": 0, "skipped_steps": 0, "store": "none"}
-            checkpoint.save(engine, config, state)
+            checkpoint.save(engine, config, state, lambda done: None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our DeepSpeed engine: the schedule, what a message is, and the backward pass of a unit.
+"""The pipeline's engine: the schedule, what a message is, and the backward pass of a unit.
 
 Everything else (ZeRO, the optimizer's step, reductions, checkpoints, launcher) is DeepSpeed's.
 A unit is one chunk of one micro-batch on one stage.
@@ -6,30 +6,38 @@ A unit is one chunk of one micro-batch on one stage.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.constants import BFLOAT16
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.utils import get_global_norm_of_tensors
-from deepspeed.utils.timer import NoopTimer
-from torch import Tensor
+from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig, TrainConfig
 from infini_ds.data.windows import Windows, answers_right
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
+from infini_ds.model.optimizer import set_learning_rate
 from infini_ds.model.write_gate import WriteStats
-from infini_ds.parallel.deepspeed.gradient_sums import gradient_of, sum_in_fp32
+from infini_ds.parallel.deepspeed.engine import CorrectedEngine
+from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+from infini_ds.parallel.engine import (
+    CORRUPT,
+    NOT_FINITE,
+    EngineLayout,
+    Reader,
+    StepResult,
+    StepSize,
+)
 from infini_ds.parallel.lane_memory import LaneMemory
-from infini_ds.parallel.pipeline.channel import Channel, settle
-from infini_ds.parallel.pipeline.module import InfiniPipeline
+from infini_ds.parallel.pipeline.balance import describe
+from infini_ds.parallel.pipeline.channel import settle
+from infini_ds.parallel.pipeline.generation import generate
+from infini_ds.parallel.pipeline.hops import open_hops
+from infini_ds.parallel.pipeline.module import InfiniPipeline, single_process_name
 from infini_ds.parallel.pipeline.payload import Payload, Wire
 from infini_ds.parallel.pipeline.schedule import (
     Backward,
@@ -39,28 +47,10 @@ from infini_ds.parallel.pipeline.schedule import (
 )
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 
-Reader = Callable[[int], Windows]
-"""Gives this data-parallel rank's windows of a micro-batch; asked on the first and last stage.
-
-Of lanes whose tokens are corrupt it gives any tokens, and marks them in the engine's `bad_lanes`.
-"""
-
-NOT_FINITE = "the loss or the gradient was not finite"
-CORRUPT = "the store held tokens that its tokenizer does not have"
-
-
-class StepSize(NamedTuple):
-    """Of the whole global batch of a step: what its sums are divided by."""
-
-    loss_weight: float
-    """Sum of the weights of all losses: the number of valid tokens if each weighs 1."""
-    tokens: int
-    """Valid tokens."""
-
 
 @dataclass
 class Unit:
-    """What a unit's backward needs."""
+    """What the backward pass of a unit needs."""
 
     inputs: Tensor
     """Tokens, or hidden states that get a gradient."""
@@ -83,16 +73,33 @@ class Scale(NamedTuple):
     """Of the summed write weights: what the write penalty adds to the loss for each."""
 
 
-class InfiniEngine(PipelineEngine):
-    """Trains an InfiniPipeline on windows whose memories go on from step to step."""
+class InfiniEngine(CorrectedEngine):
+    """Trains an InfiniPipeline on windows whose memories go on from step to step: an `Engine`.
+
+    To be made on all ranks together.
+
+    Args:
+        tree: DeepSpeed's config, see `deepspeed_config`.
+        transport: parallel.memory_transport.
+        on_progress: told of each piece of work that is done.
+    """
 
     module: InfiniPipeline
 
-    def setup(self, train: TrainConfig, transport: str) -> None:
-        """Opens the channels between stages. To be called once, on all ranks together."""
+    def __init__(
+        self,
+        module: InfiniPipeline,
+        optimizer: torch.optim.Optimizer,
+        tree: dict,
+        train: TrainConfig,
+        transport: str,
+        on_progress: Callable[[str], None],
+    ):
+        super().__init__(module, optimizer, tree, train.timeout)
         self._train = train
-        self._model: ModelConfig = self.module.config
-        self._transport = TRANSPORTS[transport](tuple(self.module.bounds))
+        self._model: ModelConfig = module.config
+        self._on_progress = on_progress
+        self._transport = TRANSPORTS[transport](tuple(module.bounds))
         self._wire = Wire(
             self._model,
             train.micro_batch_size,
@@ -100,23 +107,33 @@ class InfiniEngine(PipelineEngine):
             torch.bfloat16 if train.dtype == "bf16" else torch.float32,
             self.device,
         )
-        if isinstance(self.optimizer, BF16_Optimizer):
-            sum_in_fp32(self.optimizer)
-        self._open_channels()
+        pipelines = module.topology().get_axis_comm_lists("pipe") if self.num_stages > 1 else []
+        self._hops = open_hops(pipelines, self.global_rank, train.timeout)
         self.memories = self.empty_memories()
-        self.seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
-        self.skipped_in_a_row = 0
-        self.fault = ""
-        """Why the last training step changed nothing; empty if it did. The same on all ranks."""
-        self.bad_lanes = torch.zeros(train.batch_size, dtype=torch.float64, device=self.device)
-        """Above 0 for lanes of the last training step whose tokens were corrupt."""
-        self.on_progress: Callable[[str], None] = lambda done: None
-        """Told of each piece of work that is done."""
-        self.write_totals = torch.zeros(
+        self._seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
+        self._skipped_in_a_row = 0
+        self._bad_lanes = torch.zeros(train.batch_size, dtype=torch.float64, device=self.device)
+        self._writes = torch.zeros(
             self._model.num_layers, 2, dtype=torch.float64, device=self.device
         )
         """Of the last training step: mass and zeros (see `WriteStats`) of every layer, summed over
-        this rank's lanes, 0 for layers of other stages and without write gates: see `all_sum`."""
+        this rank's lanes, 0 for layers of other stages and without write gates."""
+
+    @property
+    def layout(self) -> EngineLayout:
+        """How the work is laid out."""
+        stages = describe(self._model, self.module.bounds)
+        return EngineLayout(self.num_stages, self.dp_world_size, self.micro_batches, stages)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps since the last one that changed the weights."""
+        return self._skipped_in_a_row
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether this stage computes the losses."""
+        return self.is_last_stage()
 
     def empty_memories(self) -> LaneMemory:
         """For lanes that have read nothing: what this stage holds between windows."""
@@ -130,24 +147,18 @@ class InfiniEngine(PipelineEngine):
         first = (self.grid.get_data_parallel_id() * self.micro_batches + micro_batch) * lanes
         return range(first, first + lanes)
 
-    def train_step(self, read: Reader, size: StepSize) -> Tensor:
-        """Forward, backward and optimizer step on one window of every lane.
-
-        Args:
-            read: windows of each micro-batch.
-            size: of the step; the loss is the weighted sum over all valid tokens divided by
-                its weight.
-
-        Returns:
-            The weighted sum of this rank's losses, fp64, 0 except on the last stage: see `all_sum`.
-        """
+    def train_step(
+        self, read: Reader, size: StepSize, rate_factor: float, stop: bool = False
+    ) -> StepResult:
+        """See `Engine`."""
         begin = time.perf_counter()
+        waited, seconds = self.waiting_seconds, dict(self._seconds)
+        set_learning_rate(self.optimizer, rate_factor)
         self.module.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.write_totals.zero_()
-        self.bad_lanes.zero_()
-        self.answers = torch.zeros(2, dtype=torch.float64, device=self.device)
-        """Of the last training step with a curriculum: right answers and all answers."""
+        self._writes.zero_()
+        self._bad_lanes.zero_()
+        self._answers = torch.zeros(2, dtype=torch.float64, device=self.device)
         # Reductions average over data-parallel ranks.
         scale = Scale(
             self.dp_world_size / size.loss_weight,
@@ -160,22 +171,32 @@ class InfiniEngine(PipelineEngine):
         )
         self._run(schedule, read, self.memories, scale)
         reduced = self._clock("pipeline", begin)
-        self.fault = self._find_fault()
-        if not self.fault:
-            self._reduce()
+        fault = self._find_fault()
+        if not fault:
+            self.reduce_gradients()
         stepped = self._clock("reduce", reduced)
-        self._step()
+        fault = self._update(fault)
         self._clock("optimizer", stepped)
-        return self._loss_sum
+        asked = torch.tensor(float(stop), dtype=torch.float64, device=self.device)
+        sums = self.all_sum(torch.stack((self._loss_sum, asked, *self._answers)))
+        loss_sum, asked, right, answers = sums.tolist()
+        spent = {phase: total - seconds[phase] for phase, total in self._seconds.items()}
+        return StepResult(
+            loss_sum,
+            fault,
+            self._bad_lanes.clone(),
+            right,
+            answers,
+            asked > 0,
+            self.gradient_norm,
+            {group["name"]: group["lr"] for group in self.optimizer.param_groups},
+            {**spent, "waiting_for_stages": self.waiting_seconds - waited},
+        )
 
     def skip_window(self, starts: Tensor) -> None:
-        """A step that reads nothing and changes no weight.
-
-        Args:
-            starts: bool [lanes of the global batch], where a document began in the window; its
-                memory would be that of the lane's earlier document.
-        """
-        self._count_skipped()
+        """See `Engine`."""
+        self.count_skipped()
+        self._skipped_in_a_row += 1
         self._clear_lanes(starts)
 
     @torch.no_grad()
@@ -187,13 +208,61 @@ class InfiniEngine(PipelineEngine):
         self._run(schedule, read, memories, None)
         return self._loss_sum
 
+    def generate(
+        self, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[int]:
+        """See `Engine`."""
+        return generate(self, prompt, max_new_tokens, temperature, seed)
+
+    def written(self) -> Tensor:
+        """See `Engine`."""
+        return self.all_sum(self._writes.clone())
+
+    def describe_memory(self) -> tuple[np.ndarray, dict[int, float]]:
+        """See `Engine`."""
+        gates, norms = {}, {}
+        for block, layer in zip(self.module.block_range, self.module.blocks, strict=True):
+            gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
+        for block in self.memories.blocks:
+            norms[block] = self.memories.stacked(block).mean_norm()
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (gates, norms))
+        all_gates: dict[int, list[float]] = {}
+        all_norms: dict[int, list[float]] = {}
+        for rank_gates, rank_norms in gathered:
+            all_gates |= rank_gates
+            for block, norm in rank_norms.items():
+                all_norms.setdefault(block, []).append(norm)
+        table = np.array([all_gates[block] for block in sorted(all_gates)])
+        return table, {block: float(np.mean(all_norms[block])) for block in sorted(all_norms)}
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `Engine`."""
+        for name, parameter in self.module.named_parameters():
+            yield single_process_name(name), parameter
+
+    def save(self, directory: Path, step: int) -> None:
+        """See `Engine`."""
+        self.save_states(directory, step)
+        self._on_progress("saving weights and optimizer states")
+        self.memories.save(directory / "memory", self.lanes_of(0).start)
+        self._on_progress("saving memories")
+
+    def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
+        """See `Engine`."""
+        self.load_states(load_from, universal=load_from != directory)
+        lanes = range(self.lanes_of(0).start, self.lanes_of(self.micro_batches - 1).stop)
+        self.memories.read(directory / "memory", lanes)
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row = 0
+
     def send_hidden(self, hidden: Tensor) -> None:
         """Sends bare hidden states to the next stage, outside of a schedule."""
-        self._next.send(hidden.contiguous().view(-1).view(torch.uint8))
+        self._hops.to_next.send(hidden.contiguous().view(-1).view(torch.uint8))
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Receives what the previous stage sent with `send_hidden`."""
-        message = self._previous.receive(math.prod(shape) * dtype.itemsize)
+        message = self._hops.from_previous.receive(math.prod(shape) * dtype.itemsize)
         return message.view(dtype).view(shape)
 
     def all_sum(self, values: Tensor) -> Tensor:
@@ -202,24 +271,19 @@ class InfiniEngine(PipelineEngine):
         return values
 
     @property
-    def gradient_norm(self) -> float:
-        """Norm of the whole gradient of the last step, before clipping."""
-        return float(self.get_global_grad_norm())
-
-    @property
     def waiting_seconds(self) -> float:
         """Time this rank has waited for other stages so far."""
-        return sum(channel.seconds for channel in self._channels)
+        return sum(channel.seconds for channel in self._hops.channels)
 
     @property
     def sent_bytes(self) -> int:
         """What this rank has sent to other stages so far."""
-        return sum(channel.sent_bytes for channel in self._channels)
+        return sum(channel.sent_bytes for channel in self._hops.channels)
 
     @property
     def waiting_for(self) -> str:
         """What this rank is waiting for at this moment, and from whom; empty if nothing."""
-        return next((channel.describe() for channel in self._channels if channel.waiting), "")
+        return next((channel.describe() for channel in self._hops.channels if channel.waiting), "")
 
     def step_bytes(self) -> int:
         """What this rank sends in a training step, by the formula."""
@@ -250,7 +314,7 @@ class InfiniEngine(PipelineEngine):
                     self._take_back(unit.micro_batch, memories)
                 self._backward(unit, scale)
             kind = type(unit).__name__.lower()
-            self.on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
+            self._on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
         if scale is None:
             for micro_batch in range(self.micro_batches):
                 self._hand_back(micro_batch)
@@ -259,7 +323,7 @@ class InfiniEngine(PipelineEngine):
 
     def _flush(self) -> None:
         """Waits until everything that was sent has left."""
-        for channel in self._channels:
+        for channel in self._hops.channels:
             channel.flush()
 
     def _forward(self, unit: Forward, read: Reader, memories: LaneMemory, training: bool) -> None:
@@ -269,6 +333,8 @@ class InfiniEngine(PipelineEngine):
             self._passing[micro_batch] = memories.get(micro_batch)
             if self.is_first_stage() or self.is_last_stage():
                 windows = read(micro_batch)
+                if training and windows.corrupt is not None:
+                    self._note_corrupt(micro_batch, windows.corrupt)
                 self._windows[micro_batch] = _to_device(windows, self.device)
         passing = self._passing[micro_batch]
         if self.is_first_stage():
@@ -293,14 +359,14 @@ class InfiniEngine(PipelineEngine):
             losses = self.module.losses(output, cut.labels, self._train.loss_chunk_tokens)
             if training:
                 if self._train.curriculum:
-                    self.answers += answers_right(losses.detach(), cut.weights, layout)
+                    self._answers += answers_right(losses.detach(), cut.weights, layout)
                 losses = losses * cut.weights
             output = losses.sum()
             self._loss_sum += output.detach()
         else:
             riding = self._riding(self.stage_id, chunk)
             detached = {block: passing[block].map(Tensor.detach) for block in riding}
-            self._next.send(self._wire.pack(Payload(output, layout, detached)))
+            self._hops.to_next.send(self._wire.pack(Payload(output, layout, detached)))
         if training:
             flat_in = [tensor for layer in memory for tensor in layer]
             flat_out = [tensor for layer in after for tensor in layer]
@@ -317,7 +383,7 @@ class InfiniEngine(PipelineEngine):
         if self.is_last_stage():
             tensors, gradients = [done.output], [torch.full_like(done.output, scale.loss)]
         else:
-            message = self._next_gradient.receive(self._wire.gradient_bytes())
+            message = self._hops.gradient_from_next.receive(self._wire.gradient_bytes())
             gradient = message.view(self._wire.dtype)[: done.output.numel()]
             tensors, gradients = [done.output], [gradient.view_as(done.output)]
         if done.mass is not None:
@@ -329,28 +395,24 @@ class InfiniEngine(PipelineEngine):
                 if gradient is not None:
                     tensors.append(tensor)
                     gradients.append(gradient)
-        self._accumulate(tensors, gradients)
+        self.accumulate(tensors, gradients)
         self._memory_gradients = [tensor.grad for tensor in done.memory_in]
         if not self.is_first_stage():
             assert done.inputs.grad is not None
             gradient = done.inputs.grad.contiguous().view(-1).view(torch.uint8)
             padding = self._wire.gradient_bytes() - gradient.numel()
-            self._previous_gradient.send(torch.nn.functional.pad(gradient, (0, padding)))
+            self._hops.gradient_to_previous.send(torch.nn.functional.pad(gradient, (0, padding)))
+
+    def _note_corrupt(self, micro_batch: int, corrupt: Tensor) -> None:
+        lanes = self.lanes_of(micro_batch)
+        self._bad_lanes[lanes.start : lanes.stop] += corrupt.to(self.device)
 
     def _add_writes(self, writes: list[WriteStats]) -> Tensor:
         """Notes what this stage's blocks wrote; the sum of their masses, with gradient."""
         table = torch.stack([torch.stack(stats) for stats in writes])  # [blocks, 2]
         own = self.module.block_range
-        self.write_totals[own.start : own.stop] += table.detach()
+        self._writes[own.start : own.stop] += table.detach()
         return table[:, 0].sum()
-
-    def _accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """One backward pass over all outputs of a unit, added to the sums."""
-        self._running_engine_backward = True  # DeepSpeed's hooks refuse backward passes otherwise
-        try:
-            torch.autograd.backward(tensors, gradients)
-        finally:
-            self._running_engine_backward = False
 
     def _finish_window(self, micro_batch: int, memories: LaneMemory) -> None:
         """Memories are data from here on: kept here, or to be sent back to the first stage."""
@@ -371,12 +433,12 @@ class InfiniEngine(PipelineEngine):
         window's first gradient, in evaluation after the last window.
         """
         if micro_batch in self._returning:
-            self._return.send(self._returning.pop(micro_batch))
+            self._hops.returned.send(self._returning.pop(micro_batch))
 
     def _take_back(self, micro_batch: int, memories: LaneMemory) -> None:
         """On the first stage: what the last one has handed back, if anything."""
         if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
-            message = self._return.receive(self._wire.memories_bytes(self._model.num_layers))
+            message = self._hops.returned.receive(self._wire.memories_bytes(self._model.num_layers))
             blocks = list(range(self._model.num_layers))
             memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
 
@@ -389,43 +451,9 @@ class InfiniEngine(PipelineEngine):
 
     # Messages
 
-    def _open_channels(self) -> None:
-        """Every rank takes part in making all groups, and connects its own one after another."""
-        topology = self.module.topology()
-        pipelines = topology.get_axis_comm_lists("pipe") if self.num_stages > 1 else []
-        self._channels: list[Channel] = []
-        for ranks in pipelines:
-            hops = list(pairwise(range(len(ranks))))
-            for here, there in hops:
-                self._open("activations", ranks, ("_next", here), ("_previous", there))
-            for here, there in hops:
-                gradient = ("_previous_gradient", there), ("_next_gradient", here)
-                self._open("gradients", ranks, *gradient)
-            last = len(ranks) - 1
-            self._open("returned memories", ranks, ("_return", last), ("_return", 0))
-
-    def _open(
-        self, what: str, ranks: list[int], sender: tuple[str, int], receiver: tuple[str, int]
-    ) -> None:
-        """A channel between two stages of a pipeline, each with the name that it has there."""
-        ends = {ranks[stage]: (name, stage) for name, stage in (sender, receiver)}
-        # Later than a channel's own limit, which says more.
-        limit = timedelta(seconds=2 * self._train.timeout)
-        group = dist.new_group(list(ends), timeout=limit)
-        if self.global_rank not in ends:
-            return
-        assert isinstance(group, dist.ProcessGroup)
-        name, stage = ends[self.global_rank]
-        sends = (name, stage) == sender
-        _, other = receiver if sends else sender
-        channel = Channel(f"{what} of stage {other}", ranks[other], group, self._train.timeout)
-        channel.connect(sends)
-        self._channels.append(channel)
-        setattr(self, name, channel)
-
     def _receive_payload(self, chunk: int) -> Payload:
         riding = self._riding(self.stage_id - 1, chunk)
-        message = self._previous.receive(self._wire.payload_bytes(len(riding)))
+        message = self._hops.from_previous.receive(self._wire.payload_bytes(len(riding)))
         return self._wire.unpack(message, riding)
 
     def _riding(self, stage: int, chunk: int) -> list[int]:
@@ -439,35 +467,25 @@ class InfiniEngine(PipelineEngine):
         DeepSpeed's bf16 optimizer checks the norm itself and skips the step; in fp32 nothing does.
         """
         broken = ~self._loss_sum.isfinite()
-        if not isinstance(self.optimizer, BF16_Optimizer):
+        if not self.checks_gradients():
             norms = torch.stack([gradient_of(p).norm() for p in self.module.parameters()])
             broken |= (~norms.isfinite()).any()
-        sums = self.all_sum(torch.cat((broken.double().view(1), self.bad_lanes)))
-        self.bad_lanes.copy_(sums[1:])
-        not_finite, corrupt = sums[0], self.bad_lanes.sum()
+        sums = self.all_sum(torch.cat((broken.double().view(1), self._bad_lanes)))
+        self._bad_lanes.copy_(sums[1:])
+        not_finite, corrupt = sums[0], self._bad_lanes.sum()
         return CORRUPT if corrupt > 0 else NOT_FINITE if not_finite > 0 else ""
 
-    def _step(self) -> None:
-        if self.fault:
-            self.optimizer.zero_grad()
-            self.zero_grad()
-            self._global_grad_norm = float("inf")
-            self._count_skipped()
-        else:
-            before = self.skipped_steps
-            self._exec_optimizer_step()
-            if self.skipped_steps == before:
-                self.skipped_in_a_row = 0
-                return
-            self.fault = NOT_FINITE
-            self.skipped_in_a_row += 1
+    def _update(self, fault: str) -> str:
+        """Changes the weights unless there is a fault; why they were not changed, or nothing."""
+        if fault:
+            self.drop_gradients()
+        elif self.step_optimizer():
+            self._skipped_in_a_row = 0
+            return ""
+        self._skipped_in_a_row += 1
         self.memories.clear_broken()
-        self._clear_lanes(self.bad_lanes > 0)
-
-    def _count_skipped(self) -> None:
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self.global_steps += 1
+        self._clear_lanes(self._bad_lanes > 0)
+        return fault or NOT_FINITE
 
     def _clear_lanes(self, lanes: Tensor) -> None:
         """Empties the memories of marked lanes, bool [lanes of the global batch]."""
@@ -475,62 +493,10 @@ class InfiniEngine(PipelineEngine):
             own = self.lanes_of(micro_batch)
             self.memories.clear(micro_batch, lanes[own.start : own.stop].to(self.device))
 
-    def _do_optimizer_sanity_check(self, basic_optimizer):
-        if self.bfloat16_enabled() and not self.zero_optimization():
-            return BFLOAT16  # DeepSpeed refuses fp32 sums of bf16 gradients without ZeRO
-        return super()._do_optimizer_sanity_check(basic_optimizer)
-
-    def _configure_bf16_optimizer(self, optimizer):
-        """Without ZeRO every rank keeps all of the optimizer's states: it is a group of its own."""
-        if self.zero_optimization():
-            return super()._configure_bf16_optimizer(optimizer)
-        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        return BF16_Optimizer(
-            optimizer,
-            self.param_names,
-            bfloat16_config=self._config.bfloat16_config,
-            mpu=self.mpu,
-            clip_grad=self.gradient_clipping(),
-            dp_process_group=alone[dist.get_rank()],
-            timers=NoopTimer(),
-            grad_acc_dtype=torch.float32,
-        )
-
-    def _reduce(self) -> None:
-        """Over data-parallel ranks, and a tied weight's gradients over its two stages."""
-        if isinstance(self.optimizer, BF16_Optimizer):
-            # A sum of two is the same on both, one of many need not be in two groups: last, so
-            # that the two copies of the weight stay equal.
-            self._exec_reduce_grads()
-            self._exec_reduce_tied_grads()
-        else:  # of ZeRO in fp32 a rank keeps its own part alone
-            self._exec_reduce_tied_grads()
-            self._exec_reduce_grads()
-
-    def _exec_reduce_tied_grads(self) -> None:
-        """DeepSpeed's own looks for gradients only where two of its three optimizers keep them."""
-        for weight, group in self.module.get_tied_weights_and_groups():
-            dist.all_reduce(gradient_of(weight), group=group)
-
-    def _take_model_step(self, lr_kwargs) -> None:
-        if not self.gradient_clipping() and not self.zero_optimization():
-            self.clip_fp32_gradients()
-        super()._take_model_step(lr_kwargs)
-
-    def clip_fp32_gradients(self) -> None:
-        """fp32 without ZeRO: DeepSpeed's own counts tied weights twice, and keeps no norm."""
-        parameters = list(self.module.parameters())
-        owned = [p.grad for p in parameters if not p.ds_pipe_replicated]
-        self._global_grad_norm = get_global_norm_of_tensors(owned, mpu=self.mpu)
-        limit = self.gradient_clipping()
-        if limit and self._global_grad_norm > limit:
-            for parameter in parameters:
-                gradient_of(parameter).mul_(limit / self._global_grad_norm)
-
     def _clock(self, phase: str, begin: float) -> float:
         settle(self.device)
         now = time.perf_counter()
-        self.seconds[phase] += now - begin
+        self._seconds[phase] += now - begin
         return now
 
 
@@ -540,5 +506,5 @@ def _to_device(windows: Windows, device: torch.device) -> Windows:
         part = part.pin_memory() if device.type == "cuda" else part
         return part.to(device, non_blocking=True)
 
-    tokens, labels, layout, weights = windows
+    tokens, labels, layout, weights, _ = windows
     return Windows(move(tokens), move(labels), Layout(*map(move, layout)), move(weights))

@@ -1,5 +1,7 @@
 """Writing text through the stages, without gathering the model anywhere."""
 
+from typing import Any, Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -7,12 +9,30 @@ from torch import Tensor
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import Sampling, sample
 from infini_ds.model.memory import Memory
-from infini_ds.parallel.pipeline.engine import InfiniEngine
+from infini_ds.parallel.pipeline.module import InfiniPipeline
+
+
+class Stage(Protocol):
+    """What writing text needs of a stage's engine."""
+
+    module: InfiniPipeline
+    device: torch.device
+    grid: Any
+    num_stages: int
+    is_pipe_parallel: bool
+
+    def is_first_stage(self) -> bool: ...
+
+    def is_last_stage(self) -> bool: ...
+
+    def send_hidden(self, hidden: Tensor) -> None: ...
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
 
 @torch.no_grad()
 def generate(
-    engine: InfiniEngine, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
+    engine: Stage, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
 ) -> list[int]:
     """Continues one prompt; to be called on all ranks together.
 
@@ -50,7 +70,7 @@ def generate(
 
 
 def _read(
-    engine: InfiniEngine, tokens: Tensor, memory: Memory, dtype: torch.dtype
+    engine: Stage, tokens: Tensor, memory: Memory, dtype: torch.dtype
 ) -> tuple[Tensor, Memory]:
     """Tokens [1, t] through this stage, from the previous stage to the next."""
     module = engine.module

@@ -1,8 +1,8 @@
 """The model as a DeepSpeed PipelineModule: the layers of one stage."""
 
 import torch.nn.functional as F
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from torch import Tensor, nn
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
@@ -11,6 +11,7 @@ from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
 from infini_ds.model.write_gate import WriteStats
+from infini_ds.parallel.deepspeed.module import StageModule
 from infini_ds.parallel.pipeline.balance import balance
 
 TIED_KEY = "embedding"
@@ -32,25 +33,16 @@ def single_process_name(name: str) -> str:
     return "layers." + (name.replace(tied, "0.") if name.startswith(tied) else name)
 
 
-class InfiniPipeline(PipelineModule):
+class InfiniPipeline(StageModule):
     """One stage's layers. Parameters have the names and initial values of InfiniTransformer's."""
 
     def __init__(self, config: ModelConfig, stages: int, seed: int, checkpointing: Checkpointing):
-        self.bounds = balance(config, stages)
-        super().__init__(
-            layers=layer_specs(config, checkpointing), num_stages=stages, partition_method="flops"
-        )
+        super().__init__(layer_specs(config, checkpointing), balance(config, stages))
         self.config = config
-        for place, layer in enumerate(self.forward_funcs, start=self._local_start):
-            if isinstance(layer, nn.Module):
-                initialize(layer, place, config, seed)
+        for place, layer in self.placed_layers():
+            initialize(layer, place, config, seed)
         for layer in self.tied_modules.values():
             initialize(layer, 0, config, seed)
-
-    @property
-    def block_range(self) -> range:
-        """The blocks of this stage."""
-        return range(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
 
     @property
     def blocks(self) -> list[Block]:
@@ -109,11 +101,6 @@ class InfiniPipeline(PipelineModule):
 
     def _is_head(self, layer) -> bool:
         return self.stage_id == self.num_stages - 1 and layer is self.forward_funcs[-1]
-
-    def _partition_layers(self, method: str = "flops") -> None:
-        blocks = [1 + bound for bound in self.bounds]
-        self.parts = [0, *blocks[1:-1], self._num_layers]
-        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
 def _project(embedding: Embedding, hidden: Tensor) -> Tensor:
