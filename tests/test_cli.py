@@ -267,6 +267,12 @@ def test_command_that_does_not_exist_or_is_incomplete_has_code_2(arguments, caps
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["processes", "steps"])
+def test_bench_transport_needs_one_of_each(capsys, option):
+    assert cli.main(["bench", "transport", f"--{option}=0"]) == 2
+    assert capsys.readouterr().err == f"infini-ds: --{option} (0) must be at least 1\n"
+
+
 def test_bench_names_what_must_be_integers(capsys):
     assert cli.main(["bench", "peer", "--segments", "512,x"]) == 2
     assert "'512,x': must be integers" in capsys.readouterr().err
