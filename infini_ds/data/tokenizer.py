@@ -13,6 +13,7 @@ import sentencepiece
 from infini_ds.config import TOKENIZER_FILES
 from infini_ds.data.generation_settings import read_generation, save_generation
 from infini_ds.errors import UserError
+from infini_ds.system.causes import one_line
 
 # Sentencepiece writes a space as this character, so that in a text it would come back as a space.
 SPACE_MARK = "\u2581"
@@ -265,4 +266,4 @@ def _explain(message: str, vocab_size: int) -> str:
         return f"{setting} is more than this corpus can fill: must be at most {found[1]}"
     if found := re.search(r"required_chars\D*\d+ vs (\d+)", message):
         return f"{setting} is too small for the characters of this corpus: must be over {found[1]}"
-    return f"{setting}: no tokenizer can be trained on this corpus ({' '.join(message.split())})"
+    return f"{setting}: no tokenizer can be trained on this corpus ({one_line(message)})"

@@ -38,7 +38,7 @@ from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.parallel.pipeline.engine import InfiniEngine
 from infini_ds.runs import manifest
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
-from infini_ds.system.causes import cause, told
+from infini_ds.system.causes import cause, one_line
 
 # What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
 UNIVERSAL_INFO = {
@@ -71,7 +71,7 @@ def save(engine: InfiniEngine, config: RunConfig, state: dict[str, Any]) -> Path
         if is_lost_contact(error):
             raise
         raise RunError(
-            f"checkpoint {directory} could not be written ({cause(error) or told(error)}); the "
+            f"checkpoint {directory} could not be written ({cause(error) or one_line(error)}); the "
             "older ones are kept"
         ) from None
     return directory
