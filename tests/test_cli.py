@@ -240,6 +240,15 @@ def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):
 COMMANDS = list(parsers(cli._parser()))
 
 
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from infini_ds import cli; cli._parser().format_help(); "
+        "print(sys.modules.keys() & {'torch', 'deepspeed', 'pydantic', 'rich'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "infini-ds")
 def test_help_of(path, capsys):
     with pytest.raises(SystemExit) as ended:

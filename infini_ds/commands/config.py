@@ -2,7 +2,6 @@
 
 import argparse
 
-from infini_ds import config as configuration
 from infini_ds.commands.options import Commands, load_config, with_config
 
 
@@ -13,6 +12,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from infini_ds import config as configuration
+
     if options.config is None:
         print(configuration.reference(), end="")
     else:

@@ -3,14 +3,15 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from infini_ds import config as configuration
-from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
 from infini_ds.system.arguments import Checked
 from infini_ds.system.paths import argument
 from infini_ds.system.whole_file import check_writable
+
+if TYPE_CHECKING:
+    from infini_ds.config import RunConfig
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run: TypeAlias = Callable[[argparse.Namespace], None]
@@ -44,12 +45,14 @@ def with_config(
     return parser
 
 
-def load_config(options: argparse.Namespace, *overrides: str) -> RunConfig:
+def load_config(options: argparse.Namespace, *overrides: str) -> "RunConfig":
     """The config of a command that has one, with further settings replaced.
 
     Raises:
         UserError: a setting or the file is wrong.
     """
+    from infini_ds import config as configuration
+
     return configuration.load(options.config, [*options.overrides, *overrides])
 
 

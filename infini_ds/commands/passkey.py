@@ -4,7 +4,6 @@ import argparse
 import typing
 
 from infini_ds.commands.options import Commands, add_json, integers, with_model, writable
-from infini_ds.config import PasskeyConfig
 from infini_ds.errors import UserError
 from infini_ds.system.arguments import Checked, at_least
 
@@ -46,6 +45,8 @@ def _lengths(name: str, text: str) -> list[int]:
 
 
 def _filler(name: str, text: str) -> str:
+    from infini_ds.config import PasskeyConfig
+
     fillers = typing.get_args(PasskeyConfig.model_fields["filler"].annotation)
     if text not in fillers:
         raise UserError(f"{name} ({text}) must be one of {', '.join(fillers)}")
