@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from infini_ds.config import ModelConfig
-
 if TYPE_CHECKING:
+    from infini_ds.config import ModelConfig
     from infini_ds.model.memory import Memory
     from infini_ds.model.transformer import InfiniTransformer
     from infini_ds.runs.export import load_model
@@ -13,7 +12,11 @@ __all__ = ["InfiniTransformer", "Memory", "ModelConfig", "load_model"]
 
 
 def __getattr__(name: str):
-    # Loaded on demand: the command line must answer a mistake before torch is imported.
+    # Loaded on demand: the command line answers before torch, and helps before pydantic, is loaded.
+    if name == "ModelConfig":
+        from infini_ds.config import ModelConfig
+
+        return ModelConfig
     if name == "InfiniTransformer":
         from infini_ds.model.transformer import InfiniTransformer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infini_ds.system import exit_code
-from infini_ds.system.causes import cause
+from infini_ds.system.causes import cause, one_line
 
 
 def of_system(number: int) -> OSError:
@@ -84,6 +84,23 @@ def test_known_error_is_told_with_what_helps(name):
 )  # fmt: skip
 def test_nothing_is_made_up_of_others(error):
     assert cause(error) == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (ValueError("one\n\n  and   two\n"), "one and two"),
+        (" one\ttwo ", "one two"),
+        ("", ""),
+        (AssertionError(), "AssertionError"),
+        (of_system(errno.ENOSPC), "/data/file: No space left on device"),
+        (OSError(errno.EAGAIN, "Try again"), "Try again"),
+        (OSError("131072 requested\nand 4064 written"), "131072 requested and 4064 written"),
+    ],
+    ids=repr,
+)
+def test_anything_is_told_in_one_line(said, line):
+    assert one_line(said) == line
 
 
 def full_disk():

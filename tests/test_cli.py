@@ -240,6 +240,15 @@ def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):
 COMMANDS = list(parsers(cli._parser()))
 
 
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from infini_ds import cli; cli._parser().format_help(); "
+        "print(sys.modules.keys() & {'torch', 'deepspeed', 'pydantic', 'rich'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "infini-ds")
 def test_help_of(path, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -265,6 +274,12 @@ def test_command_that_does_not_exist_or_is_incomplete_has_code_2(arguments, caps
         cli.main(arguments)
     assert ended.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["processes", "steps"])
+def test_bench_transport_needs_one_of_each(capsys, option):
+    assert cli.main(["bench", "transport", f"--{option}=0"]) == 2
+    assert capsys.readouterr().err == f"infini-ds: --{option} (0) must be at least 1\n"
 
 
 def test_bench_names_what_must_be_integers(capsys):

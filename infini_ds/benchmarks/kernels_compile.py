@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES, MemoryState
+from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
 
@@ -315,10 +315,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             ", ".join(instructions) or "-",
             "; ".join(row["broken"]) or "ok",
         )
-    console = Console()
-    if not console.is_terminal:  # of a file or a pipe nobody knows the width
-        console.width = 200
-    console.print(table)
+    Console().print(table)
 
 
 def _print_assemblers(rows: list[dict[str, Any]]) -> None:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
+from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
 if TYPE_CHECKING:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from infini_ds.system.console import Console
 from infini_ds.system.progress import ProgressLine
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds import config as configuration
@@ -28,6 +27,7 @@ from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.errors import RunError
 from infini_ds.layout import Layout
+from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
 TIME_LIMIT = 900.0

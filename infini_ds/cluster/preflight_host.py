@@ -24,6 +24,7 @@ from infini_ds.data.opening import open_data
 from infini_ds.errors import UserError
 from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.system import network
+from infini_ds.system.causes import one_line
 
 MARK = "infini-ds-preflight "
 
@@ -83,7 +84,7 @@ def facts(config: str, overrides: list[str]) -> dict[str, Any]:
         try:
             found[name] = look()
         except (UserError, ImportError, OSError, RuntimeError) as error:
-            errors[name] = " ".join(str(error).split())
+            errors[name] = one_line(error)
         return found.get(name)
 
     tell("versions", versions)

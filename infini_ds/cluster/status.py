@@ -10,9 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from infini_ds import config as configuration
 from infini_ds.cluster.tail import lines_backwards
@@ -20,6 +18,7 @@ from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
 from infini_ds.runs import failures, manifest
 from infini_ds.runs.directory import Depth, RunDirectory
+from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
 _AVERAGED_STEPS = 20
@@ -37,9 +36,11 @@ def run(directory: str, json_path: str | None) -> None:
     except OSError as error:
         raise UserError(f"status {error.filename}: cannot be read ({error.strerror})") from None
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # the last error may be long
     for name, text in _rows(figures):
-        table.add_row(name, Text(text))
-    Console(highlight=False, soft_wrap=True).print(table)
+        table.add_row(name, text)
+    Console(must_be_read=True).print(table)
     write_figures(json_path, figures)
 
 

@@ -15,7 +15,7 @@ from infini_ds.config import DataConfig
 from infini_ds.data import text_files
 from infini_ds.data.json_records import InvalidJson, json_records
 from infini_ds.errors import UserError
-from infini_ds.system.causes import shortened
+from infini_ds.system.causes import one_line, shortened
 from infini_ds.system.paths import argument, as_path, check_name
 
 _NAMES_KEPT = 3
@@ -256,7 +256,7 @@ class Corpus:
             content = "lists of {text, weight}" if self._config.weighted else "text"
             raise UserError(
                 f"data.files {path}: cannot be read as parquet with {content} in {setting} "
-                f"{name!r} ({_one_line(error)})"
+                f"{name!r} ({one_line(error)})"
             ) from None
 
     def _dataset_records(self) -> Iterator[tuple[str, Any]]:
@@ -283,7 +283,7 @@ class Corpus:
             if isinstance(record, dict):
                 names = list(_names(record))
                 more = ", ..." if len(names) > _FIELDS_TOLD else ""
-                has = f"its fields are {' '.join(', '.join(names[:_FIELDS_TOLD]).split())}{more}"
+                has = f"its fields are {one_line(', '.join(names[:_FIELDS_TOLD]))}{more}"
             raise UserError(f"{where}: has no {setting} {field!r} ({has})") from None
 
 
@@ -497,12 +497,8 @@ def _unloadable(config: DataConfig, error: Exception) -> UserError:
     chain = [error]
     while chain[-1].__cause__ and isinstance(chain[-1].__cause__, Exception):
         chain.append(chain[-1].__cause__)
-    said = ": ".join(dict.fromkeys(_one_line(each) for each in (chain[0], chain[-1])))
+    said = ": ".join(dict.fromkeys(one_line(each) for each in (chain[0], chain[-1])))
     about = ((name, helps) for words, name, helps in _OF_DATASETS if re.search(words, said))
     name, helps = next(about, ("dataset", ""))
     of = "" if name == "dataset" else f" of data.dataset {config.dataset}"
     return UserError(f"data.{name} {getattr(config, name)}{of}: {shortened(said)}{helps}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

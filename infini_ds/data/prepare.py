@@ -41,7 +41,7 @@ from infini_ds.data.store import (
 )
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
-from infini_ds.system.causes import cause, told
+from infini_ds.system.causes import cause, one_line
 from infini_ds.system.console import Console
 from infini_ds.system.cores import cores_at_hand
 from infini_ds.system.temporary import only_one_in, temporary_beside
@@ -87,7 +87,7 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
                 _publish(unfinished, path)
                 store = Store.open(path, config)
     except OSError as error:
-        why = cause(error) or told(error)
+        why = cause(error) or one_line(error)
         raise UserError(f"data.store {path}: cannot be written ({why})") from None
     _report(config, written, time.monotonic() - began, console)
     return store

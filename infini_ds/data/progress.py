@@ -1,8 +1,8 @@
 """Progress of a pass over a corpus."""
 
-from rich.console import Console
 from rich.progress import TimeElapsedColumn
 
+from infini_ds.system.console import Console
 from infini_ds.system.progress import ProgressLine, time_left
 
 

@@ -11,6 +11,7 @@ import sentencepiece
 from infini_ds.config import TOKENIZER_FILES
 from infini_ds.data.tokenizer import SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
+from infini_ds.system.causes import one_line
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -99,4 +100,4 @@ def _explain(message: str, vocab_size: int) -> str:
         return f"{setting} is more than this corpus can fill: must be at most {found[1]}"
     if found := re.search(r"required_chars\D*\d+ vs (\d+)", message):
         return f"{setting} is too small for the characters of this corpus: must be over {found[1]}"
-    return f"{setting}: no tokenizer can be trained on this corpus ({' '.join(message.split())})"
+    return f"{setting}: no tokenizer can be trained on this corpus ({one_line(message)})"

@@ -1,7 +1,6 @@
 """Progress of a pass-key evaluation."""
 
-from rich.console import Console
-
+from infini_ds.system.console import Console
 from infini_ds.system.progress import ProgressLine, time_left
 
 

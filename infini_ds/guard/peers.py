@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from infini_ds.errors import RunError
 from infini_ds.guard.limited import within
 from infini_ds.parallel.pipeline.channel import WaitError
+from infini_ds.system.causes import one_line
 
 BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 3.5
@@ -43,8 +44,7 @@ class Peers:
             self._beat()
             dist.barrier()
         except RuntimeError as error:
-            text = " ".join(str(error).split())
-            raise RunError(f"the ranks lost each other at the start: {text}") from None
+            raise RunError(f"the ranks lost each other at the start: {one_line(error)}") from None
         threading.Thread(target=self._keep_beating, name="peers", daemon=True).start()
 
     def stop(self) -> None:

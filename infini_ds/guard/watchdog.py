@@ -20,7 +20,7 @@ from infini_ds.errors import RunError
 from infini_ds.guard.limited import within
 from infini_ds.guard.peers import BEAT_SECONDS, Peers, is_lost_contact
 from infini_ds.runs import failures
-from infini_ds.system.causes import cause
+from infini_ds.system.causes import cause, one_line
 
 _GRACE_SECONDS = 3.0
 """In which a rank notices by itself that another one has ended."""
@@ -91,7 +91,7 @@ class Watchdog:
         if is_lost_contact(error):
             others = self._peers.explain()
             text = f"lost another rank at step {self.step}, after {self._done}, {where}"
-            text += f": {_one_line(error)}"
+            text += f": {one_line(error)}"
             message = f"{text} ({others})" if others else text
         elif isinstance(error, RunError):
             message = str(error)
@@ -102,7 +102,7 @@ class Watchdog:
         else:
             within(_WRITE_SECONDS, lambda: traceback.print_exception(error), None)
             kind = type(error).__name__
-            message = f"{kind} at step {self.step}, after {self._done}, {where}: {_one_line(error)}"
+            message = f"{kind} at step {self.step}, after {self._done}, {where}: {one_line(error)}"
         self._finish(message, is_cause=not is_lost_contact(error))
         faulthandler.cancel_dump_traceback_later()
         return RunError(message)
@@ -173,7 +173,3 @@ def _end_in(seconds: float) -> None:
     # It starts a thread each time. Where there cannot be one just now, the next time there may.
     with contextlib.suppress(RuntimeError):
         faulthandler.dump_traceback_later(seconds, exit=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -20,7 +20,7 @@ from infini_ds.model.optimizer import adamw, parameter_groups
 from infini_ds.parallel.deepspeed.config import deepspeed_config
 from infini_ds.parallel.pipeline.engine import InfiniEngine
 from infini_ds.parallel.pipeline.module import InfiniPipeline
-from infini_ds.system.causes import cause, shortened, told
+from infini_ds.system.causes import cause, one_line, shortened
 from infini_ds.system.network import check_address, check_interfaces, name_interface
 
 
@@ -89,7 +89,7 @@ def _not_started(error: Exception, timeout: float) -> UserError | RunError:
             "deepspeed --master_port PORT (bash launch/pretrain.sh --deepspeed '--master_port "
             "PORT'), torchrun --master-port PORT, or the variable MASTER_PORT"
         )
-    said = cause(error) or shortened(told(error))
+    said = cause(error) or shortened(one_line(error))
     world = f"the {os.environ['WORLD_SIZE']} processes"
     if "imed out" in said or "timeout" in said:
         return RunError(

@@ -23,6 +23,7 @@ from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs import manifest
 from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 from infini_ds.runs.tokenizer import FOLDER, kept_tokenizer
+from infini_ds.system.causes import one_line
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
 
@@ -67,7 +68,7 @@ def load_run(path: str | Path, step: int | None = None) -> Loaded:
     except RuntimeError as error:
         raise UserError(
             f"checkpoint {checkpoint}: its weights do not fit this version's model "
-            f"({' '.join(str(error).split())})"
+            f"({one_line(error)})"
         ) from None
     directory = run_of(checkpoint) or checkpoint
     steps = state_of(checkpoint).get("step", 0)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from infini_ds.system.causes import one_line
 from infini_ds.system.whole_file import sha256_of
 
 NAME = "manifest.json"
@@ -53,7 +54,7 @@ def listed(directory: Path, version: int = FORMAT) -> dict[str, dict]:
     except FileNotFoundError:
         raise ValueError(UNFINISHED) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{NAME} cannot be read ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{NAME} cannot be read ({one_line(error)})") from None
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or "format" not in manifest:
         raise ValueError(f"{NAME} cannot be read (it has no format or no files)")

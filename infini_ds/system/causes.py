@@ -50,7 +50,7 @@ _LONGEST = 300
 
 def cause(error: BaseException) -> str:
     """The error with what helps; empty where nothing is known of it."""
-    said, helps = told(error) or type(error).__name__, remedy(error)
+    said, helps = one_line(error), remedy(error)
     return f"{shortened(said)}; {helps}" if helps else ""
 
 
@@ -62,18 +62,19 @@ def remedy(error: BaseException) -> str:
 
 def variable(error: BaseException) -> str:
     """The error, where it names a variable of the environment that is set; empty otherwise."""
-    said = told(error)
+    said = one_line(error)
     for name in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", said):
         if name in os.environ:
             return f"environment variable {name}={os.environ[name]!r}: {shortened(said)}"
     return ""
 
 
-def told(error: BaseException) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+def one_line(said: object) -> str:
+    """An error or a message of a library in one line; an error without a message by its kind."""
+    if isinstance(said, OSError) and said.strerror:
+        return said.strerror if said.filename is None else f"{said.filename}: {said.strerror}"
+    text = " ".join(str(said).split())
+    return text or (type(said).__name__ if isinstance(said, BaseException) else "")
 
 
 def shortened(text: str) -> str:

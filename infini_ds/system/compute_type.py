@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 
 import psutil
 import torch
-from rich.console import Console
 from torch import nn
+
+from infini_ds.system.console import Console
 
 _BEFORE_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core"}
 _BEFORE_BF16 |= {"avx512_core_vnni"}

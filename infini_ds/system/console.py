@@ -19,12 +19,18 @@ class Console(rich.console.Console):
 
     Results may have cost hours. Where nobody reads them any more (`| head`), the rest is printed
     nowhere and the work goes on.
+
+    Args:
+        stderr: prints on standard error, not on standard output.
+        must_be_read: the work is of no use to anybody who does not read it, so it ends there, with
+            the exit code that `exit_code` has for that.
     """
 
-    def __init__(self, stderr: bool = False):
+    def __init__(self, stderr: bool = False, must_be_read: bool = False):
         super().__init__(
             stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True
         )  # fmt: skip
+        self._must_be_read = must_be_read
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints as rich does, tables at least as wide as their figures.
@@ -42,7 +48,9 @@ class Console(rich.console.Console):
             raise RunError(f"{stream}: cannot be written ({error.strerror})") from None
 
     def on_broken_pipe(self) -> None:
-        """See the class; rich's own ends the process."""
+        """See the class."""
+        if self._must_be_read:
+            super().on_broken_pipe()  # ends the program
         self.quiet = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if self.stderr else sys.stdout).fileno())

@@ -3,7 +3,6 @@
 import contextlib
 import time
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,6 +13,7 @@ from rich.progress import (
 )
 
 from infini_ds.errors import RunError
+from infini_ds.system.console import Console
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -68,7 +68,7 @@ class ProgressLine:
             if left is not None:
                 line += f", {left:,.0f} s left"
             with contextlib.suppress(RunError):  # no work ends because it cannot tell of itself
-                self._console.print(line, highlight=False, soft_wrap=True)
+                self._console.print(line)
             self._next_line = now + _SECONDS_BETWEEN_LINES
 
 

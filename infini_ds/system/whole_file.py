@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infini_ds.errors import RunError, UserError
-from infini_ds.system.causes import remedy, shortened, told
+from infini_ds.system.causes import one_line, remedy, shortened
 
 _BLOCK = bytes(4096)
 
@@ -78,7 +78,7 @@ def _is_special(path: str | Path) -> bool:
 
 
 def _unwritable(path: str | Path, name: str, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or shortened(told(error))
+    reason = getattr(error, "strerror", None) or shortened(one_line(error))
     helps = remedy(error)
     return f"{name} {path}: cannot be written ({reason})" + (f"; {helps}" if helps else "")
 

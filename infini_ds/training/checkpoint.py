@@ -35,7 +35,7 @@ from infini_ds.parallel.engine import Engine
 from infini_ds.runs import manifest
 from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
-from infini_ds.system.causes import cause, told
+from infini_ds.system.causes import cause, one_line
 
 
 def save(
@@ -60,7 +60,7 @@ def save(
         if is_lost_contact(error):
             raise
         raise RunError(
-            f"checkpoint {directory} could not be written ({cause(error) or told(error)}); the "
+            f"checkpoint {directory} could not be written ({cause(error) or one_line(error)}); the "
             "older ones are kept"
         ) from None
     return directory

@@ -4,13 +4,13 @@ import json
 import shlex
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.evaluation.held_out import figure_name
 from infini_ds.runs.directory import RunDirectory
+from infini_ds.system.console import Console
 from infini_ds.system.whole_file import whole_file
 
 REPORT = "report.json"
@@ -44,7 +44,7 @@ def report(
         console.print(f"on the way: {', '.join(happened)}")
     if sample:
         console.rule("sample")
-        console.print(sample, markup=False)
+        console.print(sample)
         console.rule()
     output_dir = Path(config.output_dir)
     with whole_file(output_dir / REPORT, "output_dir", RunError) as file:

@@ -277,6 +277,29 @@ def test_run_that_failed_before_it_began_says_why(tmp_path, capsys):
     assert "did not start: the 2 processes did not find each other" in capsys.readouterr().err
 
 
+def test_it_ends_quietly_where_nobody_reads_it(directory):
+    directory.add_steps(1, 7)
+    code = (
+        "import sys; from infini_ds.cli import main; "
+        f"sys.exit(main(['status', {str(directory.path)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141
+
+
+def test_long_error_is_told_whole(directory, capsys):
+    directory.add_steps(1, 7)
+    message = "x" * 200 + " and more"
+    failures.record(directory.path, 0, message)
+    assert cli.main(["status", str(directory.path)]) == 0
+    assert message.replace(" ", "") in "".join(capsys.readouterr().out.split())
+
+
 def test_it_needs_neither_torch_nor_deepspeed(directory):
     directory.add_steps(1, 7)
     code = (

@@ -15,7 +15,7 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.utils import cpp_extension
 
 from infini_ds.errors import UserError
-from infini_ds.system.causes import cause, shortened, told
+from infini_ds.system.causes import cause, one_line, shortened
 
 
 def build_cpu_adam() -> None:
@@ -63,8 +63,8 @@ def _reason(error: Exception) -> str:
         return f"as {headers} has no Python.h (apt-get install python3-dev)"
     if isinstance(error, OSError):
         return (
-            f"as its place cannot be written ({told(error)}); set the variable "
+            f"as its place cannot be written ({one_line(error)}); set the variable "
             "TORCH_EXTENSIONS_DIR to a directory of yours, on a disk of each machine"
         )
     lines = re.findall(r"^.*\berror: .*$", str(error), re.MULTILINE)
-    return cause(error) or (" ".join(lines[0].split()) if lines else shortened(told(error)))
+    return cause(error) or (one_line(lines[0]) if lines else shortened(one_line(error)))

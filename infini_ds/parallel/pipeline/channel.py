@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from infini_ds.errors import RunError
+from infini_ds.system.causes import one_line
 
 _ERRORS_OF_THE_DEVICE = (
     torch.OutOfMemoryError,
@@ -116,7 +117,7 @@ class Channel:
         except RuntimeError as error:
             raise WaitError(
                 f"waited for {self.describe()} (at most train.timeout = "
-                f"{self._limit.total_seconds():g} s): {' '.join(str(error).split())}"
+                f"{self._limit.total_seconds():g} s): {one_line(error)}"
             ) from None
         finally:
             self.waiting = False
