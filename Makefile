@@ -69,12 +69,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Writes the configuration reference into the README.
+# Writes the configuration reference into the README, and the schema beside the configs.
 docs: $(VENV)/installed
 	$(BIN)/infini-ds config > README.reference
 	sed -i -e '/^<!-- configuration reference -->/,/^<!-- end of/{//!d}' \
 	  -e '/^<!-- configuration reference -->/r README.reference' README.md
 	rm README.reference
+	$(BIN)/infini-ds config --schema > configs/schema.json
 
 clean:
 	rm -rf $(VENV) .venv-toolchains runs stores build *.egg-info

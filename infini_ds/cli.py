@@ -187,10 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", metavar="FILE", help="write the figures as well")
     inspect.set_defaults(run=_inspect)
 
-    _with_config(
+    settings = _with_config(
         commands, "config", "print all settings of a run, or without one what there are", _config,
         required=False,
     )  # fmt: skip
+    settings.add_argument(
+        "--schema", action="store_true", help="what there are, as a JSON schema for editors"
+    )
 
     bench = commands.add_parser("bench", help="measure something, side by side")
     names = bench.add_subparsers(dest="name", required=True, metavar="NAME")
@@ -335,7 +338,11 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    if options.config is None:
+    if options.schema and options.config is not None:
+        raise UserError("--schema: is that of all settings; leave out CONFIG")
+    if options.schema:
+        print(configuration.schema(), end="")
+    elif options.config is None:
         print(configuration.reference(), end="")
     else:
         print(configuration.dump(configuration.load(options.config, options.overrides)), end="")
