@@ -1,3 +1,4 @@
+import ast
 import re
 import subprocess
 import sys
@@ -57,6 +58,28 @@ class TestMixture:
     def test_without_one_the_data_is_one_corpus_without_a_name(self):
         data = parse(TREE, "of a test").data
         assert data.corpora == {"": data}
+
+    def test_weights_are_in_the_order_of_the_corpora(self):
+        data = parse(mixture_tree(mixture={"b": CODE, "a": BOOKS}), "of a test").data
+        assert [corpus.source for corpus in data.corpora.values()] == ["files", "python-stdlib"]
+        assert [*data.weights.items()] == [("a", 3), ("b", 1)]
+        assert parse(TREE, "of a test").data.weights == {}
+
+    @pytest.mark.parametrize("tree", [TREE, mixture_tree()], ids=["one", "mixture"])
+    def test_settings_of_each_corpus_can_be_replaced(self, tree):
+        data = parse(tree, "of a test").data
+        moved = data.with_corpora(lambda corpus: {"store": f"moved/{corpus.store}"})
+        for name, corpus in data.corpora.items():
+            assert moved.corpora[name].store == f"moved/{corpus.store}"
+        assert moved.weights == data.weights
+
+    def test_only_the_config_knows_how_corpora_are_written(self):
+        """Everything else reads `data.corpora`, whether there is one or a mixture."""
+        package = Path(configuration.__file__).parents[1]
+        files = (file for file in package.rglob("*.py") if file.parent.name != "config")
+        for file in files:
+            nodes = ast.walk(ast.parse(file.read_text()))
+            assert "mixture" not in (node.attr for node in nodes if isinstance(node, ast.Attribute))
 
     def test_weights_are_overridden_by_their_path(self, tmp_path):
         path = tmp_path / "run.yaml"

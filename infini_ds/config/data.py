@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from infini_ds.config.settings import (
+    RESOLVED,
     PathText,
     RangeText,
     Settings,
@@ -165,7 +166,8 @@ class DataConfig(CorpusConfig):
 
     def _alone(self, corpus: MixtureCorpus) -> "DataConfig":
         settings = {name: getattr(corpus, name) for name in CorpusConfig.model_fields}
-        return DataConfig(**settings, tokenizer=self.tokenizer)
+        tree = {**settings, "tokenizer": self.tokenizer}
+        return DataConfig.model_validate(tree, context=RESOLVED)  # its paths have been read
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
