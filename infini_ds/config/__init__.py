@@ -1,8 +1,8 @@
 """The one typed tree of settings: YAML files, dotted overrides, clear errors.
 
-Every field has a docstring and, where it is a number of limited size, a range; the reference and
-the JSON schema are generated from them (`infini-ds config`). A module receives its own subtree,
-never the whole tree. This package imports neither torch nor DeepSpeed, so that a mistake is
+Every field has a docstring, and a number has a range if not all values make sense. The reference
+and the JSON schema are generated from them (`infini-ds config`). A module receives its own subtree,
+never the whole tree. This package imports neither torch nor DeepSpeed, so that mistakes are
 reported at once.
 """
 

@@ -21,20 +21,20 @@ _CORPUS_NAME = "[A-Za-z0-9_-]+"
 
 
 class TokenizerConfig(Settings):
-    """What turns text into token ids."""
+    """The tokenizer, which turns text into token ids."""
 
     kind: TokenizerKind = "sentencepiece"
     """A `sentencepiece` model, a tokenizer.json of `tokenizers`, or `bytes` (256, BOS, EOS)."""
     model: PathText = ""
-    """File of the tokenizer; empty: train a sentencepiece model on the corpus while preparing."""
+    """The tokenizer's file. If empty, a sentencepiece model is trained on the corpus first."""
     vocab_size: Annotated[
         int, Field(ge=320, le=2**20), RangeText(f"from 320 (256 are bytes) to {2**20}")
     ] = 4096
     """Size of the vocabulary to train (sentencepiece without `model`)."""
     training_bytes: int = Field(default=20_000_000, ge=1)
-    """At most this much text is used to train the tokenizer, spread over the corpus."""
+    """The tokenizer is trained on at most this much text, taken from all over the corpus."""
     min_restored: float = Field(default=0.9, ge=0, le=1)
-    """Refuse a tokenizer where less of the text (share of bytes) comes back from its tokens."""
+    """Refuse a tokenizer if a smaller share of the text's bytes can be restored from its tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizerConfig":
@@ -49,21 +49,21 @@ class PasskeyConfig(Settings):
     """Documents that hide a pass key in filler and ask for it in their last segment."""
 
     segment_length: int = Field(default=2048, ge=1)
-    """Tokens of a segment, the same as model.segment_length: a document is whole segments."""
+    """Tokens in a segment, equal to model.segment_length: a document is made of whole segments."""
     segments: list[int] = Field(
         default=[2, 4, 8, 16], json_schema_extra={"minItems": 1, "uniqueItems": True}
     )
-    """Lengths of the documents, in segments."""
+    """Lengths of the documents, in segments, in growing order."""
     documents: int = Field(default=1000, ge=1)
-    """Documents of each length."""
+    """Number of documents of each length."""
     digits: int = Field(default=5, ge=1)
-    """Digits of a pass key."""
+    """Number of digits in a pass key."""
     keys: int = Field(default=1, ge=1)
-    """Pass keys in a document; several have names, and one of them is asked for."""
+    """Pass keys in a document. If there are several, each has a name and one is asked for."""
     filler: Literal["standard", "noise", "text"] = "standard"
     """The sentences of Mohtashami & Jaggi (2023) over and over, random letters, or real text."""
     text_files: list[str] = Field(default=[])
-    """`filler: text`: paths, globs as in data.files; empty: the sources of `python-stdlib`."""
+    """`filler: text`: paths and globs as in data.files; if empty, the files of `python-stdlib`."""
 
     @model_validator(mode="after")
     def _check(self) -> "PasskeyConfig":
@@ -79,11 +79,11 @@ class CorpusConfig(Settings):
     """Where documents come from, and the token store made of them."""
 
     source: Literal["python-stdlib", "files", "huggingface", "passkey"] = "python-stdlib"
-    """The running Python's own library sources, local files, a hub dataset, or made pass keys."""
+    """The sources of Python's own library, local files, a hub dataset, or generated pass keys."""
     files: list[str] = Field(default=[])
-    """`files`: paths, globs: .txt (a document each), .jsonl, .json, .parquet; also .gz or .zst."""
+    """`files`: paths or globs of .txt (one document each), .jsonl, .json, .parquet, .gz, .zst."""
     document_separator: str = ""
-    """`files`: a new document begins wherever a .txt has this; empty: one .txt, one document."""
+    """`files`: text that begins a new document in a .txt; if empty, each .txt is one document."""
     dataset: str = ""
     """`huggingface`: dataset name or local directory."""
     dataset_config: str = ""
@@ -93,17 +93,17 @@ class CorpusConfig(Settings):
     streaming: bool = True
     """`huggingface`: read as a stream instead of downloading everything first."""
     text_field: str = "text"
-    """Field with a document's text in records of .jsonl, .parquet or datasets; also `meta.text`."""
+    """Field of a record that holds the text, in .jsonl, .parquet or datasets; or as `meta.text`."""
     weighted_field: str = ""
-    """Instead of text_field: a list of [text, weight] or {text, weight}, weights of the loss."""
+    """Field read instead of text_field: a list of [text, weight of the loss] or {text, weight}."""
     max_documents: int = Field(default=0, ge=0)
     """Stop after this many documents; 0 means all."""
     held_out_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of documents kept for evaluation, chosen by a hash of their text so it never moves."""
+    """Share of documents kept for evaluation. A hash of the text decides, so it never changes."""
     store: PathText = ""
     """Directory of the token store that `infini-ds prepare` writes; must be given."""
     passkey: PasskeyConfig = PasskeyConfig()
-    """`passkey`: the documents that are made."""
+    """`passkey`: the documents to generate."""
 
     @property
     def weighted(self) -> bool:
@@ -122,40 +122,43 @@ class CorpusConfig(Settings):
 
 
 class MixtureCorpus(CorpusConfig):
-    """A corpus of a mixture, under a name; also all settings of `data` above, store included."""
+    """One named corpus of a mixture. It also has all settings of `data` above, including store."""
 
     weight: float = Field(default=1.0, ge=1e-6, le=1e6)
-    """Its share of the tokens that are trained on, relative to the other corpora's weights."""
+    """Its share of the training tokens, relative to the weights of the other corpora."""
 
 
 class DataConfig(CorpusConfig):
     """Where documents come from, and the token store made of them."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """What turns text into token ids."""
+    """The tokenizer, which turns text into token ids."""
     mixture: dict[str, MixtureCorpus] = Field(
         default={}, json_schema_extra={"propertyNames": {"pattern": f"^{_CORPUS_NAME}$"}}
     )
-    """Instead of one corpus: several, by name, which share the tokenizer."""
+    """Several corpora by name, instead of a single one. They share the tokenizer."""
 
     @property
     def corpora(self) -> dict[str, "DataConfig"]:
-        """What is read, however it is written: the corpora by name, in alphabetical order, each
-        with the tokenizer. One that is not of a mixture is named ""."""
+        """The corpora by name, in alphabetical order, each with the tokenizer.
+
+        A single corpus is here too, under the name "", so that nothing else needs to ask whether
+        the data is a mixture.
+        """
         if not self.mixture:
             return {"": self}
         return {name: self._alone(self.mixture[name]) for name in sorted(self.mixture)}
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights of the corpora by name, in their order; empty without a mixture."""
+        """The weights of a mixture's corpora by name, in the order of `corpora`; else empty."""
         return {name: self.mixture[name].weight for name in sorted(self.mixture)}
 
     def with_corpora(self, change: Callable[[CorpusConfig], dict[str, Any]]) -> "DataConfig":
-        """The same with other settings of each corpus, which are not validated.
+        """Replaces settings of each corpus; the new values are not validated.
 
         Args:
-            change: gives the settings of a corpus that are to be others.
+            change: returns, for a corpus, the settings to replace.
         """
         if not self.mixture:
             return self.model_copy(update=change(self))
@@ -167,7 +170,7 @@ class DataConfig(CorpusConfig):
     def _alone(self, corpus: MixtureCorpus) -> "DataConfig":
         settings = {name: getattr(corpus, name) for name in CorpusConfig.model_fields}
         tree = {**settings, "tokenizer": self.tokenizer}
-        return DataConfig.model_validate(tree, context=RESOLVED)  # its paths have been read
+        return DataConfig.model_validate(tree, context=RESOLVED)  # as_path was applied already
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":

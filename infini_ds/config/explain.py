@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a tree of settings, in one line."""
+"""The mistake that pydantic found in a tree of settings, in one line."""
 
 import difflib
 import types
@@ -13,7 +13,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first thing that is wrong, in one line that names the setting.
 
     Args:
-        root: what was read.
+        root: the section that was read, with all those inside it.
     """
     first = error.errors()[0]
     location, section = _walk([str(part) for part in first["loc"]], root)
@@ -32,7 +32,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def one_line(error: object) -> str:
-    """What an error says, without its line breaks."""
+    """The text of an error without its line breaks."""
     return " ".join(str(error).split())
 
 

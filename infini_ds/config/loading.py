@@ -34,7 +34,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """Reads what `dump` wrote, a run's own config.yaml: nothing that it names is looked at.
+    """Reads a run's own config.yaml, which `dump` wrote. No file that it names is looked at.
 
     Raises:
         UserError: the file is missing or not YAML, or a key or value is wrong; one line.
@@ -43,7 +43,11 @@ def load_resolved(path: Path) -> RunConfig:
 
 
 def parse(tree: dict[str, Any], origin: str, context: str | None = None) -> RunConfig:
-    """Validates a tree of settings; RESOLVED as `context`: of a run, with paths as they are.
+    """Validates a tree of settings.
+
+    Args:
+        origin: where they are from, for messages.
+        context: RESOLVED if they are a run's own, so that paths stay as they are.
 
     Raises:
         UserError: the first thing that is wrong, in one line naming the setting and `origin`.
@@ -55,9 +59,10 @@ def parse(tree: dict[str, Any], origin: str, context: str | None = None) -> RunC
 
 
 def parse_export(text: str, origin: str, directory: Path) -> ExportConfig:
-    """Validates the text of an export's config.yaml, of which other keys are left alone.
+    """Validates the text of an export's config.yaml. Keys that are none of ours are ignored.
 
     Args:
+        origin: where it is from, for messages.
         directory: where the export's tokenizer would be.
 
     Raises:
@@ -111,9 +116,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _take_from_export(tree: dict[str, Any], export: Path) -> None:
-    """What is not said of the model and its tokenizer is as in the export that a run starts from.
+    """Fills in what the tree leaves out about the model and its tokenizer from an export.
 
-    A run that has begun needs its export no longer, if its config says all of that itself.
+    The export may be gone if the config has the settings of `model` itself, as that of a run that
+    has begun does.
     """
     try:
         known = read_yaml((export / "config.yaml").read_bytes())
@@ -136,7 +142,7 @@ def _take_from_export(tree: dict[str, Any], export: Path) -> None:
 
 
 def _filled(given: Any, missing: Any) -> Any:
-    """A tree of settings with those that are missing in it."""
+    """A tree of settings, completed with those that it lacks."""
     if not isinstance(given, dict) or not isinstance(missing, dict):
         return given
     return {**missing, **{name: _filled(own, missing.get(name)) for name, own in given.items()}}

@@ -17,7 +17,7 @@ class RopeScaling(Settings):
     rope_type: Literal["linear", "llama3"] = "linear"
     """`linear` divides all frequencies by `factor`; `llama3` only the low ones (Llama 3.1)."""
     factor: float = Field(default=1.0, gt=0)
-    """By how much the (low) frequencies are divided."""
+    """The (low) frequencies are divided by this."""
     low_freq_factor: float = Field(default=1.0, gt=0)
     """`llama3`: wavelengths above original_max_position_embeddings / this are fully scaled."""
     high_freq_factor: float = 4.0
@@ -36,12 +36,12 @@ class RopeScaling(Settings):
 
 
 class MemoryConfig(Settings):
-    """What the model learns about writing into its memories, beyond the paper."""
+    """Extensions of the paper: what the model learns about writing into its memories."""
 
     write_gate: bool = False
     """Each token decides how much of it is written into the memory of each key-value head."""
     write_penalty: float = Field(default=0.0, ge=0)
-    """Added to the loss: this x the sum over layers of the mean write weight (with write_gate)."""
+    """With write_gate, the loss gets this times the mean write weight, summed over layers."""
     short_conv: bool = False
     """Queries, keys and values see the 4 tokens before them: a causal convolution, 0 at start."""
 
@@ -58,7 +58,7 @@ class ModelConfig(Settings):
     """The Infini-Transformer itself; names are Hugging Face's where one exists."""
 
     vocab_size: int = Field(default=0, ge=0)
-    """Number of token ids. 0 in a run's config: taken from the token store."""
+    """Number of token ids. In a run's config, 0 takes it from the token store."""
     hidden_size: int = Field(ge=1, le=_LARGEST_SIZE)
     """Width of the residual stream."""
     num_layers: int = Field(ge=1, le=_LARGEST_SIZE)
@@ -68,7 +68,7 @@ class ModelConfig(Settings):
     num_kv_heads: int = Field(default=0, ge=0)
     """Key-value heads per layer, each with one compressive memory; 0 means `num_heads`."""
     head_dim: int = Field(default=128, ge=1, le=_LARGEST_SIZE)
-    """Width of a head. Wide heads hold more memory: it has head_dim x head_dim numbers a head."""
+    """Width of a head. Wider heads remember more: a memory has head_dim x head_dim numbers."""
     intermediate_size: int = Field(default=0, ge=0)
     """Width of the gated feed-forward; 0 means 8/3 of hidden_size, rounded up to 64."""
     segment_length: int = Field(default=2048, ge=1, le=_LARGEST_SIZE)
@@ -76,13 +76,13 @@ class ModelConfig(Settings):
     memory_rule: Literal["linear", "delta"] = "linear"
     """How a segment is written into the memory: eq. (4) of the paper, or the delta rule (5)."""
     memory: MemoryConfig = MemoryConfig()
-    """What the model learns about writing into its memories, beyond the paper."""
+    """Extensions of the paper: what the model learns about writing into its memories."""
     hidden_act: Literal["silu", "gelu"] = "silu"
     """Gate of the feed-forward: `silu` is SwiGLU, `gelu` is GEGLU."""
     rope_theta: float = Field(default=10000.0, ge=1)
     """Base of the rotary frequencies; positions restart at 0 in each segment."""
     rope_scaling: RopeScaling | None = None
-    """Scaling of the rotary frequencies, as a pretrained model may ask for."""
+    """Scaling of the rotary frequencies, for pretrained models that need it."""
     norm_eps: float = Field(default=1e-5, ge=SMALLEST_EPSILON, le=1)
     """Epsilon of the RMS norms."""
     tie_embeddings: bool = False

@@ -1,4 +1,4 @@
-"""What settings there are: the reference in Markdown, and a JSON schema for editors."""
+"""All settings, as a reference in Markdown and as a JSON schema for editors."""
 
 import json
 import types
@@ -107,4 +107,4 @@ def _type_name(annotation: Any) -> str:
         return _type_name(typing.get_args(annotation)[0])
     if origin is list:
         return f"list of {_type_name(typing.get_args(annotation)[0])}"
-    return getattr(annotation, "__name__", str(annotation))
+    return "null" if annotation is type(None) else annotation.__name__

@@ -14,23 +14,23 @@ from infini_ds.errors import UserError
 
 
 class KernelsConfig(Settings):
-    """What computes Infini-attention. The results are the same."""
+    """The implementation of Infini-attention. The results do not depend on it."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """Triton kernels (CUDA, bf16, head_dim 64 or 128), PyTorch's operators, or what fits."""
+    """Triton kernels (CUDA, bf16, head_dim 64 or 128), PyTorch's operators, or whichever fits."""
 
 
 class EvaluationConfig(Settings):
     """Evaluation on held-out documents during the run and at its end."""
 
     every: int = Field(default=500, ge=0)
-    """Steps between evaluations; one is always made at the end. 0: only at the end."""
+    """Steps between evaluations. There is always one at the end; 0 means only that."""
     max_segments: int = Field(default=512, ge=0)
-    """Held-out documents are read in order, whole, until this many segments; 0: all of them."""
+    """Held-out documents are read whole and in order up to this many segments; 0 means all."""
     sample_tokens: int = Field(default=64, ge=0)
-    """Length of the sample text generated at each evaluation; 0: none."""
+    """Length of the sample text that each evaluation generates; 0 means none."""
     sample_prompt: str = ""
-    """What the sample text starts from; empty: it is the beginning of a document."""
+    """Text that the sample continues. If empty, the sample is the beginning of a document."""
 
 
 class RunConfig(Settings):
@@ -41,21 +41,21 @@ class RunConfig(Settings):
     seed: int = 0
     """Seed of the initial weights and of the order of documents."""
     resume: bool = True
-    """Go on from the newest valid checkpoint in output_dir; false: refuse if there is one."""
+    """Go on from the newest valid checkpoint in output_dir. If false, refuse if there is one."""
     init_from: PathText = ""
-    """Export to start from, also with its `model` and `data.tokenizer`; empty: random weights."""
+    """Export to start from, with its `model` and `data.tokenizer`. If empty, weights are random."""
     model: ModelConfig
     """The Infini-Transformer itself."""
     data: DataConfig
     """Where documents come from."""
     train: TrainConfig
-    """How much is read in a step, for how long, and what is kept."""
+    """How much the run reads in a step, for how long it trains, and what it keeps."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its learning rate."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over processes."""
     kernels: KernelsConfig = KernelsConfig()
-    """What computes Infini-attention."""
+    """The implementation of Infini-attention."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation on held-out documents."""
 

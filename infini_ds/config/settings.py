@@ -1,4 +1,4 @@
-"""The base of every section: how values are read, and how a value out of its range is told."""
+"""The base of every section, which reads values and says when one is out of its range."""
 
 import re
 import typing
@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from infini_ds.system.paths import as_path
 
 LARGEST_INTEGER = 2**31 - 1
-"""The limit of all integers: more tokens, steps or bytes than these are a slip."""
+"""The limit of all integers, since more tokens, steps or bytes than these must be a slip."""
 RESOLVED = "resolved"
 """Validation context of a run's own config, whose paths stay as they were written."""
 SMALLEST_EPSILON = 1e-30
@@ -32,21 +32,21 @@ def _as_typed(text: str, info: ValidationInfo) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_as_typed)]
-"""A path, or empty. What decides what is in a store, such as data.files, stays as it is typed."""
+"""A path, or empty. Paths that decide what is in a store, such as data.files, stay as typed."""
 
 
 class RangeText(NamedTuple):
-    """The words for a field's range, in its annotation, where the bounds alone say too little."""
+    """The words for a field's range, put into its annotation if the bounds alone say too little."""
 
     text: str
 
 
 class Settings(BaseModel):
-    """Base of every section: keyword only, immutable, no unknown keys, no numbers without end, no
-    silent conversions but of what YAML reads as another type than is plainly meant.
+    """Base of every section: keyword only and immutable, without unknown keys or infinite numbers.
 
-    Ranges are those of the fields (`Field(ge=1)`). A number outside of its own is told in the same
-    words as any other mistake in a section: `steps (0) must be at least 1`.
+    A value is converted only if YAML reads it as another type than is plainly meant. Each field
+    has its own range (`Field(ge=1)`), and a number outside of it is an error of the section, as in
+    `steps (0) must be at least 1`.
     """
 
     model_config = ConfigDict(
@@ -95,8 +95,11 @@ class Settings(BaseModel):
 
 
 def _as_meant(kind: Any, value: Any) -> Any:
-    """Nothing for a string or a section, `yes` for true, 1e6 for an integer, one string for a list
-    of them."""
+    """A value as the person who wrote it plainly meant it.
+
+    Nothing stands for an empty string or section, `yes` for true, 1e6 for an integer, and one
+    string for a list of them.
+    """
     whole = typing.get_origin(kind) or kind
     if value is None and isinstance(whole, type) and issubclass(whole, (str, Settings, dict)):
         return "" if whole is str else {}
@@ -121,7 +124,7 @@ def require_growing(name: str, numbers: list[int], least: int) -> None:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, by itself, by names or beside None; None if it is a value."""
+    """The section that a field holds, alone, under names or as an option; None if it holds none."""
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

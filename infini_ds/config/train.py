@@ -10,7 +10,7 @@ _WEEK = 7 * 24 * 3600
 
 
 class CurriculumConfig(Settings):
-    """Documents of growing lengths, the next one when the answers to this one are right."""
+    """Documents of growing lengths: the next length begins once enough answers are right."""
 
     segments: list[int] = Field(
         default=[2, 4, 8, 16], json_schema_extra={"minItems": 1, "uniqueItems": True}
@@ -30,28 +30,28 @@ class CurriculumConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """One run: how much is read in a step, for how long, and what is kept."""
+    """A run: how much it reads in a step, for how long it trains, and what it keeps."""
 
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
     batch_size: int = Field(ge=1)
-    """Lanes in the global batch: each contributes one window to a step."""
+    """Lanes in the global batch. Each contributes one window to a step."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Lanes that go through the pipeline together on one data-parallel rank."""
     window_segments: int = Field(default=1, ge=1)
     """Segments of a window (K): how far gradients flow back through the memory."""
     chunks: int = Field(default=1, ge=1)
-    """Parts into which a window is cut on its way through the pipeline: shorter bubbles."""
+    """Parts that a window is cut into for the pipeline. More of them make bubbles shorter."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute type; `auto`: bf16 where it is the faster one. Memories and sums are fp32 always."""
+    """Compute type; `auto` is bf16 where that is faster. Memories and sums are always fp32."""
     activation_checkpointing: Literal["none", "attention", "block"] = "none"
-    """What is computed again in the backward pass instead of being kept."""
+    """The part that is computed again in the backward pass, so that it need not be kept."""
     loss_chunk_tokens: int = Field(default=0, ge=0)
-    """Tokens whose logits exist at one time in the loss; 0: 1024 on a CPU, 2^28 logits on a GPU."""
+    """Tokens whose logits exist at one time; 0 means 1024 on a CPU, 2^28 logits on a GPU."""
     save_every: int = Field(default=500, ge=1)
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints. One is always written at the end."""
     keep_last: int = Field(default=3, ge=1)
-    """Checkpoints kept; older ones are deleted once a newer one is valid."""
+    """Checkpoints to keep. Older ones are deleted once a newer one is valid."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl and TensorBoard scalars."""
     on_bad_step: Literal["skip", "stop", "rollback"] = "skip"
@@ -61,13 +61,13 @@ class TrainConfig(Settings):
     timeout: Annotated[
         float, Field(gt=0, le=_WEEK), RangeText(f"above 0 seconds and at most {_WEEK} (a week)")
     ] = 600.0
-    """Seconds that any process waits for another before it gives up and says for what."""
+    """Seconds that a process waits for another before it gives up and says what it waited for."""
     hang_timeout: float | None = None
-    """Seconds in which a process must get something done or ends; by default half of timeout."""
+    """A process that gets nothing done for so many seconds ends; by default half of timeout."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads a process; 0 means the machine's cores divided among its local processes."""
+    """CPU threads of a process; 0 divides the machine's cores among its local processes."""
     curriculum: CurriculumConfig | None = None
-    """Documents of growing lengths; by default all documents are read in one random order."""
+    """Documents of growing lengths. By default all documents are read in one random order."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
