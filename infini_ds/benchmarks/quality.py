@@ -54,7 +54,7 @@ def run(
     """
     if config.train.curriculum:
         raise UserError("train.curriculum: bench quality reads documents of all lengths; remove it")
-    if config.data.mixture:
+    if config.data.weights:
         raise UserError("data.mixture: bench quality reads one corpus; give data.store instead")
     store, _ = open_data(config)
     config = with_vocabulary(config, store)

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+import infini_ds
 from infini_ds import config as configuration
 from infini_ds.data.opening import open_data
 from infini_ds.errors import UserError
@@ -114,7 +115,7 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             told[name] = "not installed"
     digest = hashlib.sha256()
-    package = Path(configuration.__file__).parent
+    package = Path(infini_ds.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     told["infini_ds"] += f" (sources {digest.hexdigest()[:8]})"

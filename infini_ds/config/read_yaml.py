@@ -1,4 +1,4 @@
-"""YAML as people write settings in it: whatever cannot be read is one kind of error.
+"""YAML as people write settings in it. Whatever cannot be read raises one kind of error.
 
 Plain values mean what they do in YAML 1.2, and merge keys (`<<: *anchor`) are understood. What one
 reader of YAML takes for another number than the next (`010`) is refused.
@@ -14,10 +14,10 @@ _QUOTE = "put the value in quotes, and those into others, as the shell takes the
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a text says.
+    """Reads a text.
 
     Args:
-        text: if it is bytes, in UTF-8, or in UTF-16 with the mark at its beginning.
+        text: bytes must be UTF-8, or UTF-16 with a byte order mark at the beginning.
 
     Raises:
         yaml.YAMLError: it is not YAML, or has a value that no setting can have.
@@ -29,7 +29,7 @@ def read_yaml(text: str | bytes) -> Any:
 
 
 def read_value(text: str) -> Any:
-    """What an override says behind its `=`: as `read_yaml`, but nothing of it is left out.
+    """Reads what follows the `=` of an override, as `read_yaml` does, but drops nothing of it.
 
     Raises:
         yaml.YAMLError: it is not YAML, or has a comment, or white space that YAML does not keep.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ModelConfig
+from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ExportConfig, ModelConfig
 from infini_ds.conversion import hub, llama, seed
 from infini_ds.conversion.destination import check_destination, destination
 from infini_ds.conversion.huggingface import special_tokens, write_huggingface
@@ -78,7 +78,7 @@ def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None
         _write_export(task, model, weights, dtype, False, console)
         return
     # The files of a tokenizer have no place in a single file.
-    kind = "bytes" if model.settings.data.tokenizer.kind == "bytes" else None
+    kind = "bytes" if model.tokenizer_kind == "bytes" else None
     plan = Plan(_kept(model, dtype), weights)
     with (
         destination(task.target, task.source, task.force) as partial,
@@ -328,7 +328,7 @@ def _write_export(
         if model.checkpoint is None and (task.source / SOURCE_CONFIG).is_file():
             shutil.copyfile(task.source / SOURCE_CONFIG, partial / SOURCE_CONFIG)
         _write_tokenizer(model, tokenizer, task.source, partial)
-        kind = model.settings.data.tokenizer.kind if tokenizer else None
+        kind = model.tokenizer_kind if tokenizer else None
         (partial / CONFIG).write_text(config_text(model.config, kind))
         if huggingface:
             stored = DTYPES[dtype] if dtype else _dtype_of(model)
@@ -343,7 +343,8 @@ def _tokenizer_of(model: Model, task: Task, console: Console) -> Tokenizer | Non
         UserError: it has none, or one that cannot be read, and the task needs one.
     """
     try:
-        if model.checkpoint:
+        if not isinstance(model.settings, ExportConfig):
+            assert model.checkpoint is not None
             return tokenizer_of(model.checkpoint, model.settings)
         tokenizer = export_tokenizer(model.settings)
         if tokenizer or (task.source.is_dir() and tokenizer_files(task.source)):

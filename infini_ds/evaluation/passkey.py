@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from infini_ds.config import PasskeyConfig
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation import passkey_report as report
@@ -78,7 +79,8 @@ def run(
             f"this model's, which have {n:,} tokens"
         )
     changes = {"segment_length": n, "filler": options.filler, "keys": options.keys}
-    made = loaded.config.data.passkey.model_copy(
+    passkey = loaded.run.data.passkey if loaded.run else PasskeyConfig()
+    made = passkey.model_copy(
         update={name: value for name, value in changes.items() if value is not None}
     )
     questions = Questions(made, loaded.tokenizer, options.depths, options.seed)

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from infini_ds import config as configuration
-from infini_ds.config import RunConfig
+from infini_ds.config import ExportConfig, RunConfig
 from infini_ds.data.store import FORMAT, MANIFEST, SPLITS
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import gates, is_gate, parameter_counts
@@ -88,6 +88,7 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _export(path: Path) -> dict[str, Any]:
     model = open_model(path)
+    assert isinstance(model.settings, ExportConfig)
     weights = model.weights
     dtypes = {str(meta.dtype).removeprefix("torch.") for meta in weights.metas.values()}
     betas = {name: weights.read(name) for name in weights.metas if is_gate(name)}
@@ -105,13 +106,12 @@ def _export(path: Path) -> dict[str, Any]:
     }
 
 
-def _tokenizer(settings: RunConfig) -> str:
+def _tokenizer(config: ExportConfig) -> str:
     try:
-        tokenizer = export_tokenizer(settings)
+        tokenizer = export_tokenizer(config)
     except UserError as error:
         return f"none that can be used ({error})"
-    kind = settings.data.tokenizer.kind
-    return f"{kind}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
+    return f"{config.tokenizer}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
 
 
 def _place_of_tokenizer(checkpoint: Path, config: RunConfig) -> str:

@@ -1,6 +1,6 @@
 """The model of a run, out of its checkpoints, on one device and without DeepSpeed.
 
-What takes a run or an export alike is `conversion.export.load_model`.
+What takes a run or an export alike is `runs.export.load_model`.
 """
 
 import glob
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infini_ds import config as configuration
-from infini_ds.config import CorpusConfig, RunConfig
+from infini_ds.config import CorpusConfig, ExportConfig, RunConfig
 from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.tokenizer import Tokenizer
@@ -33,8 +33,8 @@ class Loaded(NamedTuple):
 
     model: InfiniTransformer
     """On the CPU, to evaluate; in the dtype that its weights are stored in, but fp16 in fp32."""
-    config: RunConfig
-    """As `config_of` gives it; of an export, that model with the defaults of all else."""
+    config: RunConfig | ExportConfig
+    """Of the run, as `config_of` gives it, or of the export."""
     tokenizer: Tokenizer
     """Of the checkpoint, or of the export."""
     checkpoint: Path
@@ -45,6 +45,11 @@ class Loaded(NamedTuple):
     """Where reports go: the run's output directory; the export or the checkpoint alone."""
     skipped: list[str]
     """Newer checkpoints that were passed over, a line each with the reason."""
+
+    @property
+    def run(self) -> RunConfig | None:
+        """The config of the run that the model is from; None of an export."""
+        return self.config if isinstance(self.config, RunConfig) else None
 
 
 def load_run(path: str | Path, step: int | None = None) -> Loaded:
@@ -120,12 +125,7 @@ def config_of(checkpoint: Path) -> RunConfig:
         store = found(corpus.store) if corpus.store else ""
         return {"store": store, "passkey": passkey.model_copy(update=texts)}
 
-    mixture = {
-        name: corpus.model_copy(update=placed(corpus))
-        for name, corpus in config.data.mixture.items()
-    }
-    data = config.data.model_copy(update={**placed(config.data), "mixture": mixture})
-    return config.model_copy(update={"data": data})
+    return config.model_copy(update={"data": config.data.with_corpora(placed)})
 
 
 def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:

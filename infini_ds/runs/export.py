@@ -19,8 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from infini_ds import config as configuration
-from infini_ds.config import TOKENIZER_FILES, ModelConfig, RunConfig
+from infini_ds.config import ExportConfig, ModelConfig, RunConfig, parse_export
 from infini_ds.data.generation_settings import GENERATION
 from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.tokenizer import Tokenizer
@@ -40,7 +39,6 @@ from infini_ds.system.ranges import compute_dtype, name_of
 CONFIG = "config.yaml"
 SOURCE_CONFIG = "source_config.json"
 METADATA_KEY = "config"
-_LANES = 8  # documents, and segments of each, that are evaluated together
 _TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*",
@@ -50,8 +48,8 @@ _TOKENIZER_PATTERNS = (
 class Model(NamedTuple):
     """A model on disk."""
 
-    settings: RunConfig
-    """As the checkpoint has them; of an export, its model and tokenizer, and defaults."""
+    settings: RunConfig | ExportConfig
+    """Of the run, as the checkpoint has them, or of the export."""
     weights: SafetensorsWeights | CheckpointWeights
     """By the names of InfiniTransformer."""
     checkpoint: Path | None
@@ -63,6 +61,13 @@ class Model(NamedTuple):
     def config(self) -> ModelConfig:
         """Of the model."""
         return self.settings.model
+
+    @property
+    def tokenizer_kind(self) -> str | None:
+        """As data.tokenizer.kind; None of an export without a tokenizer that can be read."""
+        if isinstance(self.settings, RunConfig):
+            return self.settings.data.tokenizer.kind
+        return self.settings.tokenizer
 
 
 def load_model(path: str | Path, step: int | None = None) -> Loaded:
@@ -79,8 +84,8 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
     if _is_of_run(path) or not is_export(path):
         return load_run(path, step)
     _check_no_step(path, step)
-    settings = _open_export(path).settings
-    tokenizer = export_tokenizer(settings)
+    config, _ = _open_export(path)
+    tokenizer = export_tokenizer(config)
     if tokenizer is None and path.is_file():
         raise UserError(
             f"{path}: a single file carries no tokenizer; name the run or the directory that it is "
@@ -93,7 +98,7 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
             "and `tokenizer: sentencepiece`"
         )
     model, _ = load_export(path)
-    return Loaded(model, settings, tokenizer, path, 0, path if path.is_dir() else path.parent, [])
+    return Loaded(model, config, tokenizer, path, 0, path if path.is_dir() else path.parent, [])
 
 
 def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
@@ -105,17 +110,16 @@ def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
     Raises:
         UserError: it is none, or its weights do not fit its config or one another.
     """
-    model = _open_export(Path(path))
-    weights = model.weights
-    check_tensors(weights.metas, parameters_of(model.config), weights.origin, CONFIG)
+    config, weights = _open_export(Path(path))
+    check_tensors(weights.metas, parameters_of(config.model), weights.origin, CONFIG)
     dtypes = {name: compute_dtype(meta.dtype) for name, meta in weights.metas.items()}
     computed = {name: meta.to(dtypes[name]) for name, meta in weights.metas.items()}
     check_one_dtype(computed, weights.origin)
     with torch.device("meta"):
-        module = InfiniTransformer(model.config)
+        module = InfiniTransformer(config.model)
     state = {name: weights.read(name).to(dtype) for name, dtype in dtypes.items()}
     module.load_state_dict(state, assign=True)
-    return module.eval(), model.config
+    return module.eval(), config.model
 
 
 def open_model(path: Path, step: int | None = None) -> Model:
@@ -134,7 +138,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
         model = Model(settings, CheckpointWeights(checkpoint), checkpoint, skipped)
     else:
         _check_no_step(path, step)
-        model = _open_export(path)
+        model = Model(*_open_export(path), None, [])
     check_tensors(model.weights.metas, parameters_of(model.config), model.weights.origin, CONFIG)
     return model
 
@@ -207,20 +211,20 @@ def config_text(config: ModelConfig, tokenizer: str | None) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def export_tokenizer(settings: RunConfig) -> Tokenizer | None:
-    """The tokenizer of an export of these settings, if it has one that can be read.
+def export_tokenizer(config: ExportConfig) -> Tokenizer | None:
+    """The tokenizer of an export, if it has one that can be read.
 
     Raises:
         UserError: its file is missing or unusable, or has ids that the model lacks.
     """
-    kind, file = settings.data.tokenizer.kind, settings.data.tokenizer.model
-    if kind != "bytes" and not file:
+    if config.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(kind, file)
-    if tokenizer.vocab_size > settings.model.vocab_size:
+    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_file)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{file or settings.output_dir}: the tokenizer has {tokenizer.vocab_size} ids, but the "
-            f"model {settings.model.vocab_size}; it must be the model's own"
+            f"{config.tokenizer_file or config.directory}: the tokenizer has "
+            f"{tokenizer.vocab_size} ids, but the model {config.model.vocab_size}; it must be the "
+            "model's own"
         )
     return tokenizer
 
@@ -248,7 +252,7 @@ def _is_of_run(path: Path) -> bool:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _open_export(path: Path) -> Model:
+def _open_export(path: Path) -> tuple[ExportConfig, SafetensorsWeights]:
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; name an export or a run's output_dir")
     if not is_export(path):
@@ -261,7 +265,7 @@ def _open_export(path: Path) -> Model:
         text, origin = _read(beside), str(beside)
     else:
         raise UserError(f"{path}: has no config; put a {CONFIG} with the key `model` beside it")
-    return Model(_parse(text, origin, beside.parent), weights, None, [])
+    return parse_export(text, origin, beside.parent), weights
 
 
 def _read(file: Path) -> str:
@@ -269,31 +273,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
-
-
-def _parse(text: str, origin: str, directory: Path) -> RunConfig:
-    """A run's config with the model and the tokenizer of an export, and without a store."""
-    try:
-        tree = yaml.safe_load(text)
-        model, tokenizer = tree["model"], {}
-        if "tokenizer" in tree:
-            tokenizer["kind"] = tree["tokenizer"]
-            if file := TOKENIZER_FILES.get(str(tree["tokenizer"])):
-                tokenizer["model"] = str(directory / file)
-    except (yaml.YAMLError, KeyError, TypeError, RecursionError):
-        raise UserError(f"config {origin}: must be YAML with the key `model`") from None
-    settings = configuration.parse(
-        {
-            "output_dir": str(directory),
-            "model": model,
-            "data": {"store": "", "tokenizer": tokenizer},
-            "train": {"steps": 1, "batch_size": _LANES, "window_segments": _LANES},
-        },
-        origin,
-    )
-    if settings.model.vocab_size < 1:
-        raise UserError(f"config {origin}: model.vocab_size must be given")
-    return settings
 
 
 def _check_no_step(path: Path, step: int | None) -> None:

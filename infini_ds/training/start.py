@@ -8,7 +8,7 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import nn
 
-from infini_ds.config import ModelConfig, RunConfig
+from infini_ds.config import ExportConfig, ModelConfig, RunConfig
 from infini_ds.data.mixture import Mixture
 from infini_ds.errors import UserError
 from infini_ds.runs.export import export_tokenizer, open_model
@@ -30,7 +30,7 @@ def open_start(config: RunConfig, data: Mixture) -> Weights:
     """
     origin = f"init_from ({config.init_from})"
     export = open_model(Path(config.init_from))
-    if export.checkpoint:
+    if not isinstance(export.settings, ExportConfig):
         raise UserError(
             f"{origin}: is a run; make an export of it with `infini-ds convert to-safetensors`"
         )
