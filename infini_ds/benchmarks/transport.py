@@ -64,11 +64,12 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
     """One process of the benchmark; the process group stays open."""
     from infini_ds.parallel.build import build_engine, start_distributed
     from infini_ds.parallel.engine import StepSize
+    from infini_ds.parallel.ranks import gathered, is_first_rank, world_size
     from infini_ds.training.dtype import with_dtype
 
     start_distributed(120)
     configs = {
-        name: with_dtype(_config(name, dist.get_world_size(), dtype), None)[0]
+        name: with_dtype(_config(name, world_size(), dtype), None)[0]
         for name in ("carried", "resident")
     }
     engines = {name: build_engine(config) for name, config in configs.items()}
@@ -87,10 +88,9 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
                 seconds[name].append(time.perf_counter() - begin)
             sent[name] = engine.sent_bytes - before
     formula = {name: engine.step_bytes() for name, engine in engines.items()}
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (sent, formula))
-    if dist.get_rank() == 0:
-        _print(configs["carried"], seconds, gathered, json_path)
+    by_rank = gathered((sent, formula))
+    if is_first_rank():
+        _print(configs["carried"], seconds, by_rank, json_path)
     dist.barrier()
 
 

@@ -47,8 +47,9 @@ class _Direction(NamedTuple):
 def _add_direction(directions: Commands, direction: _Direction) -> None:
     def run(options: argparse.Namespace) -> None:
         from infini_ds.conversion import convert
+        from infini_ds.conversion.task import Task
 
-        task = convert.Task(
+        task = Task(
             Path(options.source), Path(options.destination), options.force, options.shard_size,
             options.without_tokenizer,
         )  # fmt: skip

@@ -32,6 +32,7 @@ from infini_ds.parallel.deepspeed.universal import (
     universal_of,
 )
 from infini_ds.parallel.engine import Engine
+from infini_ds.parallel.ranks import gathered, is_first_rank, share_of, shared, world_size
 from infini_ds.runs import manifest
 from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
@@ -73,7 +74,7 @@ def _save(
     directory: Path,
     on_progress: Callable[[str], None],
 ) -> None:
-    first = dist.get_rank() == 0
+    first = is_first_rank()
     if first:
         shutil.rmtree(directory, ignore_errors=True)  # of a save that was cut off
         (directory / "memory").mkdir(parents=True)
@@ -111,7 +112,7 @@ def find(config: RunConfig) -> tuple[Path | None, list[str]]:
     Checksums are shared out among the ranks.
     """
     skipped = []
-    for candidate in _shared(RunDirectory(Path(config.output_dir)).checkpoints()):
+    for candidate in shared(RunDirectory(Path(config.output_dir)).checkpoints()):
         reason = _problem(candidate)
         if reason is None:
             return candidate.path, skipped
@@ -150,7 +151,7 @@ def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
     return json.loads((directory / "state.json").read_text())
 
 
-def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int) -> Path:
+def source(directory: Path, state: dict[str, Any], config: RunConfig) -> Path:
     """What this layout of processes loads: the checkpoint itself, or its universal form.
 
     The universal form is made once, beside the checkpoints; to be called on all ranks together.
@@ -159,6 +160,7 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int
         UserError: this checkpoint cannot be loaded in another layout.
         RunError: the conversion failed.
     """
+    world = world_size()
     stages = config.parallel.resolve_stages(world, config.model.num_layers)
     here = {"pipeline": stages, "data": world // stages}
     if state["layout"] == here:
@@ -177,13 +179,13 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig, world: int
 def _convert(directory: Path, timeout: float) -> str:
     """`make_universal` on rank 0, for which the others wait as long as it takes."""
     conversion = None
-    if dist.get_rank() == 0:
+    if is_first_rank():
         conversion = ThreadPoolExecutor(1).submit(make_universal, directory)
     while True:
         failure = None
         if conversion and wait([conversion], timeout / 4).done:
             failure = conversion.result()
-        failure = _shared(failure)  # before anyone's limit
+        failure = shared(failure)  # before anyone's limit
         if failure is not None:
             return failure
 
@@ -201,41 +203,27 @@ def _fixed_settings(config: dict[str, Any]) -> list[str]:
     return ["seed", *model, *train, "parallel.zero_stage", "parallel.offload_optimizer"]
 
 
-def _shared(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _problem(checkpoint: Checkpoint) -> str | None:
     """The first problem that any rank finds, on all of them; they share the checksums out."""
     problem, names = None, []
-    if dist.get_rank() == 0 and not (problem := checkpoint.problem(Depth.SIZES)):
+    if is_first_rank() and not (problem := checkpoint.problem(Depth.SIZES)):
         names = sorted(manifest.listed(checkpoint.path))
-    problem, names = _shared((problem, names))
+    problem, names = shared((problem, names))
     if problem:
         return problem
-    mine = names[dist.get_rank() :: dist.get_world_size()]
-    return next(filter(None, _gathered(checkpoint.problem(Depth.CHECKSUMS, mine))), None)
+    mine = share_of(names)
+    return next(filter(None, gathered(checkpoint.problem(Depth.CHECKSUMS, mine))), None)
 
 
 def _write_manifest(directory: Path, on_progress: Callable[[str], None]) -> None:
-    names = _shared(manifest.files_of(directory))
-    mine = names[dist.get_rank() :: dist.get_world_size()]
+    names = shared(manifest.files_of(directory))
+    mine = share_of(names)
     files = {}
     for name in mine:
         size = (directory / name).stat().st_size
         files[name] = {"size": size, "sha256": manifest.sha256(directory / name)}
         on_progress(f"the checksum of {name}")
-    gathered = _gathered(files)
-    if dist.get_rank() == 0:
-        manifest.write(directory, {k: v for part in gathered for k, v in sorted(part.items())})
+    parts = gathered(files)
+    if is_first_rank():
+        manifest.write(directory, {k: v for part in parts for k, v in sorted(part.items())})
     dist.barrier()

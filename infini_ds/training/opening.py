@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from infini_ds.cluster.launcher import check_arguments_of_launcher
@@ -19,7 +18,7 @@ from infini_ds.kernels.backend import check_backend
 from infini_ds.parallel.build import build_engine
 from infini_ds.parallel.deepspeed.operators import build_cpu_adam
 from infini_ds.parallel.engine import Engine
-from infini_ds.parallel.together import together
+from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.system.lock import lock
 from infini_ds.training import checkpoint
 from infini_ds.training.checkpoint import Saved
@@ -62,8 +61,8 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
     locked = None
     with together():
         check_arguments_of_launcher()
-        config.data_parallel_size(dist.get_world_size())
-        if dist.get_rank() == 0:
+        config.data_parallel_size(world_size())
+        if is_first_rank():
             locked = lock(Path(config.output_dir), config.train.timeout / 2)
         data, lanes = open_data(config)
         config = with_vocabulary(config, data)
@@ -89,7 +88,7 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
                     "prepare it as it was, or choose another output_dir"
                 )
             lanes.load_state(state["lanes"])
-        load_from = checkpoint.source(found, state, config, dist.get_world_size())
+        load_from = checkpoint.source(found, state, config)
         saved = Saved(found, load_from, state)
     elif config.init_from:
         with together():

@@ -23,7 +23,7 @@ from infini_ds.model.layers import count_parameters
 from infini_ds.model.optimizer import learning_rate_factor
 from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
-from infini_ds.parallel.together import together
+from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.runs import failures
 from infini_ds.runs.tokenizer import keep_tokenizer
 from infini_ds.system.allocator import keep_freed_memory
@@ -90,11 +90,11 @@ class Trainer:
             self.first_step = self.step
         with together():
             self.held_out = HeldOut(self.config, self.data, self.engine)
-            if dist.get_rank() == 0:
+            if is_first_rank():
                 kind = self.config.data.tokenizer.kind
                 keep_tokenizer(self.data.tokenizer, kind, Path(self.config.output_dir))
         self.monitor = None
-        if dist.get_rank() == 0:
+        if is_first_rank():
             output_dir = Path(self.config.output_dir)
             text = configuration.dump(self.config)
             self.monitor = Monitor(output_dir, self.step, self.config.train.steps, text)
@@ -192,7 +192,7 @@ class Trainer:
         peak = device_peak_flops(self.engine.device, config.train.dtype)
         if peak:
             flops = training_flops_per_token(config.model) * speed
-            metrics["speed/model_flops_utilisation"] = flops / (peak * dist.get_world_size())
+            metrics["speed/model_flops_utilisation"] = flops / (peak * world_size())
         return metrics
 
     def _describe_writes(self, tokens: int) -> dict[str, float]:
@@ -250,7 +250,7 @@ class Trainer:
         if not found:
             raise RunError(f"{fault} at step {bad + 1}, and there is no valid checkpoint")
         state = checkpoint.read_state(found, self.config)
-        load_from = checkpoint.source(found, state, self.config, dist.get_world_size())
+        load_from = checkpoint.source(found, state, self.config)
         self.lanes.load_state(state["lanes"])
         self._load(Saved(found, load_from, state))
         self.bad_steps.rolled_back(bad)

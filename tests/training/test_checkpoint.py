@@ -78,8 +78,8 @@ def test_the_other_ranks_hear_of_a_conversion_before_their_limit(tmp_path, monke
         return value
 
     monkeypatch.setattr(checkpoint, "make_universal", convert)
-    monkeypatch.setattr(checkpoint, "_shared", share)
-    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint, "shared", share)
+    monkeypatch.setattr(checkpoint, "is_first_rank", lambda: True)
     began, timeout = time.monotonic(), 1.2
     assert checkpoint._convert(tmp_path, timeout) == failure
     assert [value for _, value in heard] == [None] * (len(heard) - 1) + [failure]

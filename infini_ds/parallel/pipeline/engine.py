@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig, TrainConfig
 from infini_ds.data.windows import Windows, answers_right
-from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.model.optimizer import set_learning_rate
 from infini_ds.model.write_gate import WriteStats
@@ -33,9 +32,11 @@ from infini_ds.parallel.engine import (
     StepSize,
 )
 from infini_ds.parallel.lane_memory import LaneMemory
+from infini_ds.parallel.part import Part
 from infini_ds.parallel.pipeline.balance import describe
 from infini_ds.parallel.pipeline.channel import settle
 from infini_ds.parallel.pipeline.generation import generate
+from infini_ds.parallel.pipeline.hand_over import HandOver
 from infini_ds.parallel.pipeline.hops import open_hops
 from infini_ds.parallel.pipeline.module import InfiniPipeline, single_process_name
 from infini_ds.parallel.pipeline.payload import Payload, Wire
@@ -46,6 +47,7 @@ from infini_ds.parallel.pipeline.schedule import (
     train_schedule,
 )
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.ranks import gathered
 
 
 @dataclass
@@ -99,8 +101,14 @@ class InfiniEngine(CorrectedEngine):
         self._train = train
         self._model: ModelConfig = module.config
         self._on_progress = on_progress
-        self._transport = TRANSPORTS[transport](tuple(module.bounds))
-        self._wire = Wire(
+        self.part = Part(
+            self.stage_id,
+            self.grid.get_data_parallel_id(),
+            self.micro_batches,
+            train.micro_batch_size,
+            tuple(module.bounds),
+        )
+        wire = Wire(
             self._model,
             train.micro_batch_size,
             train.window_segments // train.chunks,
@@ -109,21 +117,22 @@ class InfiniEngine(CorrectedEngine):
         )
         pipelines = module.topology().get_axis_comm_lists("pipe") if self.num_stages > 1 else []
         self._hops = open_hops(pipelines, self.global_rank, train.timeout)
+        policy = TRANSPORTS[transport](self.part.bounds)
+        self._hand_over = HandOver(policy, wire, self._hops, self.part, train.chunks)
         self.memories = self.empty_memories()
         self._seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
         self._skipped_in_a_row = 0
         self._bad_lanes = torch.zeros(train.batch_size, dtype=torch.float64, device=self.device)
-        self._writes = torch.zeros(
-            self._model.num_layers, 2, dtype=torch.float64, device=self.device
-        )
-        """Of the last training step: mass and zeros (see `WriteStats`) of every layer, summed over
-        this rank's lanes, 0 for layers of other stages and without write gates."""
+        blocks = self._model.num_layers
+        self._writes = torch.zeros(blocks, 2, dtype=torch.float64, device=self.device)
+        """Mass and zeros (see `WriteStats`) of every layer in the last training step, summed over
+        this rank's lanes; 0 for layers of other stages and without write gates."""
 
     @property
     def layout(self) -> EngineLayout:
         """How the work is laid out."""
-        stages = describe(self._model, self.module.bounds)
-        return EngineLayout(self.num_stages, self.dp_world_size, self.micro_batches, stages)
+        sizes = self.num_stages, self.dp_world_size, self.micro_batches
+        return EngineLayout(*sizes, describe(self._model, self.module.bounds))
 
     @property
     def skipped_in_a_row(self) -> int:
@@ -133,26 +142,24 @@ class InfiniEngine(CorrectedEngine):
     @property
     def reads_labels(self) -> bool:
         """Whether this stage computes the losses."""
-        return self.is_last_stage()
+        return self.part.is_last
 
     def empty_memories(self) -> LaneMemory:
         """For lanes that have read nothing: what this stage holds between windows."""
-        held = self._transport.held(self.stage_id)
+        held = self._hand_over.held()
         lanes = self._train.micro_batch_size
         return LaneMemory(self._model, self.micro_batches, lanes, held, self.device)
 
     def lanes_of(self, micro_batch: int) -> range:
-        """The global lanes that this data-parallel rank reads in a micro-batch."""
-        lanes = self._train.micro_batch_size
-        first = (self.grid.get_data_parallel_id() * self.micro_batches + micro_batch) * lanes
-        return range(first, first + lanes)
+        """See `Engine`."""
+        return self.part.lanes_of(micro_batch)
 
     def train_step(
         self, read: Reader, size: StepSize, rate_factor: float, stop: bool = False
     ) -> StepResult:
         """See `Engine`."""
         begin = time.perf_counter()
-        waited, seconds = self.waiting_seconds, dict(self._seconds)
+        waited, seconds = self._hops.seconds, dict(self._seconds)
         set_learning_rate(self.optimizer, rate_factor)
         self.module.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -167,7 +174,7 @@ class InfiniEngine(CorrectedEngine):
             / (size.tokens * self._model.kv_heads),
         )
         schedule = train_schedule(
-            self.stage_id, self.num_stages, self.micro_batches, self._train.chunks
+            self.part.stage, self.num_stages, self.micro_batches, self._train.chunks
         )
         self._run(schedule, read, self.memories, scale)
         reduced = self._clock("pipeline", begin)
@@ -190,7 +197,7 @@ class InfiniEngine(CorrectedEngine):
             asked > 0,
             self.gradient_norm,
             {group["name"]: group["lr"] for group in self.optimizer.param_groups},
-            {**spent, "waiting_for_stages": self.waiting_seconds - waited},
+            {**spent, "waiting_for_stages": self._hops.seconds - waited},
         )
 
     def skip_window(self, starts: Tensor) -> None:
@@ -221,15 +228,13 @@ class InfiniEngine(CorrectedEngine):
     def describe_memory(self) -> tuple[np.ndarray, dict[int, float]]:
         """See `Engine`."""
         gates, norms = {}, {}
-        for block, layer in zip(self.module.block_range, self.module.blocks, strict=True):
+        for block, layer in zip(self.part.blocks, self.module.blocks, strict=True):
             gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
         for block in self.memories.blocks:
             norms[block] = self.memories.stacked(block).mean_norm()
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (gates, norms))
         all_gates: dict[int, list[float]] = {}
         all_norms: dict[int, list[float]] = {}
-        for rank_gates, rank_norms in gathered:
+        for rank_gates, rank_norms in gathered((gates, norms)):
             all_gates |= rank_gates
             for block, norm in rank_norms.items():
                 all_norms.setdefault(block, []).append(norm)
@@ -245,14 +250,13 @@ class InfiniEngine(CorrectedEngine):
         """See `Engine`."""
         self.save_states(directory, step)
         self._on_progress("saving weights and optimizer states")
-        self.memories.save(directory / "memory", self.lanes_of(0).start)
+        self.memories.save(directory / "memory", self.part.lanes.start)
         self._on_progress("saving memories")
 
     def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
         """See `Engine`."""
         self.load_states(load_from, universal=load_from != directory)
-        lanes = range(self.lanes_of(0).start, self.lanes_of(self.micro_batches - 1).stop)
-        self.memories.read(directory / "memory", lanes)
+        self.memories.read(directory / "memory", self.part.lanes)
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = 0
 
@@ -265,30 +269,31 @@ class InfiniEngine(CorrectedEngine):
         message = self._hops.from_previous.receive(math.prod(shape) * dtype.itemsize)
         return message.view(dtype).view(shape)
 
+    def from_last(self, value: Tensor) -> Tensor:
+        """The last stage's tensor, in place on the other stages of its pipeline."""
+        if not self.part.is_alone:
+            last = self.grid.stage_to_global(self.num_stages - 1)
+            dist.broadcast(value, last, group=self.grid.get_pipe_parallel_group())
+        return value
+
     def all_sum(self, values: Tensor) -> Tensor:
         """Sums a small tensor over all ranks."""
         dist.all_reduce(values)
         return values
 
     @property
-    def waiting_seconds(self) -> float:
-        """Time this rank has waited for other stages so far."""
-        return sum(channel.seconds for channel in self._hops.channels)
-
-    @property
     def sent_bytes(self) -> int:
         """What this rank has sent to other stages so far."""
-        return sum(channel.sent_bytes for channel in self._hops.channels)
+        return self._hops.sent_bytes
 
     @property
     def waiting_for(self) -> str:
-        """What this rank is waiting for at this moment, and from whom; empty if nothing."""
-        return next((channel.describe() for channel in self._hops.channels if channel.waiting), "")
+        """See `Engine`."""
+        return self._hops.waiting_for
 
     def step_bytes(self) -> int:
         """What this rank sends in a training step, by the formula."""
-        chunks = self._train.chunks
-        return self._transport.step_bytes(self._wire, self.stage_id, self.micro_batches, chunks)
+        return self._hand_over.step_bytes()
 
     # The schedule
 
@@ -302,50 +307,44 @@ class InfiniEngine(CorrectedEngine):
         self._units: dict[tuple[int, int], Unit] = {}
         self._windows: dict[int, Windows] = {}
         self._passing: dict[int, dict[int, MemoryState]] = {}
-        self._returning: dict[int, Tensor] = {}
         for unit in schedule:
             if isinstance(unit, Forward):
                 self._forward(unit, read, memories, scale is not None)
                 if scale is None and unit.chunk == self._train.chunks - 1:
-                    self._flush()  # no gradient keeps this stage from running far ahead
+                    self._hops.flush()  # no gradient keeps this stage from running far ahead
             else:
                 assert scale is not None
                 if unit.chunk == self._train.chunks - 1:
-                    self._take_back(unit.micro_batch, memories)
+                    self._hand_over.take_back(unit.micro_batch, memories)
                 self._backward(unit, scale)
             kind = type(unit).__name__.lower()
             self._on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
         if scale is None:
             for micro_batch in range(self.micro_batches):
-                self._hand_back(micro_batch)
-                self._take_back(micro_batch, memories)
-        self._flush()
-
-    def _flush(self) -> None:
-        """Waits until everything that was sent has left."""
-        for channel in self._hops.channels:
-            channel.flush()
+                self._hand_over.hand_back(micro_batch)
+                self._hand_over.take_back(micro_batch, memories)
+        self._hops.flush()
 
     def _forward(self, unit: Forward, read: Reader, memories: LaneMemory, training: bool) -> None:
         micro_batch, chunk = unit
         first, last = chunk == 0, chunk == self._train.chunks - 1
         if first:
             self._passing[micro_batch] = memories.get(micro_batch)
-            if self.is_first_stage() or self.is_last_stage():
+            if self.part.is_first or self.part.is_last:
                 windows = read(micro_batch)
                 if training and windows.corrupt is not None:
                     self._note_corrupt(micro_batch, windows.corrupt)
-                self._windows[micro_batch] = _to_device(windows, self.device)
+                self._windows[micro_batch] = windows.to(self.device)
         passing = self._passing[micro_batch]
-        if self.is_first_stage():
-            cut = self._cut(self._windows[micro_batch], chunk)
+        if self.part.is_first:
+            cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
             inputs, layout = cut.tokens, cut.layout
         else:
-            payload = self._receive_payload(chunk)
+            payload = self._hand_over.receive(chunk)
             inputs, layout = payload.hidden.requires_grad_(training), payload.layout
             passing.update(payload.memories)
 
-        own = self.module.block_range
+        own = self.part.blocks
         memory = [passing[block] for block in own]
         if not first and training:
             # Within a window gradients flow back through the memory, one unit at a time.
@@ -354,8 +353,8 @@ class InfiniEngine(CorrectedEngine):
             ]
         output, after, writes = self.module(inputs, layout, memory)
         passing.update(zip(own, after, strict=True))
-        if self.is_last_stage():
-            cut = self._cut(self._windows[micro_batch], chunk)
+        if self.part.is_last:
+            cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
             losses = self.module.losses(output, cut.labels, self._train.loss_chunk_tokens)
             if training:
                 if self._train.curriculum:
@@ -364,28 +363,26 @@ class InfiniEngine(CorrectedEngine):
             output = losses.sum()
             self._loss_sum += output.detach()
         else:
-            riding = self._riding(self.stage_id, chunk)
-            detached = {block: passing[block].map(Tensor.detach) for block in riding}
-            self._hops.to_next.send(self._wire.pack(Payload(output, layout, detached)))
+            self._hand_over.send(Payload(output, layout, passing), chunk)
         if training:
             flat_in = [tensor for layer in memory for tensor in layer]
             flat_out = [tensor for layer in after for tensor in layer]
             mass = self._add_writes(writes) if writes else None
             self._units[unit] = Unit(inputs, flat_in, output, flat_out, mass)
         if last:
-            self._finish_window(micro_batch, memories)
+            self._hand_over.finish(micro_batch, self._passing.pop(micro_batch), memories)
+            self._windows.pop(micro_batch, None)
             if training:
-                self._hand_back(micro_batch)
+                self._hand_over.hand_back(micro_batch)
 
     def _backward(self, unit: Backward, scale: Scale) -> None:
         micro_batch, chunk = unit
         done = self._units.pop((micro_batch, chunk))
-        if self.is_last_stage():
+        if self.part.is_last:
             tensors, gradients = [done.output], [torch.full_like(done.output, scale.loss)]
         else:
-            message = self._hops.gradient_from_next.receive(self._wire.gradient_bytes())
-            gradient = message.view(self._wire.dtype)[: done.output.numel()]
-            tensors, gradients = [done.output], [gradient.view_as(done.output)]
+            tensors = [done.output]
+            gradients = [self._hand_over.receive_gradient(done.output)]
         if done.mass is not None:
             tensors.append(done.mass)
             gradients.append(torch.full_like(done.mass, scale.mass))
@@ -397,11 +394,9 @@ class InfiniEngine(CorrectedEngine):
                     gradients.append(gradient)
         self.accumulate(tensors, gradients)
         self._memory_gradients = [tensor.grad for tensor in done.memory_in]
-        if not self.is_first_stage():
+        if not self.part.is_first:
             assert done.inputs.grad is not None
-            gradient = done.inputs.grad.contiguous().view(-1).view(torch.uint8)
-            padding = self._wire.gradient_bytes() - gradient.numel()
-            self._hops.gradient_to_previous.send(torch.nn.functional.pad(gradient, (0, padding)))
+            self._hand_over.send_gradient(done.inputs.grad)
 
     def _note_corrupt(self, micro_batch: int, corrupt: Tensor) -> None:
         lanes = self.lanes_of(micro_batch)
@@ -410,54 +405,9 @@ class InfiniEngine(CorrectedEngine):
     def _add_writes(self, writes: list[WriteStats]) -> Tensor:
         """Notes what this stage's blocks wrote; the sum of their masses, with gradient."""
         table = torch.stack([torch.stack(stats) for stats in writes])  # [blocks, 2]
-        own = self.module.block_range
+        own = self.part.blocks
         self._writes[own.start : own.stop] += table.detach()
         return table[:, 0].sum()
-
-    def _finish_window(self, micro_batch: int, memories: LaneMemory) -> None:
-        """Memories are data from here on: kept here, or to be sent back to the first stage."""
-        passing = self._passing.pop(micro_batch)
-        self._windows.pop(micro_batch, None)
-        if not (self._transport.returns and self.is_pipe_parallel):
-            memories.put(micro_batch, passing)
-        elif self.is_last_stage():
-            everything = {block: passing[block].map(Tensor.detach) for block in sorted(passing)}
-            self._returning[micro_batch] = self._wire.pack_memories(everything)
-
-    def _hand_back(self, micro_batch: int) -> None:
-        """On the last stage: sends a window's memories to the first, if they are returned at all.
-
-        NCCL keeps the sender's GPU busy until a message is asked for, and what waits for the whole
-        GPU, such as freeing memory, then waits for the receiver. So it goes out when the first
-        stage will ask for it without waiting for anything else from here: in training before the
-        window's first gradient, in evaluation after the last window.
-        """
-        if micro_batch in self._returning:
-            self._hops.returned.send(self._returning.pop(micro_batch))
-
-    def _take_back(self, micro_batch: int, memories: LaneMemory) -> None:
-        """On the first stage: what the last one has handed back, if anything."""
-        if self._transport.returns and self.is_pipe_parallel and self.is_first_stage():
-            message = self._hops.returned.receive(self._wire.memories_bytes(self._model.num_layers))
-            blocks = list(range(self._model.num_layers))
-            memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
-
-    def _cut(self, windows: Windows, chunk: int) -> Windows:
-        tokens, labels, weights, *layout = (
-            part.chunk(self._train.chunks, dim=1)[chunk]
-            for part in (windows.tokens, windows.labels, windows.weights, *windows.layout)
-        )
-        return Windows(tokens, labels, Layout(*layout), weights)
-
-    # Messages
-
-    def _receive_payload(self, chunk: int) -> Payload:
-        riding = self._riding(self.stage_id - 1, chunk)
-        message = self._hops.from_previous.receive(self._wire.payload_bytes(len(riding)))
-        return self._wire.unpack(message, riding)
-
-    def _riding(self, stage: int, chunk: int) -> list[int]:
-        return self._transport.riding(stage, chunk == 0, chunk == self._train.chunks - 1)
 
     # The step
 
@@ -498,13 +448,3 @@ class InfiniEngine(CorrectedEngine):
         now = time.perf_counter()
         self._seconds[phase] += now - begin
         return now
-
-
-def _to_device(windows: Windows, device: torch.device) -> Windows:
-    def move(part: Tensor) -> Tensor:
-        # From pageable memory the copy would wait for all that the device has been given to do.
-        part = part.pin_memory() if device.type == "cuda" else part
-        return part.to(device, non_blocking=True)
-
-    tokens, labels, layout, weights, _ = windows
-    return Windows(move(tokens), move(labels), Layout(*map(move, layout)), move(weights))

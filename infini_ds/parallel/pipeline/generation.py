@@ -1,14 +1,14 @@
 """Writing text through the stages, without gathering the model anywhere."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import Sampling, sample
 from infini_ds.model.memory import Memory
+from infini_ds.parallel.part import Part
 from infini_ds.parallel.pipeline.module import InfiniPipeline
 
 
@@ -17,13 +17,9 @@ class Stage(Protocol):
 
     module: InfiniPipeline
     device: torch.device
-    grid: Any
-    num_stages: int
-    is_pipe_parallel: bool
+    part: Part
 
-    def is_first_stage(self) -> bool: ...
-
-    def is_last_stage(self) -> bool: ...
+    def from_last(self, value: Tensor) -> Tensor: ...
 
     def send_hidden(self, hidden: Tensor) -> None: ...
 
@@ -50,7 +46,7 @@ def generate(
     """
     engine.module.eval()
     config = engine.module.config
-    own = config.model_copy(update={"num_layers": len(engine.module.block_range)})
+    own = config.model_copy(update={"num_layers": len(engine.part.blocks)})
     dtype = next(engine.module.parameters()).dtype
     memory = Memory.empty(own, 1, engine.device, dtype)
     generator = torch.Generator(engine.device).manual_seed(seed)
@@ -59,12 +55,10 @@ def generate(
     while len(written) < max_new_tokens:
         hidden, memory = _read(engine, tokens, memory, dtype)
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
-        if engine.is_last_stage():
+        if engine.part.is_last:
             logits = engine.module.logits(hidden[:, -1]).float()
             tokens[:, 0] = sample(logits, Sampling(temperature), generator)
-        if engine.is_pipe_parallel:
-            last = engine.grid.stage_to_global(engine.num_stages - 1)
-            dist.broadcast(tokens, last, group=engine.grid.get_pipe_parallel_group())
+        tokens = engine.from_last(tokens)
         written.append(int(tokens))
     return written
 
@@ -74,12 +68,12 @@ def _read(
 ) -> tuple[Tensor, Memory]:
     """Tokens [1, t] through this stage, from the previous stage to the next."""
     module = engine.module
-    if engine.is_first_stage():
+    if engine.part.is_first:
         hidden = torch.nn.functional.embedding(tokens, module.embedding)
     else:
         hidden = engine.receive_hidden((1, tokens.shape[1], module.config.hidden_size), dtype)
     hidden, memory, _ = extend(module.blocks, hidden, memory)
-    if engine.is_last_stage():
+    if engine.part.is_last:
         hidden = module.final_norm(hidden)
     else:
         engine.send_hidden(hidden)

@@ -27,6 +27,26 @@ class Hops:
     channels: list[Channel] = field(default_factory=list)
     """All of them."""
 
+    @property
+    def seconds(self) -> float:
+        """Time this rank has waited for other stages so far."""
+        return sum(channel.seconds for channel in self.channels)
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to other stages so far."""
+        return sum(channel.sent_bytes for channel in self.channels)
+
+    @property
+    def waiting_for(self) -> str:
+        """What is waited for at this moment, and from whom; empty if nothing is."""
+        return next((channel.describe() for channel in self.channels if channel.waiting), "")
+
+    def flush(self) -> None:
+        """Waits until everything that was sent has left."""
+        for channel in self.channels:
+            channel.flush()
+
 
 class _End(NamedTuple):
     stage: int
