@@ -69,12 +69,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Writes the configuration reference into the README.
+# Writes the configuration reference into its page, and the schema beside the configs.
 docs: $(VENV)/installed
-	$(BIN)/infini-ds config > README.reference
+	$(BIN)/infini-ds config > docs/configuration.reference
 	sed -i -e '/^<!-- configuration reference -->/,/^<!-- end of/{//!d}' \
-	  -e '/^<!-- configuration reference -->/r README.reference' README.md
-	rm README.reference
+	  -e '/^<!-- configuration reference -->/r docs/configuration.reference' docs/configuration.md
+	rm docs/configuration.reference
+	$(BIN)/infini-ds config --schema > configs/schema.json
 
 clean:
 	rm -rf $(VENV) .venv-toolchains runs stores build *.egg-info

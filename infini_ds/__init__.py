@@ -2,18 +2,21 @@
 
 from typing import TYPE_CHECKING
 
-from infini_ds.config import ModelConfig
-
 if TYPE_CHECKING:
-    from infini_ds.conversion.export import load_model
+    from infini_ds.config import ModelConfig
     from infini_ds.model.memory import Memory
     from infini_ds.model.transformer import InfiniTransformer
+    from infini_ds.runs.export import load_model
 
 __all__ = ["InfiniTransformer", "Memory", "ModelConfig", "load_model"]
 
 
 def __getattr__(name: str):
-    # Loaded on demand: the command line must answer a mistake before torch is imported.
+    # Loaded on demand: the command line answers before torch, and helps before pydantic, is loaded.
+    if name == "ModelConfig":
+        from infini_ds.config import ModelConfig
+
+        return ModelConfig
     if name == "InfiniTransformer":
         from infini_ds.model.transformer import InfiniTransformer
 
@@ -23,7 +26,7 @@ def __getattr__(name: str):
 
         return Memory
     if name == "load_model":
-        from infini_ds.conversion.export import load_model
+        from infini_ds.runs.export import load_model
 
         return load_model
     if name == "__version__":

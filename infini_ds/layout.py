@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+IGNORE_INDEX = -100
+"""Label of a position without a loss, as in PyTorch's cross-entropy."""
+
 
 class Layout(NamedTuple):
     """Per lane and segment: does a document start here, and how many tokens are valid.

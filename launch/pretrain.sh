@@ -19,9 +19,10 @@ exec python3 -m infini_ds.cluster.supervisor "$0" "$@"
 import sys
 
 try:
-    from infini_ds.cli import exit_code, main
+    from infini_ds.cli import main
     from infini_ds.cluster.launcher import check_hostfile_of_launcher, unquoted
-    from infini_ds.environment import use_utf8
+    from infini_ds.system.environment import use_utf8
+    from infini_ds.system.exit_code import exit_code
 except ModuleNotFoundError as missing:
     print(
         f"infini-ds: {sys.executable}, which was told to run {__file__}, has no {missing.name}; "

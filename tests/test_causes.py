@@ -7,8 +7,8 @@ import resource
 import numpy as np
 import pytest
 
-from infini_ds import cli
-from infini_ds.causes import cause
+from infini_ds.system import exit_code
+from infini_ds.system.causes import cause, one_line
 
 
 def of_system(number: int) -> OSError:
@@ -86,6 +86,23 @@ def test_nothing_is_made_up_of_others(error):
     assert cause(error) == ""
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (ValueError("one\n\n  and   two\n"), "one and two"),
+        (" one\ttwo ", "one two"),
+        ("", ""),
+        (AssertionError(), "AssertionError"),
+        (of_system(errno.ENOSPC), "/data/file: No space left on device"),
+        (OSError(errno.EAGAIN, "Try again"), "Try again"),
+        (OSError("131072 requested\nand 4064 written"), "131072 requested and 4064 written"),
+    ],
+    ids=repr,
+)
+def test_anything_is_told_in_one_line(said, line):
+    assert one_line(said) == line
+
+
 def full_disk():
     with open("/dev/full", "w") as full:
         np.zeros(100_000).tofile(full)
@@ -127,7 +144,7 @@ kept: list = []
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_command_that_the_system_ends_says_why_in_one_line(capfd, command, line):
-    assert cli.exit_code(command) == 1
+    assert exit_code.exit_code(command) == 1
     (told,) = capfd.readouterr().err.splitlines()
     assert told.startswith("infini-ds: ")
     assert line in told
@@ -147,8 +164,8 @@ def test_variable_that_a_library_refuses_is_told_with_its_value(monkeypatch, cap
         raise error
 
     monkeypatch.setenv("TORCH_SOME_LEVEL", "7")
-    assert cli.exit_code(command) == 2
+    assert exit_code.exit_code(command) == 2
     assert f"variable TORCH_SOME_LEVEL='7': {error}\n" in capsys.readouterr().err
     monkeypatch.delenv("TORCH_SOME_LEVEL")
     with pytest.raises(type(error)):
-        cli.exit_code(command)
+        exit_code.exit_code(command)

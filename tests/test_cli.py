@@ -18,6 +18,7 @@ from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import RunError, UserError
+from infini_ds.system import exit_code
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
 
@@ -239,6 +240,15 @@ def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):
 COMMANDS = list(parsers(cli._parser()))
 
 
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from infini_ds import cli; cli._parser().format_help(); "
+        "print(sys.modules.keys() & {'torch', 'deepspeed', 'pydantic', 'rich'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "infini-ds")
 def test_help_of(path, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -264,6 +274,12 @@ def test_command_that_does_not_exist_or_is_incomplete_has_code_2(arguments, caps
         cli.main(arguments)
     assert ended.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["processes", "steps"])
+def test_bench_transport_needs_one_of_each(capsys, option):
+    assert cli.main(["bench", "transport", f"--{option}=0"]) == 2
+    assert capsys.readouterr().err == f"infini-ds: --{option} (0) must be at least 1\n"
 
 
 def test_bench_names_what_must_be_integers(capsys):
@@ -383,7 +399,7 @@ def test_exit_code_of(error, code, capsys):
         if error:
             raise error
 
-    assert cli.exit_code(command) == code
+    assert exit_code.exit_code(command) == code
     assert capsys.readouterr().err == (f"infini-ds: {error}\n" if error else "")
 
 
@@ -393,7 +409,7 @@ def test_exit_code_leaves_the_bugs_alone(bug, capfd):
         raise bug
 
     with pytest.raises(type(bug)):
-        cli.exit_code(command)
+        exit_code.exit_code(command)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -429,14 +445,14 @@ def test_output_that_cannot_be_written_is_one_line(arguments):
     ],
 )
 def test_ranks_tell_their_errors(monkeypatch, capsys, error, rank, shown):
-    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(exit_code, "_HEAD_START_SECONDS", 0.0)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def command():
         raise error
 
-    cli.exit_code(command)
+    exit_code.exit_code(command)
     assert capsys.readouterr().err == shown
 
 
@@ -455,7 +471,7 @@ def test_ranks_tell_their_errors(monkeypatch, capsys, error, rank, shown):
 def test_launchers_variables_that_do_not_fit_are_named(
     monkeypatch, capsys, config, variables, message
 ):
-    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(exit_code, "_HEAD_START_SECONDS", 0.0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["pretrain", str(config)]) == 2

@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
-from infini_ds import compute_type
-from infini_ds.compute_type import fastest_type, of_processor, place
 from infini_ds.config import ModelConfig
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.printing import Console
+from infini_ds.system import compute_type
+from infini_ds.system.compute_type import fastest_type, of_processor, place
+from infini_ds.system.console import Console
 
 AVX2 = "fpu sse4_1 sse4_2 avx f16c fma avx2 bmi2"
 AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512cd"

@@ -1,15 +1,15 @@
+import ast
 import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import ValidationError
 
 from infini_ds import config as configuration
-from infini_ds.config import MixtureCorpus, RunConfig, dump, load, parse, reference
+from infini_ds.config import ModelConfig, dump, load, parse
 from infini_ds.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -59,6 +59,28 @@ class TestMixture:
         data = parse(TREE, "of a test").data
         assert data.corpora == {"": data}
 
+    def test_weights_are_in_the_order_of_the_corpora(self):
+        data = parse(mixture_tree(mixture={"b": CODE, "a": BOOKS}), "of a test").data
+        assert [corpus.source for corpus in data.corpora.values()] == ["files", "python-stdlib"]
+        assert [*data.weights.items()] == [("a", 3), ("b", 1)]
+        assert parse(TREE, "of a test").data.weights == {}
+
+    @pytest.mark.parametrize("tree", [TREE, mixture_tree()], ids=["one", "mixture"])
+    def test_settings_of_each_corpus_can_be_replaced(self, tree):
+        data = parse(tree, "of a test").data
+        moved = data.with_corpora(lambda corpus: {"store": f"moved/{corpus.store}"})
+        for name, corpus in data.corpora.items():
+            assert moved.corpora[name].store == f"moved/{corpus.store}"
+        assert moved.weights == data.weights
+
+    def test_only_the_config_knows_how_corpora_are_written(self):
+        """Everything else reads `data.corpora`, whether there is one or a mixture."""
+        package = Path(configuration.__file__).parents[1]
+        files = (file for file in package.rglob("*.py") if file.parent.name != "config")
+        for file in files:
+            nodes = ast.walk(ast.parse(file.read_text()))
+            assert "mixture" not in (node.attr for node in nodes if isinstance(node, ast.Attribute))
+
     def test_weights_are_overridden_by_their_path(self, tmp_path):
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(mixture_tree()))
@@ -81,6 +103,14 @@ class TestMixture:
             ),
             ({"mixture": {"a": CODE | {"weight": 0.0}}}, "data.mixture.a: weight (0.0) must be"),
             ({"mixture": {"a": CODE | {"wait": 2}}}, "unknown setting data.mixture.a.wait; did"),
+            (
+                {"mixture": {"passkey": CODE | {"wait": 2}}},
+                "unknown setting data.mixture.passkey.wait; did you mean weight?",
+            ),
+            (
+                {"mixture": {"a": CODE | {"passkey": {"digits": 0}}}},
+                "data.mixture.a.passkey: digits (0) must be at least 1",
+            ),
             ({"mixture": {"a": CODE | {"source": "files"}}}, "data.mixture.a: files must name"),
             (
                 {
@@ -170,6 +200,7 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("optimizer.learning_rate=0", "optimizer: learning_rate (0.0) must be above 0"),
         ("parallel.zero_stage=2", "parallel.zero_stage: input should be 0 or 1, got 2"),
         ("parallel.pipeline_stages=0", "pipeline_stages (0) must be at least 1"),
+        ("parallel.pipeline_stages=a", "parallel.pipeline_stages: input should be a valid integer"),
         ("data.source=files", "data: files must name at least one path"),
         ("data.held_out_fraction=1", "data: held_out_fraction (1.0) must be in [0, 1)"),
         ("data.weighted_field=x", "data: weighted_field must be empty unless source is files or"),
@@ -371,33 +402,9 @@ def test_dump_reads_back_as_the_same_config(file, tmp_path):
     assert load(again) == config
 
 
-def sections(prefix: str, section: type[BaseModel]):
-    for name, field in section.model_fields.items():
-        kinds = (field.annotation, *typing.get_args(field.annotation))
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if inner == [MixtureCorpus]:  # the rest of it is told with `data`
-            yield f"{prefix}{name}.NAME.weight", MixtureCorpus.model_fields["weight"]
-        elif inner:
-            yield from sections(f"{prefix}{name}.", inner[0])
-        else:
-            yield f"{prefix}{name}", field
-
-
-FIELDS = dict(sections("", RunConfig))
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_reference_has_a_row_for(name):
-    rows = [line for line in reference().splitlines() if line.startswith(f"| `{name}` |")]
-    assert len(rows) == 1
-    description = FIELDS[name].description
-    assert description
-    assert description in rows[0]
-
-
-def test_reference_is_tables_of_four_columns():
-    rows = [line for line in reference().splitlines() if line.startswith("|")]
-    assert {row.replace("\\|", "").count("|") for row in rows} == {5}
+def test_values_out_of_range_are_told_in_python_too():
+    with pytest.raises(ValidationError, match=r"hidden_size \(0\) must be from 1 to 1048576"):
+        ModelConfig(hidden_size=0, num_layers=1, num_heads=1)
 
 
 def test_settings_cannot_be_changed_later(file):

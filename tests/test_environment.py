@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_ds import cli, environment
-from infini_ds.training.signals import StopRequest
+from infini_ds import cli
+from infini_ds.guard.signals import StopRequest
+from infini_ds.system import environment, exit_code
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
 MEETING = {
@@ -48,7 +49,7 @@ def config(tmp_path, monkeypatch) -> Path:
     ids=lambda variables: " ".join(f"{name}={value}" for name, value in variables.items()),
 )  # fmt: skip
 def test_command_that_is_one_process_does_not_mind(config, monkeypatch, capsys, left_over):
-    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 60.0)  # a rank that is not the first waits
+    monkeypatch.setattr(exit_code, "_HEAD_START_SECONDS", 60.0)  # not so long
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["config", str(config)]) == 0
@@ -78,7 +79,7 @@ def test_command_that_is_one_process_does_not_mind(config, monkeypatch, capsys, 
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
 def test_variable_that_a_run_cannot_go_by_is_named(config, monkeypatch, capsys, variables, message):
-    monkeypatch.setattr(cli, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(exit_code, "_HEAD_START_SECONDS", 0.0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["pretrain", str(config)]) == 2
@@ -135,7 +136,7 @@ def test_closed_streams_are_not_taken_for_the_next_files(tmp_path):
 
 def test_file_limit_is_raised_to_what_is_allowed():
     code = (
-        "import resource; from infini_ds.environment import raise_file_limit;"
+        "import resource; from infini_ds.system.environment import raise_file_limit;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 300)); raise_file_limit();"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )

@@ -8,7 +8,7 @@ import pytest
 
 from infini_ds import cli
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.figures import write_figures
 
 
 def test_figures_are_written_where_they_are_asked_for(tmp_path):

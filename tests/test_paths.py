@@ -14,7 +14,7 @@ from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.errors import UserError
-from infini_ds.paths import as_path
+from infini_ds.system.paths import as_path
 from infini_ds.training import checkpoint
 from tests.test_config import TREE
 from tests.tiny_run import tiny_config, write_checkpoint

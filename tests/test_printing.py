@@ -1,13 +1,20 @@
 """What is printed is what was meant, whoever reads it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.table import Table
 
-from infini_ds.printing import Console
+from infini_ds import cli
+from infini_ds import config as configuration
+from infini_ds.cluster import preflight
+from infini_ds.cluster.findings import Finding
+from infini_ds.system.console import Console
+from tests.tiny_run import tiny_config, write_checkpoint
 
 STRANGE = "[bold]run[/bold] [a-z1]*.txt x[/y] :smile:"
 
@@ -34,7 +41,7 @@ def test_table_keeps_its_figures_in_a_narrow_terminal(capsys, monkeypatch):
 
 
 def printing_to(target, script="console.print('a')"):
-    code = f"from infini_ds.printing import Console; console = Console(); {script}"
+    code = f"from infini_ds.system.console import Console; console = Console(); {script}"
     return subprocess.run(
         [sys.executable, "-c", code], stdout=target, stderr=subprocess.PIPE, text=True, check=False
     )
@@ -53,3 +60,72 @@ def test_full_disk_is_told():
     with open("/dev/full", "w") as full:
         done = printing_to(full)
     assert "RunError: standard output: cannot be written (No space left on device)" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("printing") / "run"
+    config = tiny_config(folder, segment_length=64)
+    write_checkpoint(config)
+    (folder / "config.yaml").write_text(configuration.dump(config))
+    (folder / "metrics.jsonl").touch()
+    return folder
+
+
+COMMANDS = {
+    "prepare": ["prepare", "run.yaml", "data.store={quoted}"],
+    "prepare_again": ["prepare", "run.yaml", "data.store={quoted}"],
+    "status": ["status", "./{name}"],
+    "inspect": ["inspect", "./{name}"],
+    "inspect_diff": ["inspect", "./{name}", "--diff", "run"],
+    "convert": ["convert", "to-safetensors", "run", "{name}"],
+    "memorize": ["memorize", "run", "corpus.txt", "-o", "{name}"],
+    "evaluate": ["evaluate", "run", "--documents", "corpus.txt", "--plot", "{name}"],
+    "passkey": ["passkey", "run", "--segments=3", "--samples=1", "--depths=1", "--plot={name}"],
+}
+MARKUP = ["x[/y].png", "[bold]", "[link=x]"]
+
+
+@pytest.mark.parametrize("name", MARKUP)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_print_names_as_they_are(run, tmp_path, monkeypatch, capsys, command, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    Path("corpus.txt").write_text("one document of a few words\n" * 20)
+    data = {"source": "files", "files": ["corpus.txt"], "tokenizer": {"kind": "bytes"}}
+    tree = {
+        "output_dir": "output", "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1},
+        "data": {**data, "store": "store"}, "train": {"steps": 1, "batch_size": 1},
+    }  # fmt: skip
+    Path("run.yaml").write_text(yaml.safe_dump(tree))
+    Path("run").symlink_to(run)
+    Path(name).parent.mkdir(exist_ok=True)
+    if command.startswith(("status", "inspect")):
+        Path(name).symlink_to(run)
+    arguments = [part.format(name=name, quoted=json.dumps(name)) for part in COMMANDS[command]]
+    if command == "prepare_again":
+        assert cli.main(arguments) == 0
+        capsys.readouterr()
+    assert cli.main(arguments) == 0
+    assert name in capsys.readouterr().out
+    assert Path(name).exists()
+
+
+@pytest.mark.parametrize("name", MARKUP)
+def test_preflight_prints_names_as_they_are(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "300")
+    Console().print(preflight._table([Finding(name, name, "good", name, name)]))
+    assert capsys.readouterr().out.count(name) == 4
+
+
+def test_work_that_must_be_read_ends_when_the_reader_has_gone():
+    code = (
+        "from infini_ds.system.console import Console; from infini_ds.system.exit_code import *; "
+        "raise SystemExit(exit_code(lambda: Console(must_be_read=True).print('a')))"
+    )
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, check=False
+    )
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from infini_ds.read_yaml import read_value, read_yaml, write_yaml
+from infini_ds.config.read_yaml import read_value, read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from infini_ds.errors import UserError
-from infini_ds.whole_file import check_writable, umask, whole_file
+from infini_ds.system.whole_file import check_writable, umask, whole_file
 
 
 def test_file_is_replaced_only_by_a_whole_one(tmp_path):

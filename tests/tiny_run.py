@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
-from infini_ds.data.kept_tokenizer import copy_kept_tokenizer
-from infini_ds.data.store import sha256_of
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.training import manifest
+from infini_ds.runs import manifest
+from infini_ds.runs.tokenizer import copy_kept_tokenizer
+from infini_ds.system.whole_file import sha256_of
 
 
 def tiny_config(folder: Path, **model) -> RunConfig:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from infini_ds.memory import RULES
+
 
 class Cost(NamedTuple):
     """Of one direction of one call."""
@@ -53,7 +55,7 @@ def call_cost(
     """
     rows = segments * segment_length * heads
     local = 2 * 2 * segment_length * head_dim / 2
-    memory = 2 * (3 if rule == "delta" else 2) * head_dim**2
+    memory = 2 * (2 + RULES[rule].reads_of_a_key) * head_dim**2
     flops = rows * (local + memory)
     tensor, log_sum = rows * head_dim * itemsize, rows * 4
     return CallCost(Cost(flops, 4 * tensor + log_sum), Cost(2.5 * flops, 8 * tensor + log_sum))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds.benchmarks import kernels_model
@@ -28,9 +27,10 @@ from infini_ds.benchmarks.kernels_timing import (
     time_operation,
 )
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
 from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.kernels.trial import Operation
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 ERROR_LIMIT = 0.03
 """Relative; the gradient of beta, a sum that largely cancels, is off by most."""
@@ -181,7 +181,7 @@ def _print_accuracy(accuracy: dict[str, Any], shape: Shape) -> None:
     )
     for operation, errors in accuracy.items():
         table.add_row(operation, *(f"{error:.1e}" for error in errors.values()))
-    _console().print(table)
+    Console().print(table)
 
 
 def _print_calls(calls: list[dict[str, Any]], sizes: Sizes, rates: dict[str, float]) -> None:
@@ -211,7 +211,7 @@ def _print_calls(calls: list[dict[str, Any]], sizes: Sizes, rates: dict[str, flo
                 f"{own['bytes_per_second'] / 1e12:.2f}",
                 f"{own['to_floor']:.2f}",
             )
-    _console().print(table)
+    Console().print(table)
 
 
 def _print_full(rows: list[dict[str, Any]]) -> None:
@@ -223,7 +223,7 @@ def _print_full(rows: list[dict[str, Any]]) -> None:
         ours, full = row["ours_seconds"], row["full_seconds"]
         ratio = f"{full / ours:.2f}" if ours is not None and full is not None else "-"
         table.add_row(f"{row['tokens']:,} tokens", _milliseconds(ours), _milliseconds(full), ratio)
-    _console().print(table)
+    Console().print(table)
 
 
 def _print_steps(rows: list[dict[str, Any]]) -> None:
@@ -239,7 +239,7 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
             f"{rate:,.0f}" if rate is not None else "-",
             f"{mfu:.1%}" if mfu is not None else "-",
         )
-    _console().print(table)
+    Console().print(table)
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -252,11 +252,3 @@ def _table(title: str, *headings: str, caption: str | None = None) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
-
-
-def _console() -> Console:
-    """As wide as the widest table where it does not go to a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    return console

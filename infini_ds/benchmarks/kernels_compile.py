@@ -21,17 +21,17 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import RULES, MemoryState
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 
 class Target(NamedTuple):
@@ -50,7 +50,6 @@ HEADS = 8
 SEGMENTS = 4
 KV_HEADS = (8, 2)
 """Without groups, and with."""
-RULES = ("linear", "delta")
 SEGMENT_LENGTHS = (512, 500)
 """One that tiles divide, one that they do not."""
 INSTRUCTIONS = {
@@ -127,7 +126,7 @@ def _recorded(case: Case) -> list[Any]:
     widths = (HEADS, kv_heads, kv_heads)
     qkv = torch.empty(1, SEGMENTS, n, sum(widths), d, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = qkv.split(widths, dim=3)
-    memory = LayerMemory.empty(1, kv_heads, d)
+    memory = MemoryState.empty(1, kv_heads, d)
     layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), torch.full((1, SEGMENTS), n))
     beta = torch.zeros(HEADS, requires_grad=True)
     table = torch.empty(n, d // 2)
@@ -316,10 +315,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             ", ".join(instructions) or "-",
             "; ".join(row["broken"]) or "ok",
         )
-    console = Console()
-    if not console.is_terminal:  # of a file or a pipe nobody knows the width
-        console.width = 200
-    console.print(table)
+    Console().print(table)
 
 
 def _print_assemblers(rows: list[dict[str, Any]]) -> None:

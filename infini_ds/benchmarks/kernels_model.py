@@ -11,11 +11,14 @@ from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernels_timing import Timer, seconds_if_it_fits
 from infini_ds.benchmarks.peer import PEER
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.memory import MemoryState
 from infini_ds.model.block import Block
-from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
+from infini_ds.model.flops import (
+    device_peak_flops,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from infini_ds.model.transformer import InfiniTransformer, full_layout
-from infini_ds.training.peak import device_peak_flops
 
 BLOCK = ModelConfig(
     hidden_size=4096,
@@ -137,7 +140,7 @@ def _block_step(config: ModelConfig, segments: int, device: str) -> Call:
     )  # fmt: skip
     upstream = torch.randn_like(hidden)
     layout = full_layout(1, segments, n, torch.device(device))
-    memory = LayerMemory.empty(1, config.kv_heads, config.head_dim, device)
+    memory = MemoryState.empty(1, config.kv_heads, config.head_dim, device)
 
     def step() -> None:
         block.zero_grad()

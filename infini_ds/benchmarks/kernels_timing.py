@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernel_cost import Cost, Rates, call_cost
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
 from infini_ds.kernels.trial import Operation
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 
 Timer = Callable[[Call], float]
 """Seconds that a call takes."""
@@ -43,7 +43,7 @@ def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | Non
         torch.cuda.empty_cache()
 
 
-def naive(q, k, v, w, memory, layout, beta, rule, rotary) -> tuple[Tensor, LayerMemory]:
+def naive(q, k, v, w, memory, layout, beta, rule, rotary) -> tuple[Tensor, MemoryState]:
     """The specification in the operands' type, with whole score matrices."""
     tables = tuple(table.to(q.dtype) for table in rotary)
     return infini_attention_reference(q, k, v, w, memory, layout, beta, rule, tables)  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def _inputs(shape: Shape, device: str) -> tuple:
     angles = torch.arange(n, device=device)[:, None] * 1e4 ** -torch.linspace(
         0, 1, d // 2, device=device
     )
-    memory = LayerMemory.empty(1, heads, d, device)
+    memory = MemoryState.empty(1, heads, d, device)
     return q, k, v, None, memory, layout, beta, rule, (angles.cos(), angles.sin())
 
 
@@ -155,7 +155,7 @@ def _leaves(inputs: tuple) -> list[Tensor]:
 def _converted(inputs: tuple, dtype: torch.dtype) -> tuple:
     q, k, v, beta = (x.detach().to(dtype).requires_grad_() for x in _leaves(inputs))
     _, _, _, w, memory, layout, _, rule, rotary = inputs
-    memory = LayerMemory(*(x.to(dtype) for x in memory))
+    memory = MemoryState(*(x.to(dtype) for x in memory))
     return q, k, v, w, memory, layout, beta, rule, tuple(x.to(dtype) for x in rotary)
 
 

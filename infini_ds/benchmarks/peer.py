@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ def _work(
     """
     import torch
 
-    from infini_ds.compute_type import fastest_type
+    from infini_ds.system.compute_type import fastest_type
 
     if dtype == "auto":
         dtype = fastest_type(torch.device("cpu")).dtype
@@ -175,9 +175,9 @@ def _build_peer(_: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor],
 
 
 def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor], Any]:
-    from infini_ds.allocator import keep_freed_memory
     from infini_ds.conversion.seed import from_seed
     from infini_ds.model.transformer import InfiniTransformer
+    from infini_ds.system.allocator import keep_freed_memory
 
     keep_freed_memory()  # as the trainer does
     config = ModelConfig(

@@ -15,16 +15,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from infini_ds.benchmarks.quality_progress import QualityProgress
-from infini_ds.benchmarks.quality_variants import VARIANTS, variant_config
+from infini_ds.benchmarks.quality_variants import variant_config
 from infini_ds.config import RunConfig
-from infini_ds.cores import cores_at_hand
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.console import Console
+from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.figures import write_figures
 
 if TYPE_CHECKING:
     from infini_ds.benchmarks.quality_run import Job
@@ -41,7 +40,7 @@ def run(
 
     Args:
         config: of the model, the store, the training (train.steps) and the optimizer.
-        variants: names in VARIANTS.
+        variants: names in `quality_variants.VARIANTS`.
         seeds: of the initial weights and of the order of documents.
         json_path: where to write the figures, if anywhere.
         plot_path: where to write the plot of bits per byte by position in the document.
@@ -53,10 +52,9 @@ def run(
         UserError: a setting is wrong, or the store is missing or too small.
         RunError: a process ended before it was done.
     """
-    _check(variants, seeds)
     if config.train.curriculum:
         raise UserError("train.curriculum: bench quality reads documents of all lengths; remove it")
-    if config.data.mixture:
+    if config.data.weights:
         raise UserError("data.mixture: bench quality reads one corpus; give data.store instead")
     store, _ = open_data(config)
     config = with_vocabulary(config, store)
@@ -105,21 +103,10 @@ def run(
                 "was not finite"
             )
     write_plot(figures, Path(plot_path))
-    console.print(f"bits per byte by position in the document: {plot_path}", soft_wrap=True)
+    console.print(f"bits per byte by position in the document: {plot_path}")
     write_figures(json_path, figures)
-    console.print(figures["conclusion"], soft_wrap=True)
+    console.print(figures["conclusion"])
     return figures
-
-
-def _check(variants: Sequence[str], seeds: Sequence[int]) -> None:
-    for name in variants:
-        if name not in VARIANTS:
-            raise UserError(f"--variants ({name}) must be among {', '.join(VARIANTS)}")
-    for option, values in (("variants", variants), ("seeds", seeds)):
-        if len(set(values)) < len(values):
-            raise UserError(f"--{option}: each must be named once")
-    if min(seeds) < 0:
-        raise UserError(f"--seeds ({min(seeds)}) must each be at least 0")
 
 
 def _run_all(jobs: list[Job], progress: QualityProgress) -> list[tuple[Job, dict[str, Any]]]:

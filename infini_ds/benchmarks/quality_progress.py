@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from infini_ds.data.progress import ProgressLine
+from infini_ds.system.console import Console
+from infini_ds.system.progress import ProgressLine
 
 if TYPE_CHECKING:
     from infini_ds.benchmarks.quality_run import Progress

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from infini_ds.benchmarks.quality_variants import VARIANTS
-from infini_ds.whole_file import whole_file
+from infini_ds.system.whole_file import whole_file
 
 
 def summarize(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

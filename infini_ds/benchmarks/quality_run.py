@@ -8,24 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.allocator import keep_freed_memory
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
 from infini_ds.evaluation.by_position import means, read_documents, windows_of
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
-from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.training.optimizer import (
+from infini_ds.model.optimizer import (
     adamw,
     learning_rate_factor,
     parameter_groups,
     set_learning_rate,
 )
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.system.allocator import keep_freed_memory
 
 STEP_COST = 3
 """Forward and backward pass through a position, in forward passes."""
@@ -126,7 +125,7 @@ def train(
         optimizer.zero_grad()
         (mean + penalty).backward()
         limit = config.optimizer.gradient_clipping or math.inf
-        memory = [LayerMemory(layer.kv.detach(), layer.norm.detach()) for layer in memory]
+        memory = [layer.map(torch.Tensor.detach) for layer in memory]
         if torch.nn.utils.clip_grad_norm_(model.parameters(), limit).isfinite():
             optimizer.step()
         else:

@@ -1,9 +1,15 @@
-"""What `infini-ds bench quality` compares: a line each."""
+"""What `infini-ds bench quality` compares: a line each.
+
+The names are part of the help, which must not wait for pydantic.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from infini_ds.config import MemoryConfig, RunConfig
+if TYPE_CHECKING:
+    from infini_ds.config import MemoryConfig, RunConfig
 
 WRITE_PENALTY = 0.01
 """Of a variant with a write gate, where the config has no model.memory.write_penalty."""
@@ -30,6 +36,8 @@ VARIANTS = {
 
 def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
     """The config of one run: all variants read as many positions in a step."""
+    from infini_ds.config import MemoryConfig
+
     linear = {"memory_rule": "linear", "memory": MemoryConfig()}
     changes = linear | VARIANTS[name].changes(config)
     model = config.model.model_copy(update=changes)
@@ -43,5 +51,7 @@ def _window(config: RunConfig) -> int:
 
 
 def _write_gate(config: RunConfig) -> MemoryConfig:
+    from infini_ds.config import MemoryConfig
+
     penalty = config.model.memory.write_penalty or WRITE_PENALTY
     return MemoryConfig(write_gate=True, write_penalty=penalty)

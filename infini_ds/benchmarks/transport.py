@@ -20,15 +20,15 @@ import time
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.errors import RunError
-from infini_ds.figures import write_figures
 from infini_ds.layout import Layout
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 TIME_LIMIT = 900.0
 """Seconds that the whole benchmark may take."""
@@ -62,13 +62,14 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
 
 def measure(steps: int, dtype: str, json_path: str | None) -> None:
     """One process of the benchmark; the process group stays open."""
-    from infini_ds.pipeline.engine import StepSize
-    from infini_ds.training.build import build_engine, start_distributed
+    from infini_ds.parallel.build import build_engine, start_distributed
+    from infini_ds.parallel.engine import StepSize
+    from infini_ds.parallel.ranks import gathered, is_first_rank, world_size
     from infini_ds.training.dtype import with_dtype
 
     start_distributed(120)
     configs = {
-        name: with_dtype(_config(name, dist.get_world_size(), dtype), None)[0]
+        name: with_dtype(_config(name, world_size(), dtype), None)[0]
         for name in ("carried", "resident")
     }
     engines = {name: build_engine(config) for name, config in configs.items()}
@@ -81,16 +82,15 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
             begin = time.perf_counter()
             windows, tokens = _windows(configs[name], step)
             size = StepSize(tokens, tokens)
-            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size)
+            engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size, 1.0)
             dist.barrier()
             if step:  # the first one warms up
                 seconds[name].append(time.perf_counter() - begin)
             sent[name] = engine.sent_bytes - before
     formula = {name: engine.step_bytes() for name, engine in engines.items()}
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (sent, formula))
-    if dist.get_rank() == 0:
-        _print(configs["carried"], seconds, gathered, json_path)
+    by_rank = gathered((sent, formula))
+    if is_first_rank():
+        _print(configs["carried"], seconds, by_rank, json_path)
     dist.barrier()
 
 

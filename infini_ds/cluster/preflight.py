@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,8 @@ from infini_ds.cluster.preflight_host import versions
 from infini_ds.cluster.slurm import nodes_of_job
 from infini_ds.cluster.way import Way, over_srun, over_ssh, to_here
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 _ROWS_OF_A_CHECK = 3
 _COLOURS = {"good": "green", "warning": "yellow", "failed": "red"}
@@ -59,7 +59,7 @@ def run(
     seconds = time.monotonic() - began
     failed = [finding for finding in findings if finding.state == "failed"]
     warnings = sum(finding.state == "warning" for finding in findings)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(must_be_read=True)
     if failed or warnings or not quiet:
         console.print(_table(findings))
     figures = {
@@ -116,5 +116,5 @@ def _table(findings: list[Finding]) -> Table:
             if shown[check] > _ROWS_OF_A_CHECK:
                 continue
         text = f"{found}; {remedy}" if remedy else found
-        table.add_row(check, Text(state, _COLOURS[state]), _names(hosts), Text(text))
+        table.add_row(check, Text(state, _COLOURS[state]), _names(hosts), text)
     return table

@@ -19,11 +19,13 @@ from typing import Any
 
 import psutil
 
+import infini_ds
 from infini_ds import config as configuration
-from infini_ds.cluster import network
 from infini_ds.data.opening import open_data
 from infini_ds.errors import UserError
 from infini_ds.kernels.assembler import choose_ptxas
+from infini_ds.system import network
+from infini_ds.system.causes import one_line
 
 MARK = "infini-ds-preflight "
 
@@ -83,7 +85,7 @@ def facts(config: str, overrides: list[str]) -> dict[str, Any]:
         try:
             found[name] = look()
         except (UserError, ImportError, OSError, RuntimeError) as error:
-            errors[name] = " ".join(str(error).split())
+            errors[name] = one_line(error)
         return found.get(name)
 
     tell("versions", versions)
@@ -113,7 +115,7 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             told[name] = "not installed"
     digest = hashlib.sha256()
-    package = Path(configuration.__file__).parent
+    package = Path(infini_ds.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     told["infini_ds"] += f" (sources {digest.hexdigest()[:8]})"

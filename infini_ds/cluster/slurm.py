@@ -5,6 +5,7 @@ import re
 import subprocess
 
 from infini_ds.errors import UserError
+from infini_ds.system.causes import one_line
 
 
 def nodes_of_job() -> dict[str, int]:
@@ -23,7 +24,7 @@ def nodes_of_job() -> dict[str, int]:
         said = getattr(error, "stderr", None) or str(error)
         raise UserError(
             f"environment variable SLURM_JOB_NODELIST={nodes!r}: `scontrol show hostnames` fails "
-            f"({' '.join(said.split())}); unset it outside of a Slurm job"
+            f"({one_line(said)}); unset it outside of a Slurm job"
         ) from None
     names = done.stdout.split()
     tasks = os.environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")

@@ -1,5 +1,6 @@
 """`infini-ds status`: how a run fares, from its files alone; needs no torch and reads only ends."""
 
+import contextlib
 import json
 import os
 import time
@@ -9,16 +10,16 @@ from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from infini_ds import config as configuration
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
-from infini_ds.training import failures, manifest
+from infini_ds.runs import failures, manifest
+from infini_ds.runs.directory import Depth, RunDirectory
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 _AVERAGED_STEPS = 20
 _READ_AT_MOST = 64 << 20
@@ -35,9 +36,11 @@ def run(directory: str, json_path: str | None) -> None:
     except OSError as error:
         raise UserError(f"status {error.filename}: cannot be read ({error.strerror})") from None
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # the last error may be long
     for name, text in _rows(figures):
-        table.add_row(name, Text(text))
-    Console(highlight=False, soft_wrap=True).print(table)
+        table.add_row(name, text)
+    Console(must_be_read=True).print(table)
     write_figures(json_path, figures)
 
 
@@ -138,19 +141,14 @@ def _mean(lines: list[dict], name: str) -> float | None:
 
 def _last_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest one that is whole by its manifest; checksums are not compared."""
-    checkpoints = directory / "checkpoints"
-    if checkpoints.exists():
-        os.scandir(checkpoints).close()  # what cannot be read is not the same as nothing
-    for path in manifest.directories(checkpoints):
-        try:
-            manifest.read(path)
-            return {
-                "step": manifest.step_of(path),
-                "path": str(path),
-                "age": _age(path / manifest.NAME),
-            }
-        except (OSError, ValueError):
-            continue  # unfinished, or being deleted
+    run = RunDirectory(directory)
+    if run.checkpoints_path.exists():
+        os.scandir(run.checkpoints_path).close()  # what cannot be read is not the same as nothing
+    for saved in run.checkpoints():
+        with contextlib.suppress(OSError):  # it is being deleted
+            if not saved.problem(Depth.SIZES):
+                age = _age(saved.path / manifest.NAME)
+                return {"step": saved.step, "path": str(saved.path), "age": age}
     return None
 
 
@@ -167,8 +165,8 @@ def _state(
     record = directory / failures.NAME
     if record.exists() and record.stat().st_mtime >= metrics.stat().st_mtime:
         return "failed"
-    being_saved = manifest.directories(directory / "checkpoints")[:1]
-    quiet = min(_age(path) for path in (metrics, *being_saved))
+    being_saved = RunDirectory(directory).checkpoints()[:1]
+    quiet = min(_age(path) for path in (metrics, *(saved.path for saved in being_saved)))
     limit = config.train.timeout
     if seconds is not None:
         limit = 60 + 10 * seconds * config.train.log_every

@@ -21,16 +21,19 @@ from pathlib import Path
 import psutil
 
 from infini_ds import config as configuration
-from infini_ds import environment
-from infini_ds.cli import exit_code, take_paths
 from infini_ds.cluster import preflight
 from infini_ds.cluster.devices import translate_visible_devices
 from infini_ds.cluster.launcher import check_what_is_not_quoted, quoted
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.cluster.way import words
 from infini_ds.errors import UserError
-from infini_ds.training import failures, manifest
-from infini_ds.training.signals import stop_signals
+from infini_ds.guard.signals import stop_signals
+from infini_ds.runs import failures
+from infini_ds.runs.directory import Depth, RunDirectory
+from infini_ds.system import environment
+from infini_ds.system.arguments import Checked, at_least
+from infini_ds.system.exit_code import exit_code
+from infini_ds.system.paths import argument
 
 FIRST_DELAY = 5.0
 LONGEST_DELAY = 300.0
@@ -43,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Starts a run as its options say; the exit code of its last launcher."""
     if arguments is None:
         environment.use_utf8()
-    options = _parser().parse_intermixed_args(arguments)
     codes: list[int] = []
-    code = exit_code(lambda: codes.append(run(options)))
+    code = exit_code(lambda: codes.append(run(_parser().parse_intermixed_args(arguments))))
     return codes[0] if codes else code
 
 
@@ -54,12 +56,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="bash launch/pretrain.sh", description="Starts a run, and again when it fails."
     )
     parser.add_argument("script", help=argparse.SUPPRESS)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "config", action=Checked, check=argument, metavar="CONFIG", help="YAML file of the run"
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="after failures (%(default)s)"
-    )
-    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's: a line HOST slots=N each")
+        "--max-restarts", type=int, action=Checked, check=at_least(0), default=0, metavar="N",
+        help="after failures (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hostfile", action=Checked, check=argument, metavar="FILE",
+        help="DeepSpeed's: a line HOST slots=N each",
+    )  # fmt: skip
     parser.add_argument(
         "--deepspeed", default="", metavar="OPTIONS",
         help="further options of its launcher, such as '--num_accelerators 2'",
@@ -73,9 +81,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: an option, the hostfile, the config or a host is not as it must be.
     """
-    if options.max_restarts < 0:
-        raise UserError(f"--max-restarts ({options.max_restarts}) must be at least 0")
-    take_paths(options)
     environment.forget_launcher()  # the launcher tells its processes anew
     environment.check_accelerator()
     environment.world_size()
@@ -217,9 +222,8 @@ class Progress:
     """How far a run has come, as its files say."""
 
     def __init__(self, output_dir: Path):
-        steps = manifest.directories(output_dir / "checkpoints")
-        finished = [path for path in steps if (path / manifest.NAME).exists()]
-        self._saved = manifest.step_of(finished[0]) if finished else 0
+        saved = RunDirectory(output_dir).newest(Depth.FINISHED)
+        self._saved = saved.step if saved else 0
         metrics = output_dir / "metrics.jsonl"
         self._written, self._step = 0, 0
         if metrics.exists():

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,13 @@ from torch import Tensor
 from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ModelConfig
 from infini_ds.conversion import hub, llama, seed
 from infini_ds.conversion.destination import check_destination, destination
-from infini_ds.conversion.export import (
+from infini_ds.conversion.huggingface import special_tokens, write_huggingface
+from infini_ds.conversion.pairs import Move, Pair
+from infini_ds.conversion.task import Task, kind_of_tokenizer, tokenizer_for, warn, write_tokenizer
+from infini_ds.conversion.writer import Plan
+from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.errors import UserError
+from infini_ds.runs.export import (
     CONFIG,
     METADATA_KEY,
     SOURCE_CONFIG,
@@ -21,42 +26,20 @@ from infini_ds.conversion.export import (
     check_tensors,
     config_text,
     copy_tokenizer,
-    export_tokenizer,
     open_model,
     parameters_of,
-    tokenizer_files,
 )
-from infini_ds.conversion.huggingface import special_tokens, write_huggingface
-from infini_ds.conversion.pairs import Move, Pair
-from infini_ds.conversion.progress import BytesBar
-from infini_ds.conversion.run import tokenizer_of
-from infini_ds.conversion.weights import (
+from infini_ds.runs.weights import (
     PickledWeights,
     Renamed,
     SafetensorsWeights,
     Weights,
 )
-from infini_ds.conversion.writer import Plan
-from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
-from infini_ds.errors import UserError
-from infini_ds.printing import Console
-from infini_ds.ranges import narrowed
+from infini_ds.system.console import Console
+from infini_ds.system.progress import BytesBar
+from infini_ds.system.ranges import narrowed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all conversions are told."""
-
-    source: Path
-    target: Path
-    force: bool = False
-    """Replace the target if it exists."""
-    shard_bytes: int = 5_000_000_000
-    """Largest file of a directory, but for a tensor that is larger; 0: one file."""
-    without_tokenizer: bool = False
-    """Make a directory even if there is no tokenizer that can be read."""
 
 
 def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None) -> None:
@@ -77,7 +60,7 @@ def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None
         _write_export(task, model, weights, dtype, False, console)
         return
     # The files of a tokenizer have no place in a single file.
-    kind = "bytes" if model.settings.data.tokenizer.kind == "bytes" else None
+    kind = "bytes" if model.tokenizer_kind == "bytes" else None
     plan = Plan(_kept(model, dtype), weights)
     with (
         destination(task.target, task.source, task.force) as partial,
@@ -147,10 +130,10 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     tree = llama.read_config(source / "config.json")
     path = task.source / "config.json"
     config = llama.from_config(tree, path, segment_length, gate_init, memory_rule)
-    kind = _kind_of(source, config, task, console)
+    kind = kind_of_tokenizer(source, config, task, console)
     longest = tree.get("max_position_embeddings")
     if longest is not None and segment_length > longest:
-        _warn(
+        warn(
             console,
             f"--segment-length ({segment_length}) is above max_position_embeddings ({longest}): "
             "the model has not seen such positions",
@@ -196,19 +179,19 @@ def to_llama(task: Task, step: int | None = None) -> None:
     beside = task.source / SOURCE_CONFIG
     before = llama.read_config(beside) if beside.is_file() else None
     tree = llama.to_config(config, origin, _dtype_of(model), before)
-    tokenizer = _tokenizer_of(model, task, console)
+    tokenizer = tokenizer_for(model, task, console)
     plan = Plan([p.outward() for p in llama.table(config)], model.weights, task.shard_bytes)
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
-        _write_tokenizer(model, tokenizer, task.source, partial)
+        write_tokenizer(model, tokenizer, task.source, partial)
         if tokenizer and before is None:
             tree |= special_tokens(tokenizer)
         (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     _report(plan, task, console)
     shares = torch.cat([model.weights.read(name) for name in llama.gates(config)]).float().sigmoid()
     lost = " and the write gates" if config.memory.write_gate else ""
-    _warn(
+    warn(
         console,
         f"the memory is lost, its gates{lost} are dropped: its share of the heads' outputs was "
         f"{shares.mean():.1%} on average, {shares.max():.1%} at most; the plain model sees only "
@@ -274,7 +257,7 @@ def to_seed(task: Task, step: int | None = None) -> None:
     _report(plan, task, console)
     console.print(f"  load it into {seed.constructor(config)}")
     if config.norm_eps > 1e-12:
-        _warn(
+        warn(
             console,
             f"model.norm_eps is {config.norm_eps}, the seed library's norms have none: outputs "
             "differ slightly",
@@ -284,7 +267,7 @@ def to_seed(task: Task, step: int | None = None) -> None:
 def _open(task: Task, step: int | None, console: Console) -> Model:
     model = open_model(task.source, step)
     for note in model.notes:
-        _warn(console, note)
+        warn(console, note)
     return model
 
 
@@ -319,86 +302,20 @@ def _write_export(
     console: Console,
 ) -> None:
     check_destination(task.target, task.source, task.force)
-    tokenizer = _tokenizer_of(model, task, console)
+    tokenizer = tokenizer_for(model, task, console)
     plan = Plan(_kept(model, dtype), weights, task.shard_bytes)
     with destination(task.target, task.source, task.force) as partial:
         partial.mkdir()
         _write_directory(plan, partial, console)
         if model.checkpoint is None and (task.source / SOURCE_CONFIG).is_file():
             shutil.copyfile(task.source / SOURCE_CONFIG, partial / SOURCE_CONFIG)
-        _write_tokenizer(model, tokenizer, task.source, partial)
-        kind = model.settings.data.tokenizer.kind if tokenizer else None
+        write_tokenizer(model, tokenizer, task.source, partial)
+        kind = model.tokenizer_kind if tokenizer else None
         (partial / CONFIG).write_text(config_text(model.config, kind))
         if huggingface:
             stored = DTYPES[dtype] if dtype else _dtype_of(model)
             write_huggingface(partial, partial.name, model, tokenizer, stored)
     _report(plan, task, console)
-
-
-def _tokenizer_of(model: Model, task: Task, console: Console) -> Tokenizer | None:
-    """The tokenizer of a model; None if it has files that transformers alone may read.
-
-    Raises:
-        UserError: it has none, or one that cannot be read, and the task needs one.
-    """
-    try:
-        if model.checkpoint:
-            return tokenizer_of(model.checkpoint, model.settings)
-        tokenizer = export_tokenizer(model.settings)
-        if tokenizer or (task.source.is_dir() and tokenizer_files(task.source)):
-            return tokenizer
-        reason = f"{task.source}: has no tokenizer; put its tokenizer.json or tokenizer.model there"
-        if task.source.is_file():
-            reason = f"{task.source}: a single file carries no tokenizer; name what it was made of"
-    except UserError as error:
-        reason = str(error)
-    _accept_none(reason, task, console)
-    return None
-
-
-def _accept_none(reason: str, task: Task, console: Console) -> None:
-    """An export without a tokenizer is of little use, so it is not made by mistake."""
-    if not task.without_tokenizer:
-        raise UserError(f"{reason}, or add --without-tokenizer")
-    _warn(console, f"made without a tokenizer that can be read: {reason}")
-
-
-def _write_tokenizer(
-    model: Model, tokenizer: Tokenizer | None, source: Path, directory: Path
-) -> None:
-    """Puts the files of a model's tokenizer into an export, those that others alone read too."""
-    if model.checkpoint is None and source.is_dir():
-        copy_tokenizer(source, directory)
-    elif tokenizer:
-        tokenizer.save(directory)
-
-
-def _kind_of(source: Path, config: ModelConfig, task: Task, console: Console) -> str | None:
-    """The kind of a plain model's tokenizer; None if it has none that can be read.
-
-    A tokenizer.json comes first: it is what transformers uses.
-
-    Raises:
-        UserError: there is none, and the task needs one.
-    """
-    reason = f"{task.source}: has neither tokenizer.json nor tokenizer.model; put one there"
-    for kind in ("tokenizers", "sentencepiece"):
-        file = source / TOKENIZER_FILES[kind]
-        if not file.is_file():
-            continue
-        try:
-            tokenizer = load_tokenizer(kind, file)
-        except UserError as error:
-            reason = str(error)
-            continue
-        if tokenizer.vocab_size <= config.vocab_size:
-            return kind
-        reason = (
-            f"{file} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; it must be "
-            "the model's own"
-        )
-    _accept_none(reason, task, console)
-    return None
 
 
 def _require_file(task: Task) -> None:
@@ -452,7 +369,3 @@ def _report(plan: Plan, task: Task, console: Console) -> None:
         f"{task.target}: {plan.parameters:,} parameters, {plan.bytes / 1e6:,.1f} MB in "
         f"{plan.files} file{'s' * (plan.files > 1)}"
     )
-
-
-def _warn(console: Console, text: str) -> None:
-    console.print(f"warning: {text}")

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_ds.causes import remedy
-from infini_ds.conversion.run import is_run
 from infini_ds.errors import UserError
-from infini_ds.temporary import temporary_beside
+from infini_ds.runs.checkpoint import is_run
+from infini_ds.system.causes import remedy
+from infini_ds.system.temporary import temporary_beside
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # What else conversions write, and what evaluations of an export and transformers add.

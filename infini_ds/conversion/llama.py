@@ -15,6 +15,7 @@ from infini_ds.config import ModelConfig, RopeScaling
 from infini_ds.conversion.pairs import Pair, fused, same
 from infini_ds.conversion.plain_config import Linear, Llama3, PlainConfig, Rope, checked, explain
 from infini_ds.errors import UserError
+from infini_ds.system.causes import one_line
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -82,7 +83,7 @@ def read_config(path: Path) -> dict[str, Any]:
             "checkpoint, or a model on its hub, ORGANISATION/MODEL"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping of settings")
     return tree

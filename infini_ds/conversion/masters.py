@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.data.store import sha256_of
 from infini_ds.errors import UserError
-from infini_ds.pipeline.module import single_process_name
-from infini_ds.training import manifest
+from infini_ds.parallel.pipeline.module import single_process_name
+from infini_ds.runs.directory import Checkpoint, Depth
 
 _SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -85,13 +84,10 @@ def _shard_files(checkpoint: Path) -> list[tuple[Path, int]]:
         raise UserError(
             f"checkpoint {checkpoint}: has no fp32 weights of the optimizer; leave out --dtype fp32"
         )
-    files = manifest.read(checkpoint)
-    for _, _, file in found:
-        if file.name not in files or sha256_of(file) != files[file.name]["sha256"]:
-            raise UserError(
-                f"checkpoint {checkpoint}: {file.name} does not have its checksum; choose another "
-                "step, or leave out --dtype fp32"
-            )
+    if problem := Checkpoint(checkpoint).problem(Depth.CHECKSUMS, [x.name for *_, x in found]):
+        raise UserError(
+            f"checkpoint {checkpoint}: {problem}; choose another step, or leave out --dtype fp32"
+        )
     return [(file, stage) for stage, _, file in sorted(found)]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from infini_ds.conversion.export import Model
+from infini_ds.config import RunConfig
 from infini_ds.data import store
 from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
+from infini_ds.runs.export import Model
 
 _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
 
@@ -36,8 +37,8 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
         _use(name, tokenizer),
         "## Model\n\n" + _table(_settings(model, dtype)),
     ]
-    if model.checkpoint:
-        parts.append("## Training\n\n" + _table(_training(model, model.checkpoint)))
+    if model.checkpoint and isinstance(model.settings, RunConfig):
+        parts.append("## Training\n\n" + _table(_training(model.settings, model.checkpoint)))
         figures = _read(model.checkpoint.parent.parent / "report.json")
         if "held_out/bits_per_byte" in figures and figures["step"] == _step(model.checkpoint):
             parts.append("## Held-out text\n\n" + _table(_quality(figures)))
@@ -103,13 +104,13 @@ def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _training(model: Model, checkpoint: Path) -> dict[str, Any]:
-    settings, state = model.settings, _read(checkpoint / "state.json")
+def _training(settings: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    state = _read(checkpoint / "state.json")
     train, data = settings.train, settings.data
     sources = []
     for name, corpus in data.corpora.items():
         source = _read(Path(corpus.store) / store.MANIFEST).get("source", {})
-        share = f" ({name}, weight {data.mixture[name].weight:g})" if name else ""
+        share = f" ({name}, weight {data.weights[name]:g})" if name else ""
         sources.append(source.get("description", corpus.source) + share)
     rows = {
         "steps": f"{state['step']:,}",

@@ -7,11 +7,11 @@ train.timeout.
 from pathlib import Path
 
 from infini_ds import config as configuration
-from infini_ds.conversion.run import find_checkpoint
 from infini_ds.errors import RunError, UserError
-from infini_ds.inspection.describe import problems_of
-from infini_ds.printing import Console
-from infini_ds.training.checkpoint import make_universal, universal_of
+from infini_ds.parallel.deepspeed.universal import make_universal, universal_of
+from infini_ds.runs.checkpoint import find_checkpoint
+from infini_ds.runs.directory import Checkpoint, Depth
+from infini_ds.system.console import Console
 
 
 def reshard(path: Path, step: int | None) -> None:
@@ -29,8 +29,8 @@ def reshard(path: Path, step: int | None) -> None:
     checkpoint, skipped = find_checkpoint(path, step)
     for line in skipped:
         console.print(line, style="yellow")
-    if problems := problems_of(checkpoint):
-        raise UserError(f"checkpoint {checkpoint}: {problems[0]}; choose another one with --step")
+    if problem := Checkpoint(checkpoint).problem(Depth.CHECKSUMS):
+        raise UserError(f"checkpoint {checkpoint}: {problem}; choose another one with --step")
     config = configuration.load_resolved(checkpoint / "config.yaml")
     if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
         raise UserError(

@@ -18,6 +18,8 @@ from infini_ds.config import ModelConfig
 from infini_ds.conversion.pairs import Pair, same
 from infini_ds.conversion.plain_config import explain
 from infini_ds.errors import UserError
+from infini_ds.memory import RULES
+from infini_ds.memory.delta import Delta
 
 # A buffer, the same in each of its models.
 ROTARY = r"layers\.\d+\.0\.rotary_emb\.freqs"
@@ -166,7 +168,7 @@ def constructor(config: ModelConfig) -> str:
     return (
         f"InfiniTransformer(num_tokens={config.vocab_size}, dim={config.hidden_size}, "
         f"depth={config.num_layers}, dim_head={config.head_dim}, heads={config.num_heads}, "
-        f"{width}use_mem_delta_rule={config.memory_rule == 'delta'})"
+        f"{width}use_mem_delta_rule={isinstance(RULES[config.memory_rule], Delta)})"
     )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from infini_ds.conversion.pairs import Move
-from infini_ds.conversion.weights import INDEX, SINGLE, Weights
-from infini_ds.ranges import check_finite
+from infini_ds.runs.weights import INDEX, SINGLE, Weights
+from infini_ds.system.ranges import check_finite
 
 # Names of dtypes in the format.
 _DTYPES = {

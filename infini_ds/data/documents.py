@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -11,19 +10,17 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from infini_ds.causes import shortened
 from infini_ds.config import DataConfig
 from infini_ds.data import text_files
+from infini_ds.data.corpus_files import digest_of, kind_of, library_sources, matching, unreadable
 from infini_ds.data.json_records import InvalidJson, json_records
 from infini_ds.errors import UserError
-from infini_ds.paths import argument, as_path, check_name
+from infini_ds.system.causes import one_line, shortened
+from infini_ds.system.paths import argument
 
 _NAMES_KEPT = 3
 _FIELDS_TOLD = 20
 _PARQUET_ROWS = 64
-_READ_BYTES = 1 << 20
-# Of larger files only the beginning and the end tell whether they have changed.
-_HASHED_WHOLE = 64 << 20
 _LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -87,11 +84,11 @@ class Corpus:
         self.done_bytes = 0
         self._files: list[Path] = []
         if config.source == "files":
-            self._files = _matching(config.files)
+            self._files = matching(config.files)
             for path in self._files:
-                _kind_of(path)  # a wrong name is reported before hours of work, not after
+                kind_of(path)  # a wrong name is reported before hours of work, not after
         elif config.source == "python-stdlib":
-            self._files = _library_sources()
+            self._files = library_sources()
         self.total_bytes = sum(map(text_files.size_of, self._files))
 
     @property
@@ -113,9 +110,9 @@ class Corpus:
                         f"data.files {path}: is a pipe; a store is made of files, which may be "
                         "read again"
                     )
-                digest.update(_digest(path))
+                digest.update(digest_of(path))
             except OSError as error:
-                raise _unreadable(path, error) from None
+                raise unreadable(path, error) from None
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
@@ -190,12 +187,12 @@ class Corpus:
             except InvalidJson as error:
                 raise UserError(f"data.files {path}: {error}") from None
             except text_files.UNREADABLE as error:
-                raise _unreadable(path, error) from None
+                raise unreadable(path, error) from None
             if found == self.skipped.total:  # not even one that is left out
                 self.skipped.add("empty", str(path))
 
     def _records_of(self, path: Path) -> Iterator[tuple[str, Any]]:
-        kind, before = _kind_of(path), self.done_bytes
+        kind, before = kind_of(path), self.done_bytes
         if kind == "parquet":
             yield from self._parquet_records(path)
             return
@@ -256,7 +253,7 @@ class Corpus:
             content = "lists of {text, weight}" if self._config.weighted else "text"
             raise UserError(
                 f"data.files {path}: cannot be read as parquet with {content} in {setting} "
-                f"{name!r} ({_one_line(error)})"
+                f"{name!r} ({one_line(error)})"
             ) from None
 
     def _dataset_records(self) -> Iterator[tuple[str, Any]]:
@@ -283,7 +280,7 @@ class Corpus:
             if isinstance(record, dict):
                 names = list(_names(record))
                 more = ", ..." if len(names) > _FIELDS_TOLD else ""
-                has = f"its fields are {' '.join(', '.join(names[:_FIELDS_TOLD]).split())}{more}"
+                has = f"its fields are {one_line(', '.join(names[:_FIELDS_TOLD]))}{more}"
             raise UserError(f"{where}: has no {setting} {field!r} ({has})") from None
 
 
@@ -385,93 +382,11 @@ def _load_dataset(config: DataConfig):
     )
 
 
-def _library_sources() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    sources = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
-        sources += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not sources:
-        raise UserError(
-            f"data.source python-stdlib: {root} has no .py files; use a Python that has its sources"
-        )
-    return sorted(sources, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _matching(patterns: list[str]) -> list[Path]:
-    """Files in the order of the patterns, sorted within each, none twice by any name."""
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        try:
-            expanded = as_path(pattern)
-            if os.path.isdir(expanded):
-                within = os.path.join(pattern, "*")
-                raise ValueError(f"{pattern}: is a directory; name its files: {within}")
-            files = [expanded]
-            if not text_files.exists(expanded):
-                files = sorted(
-                    path
-                    for path in glob.iglob(_as_glob(expanded), recursive=True)
-                    if os.path.isfile(path)
-                )
-            if not files:
-                raise ValueError(f"{pattern or repr(pattern)}: no such file")
-            for path in files:
-                check_name(path)
-        except ValueError as error:
-            raise UserError(f"data.files {error}") from None
-        for path in files:
-            found.setdefault(os.path.realpath(path), path)
-    return [Path(path) for path in found.values()]
-
-
-def _as_glob(path: str) -> str:
-    """A pattern of which what is there under just this name, or lies on the way, is literal."""
-    literal = path
-    while literal and not os.path.exists(literal):
-        literal = os.path.dirname(literal.rstrip("/"))
-    return glob.escape(literal) + path[len(literal) :]
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        size = os.fstat(content.fileno()).st_size
-        digest.update(size.to_bytes(8, "big"))
-        if size > _HASHED_WHOLE:
-            digest.update(content.read(_READ_BYTES))
-            content.seek(-_READ_BYTES, os.SEEK_END)
-        while block := content.read(_READ_BYTES):
-            digest.update(block)
-    return digest.digest()
-
-
-def _kind_of(path: Path) -> str:
-    """`text`, `json` or `parquet`."""
-    compressed = text_files.compression(path) != ""
-    suffixes = path.suffixes[:-1] if compressed else path.suffixes
-    suffix = "".join(suffixes[-1:]).lower()
-    if suffix in ("", ".txt"):
-        return "text"
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return "json"
-    if suffix == ".parquet" and not compressed:
-        return "parquet"
-    raise UserError(
-        f"data.files {path}: must be .txt, .jsonl, .ndjson or .json (also .gz or .zst), .parquet, "
-        "or plain text without an extension"
-    )
-
-
 def _field_of(config: DataConfig) -> tuple[str, str]:
     """The setting that names the field of a document, and the field."""
     if config.weighted_field:
         return "data.weighted_field", config.weighted_field
     return "data.text_field", config.text_field
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"data.files {path}: cannot be read ({text_files.reason_of(error)})")
 
 
 _OF_DATASETS = (
@@ -497,12 +412,8 @@ def _unloadable(config: DataConfig, error: Exception) -> UserError:
     chain = [error]
     while chain[-1].__cause__ and isinstance(chain[-1].__cause__, Exception):
         chain.append(chain[-1].__cause__)
-    said = ": ".join(dict.fromkeys(_one_line(each) for each in (chain[0], chain[-1])))
+    said = ": ".join(dict.fromkeys(one_line(each) for each in (chain[0], chain[-1])))
     about = ((name, helps) for words, name, helps in _OF_DATASETS if re.search(words, said))
     name, helps = next(about, ("dataset", ""))
     of = "" if name == "dataset" else f" of data.dataset {config.dataset}"
     return UserError(f"data.{name} {getattr(config, name)}{of}: {shortened(said)}{helps}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -6,6 +6,7 @@ from typing import Any
 
 from infini_ds.data.text_encoding import read_text
 from infini_ds.errors import UserError
+from infini_ds.system.causes import one_line
 
 GENERATION = "generation_config.json"
 
@@ -48,7 +49,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping of settings")
     return tree

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import IO, Any
 
+from infini_ds.system.causes import one_line
+
 _BLOCK_BYTES = 1 << 16
 _SPACE = re.compile(r"[ \t\r\n]*")
 # A name or an escape that the end of a block cuts is no longer than this.
@@ -118,7 +120,7 @@ class _Text:
 
     def invalid(self, why: str) -> InvalidJson:
         line = self._lines + self._text.count("\n", 0, self._at)
-        return InvalidJson(f"line {line:,}: no valid JSON ({' '.join(why.split())})")
+        return InvalidJson(f"line {line:,}: no valid JSON ({one_line(why)})")
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
         """The value may be valid with what comes next."""

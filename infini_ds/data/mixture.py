@@ -39,12 +39,11 @@ class Mixture:
         Raises:
             UserError: as in `Store.open`.
         """
-        corpora = config.corpora
-        weights = [config.mixture[name].weight for name in config.mixture and corpora]
-        return cls(
-            {name: Store.open(c.store, c if settings else None) for name, c in corpora.items()},
-            weights,
-        )
+        stores = {
+            name: Store.open(corpus.store, corpus if settings else None)
+            for name, corpus in config.corpora.items()
+        }
+        return cls(stores, [*config.weights.values()])
 
     def split(self, name: str) -> Split:
         """`train` or `held_out`, of all stores."""

@@ -18,12 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from infini_ds.causes import cause, told
 from infini_ds.config import TOKENIZER_FILES, DataConfig
-from infini_ds.cores import cores_at_hand
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.generation_settings import GENERATION
+from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.passkey import PasskeyCorpus
 from infini_ds.data.progress import CorpusProgress
 from infini_ds.data.store import (
@@ -38,14 +37,15 @@ from infini_ds.data.store import (
     count_tokens,
     mapped,
     restored_share,
-    sha256_of,
     token_dtype,
 )
-from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
-from infini_ds.printing import Console
-from infini_ds.temporary import only_one_in, temporary_beside
+from infini_ds.system.causes import cause, one_line
+from infini_ds.system.console import Console
+from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.temporary import only_one_in, temporary_beside
+from infini_ds.system.whole_file import sha256_of
 
 # So much text tells whether the tokenizer restores text: no need to read hundreds of gigabytes.
 _SURE_BYTES = 64 << 20
@@ -87,7 +87,7 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
                 _publish(unfinished, path)
                 store = Store.open(path, config)
     except OSError as error:
-        why = cause(error) or told(error)
+        why = cause(error) or one_line(error)
         raise UserError(f"data.store {path}: cannot be written ({why})") from None
     _report(config, written, time.monotonic() - began, console)
     return store

@@ -24,8 +24,10 @@ import numpy as np
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.data.joined import Joined
-from infini_ds.data.tokenizer import Tokenizer, load_tokenizer
+from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
+from infini_ds.system.whole_file import sha256_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -363,12 +365,3 @@ def _check_files(path: Path, manifest: dict[str, Any], up_to: int | None) -> Non
 
 def _damaged(file: Path, what: str) -> UserError:
     return UserError(f"data.store {file}: {what}; run `infini-ds prepare CONFIG --force`")
-
-
-def sha256_of(file: Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import IO, Any
 import zstandard
 
 from infini_ds.data.text_encoding import Utf8, WrongEncoding
+from infini_ds.system.causes import one_line
 
 STANDARD_INPUT = "-"
 # What reading one may raise.
@@ -74,7 +75,7 @@ def compression(path: str | Path) -> str:
 def reason_of(error: BaseException) -> str:
     """Why a file cannot be read, in one line."""
     strerror = getattr(error, "strerror", None)
-    return strerror or " ".join(str(error).split()) or type(error).__name__
+    return strerror or one_line(error)
 
 
 def _file(path: str | Path) -> str | Path | int:

@@ -14,6 +14,7 @@ from infini_ds.config import TOKENIZER_FILES
 from infini_ds.data.generation_settings import read_settings
 from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
+from infini_ds.system.causes import one_line
 
 # One text at a time needs no threads, and processes that prepare a store are many already.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,7 +48,7 @@ class TokenizerJson(Tokenizer):
         try:
             model = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library has no class of its own
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"data.tokenizer.model {file}: no tokenizer.json ({reason})") from None
         self._model, self._content = model, content
         self._settings = read_settings(file.with_name(SPECIAL))

@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.documents import Corpus, Document
-from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
+from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.errors import UserError
-from infini_ds.paths import argument
+from infini_ds.system.causes import one_line
+from infini_ds.system.paths import argument
 
 _BLOCK_CHARACTERS = 2048
 # A stream from the network is read this many times as far as the training text is long, not to
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error)
         if isinstance(error, ValidationError):
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
         return 2
     for line in corpus.skipped.lines():
         print(line)

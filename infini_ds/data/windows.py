@@ -9,10 +9,7 @@ from torch import Tensor
 
 from infini_ds.data.lanes import Plan
 from infini_ds.data.store import Split
-from infini_ds.layout import Layout
-
-IGNORE_INDEX = -100
-"""Label of a position without a loss, as in PyTorch's cross-entropy."""
+from infini_ds.layout import IGNORE_INDEX, Layout
 
 
 class Windows(NamedTuple):
@@ -25,6 +22,27 @@ class Windows(NamedTuple):
     layout: Layout
     weights: Tensor
     """fp32: weight of each label in the loss; 0 on padding."""
+    corrupt: Tensor | None = None
+    """[batch] bool: lanes whose tokens are none of the tokenizer's, and were replaced."""
+
+    def chunk(self, chunks: int, index: int) -> "Windows":
+        """One of so many equal parts of the windows, each of whole segments."""
+        tokens, labels, weights, *layout = (
+            part.chunk(chunks, dim=1)[index]
+            for part in (self.tokens, self.labels, self.weights, *self.layout)
+        )
+        return Windows(tokens, labels, Layout(*layout), weights)
+
+    def to(self, device: torch.device) -> "Windows":
+        """The windows on a device, without waiting for it."""
+
+        def move(part: Tensor) -> Tensor:
+            # From pageable memory the copy would wait for all that the device has to do.
+            part = part.pin_memory() if device.type == "cuda" else part
+            return part.to(device, non_blocking=True)
+
+        layout = Layout(*map(move, self.layout))
+        return Windows(move(self.tokens), move(self.labels), layout, move(self.weights))
 
 
 def read_windows(split: Split, plan: Plan, lanes: slice | range, segment_length: int) -> Windows:

@@ -15,7 +15,7 @@ from infini_ds.layout import Layout
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.ranges import require_finite
+from infini_ds.system.ranges import require_finite
 
 
 class Totals(NamedTuple):

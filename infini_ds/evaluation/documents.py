@@ -6,27 +6,36 @@ The documents are the run's held-out ones, those of its own evaluation, or any o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from infini_ds.allocator import keep_freed_memory
-from infini_ds.compute_type import place
-from infini_ds.config import DataConfig, RunConfig
-from infini_ds.conversion.export import load_model
-from infini_ds.conversion.run import Loaded, state_of
+from infini_ds.config import DataConfig
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode
 from infini_ds.data.lanes import Plan, held_out_plans
-from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import loss_of
 from infini_ds.data.store import Split, Store
 from infini_ds.errors import UserError
 from infini_ds.evaluation import documents_report as report
 from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.by_position import means, position_bins, read_documents
-from infini_ds.printing import Console
+from infini_ds.runs.checkpoint import Loaded, state_of
+from infini_ds.runs.export import load_model
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.compute_type import place
+from infini_ds.system.console import Console
+from infini_ds.system.progress import ReadingProgress
 
 _CALL_TOKENS = 16384
+
+
+class _Reading(NamedTuple):
+    """How much is read at one time, at most: as much as in the run, or as much as this."""
+
+    window_segments: int = 8
+    lanes: int = 8
+    loss_chunk_tokens: int = 0
 
 
 def run(
@@ -56,7 +65,8 @@ def run(
     for line in loaded.skipped:
         console.print(line, style="yellow")
     places = outcome.places(loaded, "evaluate", "evaluation.png", json_path, plot)
-    config, model = loaded.config, loaded.model
+    model, n = loaded.model, loaded.config.model.segment_length
+    reading = _reading(loaded)
     if documents:
         if corpus:
             raise UserError(f"--corpus {corpus}: is for held-out documents; leave out --documents")
@@ -64,14 +74,16 @@ def run(
         split, lost = _encoded(loaded, documents)
         for line in lost:
             console.print(line)
-        plans = _plans(split.lengths, config, max_segments=0)
+        plans = _plans(split.lengths, n, reading, max_segments=0)
+    elif loaded.run is None:
+        raise UserError(f"{path}: is an export, without held-out documents; name --documents")
     else:
-        store = _store_of(loaded, _data_of(path, config.data, corpus), corpus)
+        store = _store_of(loaded, _data_of(loaded.run.data, corpus), corpus)
         source, split = str(store.path), store.split("held_out")
-        plans = _plans(split.lengths, config, config.evaluation.max_segments)
+        plans = _plans(split.lengths, n, reading, loaded.run.evaluation.max_segments)
         store.check_tokens("held_out", _count(plans))
     count = _count(plans)
-    bins = position_bins(config.model.segment_length, int(split.lengths[:count].max()) - 1)
+    bins = position_bins(n, int(split.lengths[:count].max()) - 1)
     place(model, console)
     tokens = 2 * sum(plan.num_tokens for plan in plans)
     results, done = {}, 0
@@ -85,7 +97,7 @@ def run(
         for name, memory in (("with_memory", True), ("ablated", False)):
             totals = read_documents(
                 model, split, plans, bins, memory, loaded.tokenizer.token_bytes,
-                config.train.loss_chunk_tokens, read,
+                reading.loss_chunk_tokens, read,
             )  # fmt: skip
             results[name] = means(totals)
         rate = progress.tokens_per_second
@@ -94,7 +106,7 @@ def run(
         "step": loaded.step,
         "source": source,
         "documents": count,
-        "segment_length": config.model.segment_length,
+        "segment_length": n,
         "tokens_per_second": rate,
         "bins": bins,
     }
@@ -102,14 +114,12 @@ def run(
     outcome.write(report.results(figures), places, console)
 
 
-def _data_of(path: str, data: DataConfig, corpus: str) -> DataConfig:
+def _data_of(data: DataConfig, corpus: str) -> DataConfig:
     """The corpus whose held-out documents are read."""
     if corpus not in data.corpora:
-        names = ", ".join(data.mixture)
+        names = ", ".join(filter(None, data.corpora))
         right = f"must be one of the run's mixture: {names}" if names else "the run has no mixture"
         raise UserError(f"--corpus {corpus!r}: {right}")
-    if not data.corpora[corpus].store:
-        raise UserError(f"{path}: is an export, without held-out documents; name --documents")
     return data.corpora[corpus]
 
 
@@ -130,10 +140,14 @@ def _store_of(loaded: Loaded, data: DataConfig, corpus: str) -> Store:
 
 
 def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
-    """Documents of files as the run's config reads them, as tokens, and what is lost of them."""
+    """Documents of files as the run's config reads them, as tokens, and what is lost of them.
+
+    Those of an export are read as by a config that says no more than where they are.
+    """
+    data = loaded.run.data if loaded.run else DataConfig(store="")
     settings = {"source": "files", "files": list(files), "max_documents": 0}
     try:
-        corpus = Corpus(loaded.config.data.model_copy(update=settings))
+        corpus = Corpus(data.model_copy(update=settings))
         encoded = [encode(loaded.tokenizer, text, spans) for _, text, spans in corpus]
     except UserError as error:
         raise UserError(str(error).replace("data.files", "--documents", 1)) from None
@@ -153,11 +167,17 @@ def _count(plans: list[Plan]) -> int:
     return 1 + max(int(plan.documents.max()) for plan in plans)
 
 
-def _plans(lengths: np.ndarray, config: RunConfig, max_segments: int) -> list[Plan]:
-    """One pass over documents, in windows of bounded size."""
-    n = config.model.segment_length
-    window = max(1, min(config.train.window_segments, _CALL_TOKENS // n))
+def _reading(loaded: Loaded) -> _Reading:
+    if loaded.run is None:
+        return _Reading()
+    train = loaded.run.train
+    return _Reading(train.window_segments, train.batch_size, train.loss_chunk_tokens)
+
+
+def _plans(lengths: np.ndarray, n: int, reading: _Reading, max_segments: int) -> list[Plan]:
+    """One pass over documents, in windows of bounded size of segments of `n` tokens."""
+    window = max(1, min(reading.window_segments, _CALL_TOKENS // n))
     # With more lanes than this, most would wait for the one that reads the longest document.
     lanes = int(lengths.sum() // max(lengths.max(initial=0), 1))
-    lanes = max(1, min(config.train.batch_size, lanes, _CALL_TOKENS // (window * n)))
+    lanes = max(1, min(reading.lanes, lanes, _CALL_TOKENS // (window * n)))
     return held_out_plans(lengths, n, window, lanes, max_segments)

@@ -12,7 +12,7 @@ from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.store import Split, Store
 from infini_ds.data.windows import Windows, read_windows
-from infini_ds.pipeline.engine import InfiniEngine
+from infini_ds.parallel.engine import Engine
 
 
 class Quality(NamedTuple):
@@ -38,7 +38,7 @@ class _Corpus(NamedTuple):
 class HeldOut:
     """The run's evaluation: a finite pass over held-out documents through the pipeline."""
 
-    def __init__(self, config: RunConfig, data: Mixture, engine: InfiniEngine):
+    def __init__(self, config: RunConfig, data: Mixture, engine: Engine):
         """Plans it; needs no other rank. Stores that hold nothing out are left out.
 
         Raises:
@@ -99,7 +99,7 @@ class HeldOut:
             windows = read_windows(split, plan, lanes, self._segment_length)
             if not memory:
                 windows.layout.starts.fill_(True)
-            if self._engine.is_last_stage():
+            if self._engine.reads_labels:
                 labels = windows.labels[windows.labels >= 0]
                 sums[1] += len(labels)
                 sums[2] += int(self._token_bytes[labels].sum()) * split.byte_scale

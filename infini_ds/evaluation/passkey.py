@@ -12,18 +12,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from infini_ds.allocator import keep_freed_memory
-from infini_ds.compute_type import place
-from infini_ds.conversion.export import load_model
+from infini_ds.config import PasskeyConfig
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation import passkey_report as report
 from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.passkey_progress import PasskeyProgress
 from infini_ds.evaluation.passkey_questions import Question, Questions
+from infini_ds.evaluation.passkey_report import Outcome
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
-from infini_ds.printing import Console
+from infini_ds.runs.export import load_model
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.compute_type import place
+from infini_ds.system.console import Console
 
 CALL_TOKENS = 16384
 """Tokens that are read at one time, unless one segment of the batch has more."""
@@ -48,20 +50,6 @@ class PasskeyOptions(NamedTuple):
     """Documents read together."""
     seed: int
     """Of the documents."""
-
-
-class Outcome(NamedTuple):
-    """One document's."""
-
-    segments: int
-    depth: int
-    """Which of the equal parts before the last segment the key was in, from 0."""
-    cut: bool
-    """The statement of the key was cut by a segment's end."""
-    right: bool
-    """The whole answer was."""
-    right_ablated: bool
-    """It was without the memory, too."""
 
 
 def run(
@@ -91,7 +79,8 @@ def run(
             f"this model's, which have {n:,} tokens"
         )
     changes = {"segment_length": n, "filler": options.filler, "keys": options.keys}
-    made = loaded.config.data.passkey.model_copy(
+    passkey = loaded.run.data.passkey if loaded.run else PasskeyConfig()
+    made = passkey.model_copy(
         update={name: value for name, value in changes.items() if value is not None}
     )
     questions = Questions(made, loaded.tokenizer, options.depths, options.seed)

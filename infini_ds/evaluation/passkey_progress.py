@@ -1,8 +1,7 @@
 """Progress of a pass-key evaluation."""
 
-from rich.console import Console
-
-from infini_ds.data.progress import ProgressLine, time_left
+from infini_ds.system.console import Console
+from infini_ds.system.progress import ProgressLine, time_left
 
 
 class PasskeyProgress(ProgressLine):

@@ -1,9 +1,7 @@
 """What a pass-key evaluation found: figures, table, heat map, TensorBoard."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,10 +10,21 @@ from rich.table import Table
 
 from infini_ds.evaluation.results import Results
 
-if TYPE_CHECKING:
-    from infini_ds.evaluation.passkey import Outcome
-
 _SHARES = ("all", "whole", "cut", "ablated")
+
+
+class Outcome(NamedTuple):
+    """The answers that a model gave for one document."""
+
+    segments: int
+    depth: int
+    """Which of the equal parts before the last segment the key was in, from 0."""
+    cut: bool
+    """A segment ended within the statement of the key."""
+    right: bool
+    """Every digit of the answer was right."""
+    right_ablated: bool
+    """The answer was right without the memory as well."""
 
 
 def figures(outcomes: Sequence[Outcome], depths: int, setup: dict[str, Any]) -> dict[str, Any]:

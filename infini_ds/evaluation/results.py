@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from infini_ds.causes import cause, told
-from infini_ds.conversion.run import Loaded
 from infini_ds.errors import UserError
-from infini_ds.figures import write_figures
-from infini_ds.printing import Console, leave_to_the_caller
-from infini_ds.whole_file import check_writable, whole_file
+from infini_ds.runs.checkpoint import Loaded
+from infini_ds.system.causes import cause, one_line
+from infini_ds.system.console import Console, leave_to_the_caller
+from infini_ds.system.figures import write_figures
+from infini_ds.system.whole_file import check_writable, whole_file
 
 
 class Places(NamedTuple):
@@ -82,7 +82,7 @@ def write(results: Results, places: Places, console: Console) -> None:
             board.add_scalar(name, value, step)
         board.close()
     except OSError as error:
-        why = cause(error) or told(error)
+        why = cause(error) or one_line(error)
         raise UserError(f"TensorBoard {places.tensorboard}: cannot be written ({why})") from None
 
 

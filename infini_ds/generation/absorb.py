@@ -9,7 +9,7 @@ from torch import Tensor
 from infini_ds.model.generation import WINDOW_SEGMENTS
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.ranges import require_finite
+from infini_ds.system.ranges import require_finite
 
 _CALL_TOKENS = 16384
 

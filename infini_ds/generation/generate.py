@@ -5,9 +5,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from infini_ds.compute_type import place
-from infini_ds.conversion.export import load_model
-from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer import Tokenizer
@@ -15,10 +12,13 @@ from infini_ds.errors import UserError
 from infini_ds.generation.absorb import absorb
 from infini_ds.generation.text import text_of
 from infini_ds.model.fingerprint import fingerprint
-from infini_ds.model.generation import stream
+from infini_ds.model.generation import Sampling, stream
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.printing import Console
+from infini_ds.runs.export import load_model
+from infini_ds.system.compute_type import place
+from infini_ds.system.console import Console
+from infini_ds.system.progress import ReadingProgress
 
 
 class GenerateOptions(NamedTuple):
@@ -77,10 +77,10 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
+    sampling = Sampling(options.temperature, options.top_p, options.top_k)
     columns = stream(
-        model, rest, options.max_new_tokens, options.temperature, options.top_p, options.top_k,
-        tokenizer.eos_ids, memory, generator,
-    )  # fmt: skip
+        model, rest, options.max_new_tokens, sampling, tokenizer.eos_ids, memory, generator
+    )
     for part in text_of(tokenizer, map(int, columns), options.stop):
         print(part, end="", flush=True)
     print()

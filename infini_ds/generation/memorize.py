@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infini_ds.allocator import keep_freed_memory
-from infini_ds.compute_type import place
-from infini_ds.conversion.export import load_model
-from infini_ds.data.reading_progress import ReadingProgress
 from infini_ds.data.restored import Restored, loss_of, restored
 from infini_ds.data.text_files import STANDARD_INPUT
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.errors import UserError
 from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
-from infini_ds.printing import Console
-from infini_ds.ranges import require_finite
-from infini_ds.whole_file import check_writable
+from infini_ds.runs.export import load_model
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.compute_type import place
+from infini_ds.system.console import Console
+from infini_ds.system.progress import ReadingProgress
+from infini_ds.system.ranges import require_finite
+from infini_ds.system.whole_file import check_writable
 
 
 def run(path: str, step: int | None, document: str, output: str) -> None:

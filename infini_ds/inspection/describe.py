@@ -7,16 +7,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from infini_ds import config as configuration
-from infini_ds.config import RunConfig
-from infini_ds.conversion.export import export_tokenizer, is_export, open_model
-from infini_ds.conversion.run import is_checkpoint, layer_files, read_weights
-from infini_ds.data.kept_tokenizer import kept_tokenizer
-from infini_ds.data.store import FORMAT, MANIFEST, SPLITS, sha256_of
+from infini_ds.config import ExportConfig, RunConfig
+from infini_ds.data.store import FORMAT, MANIFEST, SPLITS
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import gates, is_gate, parameter_counts
 from infini_ds.model.memory import FORMAT as MEMORY_FORMAT
 from infini_ds.model.memory import Memory
-from infini_ds.training import manifest
+from infini_ds.runs import manifest
+from infini_ds.runs.checkpoint import is_checkpoint, layer_files, read_weights
+from infini_ds.runs.directory import RunDirectory
+from infini_ds.runs.export import export_tokenizer, is_export, open_model
+from infini_ds.runs.tokenizer import kept_tokenizer
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def _described(path: Path) -> dict[str, Any]:
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "config.yaml").exists() and is_checkpoint(path):
-        return _checkpoint(path, problems_of(path))
+        return _checkpoint(path, _problems(path))
     if any((path / f"{split}.tokens").exists() for split in SPLITS):
         return _store(path)
     if is_export(path):
@@ -48,8 +49,8 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    steps = manifest.directories(path / "checkpoints")[::-1]
-    problems = {directory.name: problems_of(directory) for directory in steps}
+    steps = [checkpoint.path for checkpoint in RunDirectory(path).checkpoints()[::-1]]
+    problems = {directory.name: _problems(directory) for directory in steps}
     valid = [directory for directory in steps if not problems[directory.name]]
     return {
         "kind": "run",
@@ -87,6 +88,7 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _export(path: Path) -> dict[str, Any]:
     model = open_model(path)
+    assert isinstance(model.settings, ExportConfig)
     weights = model.weights
     dtypes = {str(meta.dtype).removeprefix("torch.") for meta in weights.metas.values()}
     betas = {name: weights.read(name) for name in weights.metas if is_gate(name)}
@@ -104,13 +106,12 @@ def _export(path: Path) -> dict[str, Any]:
     }
 
 
-def _tokenizer(settings: RunConfig) -> str:
+def _tokenizer(config: ExportConfig) -> str:
     try:
-        tokenizer = export_tokenizer(settings)
+        tokenizer = export_tokenizer(config)
     except UserError as error:
         return f"none that can be used ({error})"
-    kind = settings.data.tokenizer.kind
-    return f"{kind}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
+    return f"{config.tokenizer}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
 
 
 def _place_of_tokenizer(checkpoint: Path, config: RunConfig) -> str:
@@ -138,7 +139,7 @@ def _store(path: Path) -> dict[str, Any]:
         "path": str(path),
         **{name: told.get(name) for name in ("tokenizer", "splits", "settings")},
         "bytes": {"total": _size(path)},
-        "problems": problems_of(path, FORMAT),
+        "problems": _problems(path, FORMAT),
     }
 
 
@@ -167,29 +168,8 @@ def _memory(path: Path) -> dict[str, Any]:
     }
 
 
-def problems_of(directory: Path, version: int = manifest.FORMAT) -> list[str]:
-    """What is wrong with the files of a checkpoint or a store, by their manifest's checksums.
-
-    Args:
-        version: format of the manifest.
-    """
-    try:
-        files = manifest.listed(directory, version)
-    except ValueError as error:
-        return [str(error)]
-    problems = []
-    for name, expected in files.items():
-        file = directory / name
-        try:
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif file.stat().st_size != expected["size"]:
-                problems.append(f"{name} has {file.stat().st_size} bytes, not {expected['size']}")
-            elif sha256_of(file) != expected["sha256"]:
-                problems.append(f"{name} does not have its checksum")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
-    return problems
+def _problems(directory: Path, version: int = manifest.FORMAT) -> list[str]:
+    return list(manifest.problems(directory, checksums=True, version=version))
 
 
 def _weights_are_whole(checkpoint: Path, problems: list[str]) -> bool:

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from infini_ds.conversion.export import open_model
-from infini_ds.conversion.run import read_weights
 from infini_ds.errors import UserError
 from infini_ds.inspection.weights import relative_changes
+from infini_ds.runs.checkpoint import read_weights
+from infini_ds.runs.export import open_model
 
 _NOT_COMPARED = ("kind", "path", "gates", "bytes", "problems", "norms")
 

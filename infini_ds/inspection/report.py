@@ -6,7 +6,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from infini_ds.printing import Console
+from infini_ds.config import RESOLVED, DataConfig
+from infini_ds.system.console import Console
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -76,10 +77,12 @@ def _checkpoint_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{model['segment_length']:,} tokens, {train['dtype']}"
         )
         yield "reading", reading
-        data = figures["settings"]["data"]
-        corpora = data["mixture"].items()
-        stores = [f"{corpus['store']} ({name} {corpus['weight']:g})" for name, corpus in corpora]
-        yield "store", ", ".join(stores) or data["store"]
+        data = DataConfig.model_validate(figures["settings"]["data"], context=RESOLVED)
+        stores = [
+            corpus.store + (f" ({name} {data.weights[name]:g})" if name else "")
+            for name, corpus in data.corpora.items()
+        ]
+        yield "store", ", ".join(stores)
         yield "tokenizer", figures["tokenizer"]
 
 

@@ -86,7 +86,7 @@ def find_fault(trial: Trial, device: torch.device | str, gradients: bool = True)
                 if not torch.equal(first[name], second[name]):
                     return f"does not compute the same {name} twice on this device"
     except Exception as fault:  # of any kind: compilers and devices have many
-        return f"fails on this device ({_one_line(fault)})"
+        return f"fails on this device ({_first_line(fault)})"
     return ""
 
 
@@ -178,7 +178,7 @@ def unwritten_memory_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
-def _one_line(fault: Exception) -> str:
+def _first_line(fault: Exception) -> str:
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return f"{type(fault).__name__}: {lines[0] if lines else ''}"[:300]
 

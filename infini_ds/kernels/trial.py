@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory.state import MemoryState
 
-Operation = Callable[..., tuple[Tensor, LayerMemory]]
+Operation = Callable[..., tuple[Tensor, MemoryState]]
 """Arguments and results of `infini_attention_reference`."""
 
 OUTPUTS = ("output", "memory", "norm of the memory")
@@ -40,7 +40,7 @@ class Window(NamedTuple):
     qkv: Tensor
     """[batch, segments, n, heads + 2 kv_heads, d]: one projection, sliced as in a model."""
     w: Tensor
-    memory: LayerMemory
+    memory: MemoryState
     beta: Tensor
     upstream: list[Tensor]
     """Gradients of the outputs."""
@@ -57,7 +57,7 @@ def make_window(trial: Trial) -> Window:
     qkv = normal(2, 3, n, heads + 2 * kv_heads, d)
     w = torch.rand(2, 3, n, kv_heads, generator=random).bfloat16().float()
     stored_k = torch.nn.functional.elu(normal(2, kv_heads, STORED_TOKENS, d)) + 1
-    memory = LayerMemory(stored_k.mT @ normal(2, kv_heads, STORED_TOKENS, d), stored_k.sum(-2))
+    memory = MemoryState(stored_k.mT @ normal(2, kv_heads, STORED_TOKENS, d), stored_k.sum(-2))
     upstream = [normal(2, 3, n, heads, d), normal(2, kv_heads, d, d), normal(2, kv_heads, d)]
     return Window(qkv, w, memory, normal(heads), upstream)
 
@@ -96,7 +96,7 @@ def results(
         angles = torch.arange(n)[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
         rotary = tuple(table.to(device, state) for table in (angles.cos(), angles.sin()))
         out, after = operation(
-            q, k, v, w, LayerMemory(kv, norm), make_layout(n, device), beta, rule, rotary
+            q, k, v, w, MemoryState(kv, norm), make_layout(n, device), beta, rule, rotary
         )
         found = [out, *after]
         if gradients:

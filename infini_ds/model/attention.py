@@ -11,11 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
+from infini_ds.kernels.infini_attention import infini_attention
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
 from infini_ds.layout import Layout, valid_tokens
+from infini_ds.memory import MemoryState
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
@@ -70,8 +71,8 @@ class InfiniAttention(nn.Module):
 
     @_not_compiled
     def forward(
-        self, hidden: Tensor, layout: Layout, memory: LayerMemory
-    ) -> tuple[Tensor, LayerMemory, WriteStats | None]:
+        self, hidden: Tensor, layout: Layout, memory: MemoryState
+    ) -> tuple[Tensor, MemoryState, WriteStats | None]:
         """Whole segments at once.
 
         hidden [batch, segments x n, hidden_size], where n is segment_length, or anything shorter
@@ -100,7 +101,7 @@ class InfiniAttention(nn.Module):
     def extend(
         self,
         hidden: Tensor,
-        memory: LayerMemory,
+        memory: MemoryState,
         segment: OpenSegment,
         positions: Tensor,
         used: int,
@@ -132,7 +133,7 @@ class InfiniAttention(nn.Module):
         keys, values = keys.scatter(1, index, k), values.scatter(1, index, v)
         cos, sin = self._rotary_table(hidden.device)
         causal = torch.arange(used, device=hidden.device) <= positions[..., None]  # [b, t, used]
-        states = LayerMemory(memory.kv[:, None], memory.norm[:, None])
+        states = memory.map(lambda tensor: tensor[:, None])
         with _without_autocast(hidden.device):
             a_dot = F.scaled_dot_product_attention(
                 rearrange(rotate(q, cos[positions], sin[positions]), "b t h d -> b h t d"),
@@ -146,7 +147,7 @@ class InfiniAttention(nn.Module):
         out = self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)"))
         return out, OpenSegment(keys, values, weights, tail), stats
 
-    def close(self, memory: LayerMemory, segment: OpenSegment) -> LayerMemory:
+    def close(self, memory: MemoryState, segment: OpenSegment) -> MemoryState:
         """Writes a full segment into the memory."""
         keys, values = segment.keys[:, None], segment.values[:, None]
         w = None if self.write_gate is None else segment.weights[:, None]

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.attention import InfiniAttention
 from infini_ds.model.feed_forward import FeedForward
 from infini_ds.model.memory import OpenSegment
@@ -38,8 +38,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, memory: LayerMemory
-    ) -> tuple[Tensor, LayerMemory, WriteStats | None]:
+        self, hidden: Tensor, layout: Layout, memory: MemoryState
+    ) -> tuple[Tensor, MemoryState, WriteStats | None]:
         """[batch, segments x n, hidden_size] to the same, the memory after the last segment, and
         statistics of what was written, None without a write gate."""
         if self.activation_checkpointing == "block" and self.training:
@@ -49,7 +49,7 @@ class Block(nn.Module):
     def extend(
         self,
         hidden: Tensor,
-        memory: LayerMemory,
+        memory: MemoryState,
         segment: OpenSegment,
         positions: Tensor,
         used: int,
@@ -60,14 +60,14 @@ class Block(nn.Module):
         )
         return self._feed_forward(hidden + attended), segment, stats
 
-    def _forward(self, hidden: Tensor, layout: Layout, memory: LayerMemory):
+    def _forward(self, hidden: Tensor, layout: Layout, memory: MemoryState):
         if self.activation_checkpointing == "attention" and self.training:
             attended, memory, stats = _checkpoint(self._attend, hidden, layout, memory)
         else:
             attended, memory, stats = self._attend(hidden, layout, memory)
         return self._feed_forward(hidden + attended), memory, stats
 
-    def _attend(self, hidden: Tensor, layout: Layout, memory: LayerMemory):
+    def _attend(self, hidden: Tensor, layout: Layout, memory: MemoryState):
         return self.self_attn(self.input_layernorm(hidden), layout, memory)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:

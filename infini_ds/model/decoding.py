@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.model.block import Block
 from infini_ds.model.memory import Memory
 from infini_ds.model.write_gate import WriteStats
@@ -48,12 +47,7 @@ def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
     layers = []
     for block, layer, segment in zip(blocks, memory.layers(), memory.segments(), strict=True):
         closed = block.self_attn.close(layer, segment)
-        layers.append(
-            LayerMemory(
-                torch.where(chosen[:, None, None, None], closed.kv, layer.kv),
-                torch.where(chosen[:, None, None], closed.norm, layer.norm),
-            )
-        )
+        layers.append(layer.replaced(chosen, closed))
     lengths = tuple(
         0 if is_full else length for is_full, length in zip(full, memory.lengths, strict=True)
     )

@@ -1,7 +1,17 @@
 """Floating-point operations of the layers: for balancing stages and for utilisation."""
 
+import torch
+
 from infini_ds.config import ModelConfig
+from infini_ds.memory import RULES
 from infini_ds.model.short_conv import TAPS
+
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
+"""Dense bf16 FLOP/s by a part of the device's name, the first that fits, from the vendor's data
+sheets."""
 
 
 def forward_flops_per_token(config: ModelConfig) -> list[int]:
@@ -17,7 +27,7 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     feed_forward = 2 * hidden * 3 * config.mlp_size
     local = 2 * 2 * heads * d * (n + 1) // 2
-    accesses = heads + kv_heads * (2 if config.memory_rule == "delta" else 1)
+    accesses = heads + kv_heads * (1 + RULES[config.memory_rule].reads_of_a_key)
     memory = 2 * d * (d + 1) * accesses
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
     convolution = 2 * TAPS * (heads + 2 * kv_heads) * d if config.memory.short_conv else 0
@@ -29,3 +39,11 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
 def training_flops_per_token(config: ModelConfig) -> int:
     """Forward and backward, without what is computed again: three times the forward."""
     return 3 * sum(forward_flops_per_token(config))
+
+
+def device_peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak of dense matrix products, FLOP/s; None where it is not known."""
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)

@@ -1,26 +1,56 @@
 """Writing text: bounded memory whatever the length of prompt and answer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from infini_ds.config import ModelConfig
 from infini_ds.model.memory import Memory
-from infini_ds.ranges import require_finite
-
-if TYPE_CHECKING:
-    from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.system.ranges import Weighted, require_finite
 
 WINDOW_SEGMENTS = 16
 """Whole segments that a call reads at once; longer texts are read window by window."""
 
 
+class Reader(Weighted, Protocol):
+    """A model that reads on from a memory: InfiniTransformer, or what stands in for it."""
+
+    config: ModelConfig
+    training: bool
+
+    def read(self, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together reach this probability."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 means all."""
+
+    def check(self) -> None:
+        """Raises ValueError if a setting is out of its range."""
+        for name, fits, right in (
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be {right}")
+
+
 def generate(
-    self: InfiniTransformer,
+    self: Reader,
     prompt: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -38,9 +68,7 @@ def generate(
     Args:
         prompt: [batch, length], or one [length] tensor a row when lengths differ.
         max_new_tokens: at most this many tokens are added.
-        temperature: 0 is greedy.
-        top_p: sample among the likeliest tokens that together reach this probability.
-        top_k: sample among this many likeliest tokens; 0 means all.
+        temperature, top_p, top_k: see `Sampling`.
         stop_token: a row that wrote it, or one of them, is finished; the rest of it is filled with
             it, or with the first.
         memory: of a document that the prompt goes on with.
@@ -53,35 +81,27 @@ def generate(
         ValueError: an empty prompt, or a setting out of its range.
         RunError: logits are not finite.
     """
-    columns = stream(
-        self, prompt, max_new_tokens, temperature, top_p, top_k, stop_token, memory, generator
-    )
+    sampling = Sampling(temperature, top_p, top_k)
+    columns = stream(self, prompt, max_new_tokens, sampling, stop_token, memory, generator)
     return torch.stack(list(columns), dim=1)
 
 
 @torch.no_grad()
 def stream(
-    model: InfiniTransformer,
+    model: Reader,
     prompt: Tensor | Sequence[Tensor],
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    sampling: Sampling = Sampling(),  # noqa: B008, immutable
     stop_token: int | Sequence[int] | None = None,
     memory: Memory | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Like `generate`, but gives each new column [batch] as it is written."""
-    for name, value, fits, right in (
-        ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("top_k", top_k, top_k >= 0, "at least 0"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-    ):
-        if not fits:
-            raise ValueError(f"{name} ({value}) must be {right}")
+    sampling.check()
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         hidden, memory = _absorb(model, prompt, memory)
         finished = torch.zeros(memory.batch, dtype=torch.bool, device=hidden.device)
@@ -90,7 +110,7 @@ def stream(
         while True:
             logits = model.logits(hidden).float()  # [batch, vocab_size]
             require_finite(logits, model, "the logits of the next token are")
-            token = sample(logits, temperature, top_p, top_k, generator)
+            token = sample(logits, sampling, generator)
             if len(stops):
                 token = token.masked_fill(finished, stops[0])
                 finished |= torch.isin(token, stops)
@@ -111,7 +131,7 @@ def _several(stop_token: int | Sequence[int] | None) -> list[int]:
 
 
 def _absorb(
-    model: InfiniTransformer, prompt: Tensor | Sequence[Tensor], memory: Memory | None
+    model: Reader, prompt: Tensor | Sequence[Tensor], memory: Memory | None
 ) -> tuple[Tensor, Memory]:
     """Hidden state of each row's last token, [batch, hidden_size], and the memory after it."""
     if isinstance(prompt, Tensor):
@@ -123,9 +143,7 @@ def _absorb(
     return hidden, Memory.concatenate([row_memory for _, row_memory in rows])
 
 
-def _absorb_rows(
-    model: InfiniTransformer, tokens: Tensor, memory: Memory | None
-) -> tuple[Tensor, Memory]:
+def _absorb_rows(model: Reader, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
     if not tokens.shape[1]:
         raise ValueError("prompt must have at least one token")
     hidden = tokens.new_empty(0)
@@ -135,14 +153,9 @@ def _absorb_rows(
     return hidden[:, -1], memory
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token a row, [batch], from fp32 logits [batch, vocab_size]; see `generate`."""
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Chooses one token a row, [batch], from fp32 logits [batch, vocab_size]."""
+    temperature, top_p, top_k = sampling
     # So cold that the numbers end, it is greedy.
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)

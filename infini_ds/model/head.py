@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_ds.config import ModelConfig
-from infini_ds.data.windows import IGNORE_INDEX
 from infini_ds.kernels.fused import fused
+from infini_ds.layout import IGNORE_INDEX
 
 _GPU_LOGITS = 2**28
 """Of a chunk: half a GiB in bf16. With few a GPU waits for the host, which starts each chunk."""

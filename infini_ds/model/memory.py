@@ -12,10 +12,10 @@ from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
-from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.memory import MemoryState
 from infini_ds.model.short_conv import TAPS
-from infini_ds.ranges import check_finite, narrowed
-from infini_ds.whole_file import whole_file
+from infini_ds.system.ranges import check_finite, narrowed
+from infini_ds.system.whole_file import whole_file
 
 FORMAT = "infini_ds.memory.2"
 
@@ -81,17 +81,13 @@ class Memory:
         """Number of documents."""
         return len(self.lengths)
 
-    def layers(self) -> list[LayerMemory]:
+    def layers(self) -> list[MemoryState]:
         """The compressive memory of each layer."""
-        return [LayerMemory(kv, norm) for kv, norm in zip(self.kv, self.norm, strict=True)]
+        return MemoryState(self.kv, self.norm).unstack()
 
-    def with_layers(self, layers: list[LayerMemory]) -> "Memory":
+    def with_layers(self, layers: list[MemoryState]) -> "Memory":
         """The same open segment with other compressive memories."""
-        return replace(
-            self,
-            kv=torch.stack([layer.kv for layer in layers]),
-            norm=torch.stack([layer.norm for layer in layers]),
-        )
+        return replace(self, **MemoryState.stack(layers)._asdict())
 
     def segments(self) -> list[OpenSegment]:
         """The open segment of each layer."""
@@ -285,9 +281,9 @@ def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a memory's tensors."""
     layers, n, d = config.num_layers, config.segment_length, config.head_dim
     heads, kv_heads = config.num_heads, config.kv_heads
+    states = MemoryState.specs(kv_heads, d)
     return {
-        "kv": (layers, batch, kv_heads, d, d),
-        "norm": (layers, batch, kv_heads, d),
+        **{name: (layers, batch, *shape) for name, shape in states.items()},
         "keys": (layers, batch, n, kv_heads, d),
         "values": (layers, batch, n, kv_heads, d),
         "weights": (layers, batch, n, kv_heads if config.memory.write_gate else 0),

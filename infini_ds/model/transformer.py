@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
-from infini_ds.data.windows import IGNORE_INDEX
-from infini_ds.kernels.infini_attention import LayerMemory
-from infini_ds.layout import Layout
+from infini_ds.layout import IGNORE_INDEX, Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import WINDOW_SEGMENTS, generate
@@ -101,8 +100,8 @@ class InfiniTransformer(nn.Module):
         return torch.cat(parts, dim=1), memory, mass
 
     def read_window(
-        self, tokens: Tensor, layout: Layout, memory: list[LayerMemory]
-    ) -> tuple[Tensor, list[LayerMemory], list[WriteStats]]:
+        self, tokens: Tensor, layout: Layout, memory: list[MemoryState]
+    ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
         """A window of whole segments, as in training.
 
         Args:

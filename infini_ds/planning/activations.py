@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.kernels.launch import HOPPER, recording
+from infini_ds.memory import MemoryState
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.transformer import full_layout
 
@@ -51,7 +51,7 @@ def _bytes(
         size = (1, segments * model.segment_length, model.hidden_size)
         hidden = torch.empty(size, dtype=dtype, requires_grad=True)
         layout = full_layout(1, segments, model.segment_length, hidden.device)
-        memory = LayerMemory.empty(1, model.kv_heads, model.head_dim)
+        memory = MemoryState.empty(1, model.kv_heads, model.head_dim)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             block(hidden, layout, memory)
         for x in (hidden, *memory):

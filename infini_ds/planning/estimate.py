@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.model.short_conv import TAPS
-from infini_ds.pipeline.balance import balance
-from infini_ds.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.pipeline.balance import balance
+from infini_ds.parallel.pipeline.transport import TRANSPORTS
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -15,9 +15,9 @@ from infini_ds.errors import UserError
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
 from infini_ds.model.head import loss_chunk
-from infini_ds.pipeline.balance import balance
-from infini_ds.pipeline.payload import Wire
-from infini_ds.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.pipeline.balance import balance
+from infini_ds.parallel.pipeline.payload import Wire
+from infini_ds.parallel.pipeline.transport import TRANSPORTS
 from infini_ds.planning.activations import Unit, block_bytes
 from infini_ds.planning.estimate import StageNeeds, layer_parameters, stage_needs
 from infini_ds.planning.schedule_time import most_units, step_time

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds import config as configuration
-from infini_ds.compute_type import device_at_hand, fastest_type
 from infini_ds.config import RunConfig
+from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.store import Store
-from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
-from infini_ds.figures import write_figures
 from infini_ds.planning.plan import Plan, alternatives, plan
+from infini_ds.system.compute_type import device_at_hand, fastest_type
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
 
 GIB, MIB = 2**30, 2**20
 
@@ -46,9 +46,7 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     config = _resolved(asked, fastest.dtype)
     _check_processes(config, devices.count)
     chosen, others = plan(config, devices.count), alternatives(config, devices.count)
-    console = Console(highlight=False)
-    if not console.is_terminal:  # of a file or a pipe nobody knows the width
-        console.width = 130
+    console = Console(must_be_read=True)
     _print_plan(chosen, config, devices, console)
     if asked.train.dtype == "auto":
         console.print(

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from infini_ds.pipeline.schedule import Backward, Forward, train_schedule
+from infini_ds.parallel.pipeline.schedule import Backward, Forward, train_schedule
 
 
 class StepTime(NamedTuple):

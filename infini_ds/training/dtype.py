@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
 
-from infini_ds.compute_type import ComputeType, fastest_type
 from infini_ds.config import RunConfig
+from infini_ds.parallel.ranks import gathered
+from infini_ds.system.compute_type import ComputeType, fastest_type
 
 
 def with_dtype(config: RunConfig, found: Path | None) -> tuple[RunConfig, str]:
@@ -31,8 +31,7 @@ def with_dtype(config: RunConfig, found: Path | None) -> tuple[RunConfig, str]:
 def _fastest_of_all() -> ComputeType:
     """bf16 if it is the faster one on every rank."""
     mine = fastest_type(torch.device(get_accelerator().current_device_name()))
-    told = [mine] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
+    told = gathered(mine)
     for rank, each in enumerate(told):
         if each.dtype == "fp32":
             where = f" (rank {rank})" if told[0].dtype == "bf16" else ""

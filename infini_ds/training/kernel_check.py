@@ -3,12 +3,12 @@
 import os
 import socket
 
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from infini_ds.config import RunConfig
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS, distrust
 from infini_ds.kernels.self_check import find_fault_apart, settle, trial_of
+from infini_ds.parallel.ranks import gathered
 
 
 def find_fault(config: RunConfig) -> str:
@@ -41,8 +41,7 @@ def with_kernels(config: RunConfig, fault: str) -> tuple[RunConfig, list[str]]:
     Args:
         fault: of this rank's device, from `find_fault`.
     """
-    told: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    dist.all_gather_object(told, (fault, socket.gethostname()))
+    told = gathered((fault, socket.gethostname()))
     settle()
     wrong = {rank: each for rank, each in enumerate(told) if each[0]}
     if not wrong:

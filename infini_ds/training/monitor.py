@@ -15,7 +15,7 @@ from rich.text import Text
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from infini_ds.errors import RunError
-from infini_ds.printing import Console, leave_to_the_caller
+from infini_ds.system.console import Console, leave_to_the_caller
 
 _SECONDS_BETWEEN_LINES = 10.0
 _TIMED_STEPS, _TIMED_SECONDS = 3, 5.0

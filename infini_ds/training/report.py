@@ -4,14 +4,14 @@ import json
 import shlex
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.evaluation.held_out import figure_name
-from infini_ds.training.checkpoint import directory_of
-from infini_ds.whole_file import whole_file
+from infini_ds.runs.directory import RunDirectory
+from infini_ds.system.console import Console
+from infini_ds.system.whole_file import whole_file
 
 REPORT = "report.json"
 """Figures of a finished run, in its directory."""
@@ -44,12 +44,12 @@ def report(
         console.print(f"on the way: {', '.join(happened)}")
     if sample:
         console.rule("sample")
-        console.print(sample, markup=False)
+        console.print(sample)
         console.rule()
     output_dir = Path(config.output_dir)
     with whole_file(output_dir / REPORT, "output_dir", RunError) as file:
         file.write_text(json.dumps(figures, indent=1) + "\n")
-    console.print(f"checkpoint   {directory_of(config) / f'step_{step:08d}'}")
+    console.print(f"checkpoint   {RunDirectory(output_dir).checkpoint(step).path}")
     logs = shlex.quote(str(output_dir / "tensorboard"))
     console.print(f"TensorBoard  tensorboard --logdir {logs}")
     console.print(

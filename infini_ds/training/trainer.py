@@ -5,48 +5,38 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from infini_ds import config as configuration
-from infini_ds.allocator import keep_freed_memory
-from infini_ds.cluster.launcher import check_arguments_of_launcher
 from infini_ds.config import RunConfig
-from infini_ds.conversion.start import load_start, open_start
-from infini_ds.cores import cores_at_hand
 from infini_ds.data.curriculum import CurriculumLanes
-from infini_ds.data.kept_tokenizer import keep_tokenizer
 from infini_ds.data.lanes import Plan
-from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.data.windows import Windows, read_windows, total_weight
 from infini_ds.errors import RunError, SharedError, UserError
 from infini_ds.evaluation.held_out import HeldOut
-from infini_ds.kernels.backend import check_backend
-from infini_ds.model.flops import training_flops_per_token
+from infini_ds.guard.signals import StopRequest
+from infini_ds.guard.watchdog import Watchdog
+from infini_ds.model.flops import device_peak_flops, training_flops_per_token
 from infini_ds.model.layers import count_parameters
-from infini_ds.pipeline.balance import describe
-from infini_ds.pipeline.engine import StepSize
-from infini_ds.pipeline.generation import generate
-from infini_ds.training import checkpoint, failures
+from infini_ds.model.optimizer import learning_rate_factor
+from infini_ds.parallel.build import start_distributed
+from infini_ds.parallel.engine import StepResult, StepSize
+from infini_ds.parallel.ranks import is_first_rank, together, world_size
+from infini_ds.runs import failures
+from infini_ds.runs.tokenizer import keep_tokenizer
+from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.whole_file import whole_file
+from infini_ds.training import checkpoint
 from infini_ds.training.bad_steps import BadSteps, bad_documents
-from infini_ds.training.build import build_engine, start_distributed
-from infini_ds.training.dtype import with_dtype
-from infini_ds.training.kernel_check import find_fault, with_kernels
-from infini_ds.training.lock import lock
+from infini_ds.training.checkpoint import Saved
+from infini_ds.training.kernel_check import find_fault
 from infini_ds.training.monitor import Monitor
-from infini_ds.training.operators import build_cpu_adam
-from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
-from infini_ds.training.peak import device_peak_flops
+from infini_ds.training.opening import Opened, open_run
 from infini_ds.training.report import REPORT, report
-from infini_ds.training.signals import StopRequest
-from infini_ds.training.startup import together
-from infini_ds.training.watchdog import Watchdog
-from infini_ds.whole_file import whole_file
 
 
 def pretrain(config: RunConfig) -> None:
@@ -71,7 +61,7 @@ def pretrain(config: RunConfig) -> None:
         failures.record(config.output_dir, 0, str(error))
         raise
     try:
-        Trainer(config, stop, watchdog, fault).run()
+        Trainer(open_run(config, watchdog, fault), stop, watchdog).run()
         dist.barrier()
         watchdog.stop()
     except UserError as error:  # on all ranks together, as is this; without it the exit may abort
@@ -83,77 +73,38 @@ def pretrain(config: RunConfig) -> None:
 
 
 class Trainer:
-    """The state of a run on this process."""
+    """The steps of a run on this process, from where it was opened."""
 
-    def __init__(self, config: RunConfig, stop: StopRequest, watchdog: Watchdog, fault: str):
-        with together():
-            check_arguments_of_launcher()
-            config.data_parallel_size(dist.get_world_size())
-            if dist.get_rank() == 0:
-                self._lock = lock(Path(config.output_dir), config.train.timeout / 2)
-            self.data, self.lanes = open_data(config)
-            config = with_vocabulary(config, self.data)
-            device = get_accelerator().device_name()
-            check_backend(config.kernels.backend, device, config.model.head_dim)
-            if config.parallel.offload_optimizer:
-                build_cpu_adam()
-        self.config, self.stop, self.watchdog = config, stop, watchdog
+    def __init__(self, opened: Opened, stop: StopRequest, watchdog: Watchdog):
+        self.config, self.data, self.lanes = opened.config, opened.data, opened.lanes
+        self.engine = opened.engine
+        self.stop, self.watchdog = stop, watchdog
         self.step = self.first_step = 0
         self.saved: int | None = None
         """Step of the checkpoint that is as the run is now, if there is one."""
-        self.bad_steps = BadSteps(config.train)
+        self.bad_steps = BadSteps(self.config.train)
         self.tokens = 0
         self.evaluated = False
         self.sample = ""
-        found, passed_over = checkpoint.find(config)
-        if found and not config.resume:
-            raise UserError(
-                f"output_dir {config.output_dir}: has checkpoints of another run, and resume is "
-                "false; choose another output_dir"
-            )
-        config, why_dtype = with_dtype(config, found)
-        config, remarks = with_kernels(config, fault)
-        self.config = config
-        load_from, state, start = None, None, None
-        if found:
-            with together():
-                state = checkpoint.read_state(found, config)
-                if state["store"] != self.data.fingerprint:
-                    raise UserError(
-                        f"{self.data.place}: not what checkpoint {found} was trained on; "
-                        "prepare it as it was, or choose another output_dir"
-                    )
-                self.lanes.load_state(state["lanes"])
-            load_from = checkpoint.source(found, state, config, dist.get_world_size())
-        elif config.init_from:
-            with together():
-                start = open_start(config, self.data)
-        self.engine = build_engine(config, universal=load_from != found)
-        if start:
-            with together():
-                load_start(self.engine.module.named_parameters(), start)
-        watchdog.waiting_for = lambda: self.engine.waiting_for
-        self.engine.on_progress = watchdog.progress
-        if found and load_from and state:
-            self.bad_steps.rollbacks = state.get("rollbacks", 0)
-            self._load(found, load_from, state)
+        if opened.saved:
+            self.bad_steps.rollbacks = opened.saved.state.get("rollbacks", 0)
+            self._load(opened.saved)
             self.first_step = self.step
         with together():
-            self.held_out = HeldOut(config, self.data, self.engine)
-            if dist.get_rank() == 0:
-                kind = config.data.tokenizer.kind
-                keep_tokenizer(self.data.tokenizer, kind, Path(config.output_dir))
+            self.held_out = HeldOut(self.config, self.data, self.engine)
+            if is_first_rank():
+                kind = self.config.data.tokenizer.kind
+                keep_tokenizer(self.data.tokenizer, kind, Path(self.config.output_dir))
         self.monitor = None
-        if dist.get_rank() == 0:
-            output_dir = Path(config.output_dir)
-            text = configuration.dump(config)
-            self.monitor = Monitor(output_dir, self.step, config.train.steps, text)
+        if is_first_rank():
+            output_dir = Path(self.config.output_dir)
+            text = configuration.dump(self.config)
+            self.monitor = Monitor(output_dir, self.step, self.config.train.steps, text)
             with whole_file(output_dir / "config.yaml", "output_dir", RunError) as file:
                 file.write_text(text)
-            if self.step < config.train.steps:
+            if self.step < self.config.train.steps:
                 (output_dir / REPORT).unlink(missing_ok=True)  # of when there were fewer to make
-            self._say(f"computes in {config.train.dtype}: {why_dtype}")
-            self._introduce(found, passed_over + remarks)
+            self._introduce(opened)
 
     def run(self) -> None:
         """Trains, evaluates and saves; ends at train.steps or when asked to stop."""
@@ -193,26 +144,22 @@ class Trainer:
 
     def _train_step(self) -> bool:
         """One step; whether the run was asked to stop."""
-        config, engine = self.config, self.engine
+        config = self.config
         begin = time.perf_counter()
-        waited, seconds = engine.waiting_seconds, dict(engine.seconds)
         plan = self.lanes.next_plan()
         factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
-        set_learning_rate(engine.optimizer, factor)
         weight = total_weight(self.data.split("train"), plan)
         # Without any weight there is no loss, whatever it is divided by.
         size = StepSize(weight or 1.0, plan.num_tokens)
-        loss_sum = engine.train_step(self._reader(plan), size)
-        asked = torch.tensor(float(self.stop.requested), dtype=torch.float64, device=engine.device)
-        sums = engine.all_sum(torch.stack((loss_sum, asked, *engine.answers)))
-        loss_sum, asked, right, answers = sums.tolist()
-        if engine.fault and self._went_back(plan):
-            return asked > 0
+        result = self.engine.train_step(self._reader(plan), size, factor, self.stop.requested)
+        if result.fault and self._went_back(plan, result):
+            return result.stop
         curriculum = {}
-        if isinstance(self.lanes, CurriculumLanes) and answers and not engine.fault:
-            self.lanes.observe(right / answers)
+        if isinstance(self.lanes, CurriculumLanes) and result.answers and not result.fault:
+            exact = result.right / result.answers
+            self.lanes.observe(exact)
             curriculum = {
-                "train/exact_match": right / answers,
+                "train/exact_match": exact,
                 "train/curriculum_segments": self.lanes.level_segments,
             }
         self.step += 1
@@ -222,37 +169,40 @@ class Trainer:
         writes = self._describe_writes(size.tokens) if log else {}
         if self.monitor:
             elapsed = time.perf_counter() - begin
-            loss = loss_sum / size.loss_weight
-            speed = plan.num_tokens / elapsed
-            metrics = {
-                "train/loss": loss,
-                "train/perplexity": math.exp(min(loss, 700)),
-                "train/bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
-                "train/gradient_norm": engine.gradient_norm,
-                **{f"train/{name}": count for name, count in self._count_bad_steps().items()},
-                "train/tokens": self.tokens,
-                **self._epochs(),
-                "speed/tokens_per_second": speed,
-                "seconds/step": elapsed,
-                "seconds/waiting_for_stages": engine.waiting_seconds - waited,
-            }
-            for phase, total in engine.seconds.items():
-                metrics[f"seconds/{phase}"] = total - seconds[phase]
-            for group in engine.optimizer.param_groups:
-                metrics[f"learning_rate/{group['name']}"] = group["lr"]
-            peak = device_peak_flops(engine.device, config.train.dtype)
-            if peak:
-                flops = training_flops_per_token(config.model) * speed
-                metrics["speed/model_flops_utilisation"] = flops / (peak * dist.get_world_size())
+            metrics = self._metrics(result, size, elapsed)
             self.monitor.step(self.step, metrics | writes | curriculum, log)
-        return asked > 0
+        return result.stop
+
+    def _metrics(self, result: StepResult, size: StepSize, elapsed: float) -> dict[str, float]:
+        """Figures of a step that took `elapsed` seconds."""
+        config = self.config
+        loss = result.loss_sum / size.loss_weight
+        speed = size.tokens / elapsed
+        metrics = {
+            "train/loss": loss,
+            "train/perplexity": math.exp(min(loss, 700)),
+            "train/bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
+            "train/gradient_norm": result.gradient_norm,
+            **{f"train/{name}": count for name, count in self._count_bad_steps().items()},
+            "train/tokens": self.tokens,
+            **self._epochs(),
+            "speed/tokens_per_second": speed,
+            "seconds/step": elapsed,
+            **{f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()},
+            **{f"learning_rate/{name}": rate for name, rate in result.learning_rates.items()},
+        }
+        peak = device_peak_flops(self.engine.device, config.train.dtype)
+        if peak:
+            flops = training_flops_per_token(config.model) * speed
+            metrics["speed/model_flops_utilisation"] = flops / (peak * world_size())
+        return metrics
 
     def _describe_writes(self, tokens: int) -> dict[str, float]:
         """How much of the last step's tokens each layer wrote, and what that costs in the loss."""
         memory = self.config.model.memory
         if not memory.write_gate:
             return {}
-        shares = self.engine.all_sum(self.engine.write_totals.clone())
+        shares = self.engine.written()
         shares /= tokens * self.config.model.kv_heads
         metrics = {"train/write_penalty": memory.write_penalty * float(shares[:, 0].sum())}
         for layer, (mass, zeros) in enumerate(shares.tolist()):
@@ -270,21 +220,21 @@ class Trainer:
             # Large stores are not checked when they are opened.
             corrupt = torch.maximum(windows.tokens, windows.labels).amax(dim=1) > last_token
             if corrupt.any():
-                self.engine.bad_lanes[lanes.start : lanes.stop] += corrupt.to(self.engine.device)
                 windows.tokens.clamp_(max=last_token)
                 windows.labels.clamp_(max=last_token)
+                return windows._replace(corrupt=corrupt)
             return windows
 
         return read
 
-    def _went_back(self, plan: Plan) -> bool:
+    def _went_back(self, plan: Plan, result: StepResult) -> bool:
         """Whether train.on_bad_step made the run go back to a checkpoint after the step just made.
 
         Raises:
             RunError: it wants the end, or there were too many such steps.
         """
-        fault = self.engine.fault
-        if documents := bad_documents(self.engine.bad_lanes, plan):
+        fault = result.fault
+        if documents := bad_documents(result.bad_lanes, plan):
             fault += f" ({self.data.place_of(documents)})"
         back = self.bad_steps.must_roll_back(self.step, fault, self.engine.skipped_in_a_row)
         if back:
@@ -302,9 +252,9 @@ class Trainer:
         if not found:
             raise RunError(f"{fault} at step {bad + 1}, and there is no valid checkpoint")
         state = checkpoint.read_state(found, self.config)
-        load_from = checkpoint.source(found, state, self.config, dist.get_world_size())
+        load_from = checkpoint.source(found, state, self.config)
         self.lanes.load_state(state["lanes"])
-        self._load(found, load_from, state)
+        self._load(Saved(found, load_from, state))
         self.bad_steps.rolled_back(bad)
         if self.monitor:
             self.monitor.go_back_to(self.step)
@@ -312,11 +262,9 @@ class Trainer:
             f"step {bad + 1}: {fault}; back to {found}, from where step {bad + 1} will be skipped"
         )
 
-    def _load(self, found: Path, load_from: Path, state: dict[str, Any]) -> None:
-        checkpoint.load(self.engine, found, load_from)
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.engine.skipped_steps = state["skipped_steps"]
-        self.engine.skipped_in_a_row = 0
+    def _load(self, saved: Saved) -> None:
+        self.engine.load(saved.directory, saved.load_from, saved.state)
+        self.step, self.tokens = saved.state["step"], saved.state["tokens"]
         self.saved = self.step
 
     def _skip_step(self) -> None:
@@ -346,7 +294,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Held-out quality with and without memory, and what the memory looks like."""
         quality = self.held_out.evaluate()
-        gates, norms = self._describe_memory()
+        gates, means = self.engine.describe_memory()
+        norms = {f"memory/norm_of_block_{block:03d}": mean for block, mean in means.items()}
         self.sample = self._write_sample()
         self.evaluated = self.step == self.config.train.steps
         if self.monitor:
@@ -362,30 +311,6 @@ class Trainer:
                 )
         return quality
 
-    def _describe_memory(self) -> tuple[np.ndarray, dict[str, float]]:
-        """Gates of all layers [layers, heads], and the mean norm of each layer's memory."""
-        engine = self.engine
-        gates, norms = {}, {}
-        for block, layer in zip(engine.module.block_range, engine.module.blocks, strict=True):
-            gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
-        for block in engine.memories.blocks:
-            memory = engine.memories.stacked(block)
-            norms[block] = float(memory.kv.norm(dim=(-2, -1)).mean())
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (gates, norms))
-        all_gates: dict[int, list[float]] = {}
-        all_norms: dict[int, list[float]] = {}
-        for rank_gates, rank_norms in gathered:
-            all_gates |= rank_gates
-            for block, norm in rank_norms.items():
-                all_norms.setdefault(block, []).append(norm)
-        table = np.array([all_gates[block] for block in sorted(all_gates)])
-        means = {
-            f"memory/norm_of_block_{block:03d}": float(np.mean(all_norms[block]))
-            for block in sorted(all_norms)
-        }
-        return table, means
-
     def _write_sample(self) -> str:
         """Text written by the model as it is now; empty if none is wanted."""
         settings = self.config.evaluation
@@ -393,7 +318,7 @@ class Trainer:
             return ""
         tokenizer = self.data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(settings.sample_prompt)]
-        tokens = generate(self.engine, prompt, settings.sample_tokens, 0.8, self.step)
+        tokens = self.engine.generate(prompt, settings.sample_tokens, 0.8, self.step)
         return settings.sample_prompt + tokenizer.decode(tokens)
 
     def _save(self) -> None:
@@ -407,7 +332,7 @@ class Trainer:
             "directory": os.getcwd(),
         }
         with self.watchdog.patient():
-            directory = checkpoint.save(self.engine, self.config, state)
+            directory = checkpoint.save(self.engine, self.config, state, self.watchdog.progress)
         self.saved = self.step
         self.bad_steps.saved(self.step)
         if self.monitor:
@@ -421,24 +346,27 @@ class Trainer:
         epochs = zip(self.data.stores, self.lanes.corpus_epochs, strict=True)
         return {f"train/epoch/{name}": epoch for name, epoch in epochs}
 
-    def _introduce(self, found: Path | None, passed_over: list[str]) -> None:
-        config, engine = self.config, self.engine
+    def _introduce(self, opened: Opened) -> None:
+        config, layout = self.config, self.engine.layout
+        self._say(f"computes in {config.train.dtype}: {opened.why_dtype}")
         self._say(
             f"model: {count_parameters(config.model) / 1e6:.1f} M parameters, "
             f"{config.model.num_layers} layers, {config.train.batch_size} lanes, windows of "
             f"{config.train.window_segments} segments of {config.model.segment_length} tokens"
         )
         self._say(
-            f"layout: {engine.num_stages} pipeline stages x {engine.dp_world_size} data-parallel, "
-            f"{engine.micro_batches} micro-batches of {config.train.micro_batch_size} lanes in "
+            f"layout: {layout.pipeline} pipeline stages x {layout.data} data-parallel, "
+            f"{layout.micro_batches} micro-batches of {config.train.micro_batch_size} lanes in "
             f"{config.train.chunks} chunks, memories {config.parallel.memory_transport}, "
             f"{config.train.dtype}, ZeRO {config.parallel.zero_stage}"
         )
-        self._say(describe(config.model, engine.module.bounds))
-        for message in passed_over:
-            self._say(message)
+        self._say(layout.stages)
+        for remark in opened.remarks:
+            self._say(remark)
         begin = f"starting from {config.init_from}" if config.init_from else "starting at step 0"
-        self._say(f"resumed from {found} at step {self.step}" if found else begin)
+        if opened.saved:
+            begin = f"resumed from {opened.saved.directory} at step {self.step}"
+        self._say(begin)
         steps, warmup = config.train.steps, config.optimizer.warmup_steps
         if self.step >= steps:
             self._say(f"nothing to train: train.steps is {steps}")

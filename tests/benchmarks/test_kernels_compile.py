@@ -21,7 +21,8 @@ def compiled(tmp_path, arguments: str) -> list[dict]:
     """Rows of the command in a process of its own, compiled anew."""
     path = tmp_path / "rows.json"
     code = (
-        "from infini_ds.benchmarks import kernels_compile; from infini_ds.cli import exit_code; "
+        "from infini_ds.benchmarks import kernels_compile; "
+        "from infini_ds.system.exit_code import exit_code; "
         f"raise SystemExit(exit_code(lambda: kernels_compile.run({str(path)!r}, {arguments})))"
     )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -198,8 +198,10 @@ def test_conclusion_tells_the_better_variants_from_the_others():
     assert "takes segments-only" in quality_report.conclusion(variants[1:], 2)
 
 
-def test_command_writes_what_it_prints(path, tmp_path, capsys):
-    files = {"json": tmp_path / "a.json", "plot": tmp_path / "a.png"}
+@pytest.mark.parametrize("plot", ["a.png", "x[/y].png"])
+def test_command_writes_what_it_prints(path, tmp_path, capsys, plot):
+    files = {"json": tmp_path / "a.json", "plot": tmp_path / plot}
+    files["plot"].parent.mkdir(exist_ok=True)
     options = [f"--{name}={file}" for name, file in files.items()]
     command = ["bench", "quality", str(path), "--variants=segments-only,linear", "--seeds=3"]
     assert cli.main([*command, "--steps=1", *options, "train.batch_size=1"]) == 0
@@ -214,6 +216,7 @@ def test_command_writes_what_it_prints(path, tmp_path, capsys):
         assert only["train_positions"] == SEGMENTS * SEGMENT
         assert len(only["held_out"]["by_position"]) == len(figures["bins"])
     assert figures["conclusion"] in shown
+    assert f"by position in the document: {files['plot']}\n" in shown
 
 
 MISTAKES = {

@@ -181,7 +181,7 @@ class Hosts:
                 "PermitRootLogin yes\nSetEnv DS_ACCELERATOR=cpu OMP_NUM_THREADS=1\n"
             )
         (ssh / "known_hosts").write_text("".join(known))
-        # What launch/README.md tells users to write.
+        # What docs/clusters.md tells users to write.
         (ssh / "config").write_text("Host *\n  ServerAliveInterval 5\n  ServerAliveCountMax 3\n")
         addresses = [f"{NETWORK}.{number} {name}\n" for number, name in enumerate(names, 1)]
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(addresses))

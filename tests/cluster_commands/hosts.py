@@ -21,7 +21,7 @@ PYTHONPATH=$host exec sh -c "$command"
 GIVEN = "StrictHostKeyChecking=no"
 HEALTHY = """
 print("Welcome to a host!")
-from infini_ds.cluster import network
+from infini_ds.system import network
 network.meeting_address = lambda: "10.0.0.{number}"
 network.route_to = lambda address: network.Route("eth0", "10.0.0.{number}", address)
 """

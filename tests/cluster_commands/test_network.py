@@ -6,8 +6,8 @@ import socket
 import psutil
 import pytest
 
-from infini_ds.cluster import network
 from infini_ds.errors import UserError
+from infini_ds.system import network
 
 
 def test_route_to_an_own_address_is_the_interface_that_has_it():

@@ -14,7 +14,7 @@ from infini_ds import config as configuration
 from infini_ds.cluster.status import figures_of
 from infini_ds.cluster.tail import lines_backwards
 from infini_ds.planning.estimate import checkpoint_bytes
-from infini_ds.training import failures, manifest
+from infini_ds.runs import failures, manifest
 from tests.distributed.conftest import Run, data  # noqa: F401
 from tests.tiny_run import tiny_config
 
@@ -275,6 +275,29 @@ def test_run_that_failed_before_it_began_says_why(tmp_path, capsys):
     failures.record(tmp_path, 0, "the 2 processes did not find each other")
     assert cli.main(["status", str(tmp_path)]) == 2
     assert "did not start: the 2 processes did not find each other" in capsys.readouterr().err
+
+
+def test_it_ends_quietly_where_nobody_reads_it(directory):
+    directory.add_steps(1, 7)
+    code = (
+        "import sys; from infini_ds.cli import main; "
+        f"sys.exit(main(['status', {str(directory.path)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141
+
+
+def test_long_error_is_told_whole(directory, capsys):
+    directory.add_steps(1, 7)
+    message = "x" * 200 + " and more"
+    failures.record(directory.path, 0, message)
+    assert cli.main(["status", str(directory.path)]) == 0
+    assert message.replace(" ", "") in "".join(capsys.readouterr().out.split())
 
 
 def test_it_needs_neither_torch_nor_deepspeed(directory):

@@ -13,6 +13,11 @@ def test_only_the_config_is_required(capsys):
     assert "are required: CONFIG\n" in capsys.readouterr().err
 
 
+def test_number_of_restarts_is_checked(capsys):
+    assert supervisor.main(["launch/pretrain.sh", "--max-restarts=-1", str(CONFIGS[0])]) == 2
+    assert capsys.readouterr().err == "infini-ds: --max-restarts (-1) must be at least 0\n"
+
+
 def test_launchers_options_that_cannot_be_split_are_named(capsys):
     assert supervisor.main(["launch/pretrain.sh", "--deepspeed", "'", str(CONFIGS[0])]) == 2
     assert capsys.readouterr().err == "infini-ds: --deepspeed ('): no closing quotation\n"

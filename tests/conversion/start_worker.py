@@ -13,12 +13,11 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from infini_ds.config import RunConfig, parse
-from infini_ds.conversion.export import open_model
-from infini_ds.conversion.start import load_start
 from infini_ds.data.windows import Windows
-from infini_ds.pipeline.engine import StepSize
-from infini_ds.pipeline.module import single_process_name
-from infini_ds.training.build import build_engine, start_distributed
+from infini_ds.parallel.build import build_engine, start_distributed
+from infini_ds.parallel.engine import StepSize
+from infini_ds.runs.export import open_model
+from infini_ds.training.start import load_start
 from tests.distributed.layout_worker import LANES, SEGMENTS, STEPS, cut, windows_of
 
 
@@ -48,10 +47,10 @@ def start(case: dict) -> dict:
     config = config_of(case)
     weights = open_model(Path(case["init_from"])).weights
     engine = build_engine(config)
-    load_start(engine.module.named_parameters(), weights)
+    load_start(engine.own_parameters(), weights)
     wrong = []
-    for name, parameter in engine.module.named_parameters():
-        expected = weights.read(single_process_name(name))
+    for name, parameter in engine.own_parameters():
+        expected = weights.read(name)
         kept = safe_get_full_fp32_param(parameter)
         kept = parameter.detach() if kept is None else kept
         same = torch.equal(kept.view_as(expected), expected)
@@ -64,8 +63,8 @@ def start(case: dict) -> dict:
         def read(micro_batch: int, windows: Windows = windows) -> Windows:
             return cut(windows, engine.lanes_of(micro_batch))
 
-        loss = engine.all_sum(engine.train_step(read, StepSize(count, count)))
-        losses.append(float(loss) / count)
+        done = engine.train_step(read, StepSize(count, count), 1.0)
+        losses.append(done.loss_sum / count)
     return {"wrong": wrong, "losses": losses, "stage": engine.stage_id}
 
 

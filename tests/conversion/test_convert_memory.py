@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from infini_ds import config as configuration
 from infini_ds.config import ModelConfig
 from infini_ds.conversion import llama
-from infini_ds.conversion.export import parameters_of
-from infini_ds.data.store import sha256_of
-from infini_ds.training import manifest
+from infini_ds.runs import manifest
+from infini_ds.runs.export import parameters_of
+from infini_ds.system.whole_file import sha256_of
 from tests.tiny_run import tiny_config
 
 WORKER = Path(__file__).with_name("memory_worker.py")

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from infini_ds import cli
 from infini_ds.config import ModelConfig
 from infini_ds.conversion import convert
-from infini_ds.conversion.export import load_export, load_model, open_model
-from infini_ds.conversion.run import load_run
 from infini_ds.conversion.writer import Plan
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.runs.checkpoint import load_run
+from infini_ds.runs.export import load_export, load_model, open_model
 from tests.evaluation.conftest import RUNS
 from tests.tiny_run import write_manifest
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, dyna
 
 from infini_ds import cli
 from infini_ds.config import MemoryConfig
-from infini_ds.data.tokenizer import train_sentencepiece
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from tests.conversion.test_to_hf import N, make_export
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from httpx2 import Request, Response
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from infini_ds import cli
-from infini_ds.conversion.export import load_export
+from infini_ds.runs.export import load_export
 
 NAME = "organisation/Model-3.2_1B"
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from infini_ds import cli
-from infini_ds.conversion.export import load_export
 from infini_ds.conversion.llama import from_config
 from infini_ds.errors import UserError
+from infini_ds.runs.export import load_export
 from tests.conversion.conftest import LLAMA3, MODELS
 
 N = 32

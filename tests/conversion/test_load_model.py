@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from infini_ds import cli
-from infini_ds.conversion.export import load_model
-from infini_ds.data.tokenizer import train_sentencepiece
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.errors import UserError
 from infini_ds.inspection.describe import describe
+from infini_ds.runs.export import load_model
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from infini_ds import cli
 from infini_ds.config import ModelConfig
-from infini_ds.conversion import start
-from infini_ds.conversion.export import load_export, load_model
-from infini_ds.conversion.weights import SafetensorsWeights
 from infini_ds.data.encoding import encode
 from infini_ds.data.tokenizer import ByteTokenizer
 from infini_ds.errors import RunError, UserError
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.runs.export import load_export, load_model
+from infini_ds.runs.weights import SafetensorsWeights
+from infini_ds.training import start
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def heavy(**settings) -> InfiniTransformer:
 
 
 def write_export(directory: Path, state: dict, config: ModelConfig) -> Path:
-    from infini_ds.conversion.export import config_text
+    from infini_ds.runs.export import config_text
 
     directory.mkdir()
     save_file(
@@ -322,7 +322,6 @@ def test_a_run_starts_from_numbers_that_its_type_holds(
     stored, parameter, number, message, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(start, "safe_set_full_fp32_param", lambda *_: None)
-    monkeypatch.setattr(start, "single_process_name", lambda name: name)
     weights = SafetensorsWeights(spoilt(tmp_path / "source", stored, number))
     parameters = {
         name: torch.nn.Parameter(torch.zeros(meta.shape, dtype=parameter))

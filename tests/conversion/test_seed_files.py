@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from infini_ds import cli
 from infini_ds.config import ModelConfig
-from infini_ds.conversion.export import load_export
 from infini_ds.conversion.seed import check_config, to_seed
 from infini_ds.errors import UserError
+from infini_ds.runs.export import load_export
 
 seed_library = pytest.importorskip("infini_transformer_pytorch")
 

@@ -12,14 +12,14 @@ from infini_ds import cli
 from infini_ds import config as configuration
 from infini_ds.config import DataConfig, ModelConfig
 from infini_ds.conversion.convert import config_text
-from infini_ds.conversion.export import load_export
-from infini_ds.conversion.start import open_start
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
 from infini_ds.errors import UserError
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.runs.export import load_export
+from infini_ds.training.start import open_start
 from tests.distributed.conftest import Run, data  # noqa: F401, a fixture
 from tests.distributed.layout_worker import LENGTH, windows_of
 from tests.distributed.processes import start_ranks

@@ -1,4 +1,4 @@
-"""What the README shows of the way from Hugging Face and back can be typed as it stands."""
+"""The way from Hugging Face and back can be typed as docs/conversion.md shows it."""
 
 import os
 import re
@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_the_way_from_hugging_face_and_back_runs_as_shown(tmp_path):
-    section = (ROOT / "README.md").read_text().split("# From Hugging Face and back\n")[1]
+    page = (ROOT / "docs" / "conversion.md").read_text()
+    section = page.split("# From Hugging Face and back\n")[1]
     _, walk = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[:2]
-    for name in ("README.md", "launch"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy(ROOT / name, tmp_path / name)
+    for name in ("docs", "launch"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     walk = walk.replace("deepspeed ", f"deepspeed --master_port {free_port()} ")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HOME": str(tmp_path / "cache")}

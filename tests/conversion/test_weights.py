@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from infini_ds import cli
-from infini_ds.conversion.weights import PickledWeights, SafetensorsWeights
 from infini_ds.errors import UserError
+from infini_ds.runs.weights import PickledWeights, SafetensorsWeights
 
 
 def write_index(folder, weight_map) -> None:

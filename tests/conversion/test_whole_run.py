@@ -11,14 +11,14 @@ import yaml
 
 from infini_ds import cli
 from infini_ds import config as configuration
-from infini_ds.conversion.export import load_model
-from infini_ds.data import kept_tokenizer
-from infini_ds.data.kept_tokenizer import keep_tokenizer
+from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
 from infini_ds.data.prepare import prepare
-from infini_ds.data.tokenizer import load_tokenizer, train_sentencepiece
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.errors import UserError
+from infini_ds.runs.export import load_model
+from infini_ds.runs.tokenizer import FOLDER, keep_tokenizer
 from tests.data.tokenizer_files import write_byte_level
 from tests.tiny_run import tiny_config, write_checkpoint, write_manifest
 
@@ -339,7 +339,7 @@ def test_the_tokenizer_of_a_run_is_written_once_and_whole(tmp_path, made, monkey
     assert not list(run.iterdir())
     monkeypatch.setattr(type(tokenizer), "save", save)
     keep_tokenizer(tokenizer, "tokenizers", run)
-    place = run / kept_tokenizer.FOLDER
+    place = run / FOLDER
     assert {file.name for file in place.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     before = place.stat()
     keep_tokenizer(tokenizer, "tokenizers", run)
@@ -348,4 +348,4 @@ def test_the_tokenizer_of_a_run_is_written_once_and_whole(tmp_path, made, monkey
     keep_tokenizer(tokenizer, "tokenizers", run)
     kept = load_tokenizer("tokenizers", place / "tokenizer.json")
     assert kept.fingerprint == tokenizer.fingerprint
-    assert [file.name for file in run.iterdir()] == [kept_tokenizer.FOLDER]
+    assert [file.name for file in run.iterdir()] == [FOLDER]

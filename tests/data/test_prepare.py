@@ -18,10 +18,10 @@ from infini_ds.data import documents, encoding
 from infini_ds.data import prepare as prepare_module
 from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.data.store import Store
-from infini_ds.data.tokenizer import train_sentencepiece
 from infini_ds.errors import RunError, UserError
-from infini_ds.temporary import temporary_beside
+from infini_ds.system.temporary import temporary_beside
 
 BYTES = TokenizerConfig(kind="bytes")
 SMALL = TokenizerConfig(vocab_size=400)

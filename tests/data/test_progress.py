@@ -6,13 +6,14 @@ from rich.console import Console
 
 from infini_ds.data import progress
 from infini_ds.errors import RunError
+from infini_ds.system import progress as system_progress
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still; the test moves its `now` on."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(system_progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 

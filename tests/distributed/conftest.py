@@ -59,7 +59,7 @@ class Run:
     def finish(self, world: int, *overrides: str) -> str:
         """Runs all ranks to their end; the output of rank 0."""
         with self.start(world, *overrides) as ranks:
-            assert ranks.wait(120, together=True) == [0] * world
+            assert ranks.wait(120, together=True) == [0] * world, ranks.outputs()
             return ranks.all[0].output
 
     @property

@@ -14,9 +14,9 @@ import torch
 from torch.distributed import distributed_c10d
 
 from infini_ds.config import RunConfig, parse
-from infini_ds.data.windows import IGNORE_INDEX, Windows
-from infini_ds.layout import Layout
-from infini_ds.training.optimizer import learning_rate_factor, set_learning_rate
+from infini_ds.data.windows import Windows
+from infini_ds.layout import IGNORE_INDEX, Layout
+from infini_ds.model.optimizer import learning_rate_factor
 
 STEPS = 5
 LANES = 4
@@ -83,14 +83,13 @@ def cut(windows: Windows, lanes: range) -> Windows:
 
 def train(config: RunConfig) -> dict:
     """STEPS steps on this rank."""
-    from infini_ds.pipeline.engine import StepSize
-    from infini_ds.pipeline.generation import generate
-    from infini_ds.pipeline.gradient_sums import gradient_of
-    from infini_ds.pipeline.module import single_process_name
-    from infini_ds.training.build import build_engine
+    from infini_ds.parallel.build import build_engine
+    from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+    from infini_ds.parallel.engine import StepSize
+    from infini_ds.parallel.pipeline.module import single_process_name
 
     engine = build_engine(config)
-    names = {single_process_name(n): p for n, p in engine.module.named_parameters()}
+    names = dict(engine.own_parameters())
     result: dict = {
         "optimizer": type(engine.optimizer).__name__,
         "stage": engine.stage_id,
@@ -101,7 +100,7 @@ def train(config: RunConfig) -> dict:
         "writes": [],
         "unrounded": [],
     }
-    reduce = engine._reduce
+    reduce = engine.reduce_gradients
 
     def reduce_and_look() -> None:
         reduce()
@@ -109,7 +108,7 @@ def train(config: RunConfig) -> dict:
         result["unrounded"].append(float((sums != sums.bfloat16().float()).float().mean()))
 
     if result["optimizer"] == "BF16_Optimizer":
-        engine._reduce = reduce_and_look
+        engine.reduce_gradients = reduce_and_look
     for step in range(STEPS):
         windows, count = windows_of(step)
 
@@ -117,11 +116,10 @@ def train(config: RunConfig) -> dict:
             return cut(windows, engine.lanes_of(micro_batch))
 
         factor = learning_rate_factor(step, config.train.steps, config.optimizer)
-        set_learning_rate(engine.optimizer, factor)
-        loss = engine.all_sum(engine.train_step(read, StepSize(count, count)))
-        result["losses"].append(float(loss) / count)
-        result["norms"].append(engine.gradient_norm)
-        result["writes"].append(engine.all_sum(engine.write_totals.clone()))
+        done = engine.train_step(read, StepSize(count, count), factor)
+        result["losses"].append(done.loss_sum / count)
+        result["norms"].append(done.gradient_norm)
+        result["writes"].append(engine.written())
     result["weights"] = {name: parameter.detach() for name, parameter in names.items()}
     result["memories"] = {
         block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
@@ -129,7 +127,7 @@ def train(config: RunConfig) -> dict:
     result["limits"] = sorted(limits_of_groups())
     result["sent_bytes"], result["step_bytes"] = engine.sent_bytes, engine.step_bytes()
     if config.model.memory.write_gate:
-        result["text"] = generate(engine, PROMPT, 20, 0.0, 0)
+        result["text"] = engine.generate(PROMPT, 20, 0.0, 0)
     result["first_lane"] = engine.lanes_of(0).start
     return result
 
@@ -144,7 +142,7 @@ def limits_of_groups() -> set[float]:
 
 
 def main() -> None:
-    from infini_ds.training.build import start_distributed
+    from infini_ds.parallel.build import start_distributed
 
     torch.set_num_threads(1)
     spread_write_gates(pytest.MonkeyPatch())

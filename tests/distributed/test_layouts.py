@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from infini_ds import InfiniTransformer
-from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.memory import MemoryState
 from infini_ds.model.head import token_losses
-from infini_ds.training.optimizer import (
+from infini_ds.model.optimizer import (
     adamw,
     learning_rate_factor,
     parameter_groups,
@@ -211,12 +211,12 @@ def reference(settings: str) -> dict:
     optimizer = adamw(groups, config.optimizer)
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     shape = (LANES, config.model.kv_heads, config.model.head_dim)
-    memory = [LayerMemory.empty(*shape) for _ in range(config.model.num_layers)]
+    memory = [MemoryState.empty(*shape) for _ in range(config.model.num_layers)]
     losses, norms, writes = [], [], []
     for step in range(STEPS):
         windows, count = windows_of(step)
         hidden, memory, stats = model.read_window(windows.tokens, windows.layout, memory)
-        memory = [LayerMemory(*(tensor.detach() for tensor in layer)) for layer in memory]
+        memory = [MemoryState(*(tensor.detach() for tensor in layer)) for layer in memory]
         loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
         means = [layer.mass / (count * config.model.kv_heads) for layer in stats]
         optimizer.zero_grad()

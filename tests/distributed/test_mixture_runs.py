@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from infini_ds import cli
-from infini_ds.conversion.export import load_model
 from infini_ds.data.prepare import prepare
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.data.store import Store
-from infini_ds.data.tokenizer import train_sentencepiece
+from infini_ds.runs.export import load_model
 from tests.distributed.conftest import Run, copied, without_checkpoints_after
 
 STEPS = 9

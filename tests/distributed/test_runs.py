@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from infini_ds.compute_type import fastest_type
 from infini_ds.data.prepare import prepare
+from infini_ds.system.compute_type import fastest_type
 from tests.distributed.conftest import SCRIPT, Run, copied, without_checkpoints_after
 from tests.distributed.processes import Process, Processes, free_port
 

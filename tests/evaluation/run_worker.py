@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from infini_ds import config as configuration
-from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.memory import MemoryState
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import full_layout
+from infini_ds.parallel.build import build_engine, start_distributed
 from infini_ds.training import checkpoint
-from infini_ds.training.build import build_engine, start_distributed
 
 
 def main(*paths: str) -> None:
@@ -32,7 +32,7 @@ def main(*paths: str) -> None:
         model = config.model
         tokens = torch.randint(256, (2, 3 * model.segment_length), generator=generator)
         dtype = next(engine.module.parameters()).dtype
-        empty: list[LayerMemory] = Memory.empty(model, 2, "cpu", dtype).layers()
+        empty: list[MemoryState] = Memory.empty(model, 2, "cpu", dtype).layers()
         layout = full_layout(2, 3, model.segment_length, tokens.device)
         with torch.no_grad():
             hidden, _, _ = engine.module(tokens, layout, empty)
@@ -42,7 +42,7 @@ def main(*paths: str) -> None:
         )
         for step in (1, 2):
             state = {"step": step, "tokens": 0, "skipped_steps": 0, "store": "none"}
-            checkpoint.save(engine, config, state)
+            checkpoint.save(engine, config, state, lambda done: None)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infini_ds.conversion.run import load_run
 from infini_ds.errors import UserError
+from infini_ds.runs.checkpoint import load_run
 from tests.evaluation.conftest import RUNS
 
 torch.set_num_threads(1)

@@ -13,7 +13,8 @@ from torch import nn
 
 from infini_ds import cli
 from infini_ds.config import ModelConfig, PasskeyConfig
-from infini_ds.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from infini_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
+from infini_ds.data.tokenizer import ByteTokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation.passkey import CALL_TOKENS, Outcome, default_samples, measure, read
 from infini_ds.evaluation.passkey_questions import Questions

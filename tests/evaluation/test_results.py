@@ -10,7 +10,7 @@ from rich.table import Table
 from infini_ds import cli
 from infini_ds.errors import RunError, UserError
 from infini_ds.evaluation.results import Places, Results, write
-from infini_ds.printing import Console
+from infini_ds.system.console import Console
 from tests.tiny_run import tiny_config, write_checkpoint
 
 

@@ -6,8 +6,8 @@ import sys
 import time
 
 from infini_ds import config as configuration
-from infini_ds.training.build import start_distributed
-from infini_ds.training.watchdog import Watchdog
+from infini_ds.guard.watchdog import Watchdog
+from infini_ds.parallel.build import start_distributed
 
 
 def hang(keep_the_lock: bool) -> None:

@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from infini_ds.training import failures
+from infini_ds.runs import failures
 from tests.distributed.conftest import Run
 from tests.distributed.processes import Processes
 

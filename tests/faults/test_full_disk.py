@@ -14,14 +14,14 @@ from infini_ds.data.prepare import prepare
 from infini_ds.errors import RunError, UserError
 from infini_ds.evaluation.results import Places, Results
 from infini_ds.evaluation.results import write as write_results
-from infini_ds.figures import write_figures
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.printing import Console
-from infini_ds.training import failures
-from infini_ds.training.lock import lock
+from infini_ds.runs import failures
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
+from infini_ds.system.lock import lock
+from infini_ds.system.whole_file import check_writable, whole_file
 from infini_ds.training.monitor import Monitor
 from infini_ds.training.report import report
-from infini_ds.whole_file import check_writable, whole_file
 from tests.faults.test_disks import disk
 from tests.tiny_run import tiny_config, write_checkpoint
 

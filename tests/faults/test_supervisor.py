@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from infini_ds.cluster import supervisor
-from infini_ds.training import failures
+from infini_ds.runs import failures
 from tests.distributed.conftest import SCRIPT
 from tests.distributed.processes import Process, Processes
 

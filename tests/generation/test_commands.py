@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from infini_ds import cli, compute_type
-from infini_ds.compute_type import of_processor
-from infini_ds.data.reading_progress import ReadingProgress
+from infini_ds import cli
 from infini_ds.data.tokenizer import ByteTokenizer
 from infini_ds.generation import memorize
 from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import WINDOW_SEGMENTS
+from infini_ds.system import compute_type
+from infini_ds.system.compute_type import of_processor
+from infini_ds.system.progress import ReadingProgress
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)

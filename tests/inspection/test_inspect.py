@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
-from infini_ds.conversion.run import load_run
 from infini_ds.data.prepare import prepare
 from infini_ds.inspection.weights import parameter_counts
 from infini_ds.model.layers import count_parameters
+from infini_ds.runs.checkpoint import load_run
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)

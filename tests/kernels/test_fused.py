@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from infini_ds.data.windows import IGNORE_INDEX
 from infini_ds.kernels import backend, fused
+from infini_ds.layout import IGNORE_INDEX
 from infini_ds.model.feed_forward import gated, gated_gradient
 from infini_ds.model.head import cross_entropy, token_losses
 

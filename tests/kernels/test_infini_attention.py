@@ -6,18 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention import (
-    LayerMemory,
-    infini_attention,
-    reference,
-    segment_overlaps,
-)
-from infini_ds.kernels.infini_attention.reference import (
-    delta_damping,
-    infini_attention_reference,
-    sigma,
-)
+from infini_ds.kernels.infini_attention import infini_attention, segment_overlaps
+from infini_ds.kernels.infini_attention.reference import infini_attention_reference
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState, delta
+from infini_ds.memory.delta import delta_damping
+from infini_ds.memory.rule import sigma
 
 torch.set_num_threads(1)
 
@@ -76,7 +70,7 @@ def compute(
     angle = torch.arange(n)[:, None] * 10.0 ** -torch.arange(DIM // 2)
     rotary = angle.cos().to(device, state), angle.sin().to(device, state)
     layout = Layout(*(part.to(device) for part in layout))
-    out, memory = function(q, k, v, w, LayerMemory(kv, norm), layout, beta, rule, rotary)
+    out, memory = function(q, k, v, w, MemoryState(kv, norm), layout, beta, rule, rotary)
     torch.manual_seed(1)
     outputs = [out, memory.kv, memory.norm]
     upstream = [torch.randn(x.shape).bfloat16().to(x) for x in outputs]
@@ -127,7 +121,7 @@ def test_segment_sums_are_accumulated_in_fp32():
     q = torch.zeros(1, 1, n, 1, 2, dtype=torch.bfloat16)
     v = torch.full_like(q, 1 + 2**-7)
     _, memory = infini_attention(
-        q, q, v, None, LayerMemory.empty(1, 1, 2), layout, torch.zeros(1), "linear",
+        q, q, v, None, MemoryState.empty(1, 1, 2), layout, torch.zeros(1), "linear",
         (torch.ones(n, 1), torch.zeros(n, 1)),
     )  # fmt: skip
     torch.testing.assert_close(memory.norm, torch.full((1, 1, 2), float(n)))
@@ -143,7 +137,7 @@ def test_inputs_without_gradient_get_none(rule):
     for chosen in (q, k, v, beta):
         chosen.requires_grad_()
         out, memory = infini_attention(
-            q, k, v, None, LayerMemory(kv, norm), layout, beta, rule, rotary
+            q, k, v, None, MemoryState(kv, norm), layout, beta, rule, rotary
         )
         (out.sum() + memory.kv.sum() + memory.norm.sum()).backward()
         assert chosen.grad is not None
@@ -161,7 +155,7 @@ class Writes(NamedTuple):
 
 def memory_norms(function, writes: Writes) -> list[tuple[float, float]]:
     """Spectral norm of the memory after each segment, and the sum of norms that bounds it."""
-    memory = LayerMemory.empty(1, 1, DIM)
+    memory = MemoryState.empty(1, 1, DIM)
     n = writes.k[0].shape[1]
     rotary = torch.ones(n, DIM // 2), torch.zeros(n, DIM // 2)
     norms = []
@@ -197,7 +191,7 @@ def test_delta_guard_bounds_memory_after_short_first_segment(function, monkeypat
     def undamped(overlap, norm, added_norm):
         return torch.ones(norm.shape[:-1])
 
-    monkeypatch.setattr(reference, "delta_damping", undamped)
+    monkeypatch.setattr(delta, "delta_damping", undamped)
     monkeypatch.setattr(segment_overlaps, "delta_damping", undamped)
     amplified = max(norm / bound for norm, bound in memory_norms(function, writes))
     assert amplified > 2, "the case no longer shows what the guard is for"

@@ -12,7 +12,7 @@ import triton
 
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
-from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
+from infini_ds.kernels.infini_attention import infini_attention
 from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 from infini_ds.kernels.infini_attention.triton.tuning import (
@@ -23,6 +23,7 @@ from infini_ds.kernels.infini_attention.triton.tuning import (
     tiles,
 )
 from infini_ds.kernels.launch import recording
+from infini_ds.memory import MemoryState
 from tests.kernels import test_infini_attention
 from tests.kernels.test_infini_attention import LAYOUTS, make_inputs, make_layout
 from tests.kernels.triton_cases import CASES, check, compute, name
@@ -69,7 +70,7 @@ def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window 
     qkv = torch.randn(batch, segments, n, 2 * group + 4, d, dtype=torch.bfloat16)
     q, k, v = (x.requires_grad_() for x in qkv.split((2 * group, 2, 2), dim=3))
     w = torch.rand(batch, segments, n, 2).requires_grad_() if gated else None
-    memory = LayerMemory.empty(batch, 2, d)
+    memory = MemoryState.empty(batch, 2, d)
     beta = torch.zeros(2 * group, requires_grad=True)
     rotary = torch.ones(n, d // 2), torch.zeros(n, d // 2)
     kept = []
@@ -136,7 +137,7 @@ def test_triton_asked_for_on_a_cpu_is_refused():
     q, k, v, kv, norm, beta = make_inputs(layout, 7, 1, False)
     rotary = torch.ones(7, 8), torch.zeros(7, 8)
     with pytest.raises(UserError, match=r"kernels\.backend: triton needs a CUDA device, not cpu"):
-        infini_attention(q, k, v, None, LayerMemory(kv, norm), layout, beta, "linear", rotary)
+        infini_attention(q, k, v, None, MemoryState(kv, norm), layout, beta, "linear", rotary)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_ds.model.generation import WINDOW_SEGMENTS, sample, stream
+from infini_ds.model.generation import WINDOW_SEGMENTS, Sampling, sample, stream
 
 N = 8
 
@@ -90,7 +90,7 @@ def test_stream_gives_each_column_before_the_next_is_computed(make_model, make_t
     reads = []
     read = model.read
     monkeypatch.setattr(model, "read", lambda *given: reads.append(given) or read(*given))
-    for number, column in enumerate(stream(model, prompt, 5, temperature=0), start=1):
+    for number, column in enumerate(stream(model, prompt, 5, Sampling(temperature=0)), start=1):
         assert torch.equal(column, expected[:, number - 1])
         assert len(reads) == number
     assert number == 5
@@ -121,8 +121,7 @@ def test_generate_restores_training_mode(make_model, make_tokens):
 def drawn(probabilities, **settings):
     """The share of each token in many draws."""
     logits = torch.tensor(probabilities).log().expand(20_000, -1)
-    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | settings
-    tokens = sample(logits, generator=torch.Generator().manual_seed(0), **settings)
+    tokens = sample(logits, Sampling(**settings), torch.Generator().manual_seed(0))
     return tokens.bincount(minlength=len(probabilities)) / len(tokens)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from infini_ds.errors import UserError
 from infini_ds.model.memory import Memory
-from infini_ds.whole_file import umask
+from infini_ds.system.whole_file import umask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infini_ds.data.windows import IGNORE_INDEX
+from infini_ds.layout import IGNORE_INDEX
 from infini_ds.model.head import loss_chunk, token_losses
 
 

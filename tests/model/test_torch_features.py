@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from infini_ds.kernels.infini_attention import LayerMemory, infini_attention
+from infini_ds.kernels.infini_attention import infini_attention
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.block import Block
 from tests.model.conftest import MODEL
 
@@ -101,7 +102,7 @@ def test_names_of_choices_are_checked():
     q = torch.zeros(1, 1, N, 2, 8)
     layout = Layout(torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), N, dtype=torch.int32))
     rotary = torch.ones(N, 4), torch.zeros(N, 4)
-    with pytest.raises(ValueError, match=r"rule \(sum\) must be linear or delta"):
+    with pytest.raises(ValueError, match=r"rule \(sum\) must be one of linear, delta"):
         infini_attention(
-            q, q, q, None, LayerMemory.empty(1, 2, 8), layout, torch.zeros(2), "sum", rotary
+            q, q, q, None, MemoryState.empty(1, 2, 8), layout, torch.zeros(2), "sum", rotary
         )

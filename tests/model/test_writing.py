@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.short_conv import TAPS, ShortConv
 from infini_ds.model.write_gate import write_stats
 
@@ -80,7 +80,7 @@ def gates_of(model, tokens, layout):
     seen = []
     for block in model.blocks:
         block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2]))
-    memory = [LayerMemory.empty(2, 2, 8)] * 2
+    memory = [MemoryState.empty(2, 2, 8)] * 2
     _, _, stats = model.read_window(tokens, layout, memory)
     return [w.flatten(1, 2) for w in seen], stats
 
@@ -107,7 +107,7 @@ def test_padding_has_no_gradient_from_the_penalty():
 
 def test_model_without_gates_has_no_statistics(make_model, make_tokens):
     tokens, layout = window_of(make_tokens)
-    memory = [LayerMemory.empty(2, 2, 8)] * 2
+    memory = [MemoryState.empty(2, 2, 8)] * 2
     _, _, stats = make_model().read_window(tokens, layout, memory)
     assert stats == []
 

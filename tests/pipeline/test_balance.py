@@ -4,7 +4,7 @@ import pytest
 
 from infini_ds.config import ModelConfig
 from infini_ds.model.flops import forward_flops_per_token
-from infini_ds.pipeline.balance import balance, describe
+from infini_ds.parallel.pipeline.balance import balance, describe
 
 
 def model(num_layers, vocab_size):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from infini_ds.pipeline.channel import Channel
+from infini_ds.parallel.pipeline.channel import Channel
 from tests.distributed.processes import run_ranks
 
 WORKER = Path(__file__).with_name("channel_worker.py")

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
-from infini_ds.pipeline.lane_memory import LaneMemory
+from infini_ds.memory import MemoryState
+from infini_ds.parallel.lane_memory import LaneMemory
 
 CONFIG = ModelConfig(vocab_size=7, hidden_size=8, num_layers=4, num_heads=2, head_dim=4)
 LANES = 2
@@ -13,8 +13,8 @@ def held(micro_batches=3) -> LaneMemory:
     return LaneMemory(CONFIG, micro_batches, LANES, range(1, 3), torch.device("cpu"))
 
 
-def memory(lanes: int) -> LayerMemory:
-    return LayerMemory(torch.randn(lanes, 2, 4, 4), torch.rand(lanes, 2, 4))
+def memory(lanes: int) -> MemoryState:
+    return MemoryState(torch.randn(lanes, 2, 4, 4), torch.rand(lanes, 2, 4))
 
 
 def test_lanes_begin_with_nothing_read():
@@ -38,7 +38,7 @@ def test_put_keeps_the_held_blocks_of_a_micro_batch_alone():
 
 def test_put_cuts_the_gradient():
     lanes = held()
-    window = {b: LayerMemory(*(t.requires_grad_() * 1 for t in memory(LANES))) for b in (1, 2)}
+    window = {b: MemoryState(*(t.requires_grad_() * 1 for t in memory(LANES))) for b in (1, 2)}
     lanes.put(0, window)
     assert not any(tensor.requires_grad for tensor in lanes.get(0)[1])
 

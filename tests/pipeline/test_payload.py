@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.layout import Layout
-from infini_ds.pipeline.payload import Payload, Wire
+from infini_ds.memory import MemoryState
+from infini_ds.parallel.pipeline.payload import Payload, Wire
 
 CPU = torch.device("cpu")
 # Odd sizes, so that parts do not end where the next may begin.
@@ -29,7 +29,7 @@ def wire(shape, dtype):
 def memories(wire, blocks):
     shape = (wire.batch, 3, wire.config.head_dim)
     return {
-        block: LayerMemory(torch.randn(*shape, shape[-1]), torch.randn(shape)) for block in blocks
+        block: MemoryState(torch.randn(*shape, shape[-1]), torch.randn(shape)) for block in blocks
     }
 
 

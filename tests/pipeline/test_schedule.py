@@ -3,7 +3,12 @@ from collections import deque
 
 import pytest
 
-from infini_ds.pipeline.schedule import Backward, Forward, evaluation_schedule, train_schedule
+from infini_ds.parallel.pipeline.schedule import (
+    Backward,
+    Forward,
+    evaluation_schedule,
+    train_schedule,
+)
 
 SIZES = [
     pytest.param(*sizes, id="stages{}-micro_batches{}-chunks{}".format(*sizes))

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from infini_ds.pipeline.transport import TRANSPORTS, Carried, Resident
+from infini_ds.parallel.pipeline.transport import TRANSPORTS, Carried, Resident
 
 BOUNDS = [(0, 4), (0, 2, 4), (0, 3, 4), (0, 1, 2, 4), (0, 2, 4, 5, 7)]
 HOPS = [

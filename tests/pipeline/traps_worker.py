@@ -11,10 +11,10 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from infini_ds.pipeline.engine import InfiniEngine, StepSize
-from infini_ds.pipeline.gradient_sums import gradient_of
-from infini_ds.training.build import build_engine, start_distributed
-from infini_ds.training.optimizer import set_learning_rate
+from infini_ds.parallel.build import build_engine, start_distributed
+from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+from infini_ds.parallel.engine import StepSize
+from infini_ds.parallel.pipeline.engine import InfiniEngine
 from tests.distributed.layout_worker import config_of, cut, windows_of
 
 KINDS = {
@@ -29,7 +29,7 @@ CHUNKS = 2
 def step(engine: InfiniEngine, number: int) -> None:
     windows, count = windows_of(number)
     size = StepSize(count, count)
-    engine.train_step(lambda micro_batch: cut(windows, engine.lanes_of(micro_batch)), size)
+    engine.train_step(lambda micro_batch: cut(windows, engine.lanes_of(micro_batch)), size, 1.0)
 
 
 def weights(engine: InfiniEngine) -> list[torch.Tensor]:
@@ -68,7 +68,6 @@ def look(dtype: str, zero_stage: int) -> dict:
     engine._exec_reduce_grads = reduce_and_note
     gate = engine.module.blocks[0].self_attn.beta
     gate_before, before = gate.detach().clone(), weights(engine)
-    set_learning_rate(engine.optimizer, 1.0)
     step(engine, 0)
     counter.remove()
     seen["backward_passes"] = len(calls)

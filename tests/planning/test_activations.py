@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import LayerMemory
+from infini_ds.memory import MemoryState
 from infini_ds.model.block import Block
 from infini_ds.model.transformer import full_layout
 from infini_ds.planning.activations import Unit, block_bytes
@@ -29,7 +29,7 @@ def really_kept(model, unit, checkpointing) -> int:
     length = segments * model.segment_length
     hidden = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
     layout = full_layout(batch, segments, model.segment_length, hidden.device)
-    memory = LayerMemory.empty(batch, model.kv_heads, model.head_dim)
+    memory = MemoryState.empty(batch, model.kv_heads, model.head_dim)
     kept = {}
 
     def keep(x):

@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 
 from infini_ds import cli
-from infini_ds.compute_type import of_processor
 from infini_ds.config import load
 from infini_ds.planning import report
 from infini_ds.planning.plan import alternatives, plan
 from infini_ds.planning.report import GIB
+from infini_ds.system.compute_type import of_processor
 from tests.test_config import CONFIGS
 
 SETTINGS = [

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from infini_ds.causes import cause
 from infini_ds.errors import RunError, UserError
-from infini_ds.training import build
+from infini_ds.parallel import build
+from infini_ds.system.causes import cause
 
 PORT = "in use on this machine"
 LATE = "did not find each other within train.timeout = 9 s at 127.0.0.1 port {port}: "

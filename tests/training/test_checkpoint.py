@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from infini_ds.training import checkpoint, manifest
+from infini_ds.runs import manifest
+from infini_ds.runs.directory import RunDirectory
+from infini_ds.training import checkpoint
 
 
 def make(folder: Path, step: int, finished: bool = True) -> Path:
-    directory = folder / f"step_{step:08d}"
+    directory = RunDirectory(folder).checkpoint(step).path
     directory.mkdir(parents=True)
     if finished:
         manifest.write(directory, {})
@@ -18,12 +20,12 @@ def make(folder: Path, step: int, finished: bool = True) -> Path:
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def test_older_ones_but_the_newest_are_deleted(tmp_path):
     names = [make(tmp_path, step).name for step in (1, 2, 3, 4)]
-    checkpoint._delete_useless(tmp_path / names[3], keep_last=2)
+    checkpoint._delete_useless(tmp_path / "checkpoints" / names[3], keep_last=2)
     assert left(tmp_path) == names[2:]
 
 
@@ -44,8 +46,8 @@ def test_later_ones_that_were_passed_over_are_deleted_and_never_this_one(tmp_pat
 
 
 def test_copies_by_other_names_are_left_alone(tmp_path):
-    copy = tmp_path / "step_best"
-    copy.mkdir()
+    copy = tmp_path / "checkpoints" / "step_best"
+    copy.mkdir(parents=True)
     make(tmp_path, 1)
     new = make(tmp_path, 2)
     checkpoint._delete_useless(new, keep_last=1)
@@ -76,8 +78,8 @@ def test_the_other_ranks_hear_of_a_conversion_before_their_limit(tmp_path, monke
         return value
 
     monkeypatch.setattr(checkpoint, "make_universal", convert)
-    monkeypatch.setattr(checkpoint, "_shared", share)
-    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint, "shared", share)
+    monkeypatch.setattr(checkpoint, "is_first_rank", lambda: True)
     began, timeout = time.monotonic(), 1.2
     assert checkpoint._convert(tmp_path, timeout) == failure
     assert [value for _, value in heard] == [None] * (len(heard) - 1) + [failure]

@@ -9,7 +9,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import engine as pipe_engine
 
 from infini_ds.config import RunConfig, parse
-from infini_ds.training.deepspeed_config import deepspeed_config
+from infini_ds.parallel.deepspeed.config import deepspeed_config
 
 
 def run_config(**sections) -> RunConfig:

@@ -1,7 +1,7 @@
 import threading
 import time
 
-from infini_ds.training.limited import within
+from infini_ds.guard.limited import within
 
 
 def test_within_gives_the_result():

@@ -1,7 +1,7 @@
 import pytest
 
 from infini_ds.errors import UserError
-from infini_ds.training.lock import lock
+from infini_ds.system.lock import lock
 
 
 def test_second_run_is_kept_out_until_the_first_ends(tmp_path):
@@ -19,5 +19,5 @@ def test_file_system_without_locks_has_none(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("infini_ds.training.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("infini_ds.system.lock.fcntl.flock", refuse)
     assert lock(tmp_path, 0.0) is None

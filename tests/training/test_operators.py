@@ -11,7 +11,7 @@ import pytest
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from infini_ds.errors import UserError
-from infini_ds.training.operators import build_cpu_adam
+from infini_ds.parallel.deepspeed.operators import build_cpu_adam
 
 COMPILING = (
     "Error building extension 'cpu_adam': [1/3] c++ -MMD -MF cpu_adam.o.d\n"

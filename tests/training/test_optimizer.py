@@ -5,7 +5,7 @@ import torch
 
 from infini_ds import InfiniTransformer, ModelConfig
 from infini_ds.config import OptimizerConfig
-from infini_ds.training.optimizer import (
+from infini_ds.model.optimizer import (
     adamw,
     learning_rate_factor,
     parameter_groups,

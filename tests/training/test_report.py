@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from infini_ds.config import parse
+from infini_ds.system.console import Console
 from infini_ds.training.report import report
 
 QUALITY = {
@@ -22,7 +22,9 @@ COUNTS = {"skipped_steps": 0, "rollbacks": 0}
 
 
 @pytest.fixture
-def write(tmp_path, capsys):
+def write(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
     def run(quality, sample="", counts=None) -> tuple[str, dict]:
         config = parse(
             {
@@ -33,7 +35,7 @@ def write(tmp_path, capsys):
             },
             "of a test",
         )
-        report(config, 70, counts or COUNTS, quality, sample, Console(width=200))
+        report(config, 70, counts or COUNTS, quality, sample, Console())
         return capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
 
     return run

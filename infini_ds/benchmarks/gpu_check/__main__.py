@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from infini_ds.benchmarks.gpu_check.results import Part
-from infini_ds.cli import exit_code
+from infini_ds.system.exit_code import exit_code
 
 PARTS = {
     "env": "environment", "correct": "correctness", "bench": "times", "sdpa": "times",

@@ -8,9 +8,9 @@ from unittest import mock
 import torch
 
 from infini_ds.benchmarks.gpu_check.results import Part
-from infini_ds.kernels.infini_attention import LayerMemory
 from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 
 OF_TINY = ("sums_kernel", "scan_kernel")
 """Quickly compiled, and enough to show that the path is still there."""
@@ -65,7 +65,7 @@ def compile_ahead(part: Part, case: str) -> None:
     rotary = torch.empty(n, d // 2), torch.empty(n, d // 2)
     with without_gpu(), mock.patch.object(op, "launch", launch):
         out, after = op.infini_attention_triton(
-            q, k, v, None, LayerMemory.empty(1, kv_heads, d), layout, beta, rule,
+            q, k, v, None, MemoryState.empty(1, kv_heads, d), layout, beta, rule,
             rotary,
         )  # fmt: skip
         (out.float().sum() + after.kv.sum() + after.norm.sum()).backward()

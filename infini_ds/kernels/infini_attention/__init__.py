@@ -1,6 +1,5 @@
 """Infini-attention over a window of segments."""
 
 from infini_ds.kernels.infini_attention.op import infini_attention
-from infini_ds.kernels.infini_attention.state import LayerMemory
 
-__all__ = ["LayerMemory", "infini_attention"]
+__all__ = ["infini_attention"]

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.segment_sums import Part, parts, sigma
-from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
-from infini_ds.ranges import compute_dtype
+from infini_ds.memory.state import EPSILON, MemoryState
+from infini_ds.system.ranges import compute_dtype
 
 
-def read_and_mix(a_dot: Tensor, q: Tensor, states: LayerMemory, beta: Tensor) -> Tensor:
+def read_and_mix(a_dot: Tensor, q: Tensor, states: MemoryState, beta: Tensor) -> Tensor:
     """eq. (3) and (6), and A_dot alone where the memory is empty.
 
     Args:

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from infini_ds.kernels.backend import uses_triton
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
-from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.layout import Layout
+from infini_ds.memory import RULES, MemoryState
 
 
 def infini_attention(
@@ -13,15 +13,15 @@ def infini_attention(
     k: Tensor,
     v: Tensor,
     w: Tensor | None,
-    memory: LayerMemory,
+    memory: MemoryState,
     layout: Layout,
     beta: Tensor,
     rule: str,
     rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, LayerMemory]:
+) -> tuple[Tensor, MemoryState]:
     """See `infini_attention_reference`: same arguments, same results."""
-    if rule not in ("linear", "delta"):
-        raise ValueError(f"rule ({rule}) must be linear or delta")
+    if rule not in RULES:
+        raise ValueError(f"rule ({rule}) must be one of {', '.join(RULES)}")
     compute = infini_attention_parallel
     if uses_triton(q):
         from infini_ds.kernels.self_check import check

@@ -13,9 +13,9 @@ from torch import Tensor
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
-from infini_ds.kernels.infini_attention.state import LayerMemory
 from infini_ds.kernels.local_attention import local_attention
 from infini_ds.layout import Layout, valid_tokens
+from infini_ds.memory.state import MemoryState
 
 
 def infini_attention_parallel(
@@ -23,12 +23,12 @@ def infini_attention_parallel(
     k: Tensor,
     v: Tensor,
     w: Tensor | None,
-    memory: LayerMemory,
+    memory: MemoryState,
     layout: Layout,
     beta: Tensor,
     rule: str,
     rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, LayerMemory]:
+) -> tuple[Tensor, MemoryState]:
     """See `infini_attention_reference`: same arguments, same results."""
     a_dot = local_attention(q, k, v, rotary)
     states, final = memory_scan(k, v, w, memory, layout, rule)
@@ -36,8 +36,8 @@ def infini_attention_parallel(
 
 
 def memory_scan(
-    k: Tensor, v: Tensor, w: Tensor | None, memory: LayerMemory, layout: Layout, rule: str
-) -> tuple[LayerMemory, LayerMemory]:
+    k: Tensor, v: Tensor, w: Tensor | None, memory: MemoryState, layout: Layout, rule: str
+) -> tuple[MemoryState, MemoryState]:
     """The memory that each segment reads, and the one after the window.
 
     Args:
@@ -59,7 +59,7 @@ def memory_scan(
     else:
         overlaps = segment_overlaps(k, weight, norm, added.norm.detach())
         kv, final_kv = walk(added.kv, overlaps, memory.kv, layout.starts)
-    return LayerMemory(kv, norm), LayerMemory(final_kv, final_norm)
+    return MemoryState(kv, norm), MemoryState(final_kv, final_norm)
 
 
 def scan(added: Tensor, incoming: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:

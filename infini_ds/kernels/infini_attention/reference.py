@@ -7,13 +7,10 @@ one on outputs, final memory and every gradient.
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
 from infini_ds.layout import Layout
-
-
-def sigma(x: Tensor) -> Tensor:
-    """The feature map of the memory: elu + 1, always positive."""
-    return torch.nn.functional.elu(x) + 1
+from infini_ds.memory import RULES
+from infini_ds.memory.rule import read, sigma
+from infini_ds.memory.state import MemoryState
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -31,12 +28,12 @@ def infini_attention_reference(
     k: Tensor,
     v: Tensor,
     w: Tensor | None,
-    memory: LayerMemory,
+    memory: MemoryState,
     layout: Layout,
     beta: Tensor,
     rule: str,
     rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, LayerMemory]:
+) -> tuple[Tensor, MemoryState]:
     """Attends inside each segment and to the memory of all earlier segments of its document.
 
     Args:
@@ -46,7 +43,7 @@ def infini_attention_reference(
         memory: of the segments before this window.
         layout: document starts and valid lengths.
         beta: [heads], gates of eq. (6).
-        rule: "linear", eq. (4), or "delta", eq. (5).
+        rule: a name of `memory.RULES`.
         rotary: cos and sin, each [n, d / 2].
 
     Returns:
@@ -57,12 +54,9 @@ def infini_attention_reference(
     cos, sin = rotary
     causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     gate = beta.sigmoid().to(q.dtype)[:, None]  # [heads, 1]
-    kv, norm = memory
     outputs = []
     for s in range(segments):
-        started = layout.starts[:, s]  # [batch]
-        kv = kv.masked_fill(started[:, None, None, None], 0)
-        norm = norm.masked_fill(started[:, None, None], 0)
+        memory = memory.cleared(layout.starts[:, s])
 
         local_q = rotate(q[:, s], cos, sin)
         local_k = rotate(k[:, s], cos, sin).repeat_interleave(group, dim=2)
@@ -71,62 +65,17 @@ def infini_attention_reference(
         attention = scores.masked_fill(~causal, float("-inf")).softmax(dim=-1)
         a_dot = torch.einsum("b h i j, b j h d -> b i h d", attention, local_v)
 
-        sigma_q = sigma(q[:, s]).to(kv.dtype)
-        a_mem = _read(sigma_q, kv, norm).to(q.dtype)  # eq. (3)
-        written = (norm.sum(-1) > 0).repeat_interleave(group, dim=1)[:, None, :, None]
+        sigma_q = sigma(q[:, s]).to(memory.kv.dtype)
+        a_mem = read(sigma_q, memory).to(q.dtype)  # eq. (3)
+        written = (memory.norm.sum(-1) > 0).repeat_interleave(group, dim=1)[:, None, :, None]
         mixed = gate * a_mem + (1 - gate) * a_dot  # eq. (6)
         outputs.append(torch.where(written, mixed, a_dot))
 
         valid = torch.arange(n, device=q.device) < layout.lengths[:, s, None]  # [batch, n]
-        weight = valid[..., None].to(kv.dtype)
+        weight = valid[..., None].to(memory.kv.dtype)
         if w is not None:
-            weight = weight * w[:, s].to(kv.dtype)
-        sigma_k = sigma(k[:, s]).to(kv.dtype)
-        weighted_k = sigma_k * weight[..., None]
-        added_norm = weighted_k.sum(dim=1)
-        values = v[:, s].to(kv.dtype)
-        if rule == "delta":
-            reads = torch.einsum("b n h k, b h k -> b n h", sigma_k, norm).clamp(min=EPSILON)
-            overlap = torch.einsum(
-                "b n h i, b n h j -> b h i j", weighted_k / reads[..., None], sigma_k
-            )
-            damping = delta_damping(overlap, norm, added_norm)[:, None, :, None]
-            values = values - damping * _read(sigma_k, kv, norm)  # eq. (5)
-        kv = kv + torch.einsum("b n h k, b n h v -> b h k v", weighted_k, values)  # eq. (4)
-        norm = norm + added_norm
-    return torch.stack(outputs, dim=1), LayerMemory(kv, norm)
-
-
-@torch.no_grad()
-def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
-    """The guard of the delta rule: the factor on what is subtracted, 1 wherever eq. (5) is stable.
-
-    A segment multiplies the stored M by I - c G, with G = sum of w sigma(k)^T sigma(k) /
-    (sigma(k) z), symmetric and positive semi-definite; M cannot grow by it as long as the largest
-    eigenvalue of c G is at most 2. G has no negative entry, so by Collatz and Wielandt that
-    eigenvalue is at most max(G x / x) for any positive x. We start from x = z, for which G z is
-    the norm that the segment adds, and tighten the bound by two power steps. Where it exceeds 2
-    (a segment that writes more than about twice what is stored, as after a short first segment),
-    c brings it down to 2. The factor is a constant to the gradients.
-
-    Args:
-        overlap: [..., d, d], G.
-        norm, added_norm: [..., d].
-
-    Returns:
-        [...], in [0, 1]; 0 where nothing is stored.
-    """
-    previous = (overlap @ added_norm[..., None])[..., 0]
-    x = (overlap @ previous[..., None])[..., 0]
-    bound = (x / previous.clamp(min=EPSILON)).amax(dim=-1)
-    damping = (2 / bound.clamp(min=EPSILON)).clamp(max=1)
-    return torch.where(norm.sum(-1) > 0, damping, torch.zeros_like(damping))
-
-
-def _read(sigma_q: Tensor, kv: Tensor, norm: Tensor) -> Tensor:
-    group = sigma_q.shape[2] // norm.shape[1]
-    kv = kv.repeat_interleave(group, dim=1)
-    norm = norm.repeat_interleave(group, dim=1)
-    numerator = torch.einsum("b n h k, b h k v -> b n h v", sigma_q, kv)
-    denominator = torch.einsum("b n h k, b h k -> b n h", sigma_q, norm)
-    return numerator / denominator.clamp(min=EPSILON)[..., None]
+            weight = weight * w[:, s].to(memory.kv.dtype)
+        sigma_k = sigma(k[:, s]).to(memory.kv.dtype)
+        values = v[:, s].to(memory.kv.dtype)
+        memory = RULES[rule].write(memory, sigma_k, sigma_k * weight[..., None], values)
+    return torch.stack(outputs, dim=1), memory

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_ds.kernels.infini_attention.reference import delta_damping
 from infini_ds.kernels.infini_attention.segment_sums import Part, parts, rows_of, sigma
-from infini_ds.kernels.infini_attention.state import EPSILON
-from infini_ds.ranges import compute_dtype
+from infini_ds.memory.delta import delta_damping
+from infini_ds.memory.state import EPSILON
+from infini_ds.system.ranges import compute_dtype
 
 
 def segment_overlaps(k: Tensor, weight: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:

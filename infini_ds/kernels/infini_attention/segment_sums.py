@@ -8,14 +8,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_ds.kernels.infini_attention.state import LayerMemory
-from infini_ds.ranges import compute_dtype
+from infini_ds.memory.state import MemoryState
+from infini_ds.system.ranges import compute_dtype
 
 CACHED = 2**16
 """Numbers worked on together: some fp32 copies of them fit into a core's own cache (1 MiB)."""
 
 
-def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> LayerMemory:
+def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> MemoryState:
     """Sums over the tokens of each segment, eq. (4), in fp32.
 
     Args:
@@ -28,7 +28,7 @@ def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> LayerMemory:
     flat = (x.flatten(0, 1) for x in (k, v, weight))
     kv, norm = _SegmentSums.apply(*flat)  # type: ignore[misc]
     batch, segments = k.shape[:2]
-    return LayerMemory(kv.unflatten(0, (batch, segments)), norm.unflatten(0, (batch, segments)))
+    return MemoryState(kv.unflatten(0, (batch, segments)), norm.unflatten(0, (batch, segments)))
 
 
 class Part(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.errors import UserError
-from infini_ds.kernels.infini_attention.state import EPSILON, LayerMemory
 from infini_ds.kernels.infini_attention.triton.attend import attend_kernel
 from infini_ds.kernels.infini_attention.triton.attend_gradient import (
     key_gradient_kernel,
@@ -36,6 +35,7 @@ from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
 from infini_ds.layout import Layout, whole_weights
+from infini_ds.memory.state import EPSILON, MemoryState
 
 LARGEST_GRID = 65535
 """Of CUDA, in the dimension that segments take."""
@@ -53,12 +53,12 @@ def infini_attention_triton(
     k: Tensor,
     v: Tensor,
     w: Tensor | None,
-    memory: LayerMemory,
+    memory: MemoryState,
     layout: Layout,
     beta: Tensor,
     rule: str,
     rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, LayerMemory]:
+) -> tuple[Tensor, MemoryState]:
     """See `infini_attention_reference`: same arguments, same results, for d of TRITON_HEAD_DIMS."""
     n = k.shape[2]
     weight = whole_weights(layout, n, k.shape[3])
@@ -67,14 +67,14 @@ def infini_attention_triton(
     out, kv, norm = _InfiniAttention.apply(  # type: ignore[misc]
         q, k, v, weight, *memory, beta, layout.starts, rule, *rotary
     )
-    return out, LayerMemory(kv, norm)
+    return out, MemoryState(kv, norm)
 
 
 class _InfiniAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, weight, kv, norm, beta, starts, rule, cos, sin):
         window = _Window(q, k, v, weight, beta, starts, rule, cos, sin)
-        states, final, rotated_k = window.write(LayerMemory(kv, norm))
+        states, final, rotated_k = window.write(MemoryState(kv, norm))
         out, log_sum = window.attend(states, rotated_k)
         ctx.save_for_backward(q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states)
         ctx.rule = rule
@@ -85,7 +85,7 @@ class _InfiniAttention(torch.autograd.Function):
     def backward(ctx, d_out, d_kv, d_norm):
         q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states = ctx.saved_tensors
         window = _Window(q, k, v, weight, beta, starts, ctx.rule, cos, sin)
-        d_final = LayerMemory(d_kv.contiguous(), d_norm.contiguous())
+        d_final = MemoryState(d_kv.contiguous(), d_norm.contiguous())
         gradients = window.backward(_States(*states), out, log_sum, d_out.contiguous(), d_final)
         return *gradients, None, None, None, None
 
@@ -126,15 +126,15 @@ class _Window:
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
         self.scale = math.log2(math.e) / math.sqrt(self.d)
 
-    def write(self, incoming: LayerMemory) -> tuple[_States, LayerMemory, Tensor]:
+    def write(self, incoming: MemoryState) -> tuple[_States, MemoryState, Tensor]:
         """The memory before each segment, the one after the window, and the keys with rotary
         positions, [segments, kv_heads, n, d]."""
         rotated_k = self.k.new_empty(self.rows, self.kv_heads, self.n, self.d)
         kv, norm = self._sums(self.k, self.v, self.weight, self.weight, rotated_k)
-        incoming = LayerMemory(*(x.contiguous() for x in incoming))
+        incoming = MemoryState(*(x.contiguous() for x in incoming))
         if self.rule == "linear":
             nothing = norm.new_empty(0)
-            final = LayerMemory(self._scan(kv, incoming.kv), self._scan(norm, incoming.norm))
+            final = MemoryState(self._scan(kv, incoming.kv), self._scan(norm, incoming.norm))
             return _States(kv, norm, nothing), final, rotated_k
         added_norm = norm.clone()
         final_norm = self._scan(norm, incoming.norm)
@@ -150,7 +150,7 @@ class _Window:
             "delta", delta_kernel, overlaps=overlaps, damping=damping, kv=kv,
             incoming=incoming.kv, final=final_kv,
         )  # fmt: skip
-        return _States(kv, norm, damping), LayerMemory(final_kv, final_norm), rotated_k
+        return _States(kv, norm, damping), MemoryState(final_kv, final_norm), rotated_k
 
     def attend(self, states: _States, rotated_k: Tensor) -> tuple[Tensor, Tensor]:
         """The output [batch, segments, n, heads, d], and the log-sum-exp of each row of scores."""
@@ -173,7 +173,7 @@ class _Window:
         return out, log_sum
 
     def backward(
-        self, states: _States, out: Tensor, log_sum: Tensor, d_out: Tensor, d_final: LayerMemory
+        self, states: _States, out: Tensor, log_sum: Tensor, d_out: Tensor, d_final: MemoryState
     ) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, weight, the incoming kv and norm, and beta."""
         rotated_q = self.q.new_empty(self.rows, self.heads, self.n, self.d)
@@ -235,8 +235,8 @@ class _Window:
         return dq, dk, dv, d_weight, *d_incoming, d_beta
 
     def _scan_back(
-        self, states: _States, d_kv: Tensor, d_norm: Tensor, d_final: LayerMemory, both: Tensor
-    ) -> tuple[LayerMemory, LayerMemory]:
+        self, states: _States, d_kv: Tensor, d_norm: Tensor, d_final: MemoryState, both: Tensor
+    ) -> tuple[MemoryState, MemoryState]:
         """Gradients of the memory after each segment, from those of the memory before each and
         of the final one; and of the incoming memory. By the delta rule, `both` too."""
         if self.rule == "linear":
@@ -256,7 +256,7 @@ class _Window:
                 D=self.d, BLOCK_ROWS=size.rows, BLOCK_V=size.columns,
             )  # fmt: skip
         d_incoming_norm = self._scan(d_norm, d_final.norm, reverse=True)
-        return LayerMemory(d_kv, d_norm), LayerMemory(d_incoming_kv, d_incoming_norm)
+        return MemoryState(d_kv, d_norm), MemoryState(d_incoming_kv, d_incoming_norm)
 
     def _overlaps(self, norm: Tensor) -> Tensor:
         """See `overlap_kernel`."""

@@ -1,0 +1,135 @@
+"""`infini-ds bench`: measures one thing beside another."""
+
+import argparse
+
+from infini_ds.benchmarks.quality_variants import VARIANTS
+from infini_ds.commands.options import (
+    Commands,
+    add_json,
+    command,
+    integers,
+    load_config,
+    with_config,
+    writable,
+)
+from infini_ds.errors import UserError
+from infini_ds.system.arguments import Checked, at_least
+
+_PLOT = "quality.png"
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to those there are."""
+    parser = commands.add_parser("bench", help="measure something, side by side")
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for add_name in (_add_peer, _add_transport, _add_kernels, _add_quality):
+        add_name(names)
+
+
+def _add_peer(names: Commands) -> None:
+    parser = command(names, "peer", "training speed and memory beside the seed library", _peer)
+    parser.add_argument(
+        "--segments", action=Checked, check=integers, default=[512, 1024, 2048],
+        help="segment lengths",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
+    _add_dtype(parser)
+    add_json(parser)
+
+
+def _peer(options: argparse.Namespace) -> None:
+    from infini_ds.benchmarks import peer
+
+    peer.run(options.json, options.segments, options.repeats, options.dtype)
+
+
+def _add_transport(names: Commands) -> None:
+    parser = command(names, "transport", "bytes and step time of both transports", _transport)
+    parser.set_defaults(is_rank=True)
+    parser.add_argument("--processes", type=int, action=Checked, check=at_least(1), default=2)
+    parser.add_argument(
+        "--steps", type=int, action=Checked, check=at_least(1), default=10,
+        help="timed steps of each",
+    )  # fmt: skip
+    _add_dtype(parser)
+    add_json(parser)
+
+
+def _transport(options: argparse.Namespace) -> None:
+    from infini_ds.benchmarks import transport
+
+    transport.run(options.processes, options.steps, options.dtype, options.json)
+
+
+def _add_kernels(names: Commands) -> None:
+    parser = command(names, "kernels", "speed of the Triton kernels on a GPU", _kernels)
+    parser.add_argument(
+        "--compile-only", action="store_true",
+        help="no GPU needed: compile them for A100, H100 and B200, check the machine code",
+    )  # fmt: skip
+    add_json(parser)
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    if options.compile_only:
+        from infini_ds.benchmarks import kernels_compile
+
+        kernels_compile.run(options.json)
+        return
+    from infini_ds.benchmarks import kernels
+
+    kernels.run(options.json)
+
+
+def _add_quality(names: Commands) -> None:
+    about = "what the memory is worth in bits per byte of held-out text"
+    parser = with_config(names, "quality", about, _quality)
+    parser.add_argument("--steps", type=int, help="of each run (the config's train.steps)")
+    parser.add_argument(
+        "--seeds", action=Checked, check=_seeds, default=[0, 1],
+        help="of weights and order of documents",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variants", action=Checked, check=_variants, metavar="NAMES", default=list(VARIANTS),
+        help=f"default: {','.join(VARIANTS)}",
+    )  # fmt: skip
+    add_json(parser)
+    parser.add_argument(
+        "--plot", action=Checked, check=writable, metavar="FILE",
+        help=f"bits per byte by position in the document ({_PLOT})",
+    )  # fmt: skip
+
+
+def _seeds(name: str, text: str) -> list[int]:
+    seeds = integers(name, text)
+    _check_distinct(name, seeds)
+    if min(seeds) < 0:
+        raise UserError(f"{name} ({min(seeds)}) must each be at least 0")
+    return seeds
+
+
+def _variants(name: str, text: str) -> list[str]:
+    variants = text.split(",")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"{name} ({variant}) must be among {', '.join(VARIANTS)}")
+    _check_distinct(name, variants)
+    return variants
+
+
+def _check_distinct(name: str, values: list) -> None:
+    if len(set(values)) < len(values):
+        raise UserError(f"{name}: each must be named once")
+
+
+def _quality(options: argparse.Namespace) -> None:
+    steps = [] if options.steps is None else [f"train.steps={options.steps}"]
+    config = load_config(options, *steps)
+    plot = options.plot or writable("--plot", _PLOT)
+    from infini_ds.benchmarks import quality
+
+    quality.run(config, options.variants, options.seeds, options.json, plot)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")

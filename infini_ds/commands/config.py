@@ -1,0 +1,28 @@
+"""`infini-ds config`: prints the settings of a run, or which settings there are."""
+
+import argparse
+
+from infini_ds.commands.options import Commands, load_config, with_config
+from infini_ds.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to those there are."""
+    about = "print all settings of a run, or without one what there are"
+    parser = with_config(commands, "config", about, _run, required=False)
+    parser.add_argument(
+        "--schema", action="store_true", help="what there are, as a JSON schema for editors"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    from infini_ds import config as configuration
+
+    if options.schema and options.config is not None:
+        raise UserError("--schema: is that of all settings; leave out CONFIG")
+    if options.schema:
+        print(configuration.schema(), end="")
+    elif options.config is None:
+        print(configuration.reference(), end="")
+    else:
+        print(configuration.dump(load_config(options)), end="")

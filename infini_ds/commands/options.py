@@ -1,0 +1,125 @@
+"""Arguments that several commands share."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from infini_ds.errors import UserError
+from infini_ds.system.arguments import Checked
+from infini_ds.system.paths import argument
+from infini_ds.system.whole_file import check_writable
+
+if TYPE_CHECKING:
+    from infini_ds.config import RunConfig
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run: TypeAlias = Callable[[argparse.Namespace], None]
+
+MODEL = "an export, a run's output_dir, or one of its checkpoints"
+"""What a command reads a model from."""
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def command(commands: Commands, name: str, about: str, run: Run) -> argparse.ArgumentParser:
+    """Adds a command; what it does is said before its arguments."""
+    parser = commands.add_parser(name, help=about, description=about)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def with_config(
+    commands: Commands, name: str, about: str, run: Run, required: bool = True
+) -> argparse.ArgumentParser:
+    """Adds a command that takes a run's config, and settings that replace some of its own."""
+    parser = command(commands, name, about, run)
+    nargs = None if required else "?"
+    parser.add_argument(
+        "config", nargs=nargs, action=Checked, check=argument, metavar="CONFIG",
+        help="YAML file of the run",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value",
+        help="settings that replace the file's",
+    )  # fmt: skip
+    return parser
+
+
+def load_config(options: argparse.Namespace, *overrides: str) -> "RunConfig":
+    """The config of a command that has one, with further settings replaced.
+
+    Raises:
+        UserError: a setting or the file is wrong.
+    """
+    from infini_ds import config as configuration
+
+    return configuration.load(options.config, [*options.overrides, *overrides])
+
+
+def with_model(commands: Commands, name: str, about: str, run: Run) -> argparse.ArgumentParser:
+    """Adds a command that reads a model."""
+    parser = command(commands, name, about, run)
+    parser.add_argument("directory", action=Checked, check=argument, metavar="MODEL", help=MODEL)
+    parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest valid one)")
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds --json, which every command has that prints figures."""
+    parser.add_argument(
+        "--json", action=Checked, check=writable, metavar="FILE", help="write the figures as well"
+    )
+
+
+def writable(name: str, text: str) -> str:
+    """A file that can be written where it is wanted, known before the work that makes its content.
+
+    Raises:
+        UserError: it cannot, or its name is none.
+    """
+    path = argument(name, text)
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{name} {path}: its directory does not exist")
+    if Path(path).is_dir():
+        raise UserError(f"{name} {path}: is a directory; name a file")
+    check_writable(path, name)
+    return path
+
+
+def readable_text(name: str, text: str) -> str:
+    """A file of text that is there. It may be a pipe, and - is standard input.
+
+    Raises:
+        UserError: there is no such file, or its name is none.
+    """
+    from infini_ds.data import text_files
+
+    path = argument(name, text)
+    if not text_files.exists(path):
+        problem = "is a directory; name a file" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{name} {path}: {problem}")
+    return path
+
+
+def integers(name: str, text: str) -> list[int]:
+    """Integers with commas between them.
+
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{text!r}: must be integers with commas between them") from None
+
+
+def size(name: str, text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    number, unit = text[:-2], text[-2:].upper()
+    if not number.isdecimal() or unit not in _UNITS or int(number) < 1:
+        raise UserError(f"{name} ({text}) must be a number with KB, MB or GB, such as 5GB")
+    return int(number) * _UNITS[unit]

@@ -1,0 +1,63 @@
+"""`infini-ds passkey`: asks a model for digits that it read long ago."""
+
+import argparse
+import typing
+
+from infini_ds.commands.options import Commands, add_json, integers, with_model, writable
+from infini_ds.errors import UserError
+from infini_ds.system.arguments import Checked, at_least
+
+_SEGMENTS = [16, 64, 256, 1024, 8192]
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to those there are."""
+    parser = with_model(
+        commands, "passkey", "can a model find digits that it read long ago", _run
+    )  # fmt: skip
+    parser.add_argument(
+        "--segments", action=Checked, check=_lengths, default=_SEGMENTS, help="lengths of documents"
+    )
+    count = {"type": int, "action": Checked, "check": at_least(1)}
+    parser.add_argument("--depths", **count, default=10, help="places where the key is hidden")
+    parser.add_argument("--samples", **count, help="documents of each length (64, long ones 8)")
+    parser.add_argument(
+        "--filler", action=Checked, check=_filler,
+        help="standard, noise or text (the run's data.passkey.filler)",
+    )  # fmt: skip
+    parser.add_argument("--keys", **count, help="keys in each (the run's data.passkey.keys)")
+    parser.add_argument("--batch", **count, help="documents read together (8)")
+    parser.add_argument(
+        "--seed", type=int, action=Checked, check=at_least(0), default=0, help="of the documents"
+    )
+    add_json(parser)
+    parser.add_argument(
+        "--plot", action=Checked, check=writable, metavar="FILE",
+        help="the heat map (passkey.png, in the run or here)",
+    )  # fmt: skip
+
+
+def _lengths(name: str, text: str) -> list[int]:
+    segments = integers(name, text)
+    if min(segments) < 2:
+        raise UserError(f"{name} ({text}): must each be at least 2")
+    return segments
+
+
+def _filler(name: str, text: str) -> str:
+    from infini_ds.config import PasskeyConfig
+
+    fillers = typing.get_args(PasskeyConfig.model_fields["filler"].annotation)
+    if text not in fillers:
+        raise UserError(f"{name} ({text}) must be one of {', '.join(fillers)}")
+    return text
+
+
+def _run(options: argparse.Namespace) -> None:
+    from infini_ds.evaluation import passkey
+
+    asked = passkey.PasskeyOptions(
+        options.segments, options.depths, options.samples, options.filler, options.keys,
+        options.batch, options.seed,
+    )  # fmt: skip
+    passkey.run(options.directory, options.step, asked, options.json, options.plot)

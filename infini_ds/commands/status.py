@@ -1,0 +1,22 @@
+"""`infini-ds status`: says how a run fares, from its files alone."""
+
+import argparse
+
+from infini_ds.commands.options import Commands, add_json, command
+from infini_ds.system.arguments import Checked
+from infini_ds.system.paths import argument
+
+
+def add(commands: Commands) -> None:
+    """Adds the command to those there are."""
+    parser = command(commands, "status", "how a run fares, from its files alone", _run)
+    parser.add_argument(
+        "directory", action=Checked, check=argument, metavar="RUN", help="output_dir of a run"
+    )
+    add_json(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from infini_ds.cluster import status
+
+    status.run(options.directory, options.json)

@@ -1,0 +1,204 @@
+"""Where documents come from: one corpus, or several of a mixture."""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from infini_ds.config.settings import (
+    RESOLVED,
+    PathText,
+    RangeText,
+    Settings,
+    require_growing,
+)
+
+TokenizerKind = Literal["sentencepiece", "tokenizers", "bytes"]
+TOKENIZER_FILES = {"bytes": "", "sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
+"""Names of a tokenizer's file in stores and exports, by its kind."""
+_CORPUS_NAME = "[A-Za-z0-9_-]+"
+
+
+class TokenizerConfig(Settings):
+    """The tokenizer, which turns text into token ids."""
+
+    kind: TokenizerKind = "sentencepiece"
+    """A `sentencepiece` model, a tokenizer.json of `tokenizers`, or `bytes` (256, BOS, EOS)."""
+    model: PathText = ""
+    """The tokenizer's file. If empty, a sentencepiece model is trained on the corpus first."""
+    vocab_size: Annotated[
+        int, Field(ge=320, le=2**20), RangeText(f"from 320 (256 are bytes) to {2**20}")
+    ] = 4096
+    """Size of the vocabulary to train (sentencepiece without `model`)."""
+    training_bytes: int = Field(default=20_000_000, ge=1)
+    """The tokenizer is trained on at most this much text, taken from all over the corpus."""
+    min_restored: float = Field(default=0.9, ge=0, le=1)
+    """Refuse a tokenizer if a smaller share of the text's bytes can be restored from its tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizerConfig":
+        if self.kind == "bytes" and self.model:
+            raise ValueError("model must be empty when kind is bytes")
+        if self.kind == "tokenizers" and not self.model:
+            raise ValueError("model must name a tokenizer.json when kind is tokenizers")
+        return self
+
+
+class PasskeyConfig(Settings):
+    """Documents that hide a pass key in filler and ask for it in their last segment."""
+
+    segment_length: int = Field(default=2048, ge=1)
+    """Tokens in a segment, equal to model.segment_length: a document is made of whole segments."""
+    segments: list[int] = Field(
+        default=[2, 4, 8, 16], json_schema_extra={"minItems": 1, "uniqueItems": True}
+    )
+    """Lengths of the documents, in segments, in growing order."""
+    documents: int = Field(default=1000, ge=1)
+    """Number of documents of each length."""
+    digits: int = Field(default=5, ge=1)
+    """Number of digits in a pass key."""
+    keys: int = Field(default=1, ge=1)
+    """Pass keys in a document. If there are several, each has a name and one is asked for."""
+    filler: Literal["standard", "noise", "text"] = "standard"
+    """The sentences of Mohtashami & Jaggi (2023) over and over, random letters, or real text."""
+    text_files: list[str] = Field(default=[])
+    """`filler: text`: paths and globs as in data.files; if empty, the files of `python-stdlib`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PasskeyConfig":
+        if self.digits >= self.segment_length:
+            raise ValueError(
+                f"digits ({self.digits}) must be below segment_length ({self.segment_length})"
+            )
+        require_growing("segments", self.segments, least=2)
+        return self
+
+
+class CorpusConfig(Settings):
+    """Where documents come from, and the token store made of them."""
+
+    source: Literal["python-stdlib", "files", "huggingface", "passkey"] = "python-stdlib"
+    """The sources of Python's own library, local files, a hub dataset, or generated pass keys."""
+    files: list[str] = Field(default=[])
+    """`files`: paths or globs of .txt (one document each), .jsonl, .json, .parquet, .gz, .zst."""
+    document_separator: str = ""
+    """`files`: text that begins a new document in a .txt; if empty, each .txt is one document."""
+    dataset: str = ""
+    """`huggingface`: dataset name or local directory."""
+    dataset_config: str = ""
+    """`huggingface`: configuration name, if the dataset has several."""
+    dataset_split: str = "train"
+    """`huggingface`: which split to read."""
+    streaming: bool = True
+    """`huggingface`: read as a stream instead of downloading everything first."""
+    text_field: str = "text"
+    """Field of a record that holds the text, in .jsonl, .parquet or datasets; or as `meta.text`."""
+    weighted_field: str = ""
+    """Field read instead of text_field: a list of [text, weight of the loss] or {text, weight}."""
+    max_documents: int = Field(default=0, ge=0)
+    """Stop after this many documents; 0 means all."""
+    held_out_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of documents kept for evaluation. A hash of the text decides, so it never changes."""
+    store: PathText = ""
+    """Directory of the token store that `infini-ds prepare` writes; must be given."""
+    passkey: PasskeyConfig = PasskeyConfig()
+    """`passkey`: the documents to generate."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the store has a weight for each token."""
+        return self.source == "passkey" or self.weighted_field != ""
+
+    @model_validator(mode="after")
+    def _check_corpus(self) -> "CorpusConfig":
+        if self.source == "files" and not self.files:
+            raise ValueError("files must name at least one path or glob when source is files")
+        if self.source == "huggingface" and not self.dataset:
+            raise ValueError("dataset must be named when source is huggingface")
+        if self.weighted_field and self.source not in ("files", "huggingface"):
+            raise ValueError("weighted_field must be empty unless source is files or huggingface")
+        return self
+
+
+class MixtureCorpus(CorpusConfig):
+    """One named corpus of a mixture. It also has all settings of `data` above, including store."""
+
+    weight: float = Field(default=1.0, ge=1e-6, le=1e6)
+    """Its share of the training tokens, relative to the weights of the other corpora."""
+
+
+class DataConfig(CorpusConfig):
+    """Where documents come from, and the token store made of them."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer, which turns text into token ids."""
+    mixture: dict[str, MixtureCorpus] = Field(
+        default={}, json_schema_extra={"propertyNames": {"pattern": f"^{_CORPUS_NAME}$"}}
+    )
+    """Several corpora by name, instead of a single one. They share the tokenizer."""
+
+    @property
+    def corpora(self) -> dict[str, "DataConfig"]:
+        """The corpora by name, in alphabetical order, each with the tokenizer.
+
+        A single corpus is here too, under the name "", so that nothing else needs to ask whether
+        the data is a mixture.
+        """
+        if not self.mixture:
+            return {"": self}
+        return {name: self._alone(self.mixture[name]) for name in sorted(self.mixture)}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of a mixture's corpora by name, in the order of `corpora`; else empty."""
+        return {name: self.mixture[name].weight for name in sorted(self.mixture)}
+
+    def with_corpora(self, change: Callable[[CorpusConfig], dict[str, Any]]) -> "DataConfig":
+        """Replaces settings of each corpus; the new values are not validated.
+
+        Args:
+            change: returns, for a corpus, the settings to replace.
+        """
+        if not self.mixture:
+            return self.model_copy(update=change(self))
+        changed = {
+            name: corpus.model_copy(update=change(corpus)) for name, corpus in self.mixture.items()
+        }
+        return self.model_copy(update={"mixture": changed})
+
+    def _alone(self, corpus: MixtureCorpus) -> "DataConfig":
+        settings = {name: getattr(corpus, name) for name in CorpusConfig.model_fields}
+        tree = {**settings, "tokenizer": self.tokenizer}
+        return DataConfig.model_validate(tree, context=RESOLVED)  # as_path was applied already
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.mixture:
+            if "store" not in self.model_fields_set:
+                raise ValueError("store must name the directory of the token store")
+            if self.source == "passkey" and self.tokenizer.kind != "bytes":
+                raise ValueError("tokenizer.kind must be bytes when source is passkey")
+            return self
+        for name, field in CorpusConfig.model_fields.items():
+            if getattr(self, name) != field.default:
+                raise ValueError(f"{name} must be given to each corpus of mixture, not beside it")
+        if self.tokenizer.kind == "sentencepiece" and not self.tokenizer.model:
+            raise ValueError(
+                "tokenizer.model must name a model for the corpora of mixture to share; "
+                "tokenizer/train.sh trains one"
+            )
+        stores: dict[str, str] = {}
+        for name, corpus in self.mixture.items():
+            if not re.fullmatch(_CORPUS_NAME, name):
+                raise ValueError(f"mixture: name {name!r} must be of letters, digits, - and _")
+            try:
+                self._alone(corpus)
+            except ValidationError as error:
+                raise ValueError(
+                    f"mixture.{name}: {error.errors()[0].get('ctx', {})['error']}"
+                ) from None
+            other = stores.setdefault(corpus.store, name)
+            if other != name or not corpus.store:
+                raise ValueError(f"mixture.{name}.store must name a directory of its own")
+        return self

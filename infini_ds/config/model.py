@@ -1,0 +1,125 @@
+"""The Infini-Transformer itself."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from infini_ds.config.settings import SMALLEST_EPSILON, Settings
+
+LARGEST_GATE = 10000.0
+"""Largest beta of the gates: its sigmoid is 0 or 1 long before, and every type can hold it."""
+_LARGEST_SIZE = 2**20
+
+
+class RopeScaling(Settings):
+    """How rotary frequencies are changed for models pretrained with scaled positions."""
+
+    rope_type: Literal["linear", "llama3"] = "linear"
+    """`linear` divides all frequencies by `factor`; `llama3` only the low ones (Llama 3.1)."""
+    factor: float = Field(default=1.0, gt=0)
+    """The (low) frequencies are divided by this."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """`llama3`: wavelengths above original_max_position_embeddings / this are fully scaled."""
+    high_freq_factor: float = 4.0
+    """`llama3`: wavelengths below original_max_position_embeddings / this are left alone."""
+    original_max_position_embeddings: int = Field(default=8192, gt=0)
+    """`llama3`: the context length of the model before scaling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor "
+                f"({self.low_freq_factor})"
+            )
+        return self
+
+
+class MemoryConfig(Settings):
+    """Extensions of the paper: what the model learns about writing into its memories."""
+
+    write_gate: bool = False
+    """Each token decides how much of it is written into the memory of each key-value head."""
+    write_penalty: float = Field(default=0.0, ge=0)
+    """With write_gate, the loss gets this times the mean write weight, summed over layers."""
+    short_conv: bool = False
+    """Queries, keys and values see the 4 tokens before them: a causal convolution, 0 at start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MemoryConfig":
+        if self.write_penalty and not self.write_gate:
+            raise ValueError(
+                f"write_penalty ({self.write_penalty}) must be 0 when write_gate is false"
+            )
+        return self
+
+
+class ModelConfig(Settings):
+    """The Infini-Transformer itself; names are Hugging Face's where one exists."""
+
+    vocab_size: int = Field(default=0, ge=0)
+    """Number of token ids. In a run's config, 0 takes it from the token store."""
+    hidden_size: int = Field(ge=1, le=_LARGEST_SIZE)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=1, le=_LARGEST_SIZE)
+    """Number of Transformer blocks."""
+    num_heads: int = Field(ge=1, le=_LARGEST_SIZE)
+    """Query heads per layer."""
+    num_kv_heads: int = Field(default=0, ge=0)
+    """Key-value heads per layer, each with one compressive memory; 0 means `num_heads`."""
+    head_dim: int = Field(default=128, ge=1, le=_LARGEST_SIZE)
+    """Width of a head. Wider heads remember more: a memory has head_dim x head_dim numbers."""
+    intermediate_size: int = Field(default=0, ge=0)
+    """Width of the gated feed-forward; 0 means 8/3 of hidden_size, rounded up to 64."""
+    segment_length: int = Field(default=2048, ge=1, le=_LARGEST_SIZE)
+    """Tokens of one segment (n): local attention stays inside it, the memory spans all of them."""
+    memory_rule: Literal["linear", "delta"] = "linear"
+    """How a segment is written into the memory: eq. (4) of the paper, or the delta rule (5)."""
+    memory: MemoryConfig = MemoryConfig()
+    """Extensions of the paper: what the model learns about writing into its memories."""
+    hidden_act: Literal["silu", "gelu"] = "silu"
+    """Gate of the feed-forward: `silu` is SwiGLU, `gelu` is GEGLU."""
+    rope_theta: float = Field(default=10000.0, ge=1)
+    """Base of the rotary frequencies; positions restart at 0 in each segment."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies, for pretrained models that need it."""
+    norm_eps: float = Field(default=1e-5, ge=SMALLEST_EPSILON, le=1)
+    """Epsilon of the RMS norms."""
+    tie_embeddings: bool = False
+    """The output head shares the embedding's weight."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    attention_out_bias: bool = False
+    """Bias on the attention's output projection."""
+    qk_norm: bool = False
+    """RMS norm of each head's queries and keys, before rotary and for the memory too (Qwen3)."""
+    mlp_bias: bool = False
+    """Biases in the feed-forward."""
+    head_bias: bool = False
+    """Bias on the output head (not with tie_embeddings)."""
+    gate_init: float = Field(default=0.0, ge=-LARGEST_GATE, le=LARGEST_GATE)
+    """Initial beta of the gates: the memory's share of a head's output is sigmoid(beta)."""
+    initializer_range: float = Field(default=0.02, ge=0, le=100)
+    """Standard deviation of initial weights; those that end a branch are divided by sqrt(2 L)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, with the default resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the feed-forward, with the default resolved."""
+        return self.intermediate_size or -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, for rotary positions")
+        if self.tie_embeddings and self.head_bias:
+            raise ValueError("head_bias must be false when tie_embeddings is true")
+        return self

@@ -1,0 +1,34 @@
+"""AdamW and its learning rate."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infini_ds.config.settings import SMALLEST_EPSILON, Settings
+
+
+class OptimizerConfig(Settings):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: cosine to the end, or stable and then a linear decay (warmup-stable-decay)."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps of linear warm-up."""
+    decay_steps: int = Field(default=0, ge=0)
+    """`wsd`: steps of the final decay; 0 means a fifth of train.steps."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decay of matrices; norms, biases, embeddings, gates and short convolutions have none."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, ge=SMALLEST_EPSILON, le=1)
+    """Epsilon of AdamW."""
+    gate_learning_rate_multiplier: float = Field(default=1.0, ge=0)
+    """Learning rate of the memory gates (beta), relative to the rest."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole gradient; 0 means no clipping."""

@@ -1,0 +1,91 @@
+"""A complete run: all sections together."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from infini_ds.config.data import DataConfig
+from infini_ds.config.model import ModelConfig
+from infini_ds.config.optimizer import OptimizerConfig
+from infini_ds.config.parallel import ParallelConfig
+from infini_ds.config.settings import PathText, Settings
+from infini_ds.config.train import TrainConfig
+from infini_ds.errors import UserError
+
+
+class KernelsConfig(Settings):
+    """The implementation of Infini-attention. The results do not depend on it."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Triton kernels (CUDA, bf16, head_dim 64 or 128), PyTorch's operators, or whichever fits."""
+
+
+class EvaluationConfig(Settings):
+    """Evaluation on held-out documents during the run and at its end."""
+
+    every: int = Field(default=500, ge=0)
+    """Steps between evaluations. There is always one at the end; 0 means only that."""
+    max_segments: int = Field(default=512, ge=0)
+    """Held-out documents are read whole and in order up to this many segments; 0 means all."""
+    sample_tokens: int = Field(default=64, ge=0)
+    """Length of the sample text that each evaluation generates; 0 means none."""
+    sample_prompt: str = ""
+    """Text that the sample continues. If empty, the sample is the beginning of a document."""
+
+
+class RunConfig(Settings):
+    """A complete run."""
+
+    output_dir: PathText
+    """Directory of the run: checkpoints, metrics.jsonl, TensorBoard events, resolved config."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of documents."""
+    resume: bool = True
+    """Go on from the newest valid checkpoint in output_dir. If false, refuse if there is one."""
+    init_from: PathText = ""
+    """Export to start from, with its `model` and `data.tokenizer`. If empty, weights are random."""
+    model: ModelConfig
+    """The Infini-Transformer itself."""
+    data: DataConfig
+    """Where documents come from."""
+    train: TrainConfig
+    """How much the run reads in a step, for how long it trains, and what it keeps."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over processes."""
+    kernels: KernelsConfig = KernelsConfig()
+    """The implementation of Infini-attention."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out documents."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if not self.output_dir:
+            raise ValueError("output_dir must name a directory")
+        read = self.model.segment_length
+        for corpus in self.data.corpora.values():
+            made = corpus.passkey.segment_length
+            if corpus.source == "passkey" and made != read:
+                raise ValueError(
+                    f"data.passkey.segment_length ({made}) must be model.segment_length ({read})"
+                )
+        if self.data.weights and self.train.curriculum:
+            raise ValueError("train.curriculum must be left out with data.mixture")
+        return self
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel degree for this many processes.
+
+        Raises:
+            UserError: the processes or the batch cannot be divided as the config asks.
+        """
+        stages = self.parallel.resolve_stages(world_size, self.model.num_layers)
+        data = world_size // stages
+        if self.train.batch_size % (data * self.train.micro_batch_size):
+            raise UserError(
+                f"train.batch_size ({self.train.batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.train.micro_batch_size}) x data-parallel size "
+                f"({data})"
+            )
+        return data

@@ -1,0 +1,1 @@
+"""What notices that a run has stopped, or is to stop."""

@@ -1,0 +1,51 @@
+"""The paper's second rule: what the memory holds for a key already is taken away first."""
+
+import torch
+from torch import Tensor
+
+from infini_ds.memory.linear import added
+from infini_ds.memory.rule import MemoryRule, read
+from infini_ds.memory.state import EPSILON, MemoryState
+
+
+class Delta(MemoryRule):
+    """eq. (5): M' = M + (w sigma(k))^T (v - c sigma(k) M / (sigma(k) z)); see `delta_damping`."""
+
+    name = "delta"
+    reads_of_a_key = 1
+
+    def write(
+        self, memory: MemoryState, sigma_k: Tensor, weighted_k: Tensor, values: Tensor
+    ) -> MemoryState:
+        reads = torch.einsum("b n h k, b h k -> b n h", sigma_k, memory.norm).clamp(min=EPSILON)
+        overlap = torch.einsum(
+            "b n h i, b n h j -> b h i j", weighted_k / reads[..., None], sigma_k
+        )
+        damping = delta_damping(overlap, memory.norm, weighted_k.sum(dim=1))[:, None, :, None]
+        return added(memory, weighted_k, values - damping * read(sigma_k, memory))
+
+
+@torch.no_grad()
+def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
+    """The guard of the delta rule: the factor on what is subtracted, 1 wherever eq. (5) is stable.
+
+    A segment multiplies the stored M by I - c G, with G = sum of w sigma(k)^T sigma(k) /
+    (sigma(k) z), symmetric and positive semi-definite; M cannot grow by it as long as the largest
+    eigenvalue of c G is at most 2. G has no negative entry, so by Collatz and Wielandt that
+    eigenvalue is at most max(G x / x) for any positive x. We start from x = z, for which G z is
+    the norm that the segment adds, and tighten the bound by two power steps. Where it exceeds 2
+    (a segment that writes more than about twice what is stored, as after a short first segment),
+    c brings it down to 2. The factor is a constant to the gradients.
+
+    Args:
+        overlap: [..., d, d], G.
+        norm, added_norm: [..., d].
+
+    Returns:
+        [...], in [0, 1]; 0 where nothing is stored.
+    """
+    previous = (overlap @ added_norm[..., None])[..., 0]
+    x = (overlap @ previous[..., None])[..., 0]
+    bound = (x / previous.clamp(min=EPSILON)).amax(dim=-1)
+    damping = (2 / bound.clamp(min=EPSILON)).clamp(max=1)
+    return torch.where(norm.sum(-1) > 0, damping, torch.zeros_like(damping))

@@ -1,0 +1,25 @@
+"""The paper's first rule: a segment's keys and values are added."""
+
+import torch
+from torch import Tensor
+
+from infini_ds.memory.rule import MemoryRule
+from infini_ds.memory.state import MemoryState
+
+
+class Linear(MemoryRule):
+    """eq. (4): M' = M + (w sigma(k))^T v and z' = z + sum of w sigma(k); A is the identity."""
+
+    name = "linear"
+    reads_of_a_key = 0
+
+    def write(
+        self, memory: MemoryState, sigma_k: Tensor, weighted_k: Tensor, values: Tensor
+    ) -> MemoryState:
+        return added(memory, weighted_k, values)
+
+
+def added(memory: MemoryState, weighted_k: Tensor, values: Tensor) -> MemoryState:
+    """A memory to which values are added at their keys."""
+    kv = memory.kv + torch.einsum("b n h k, b n h v -> b h k v", weighted_k, values)
+    return MemoryState(kv, memory.norm + weighted_k.sum(dim=1))

@@ -1,0 +1,36 @@
+"""DeepSpeed's PipelineModule, cut where we say."""
+
+from collections.abc import Iterator
+
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import nn
+
+
+class StageModule(PipelineModule):
+    """The layers of one stage.
+
+    Args:
+        layers: of all stages: one, then the Transformer blocks, then any number.
+        bounds: first block of each stage, and the number of blocks; the layers before and after the
+            blocks are on the first and the last stage.
+    """
+
+    def __init__(self, layers: list[LayerSpec], bounds: list[int]):
+        self.bounds = bounds
+        super().__init__(layers=layers, num_stages=len(bounds) - 1, partition_method="flops")
+
+    @property
+    def block_range(self) -> range:
+        """The blocks of this stage."""
+        return range(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
+
+    def placed_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """The layers of this stage that are modules, each with its place among all layers."""
+        for place, layer in enumerate(self.forward_funcs, start=self._local_start):
+            if isinstance(layer, nn.Module):
+                yield place, layer
+
+    def _partition_layers(self, method: str = "flops") -> None:
+        blocks = [1 + bound for bound in self.bounds]
+        self.parts = [0, *blocks[1:-1], self._num_layers]
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])

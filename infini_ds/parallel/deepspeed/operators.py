@@ -1,0 +1,70 @@
+"""The one operator that is compiled at the first start: DeepSpeed's CPU Adam."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from torch.utils import cpp_extension
+
+from infini_ds.errors import UserError
+from infini_ds.system.causes import cause, one_line, shortened
+
+
+def build_cpu_adam() -> None:
+    """Compiles it, unless that is done; this process then has it at hand.
+
+    Raises:
+        UserError: it cannot be compiled here; the message says what is missing.
+    """
+    # Beside the interpreter, where pip puts it, also where the environment is not activated.
+    if not shutil.which("ninja"):
+        own = str(Path(sys.executable).parent)
+        os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), own)))
+    try:
+        directory = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, False))
+        with _only_one(directory):
+            CPUAdamBuilder().load(verbose=False)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"parallel.offload_optimizer: DeepSpeed's CPU Adam cannot be compiled, {_reason(error)}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Waits for the other processes that compile there.
+
+    PyTorch's own lock is a file that a killed process leaves, and then all wait for ever. Whoever
+    holds this one may remove it.
+    """
+    with open(directory / ".infini_ds.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (directory / "lock").unlink(missing_ok=True)
+        yield
+
+
+def _reason(error: Exception) -> str:
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
+    headers = Path(sysconfig.get_path("include"))
+    if not shutil.which("ninja"):
+        return "as there is no ninja (pip install ninja)"
+    if not shutil.which(compiler):
+        return f"as there is no C++ compiler {compiler} (apt-get install g++, or set CXX)"
+    if not (headers / "Python.h").exists():
+        return f"as {headers} has no Python.h (apt-get install python3-dev)"
+    if isinstance(error, OSError):
+        return (
+            f"as its place cannot be written ({one_line(error)}); set the variable "
+            "TORCH_EXTENSIONS_DIR to a directory of yours, on a disk of each machine"
+        )
+    lines = re.findall(r"^.*\berror: .*$", str(error), re.MULTILINE)
+    return cause(error) or (one_line(lines[0]) if lines else shortened(one_line(error)))

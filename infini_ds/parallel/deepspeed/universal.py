@@ -1,0 +1,86 @@
+"""Checkpoints in DeepSpeed's universal form, which any layout of processes loads."""
+
+import contextlib
+import glob
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infini_ds.runs import manifest
+
+# What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
+UNIVERSAL_INFO = {
+    "universal_checkpoint_info": {
+        "universal_checkpoint_version": 0.2,
+        "pipeline_replicated_parameter_patterns": ["tied_modules.*"],
+    }
+}
+
+
+def universal_of(directory: Path) -> Path:
+    """Where the universal form of a checkpoint is, if it has been made."""
+    return directory.with_name(f"universal_{directory.name}")
+
+
+def make_universal(directory: Path) -> str:
+    """Makes the universal form of a checkpoint, unless it is there; what went wrong, or nothing."""
+    universal = universal_of(directory)
+    if (universal / manifest.NAME).exists():
+        return ""
+    shutil.rmtree(universal, ignore_errors=True)
+    return _to_universal(directory, universal)
+
+
+def _to_universal(directory: Path, universal: Path) -> str:
+    """Runs DeepSpeed's converter; what went wrong, or nothing."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    # From where they are: it takes their paths for patterns.
+    command += ["--input_folder", directory.name, "--output_folder", universal.name]
+    done = subprocess.run(
+        command, cwd=directory.parent, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    manifest.write(universal, {})
+    return ""
+
+
+@contextlib.contextmanager
+def plain_path(directory: Path) -> Iterator[str]:
+    """A path to a directory that DeepSpeed, which takes it for a pattern, does not mistake."""
+    if glob.escape(str(directory)) == str(directory):
+        yield str(directory)
+        return
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{opened}"
+    finally:
+        os.close(opened)
+
+
+def allow_empty_shards(optimizer: Any) -> None:
+    """Lets a universal form be loaded where a group is too small to be on every rank.
+
+    DeepSpeed takes the step from a group's first parameter, and a rank that has none, such as one
+    of many that share a few gates, fails.
+    """
+    load_all = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
+
+    def load_held(name: str, folder: str) -> None:
+        groups, inner = getattr(optimizer, name), optimizer.optimizer
+        everything = inner.param_groups
+        held = [any(p._hp_mapping is not None for p in group) for group in groups]
+        setattr(optimizer, name, list(itertools.compress(groups, held)))
+        inner.param_groups = list(itertools.compress(everything, held))
+        try:
+            load_all(name, folder)
+        finally:
+            setattr(optimizer, name, groups)
+            inner.param_groups = everything
+
+    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_held

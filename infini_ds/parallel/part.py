@@ -1,0 +1,55 @@
+"""Which stage, blocks and lanes a rank holds."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of the work."""
+
+    stage: int
+    """Place in its pipeline."""
+    replica: int
+    """Place among the data-parallel ranks."""
+    micro_batches: int
+    """Micro-batches of a step, on each data-parallel rank."""
+    micro_batch_size: int
+    """Lanes of a micro-batch."""
+    bounds: tuple[int, ...]
+    """First block of each stage, and the number of blocks."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its stage has the embedding, and reads tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its stage has the head, and reads labels."""
+        return self.stage == len(self.bounds) - 2
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other stage."""
+        return len(self.bounds) == 2
+
+    @property
+    def blocks(self) -> range:
+        """The blocks of its stage."""
+        return range(self.bounds[self.stage], self.bounds[self.stage + 1])
+
+    @property
+    def all_blocks(self) -> range:
+        """The blocks of all stages."""
+        return range(self.bounds[-1])
+
+    @property
+    def lanes(self) -> range:
+        """The global lanes that it reads."""
+        count = self.micro_batches * self.micro_batch_size
+        return range(self.replica * count, (self.replica + 1) * count)
+
+    def lanes_of(self, micro_batch: int) -> range:
+        """Those that it reads in a micro-batch."""
+        first = self.lanes.start + micro_batch * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)

@@ -1,0 +1,450 @@
+"""The pipeline's engine: the schedule, what a message is, and the backward pass of a unit.
+
+Everything else (ZeRO, the optimizer's step, reductions, checkpoints, launcher) is DeepSpeed's.
+A unit is one chunk of one micro-batch on one stage.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from infini_ds.config import ModelConfig, TrainConfig
+from infini_ds.data.windows import Windows, answers_right
+from infini_ds.memory import MemoryState
+from infini_ds.model.optimizer import set_learning_rate
+from infini_ds.model.write_gate import WriteStats
+from infini_ds.parallel.deepspeed.engine import CorrectedEngine
+from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+from infini_ds.parallel.engine import (
+    CORRUPT,
+    NOT_FINITE,
+    EngineLayout,
+    Reader,
+    StepResult,
+    StepSize,
+)
+from infini_ds.parallel.lane_memory import LaneMemory
+from infini_ds.parallel.part import Part
+from infini_ds.parallel.pipeline.balance import describe
+from infini_ds.parallel.pipeline.channel import settle
+from infini_ds.parallel.pipeline.generation import generate
+from infini_ds.parallel.pipeline.hand_over import HandOver
+from infini_ds.parallel.pipeline.hops import open_hops
+from infini_ds.parallel.pipeline.module import InfiniPipeline, single_process_name
+from infini_ds.parallel.pipeline.payload import Payload, Wire
+from infini_ds.parallel.pipeline.schedule import (
+    Backward,
+    Forward,
+    evaluation_schedule,
+    train_schedule,
+)
+from infini_ds.parallel.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.ranks import gathered
+
+
+@dataclass
+class Unit:
+    """What the backward pass of a unit needs."""
+
+    inputs: Tensor
+    """Tokens, or hidden states that get a gradient."""
+    memory_in: list[Tensor]
+    """kv and norm of each block before the chunk, flat; they get gradients within a window."""
+    output: Tensor
+    """Hidden states, or the summed loss on the last stage."""
+    memory_out: list[Tensor]
+    """kv and norm of each block after the chunk, flat."""
+    mass: Tensor | None
+    """Sum of this stage's write weights, if it has write gates."""
+
+
+class Scale(NamedTuple):
+    """Gradients of a step's outputs."""
+
+    loss: float
+    """Of the summed losses."""
+    mass: float
+    """Of the summed write weights: what the write penalty adds to the loss for each."""
+
+
+class InfiniEngine(CorrectedEngine):
+    """Trains an InfiniPipeline on windows whose memories go on from step to step: an `Engine`.
+
+    To be made on all ranks together.
+
+    Args:
+        tree: DeepSpeed's config, see `deepspeed_config`.
+        transport: parallel.memory_transport.
+        on_progress: told of each piece of work that is done.
+    """
+
+    module: InfiniPipeline
+
+    def __init__(
+        self,
+        module: InfiniPipeline,
+        optimizer: torch.optim.Optimizer,
+        tree: dict,
+        train: TrainConfig,
+        transport: str,
+        on_progress: Callable[[str], None],
+    ):
+        super().__init__(module, optimizer, tree, train.timeout)
+        self._train = train
+        self._model: ModelConfig = module.config
+        self._on_progress = on_progress
+        self.part = Part(
+            self.stage_id,
+            self.grid.get_data_parallel_id(),
+            self.micro_batches,
+            train.micro_batch_size,
+            tuple(module.bounds),
+        )
+        wire = Wire(
+            self._model,
+            train.micro_batch_size,
+            train.window_segments // train.chunks,
+            torch.bfloat16 if train.dtype == "bf16" else torch.float32,
+            self.device,
+        )
+        pipelines = module.topology().get_axis_comm_lists("pipe") if self.num_stages > 1 else []
+        self._hops = open_hops(pipelines, self.global_rank, train.timeout)
+        policy = TRANSPORTS[transport](self.part.bounds)
+        self._hand_over = HandOver(policy, wire, self._hops, self.part, train.chunks)
+        self.memories = self.empty_memories()
+        self._seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
+        self._skipped_in_a_row = 0
+        self._bad_lanes = torch.zeros(train.batch_size, dtype=torch.float64, device=self.device)
+        blocks = self._model.num_layers
+        self._writes = torch.zeros(blocks, 2, dtype=torch.float64, device=self.device)
+        """Mass and zeros (see `WriteStats`) of every layer in the last training step, summed over
+        this rank's lanes; 0 for layers of other stages and without write gates."""
+
+    @property
+    def layout(self) -> EngineLayout:
+        """How the work is laid out."""
+        sizes = self.num_stages, self.dp_world_size, self.micro_batches
+        return EngineLayout(*sizes, describe(self._model, self.module.bounds))
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps since the last one that changed the weights."""
+        return self._skipped_in_a_row
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether this stage computes the losses."""
+        return self.part.is_last
+
+    def empty_memories(self) -> LaneMemory:
+        """For lanes that have read nothing: what this stage holds between windows."""
+        held = self._hand_over.held()
+        lanes = self._train.micro_batch_size
+        return LaneMemory(self._model, self.micro_batches, lanes, held, self.device)
+
+    def lanes_of(self, micro_batch: int) -> range:
+        """See `Engine`."""
+        return self.part.lanes_of(micro_batch)
+
+    def train_step(
+        self, read: Reader, size: StepSize, rate_factor: float, stop: bool = False
+    ) -> StepResult:
+        """See `Engine`."""
+        begin = time.perf_counter()
+        waited, seconds = self._hops.seconds, dict(self._seconds)
+        set_learning_rate(self.optimizer, rate_factor)
+        self.module.train()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._writes.zero_()
+        self._bad_lanes.zero_()
+        self._answers = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # Reductions average over data-parallel ranks.
+        scale = Scale(
+            self.dp_world_size / size.loss_weight,
+            self._model.memory.write_penalty
+            * self.dp_world_size
+            / (size.tokens * self._model.kv_heads),
+        )
+        schedule = train_schedule(
+            self.part.stage, self.num_stages, self.micro_batches, self._train.chunks
+        )
+        self._run(schedule, read, self.memories, scale)
+        reduced = self._clock("pipeline", begin)
+        fault = self._find_fault()
+        if not fault:
+            self.reduce_gradients()
+        stepped = self._clock("reduce", reduced)
+        fault = self._update(fault)
+        self._clock("optimizer", stepped)
+        asked = torch.tensor(float(stop), dtype=torch.float64, device=self.device)
+        sums = self.all_sum(torch.stack((self._loss_sum, asked, *self._answers)))
+        loss_sum, asked, right, answers = sums.tolist()
+        spent = {phase: total - seconds[phase] for phase, total in self._seconds.items()}
+        return StepResult(
+            loss_sum,
+            fault,
+            self._bad_lanes.clone(),
+            right,
+            answers,
+            asked > 0,
+            self.gradient_norm,
+            {group["name"]: group["lr"] for group in self.optimizer.param_groups},
+            {**spent, "waiting_for_stages": self._hops.seconds - waited},
+        )
+
+    def skip_window(self, starts: Tensor) -> None:
+        """See `Engine`."""
+        self.count_skipped()
+        self._skipped_in_a_row += 1
+        self._clear_lanes(starts)
+
+    @torch.no_grad()
+    def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
+        """Sum of this rank's losses on one window of every lane, 0 except on the last stage."""
+        self.module.eval()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        schedule = evaluation_schedule(self.micro_batches, self._train.chunks)
+        self._run(schedule, read, memories, None)
+        return self._loss_sum
+
+    def generate(
+        self, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[int]:
+        """See `Engine`."""
+        return generate(self, prompt, max_new_tokens, temperature, seed)
+
+    def written(self) -> Tensor:
+        """See `Engine`."""
+        return self.all_sum(self._writes.clone())
+
+    def describe_memory(self) -> tuple[np.ndarray, dict[int, float]]:
+        """See `Engine`."""
+        gates, norms = {}, {}
+        for block, layer in zip(self.part.blocks, self.module.blocks, strict=True):
+            gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
+        for block in self.memories.blocks:
+            norms[block] = self.memories.stacked(block).mean_norm()
+        all_gates: dict[int, list[float]] = {}
+        all_norms: dict[int, list[float]] = {}
+        for rank_gates, rank_norms in gathered((gates, norms)):
+            all_gates |= rank_gates
+            for block, norm in rank_norms.items():
+                all_norms.setdefault(block, []).append(norm)
+        table = np.array([all_gates[block] for block in sorted(all_gates)])
+        return table, {block: float(np.mean(all_norms[block])) for block in sorted(all_norms)}
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `Engine`."""
+        for name, parameter in self.module.named_parameters():
+            yield single_process_name(name), parameter
+
+    def save(self, directory: Path, step: int) -> None:
+        """See `Engine`."""
+        self.save_states(directory, step)
+        self._on_progress("saving weights and optimizer states")
+        self.memories.save(directory / "memory", self.part.lanes.start)
+        self._on_progress("saving memories")
+
+    def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
+        """See `Engine`."""
+        self.load_states(load_from, universal=load_from != directory)
+        self.memories.read(directory / "memory", self.part.lanes)
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row = 0
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        """Sends bare hidden states to the next stage, outside of a schedule."""
+        self._hops.to_next.send(hidden.contiguous().view(-1).view(torch.uint8))
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Receives what the previous stage sent with `send_hidden`."""
+        message = self._hops.from_previous.receive(math.prod(shape) * dtype.itemsize)
+        return message.view(dtype).view(shape)
+
+    def from_last(self, value: Tensor) -> Tensor:
+        """The last stage's tensor, in place on the other stages of its pipeline."""
+        if not self.part.is_alone:
+            last = self.grid.stage_to_global(self.num_stages - 1)
+            dist.broadcast(value, last, group=self.grid.get_pipe_parallel_group())
+        return value
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sums a small tensor over all ranks."""
+        dist.all_reduce(values)
+        return values
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to other stages so far."""
+        return self._hops.sent_bytes
+
+    @property
+    def waiting_for(self) -> str:
+        """See `Engine`."""
+        return self._hops.waiting_for
+
+    def step_bytes(self) -> int:
+        """What this rank sends in a training step, by the formula."""
+        return self._hand_over.step_bytes()
+
+    # The schedule
+
+    def _run(
+        self,
+        schedule: Iterable[Forward | Backward],
+        read: Reader,
+        memories: LaneMemory,
+        scale: Scale | None,
+    ) -> None:
+        self._units: dict[tuple[int, int], Unit] = {}
+        self._windows: dict[int, Windows] = {}
+        self._passing: dict[int, dict[int, MemoryState]] = {}
+        for unit in schedule:
+            if isinstance(unit, Forward):
+                self._forward(unit, read, memories, scale is not None)
+                if scale is None and unit.chunk == self._train.chunks - 1:
+                    self._hops.flush()  # no gradient keeps this stage from running far ahead
+            else:
+                assert scale is not None
+                if unit.chunk == self._train.chunks - 1:
+                    self._hand_over.take_back(unit.micro_batch, memories)
+                self._backward(unit, scale)
+            kind = type(unit).__name__.lower()
+            self._on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
+        if scale is None:
+            for micro_batch in range(self.micro_batches):
+                self._hand_over.hand_back(micro_batch)
+                self._hand_over.take_back(micro_batch, memories)
+        self._hops.flush()
+
+    def _forward(self, unit: Forward, read: Reader, memories: LaneMemory, training: bool) -> None:
+        micro_batch, chunk = unit
+        first, last = chunk == 0, chunk == self._train.chunks - 1
+        if first:
+            self._passing[micro_batch] = memories.get(micro_batch)
+            if self.part.is_first or self.part.is_last:
+                windows = read(micro_batch)
+                if training and windows.corrupt is not None:
+                    self._note_corrupt(micro_batch, windows.corrupt)
+                self._windows[micro_batch] = windows.to(self.device)
+        passing = self._passing[micro_batch]
+        if self.part.is_first:
+            cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
+            inputs, layout = cut.tokens, cut.layout
+        else:
+            payload = self._hand_over.receive(chunk)
+            inputs, layout = payload.hidden.requires_grad_(training), payload.layout
+            passing.update(payload.memories)
+
+        own = self.part.blocks
+        memory = [passing[block] for block in own]
+        if not first and training:
+            # Within a window gradients flow back through the memory, one unit at a time.
+            memory = [
+                layer.map(lambda tensor: tensor.detach().requires_grad_()) for layer in memory
+            ]
+        output, after, writes = self.module(inputs, layout, memory)
+        passing.update(zip(own, after, strict=True))
+        if self.part.is_last:
+            cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
+            losses = self.module.losses(output, cut.labels, self._train.loss_chunk_tokens)
+            if training:
+                if self._train.curriculum:
+                    self._answers += answers_right(losses.detach(), cut.weights, layout)
+                losses = losses * cut.weights
+            output = losses.sum()
+            self._loss_sum += output.detach()
+        else:
+            self._hand_over.send(Payload(output, layout, passing), chunk)
+        if training:
+            flat_in = [tensor for layer in memory for tensor in layer]
+            flat_out = [tensor for layer in after for tensor in layer]
+            mass = self._add_writes(writes) if writes else None
+            self._units[unit] = Unit(inputs, flat_in, output, flat_out, mass)
+        if last:
+            self._hand_over.finish(micro_batch, self._passing.pop(micro_batch), memories)
+            self._windows.pop(micro_batch, None)
+            if training:
+                self._hand_over.hand_back(micro_batch)
+
+    def _backward(self, unit: Backward, scale: Scale) -> None:
+        micro_batch, chunk = unit
+        done = self._units.pop((micro_batch, chunk))
+        if self.part.is_last:
+            tensors, gradients = [done.output], [torch.full_like(done.output, scale.loss)]
+        else:
+            tensors = [done.output]
+            gradients = [self._hand_over.receive_gradient(done.output)]
+        if done.mass is not None:
+            tensors.append(done.mass)
+            gradients.append(torch.full_like(done.mass, scale.mass))
+        if chunk < self._train.chunks - 1:
+            # The next chunk has left the gradients of the memory that this one handed on.
+            for tensor, gradient in zip(done.memory_out, self._memory_gradients, strict=True):
+                if gradient is not None:
+                    tensors.append(tensor)
+                    gradients.append(gradient)
+        self.accumulate(tensors, gradients)
+        self._memory_gradients = [tensor.grad for tensor in done.memory_in]
+        if not self.part.is_first:
+            assert done.inputs.grad is not None
+            self._hand_over.send_gradient(done.inputs.grad)
+
+    def _note_corrupt(self, micro_batch: int, corrupt: Tensor) -> None:
+        lanes = self.lanes_of(micro_batch)
+        self._bad_lanes[lanes.start : lanes.stop] += corrupt.to(self.device)
+
+    def _add_writes(self, writes: list[WriteStats]) -> Tensor:
+        """Notes what this stage's blocks wrote; the sum of their masses, with gradient."""
+        table = torch.stack([torch.stack(stats) for stats in writes])  # [blocks, 2]
+        own = self.part.blocks
+        self._writes[own.start : own.stop] += table.detach()
+        return table[:, 0].sum()
+
+    # The step
+
+    def _find_fault(self) -> str:
+        """Whether tokens were corrupt, or the loss or a gradient of any rank is not finite.
+
+        DeepSpeed's bf16 optimizer checks the norm itself and skips the step; in fp32 nothing does.
+        """
+        broken = ~self._loss_sum.isfinite()
+        if not self.checks_gradients():
+            norms = torch.stack([gradient_of(p).norm() for p in self.module.parameters()])
+            broken |= (~norms.isfinite()).any()
+        sums = self.all_sum(torch.cat((broken.double().view(1), self._bad_lanes)))
+        self._bad_lanes.copy_(sums[1:])
+        not_finite, corrupt = sums[0], self._bad_lanes.sum()
+        return CORRUPT if corrupt > 0 else NOT_FINITE if not_finite > 0 else ""
+
+    def _update(self, fault: str) -> str:
+        """Changes the weights unless there is a fault; why they were not changed, or nothing."""
+        if fault:
+            self.drop_gradients()
+        elif self.step_optimizer():
+            self._skipped_in_a_row = 0
+            return ""
+        self._skipped_in_a_row += 1
+        self.memories.clear_broken()
+        self._clear_lanes(self._bad_lanes > 0)
+        return fault or NOT_FINITE
+
+    def _clear_lanes(self, lanes: Tensor) -> None:
+        """Empties the memories of marked lanes, bool [lanes of the global batch]."""
+        for micro_batch in range(self.micro_batches):
+            own = self.lanes_of(micro_batch)
+            self.memories.clear(micro_batch, lanes[own.start : own.stop].to(self.device))
+
+    def _clock(self, phase: str, begin: float) -> float:
+        settle(self.device)
+        now = time.perf_counter()
+        self._seconds[phase] += now - begin
+        return now

@@ -1,0 +1,107 @@
+"""The model as a DeepSpeed PipelineModule: the layers of one stage."""
+
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor
+
+from infini_ds.config import ModelConfig
+from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
+from infini_ds.model.block import Block, Checkpointing
+from infini_ds.model.head import token_losses
+from infini_ds.model.layers import Embedding, initialize, layer_list
+from infini_ds.model.write_gate import WriteStats
+from infini_ds.parallel.deepspeed.module import StageModule
+from infini_ds.parallel.pipeline.balance import balance
+
+TIED_KEY = "embedding"
+
+
+def layer_specs(config: ModelConfig, checkpointing: Checkpointing) -> list[LayerSpec]:
+    """The model's ordered layers as DeepSpeed specs; a tied head is the embedding once more."""
+    layers = layer_list(config, checkpointing)
+    specs: list[LayerSpec] = [LayerSpec(layer.module, *layer.args) for layer in layers]
+    if config.tie_embeddings:
+        specs[0] = TiedLayerSpec(TIED_KEY, Embedding, config)
+        specs.append(TiedLayerSpec(TIED_KEY, Embedding, config, forward_fn=_project))
+    return specs
+
+
+def single_process_name(name: str) -> str:
+    """Name of a pipeline parameter in InfiniTransformer: the same behind a fixed prefix."""
+    tied = f"tied_modules.{TIED_KEY}."
+    return "layers." + (name.replace(tied, "0.") if name.startswith(tied) else name)
+
+
+class InfiniPipeline(StageModule):
+    """One stage's layers. Parameters have the names and initial values of InfiniTransformer's."""
+
+    def __init__(self, config: ModelConfig, stages: int, seed: int, checkpointing: Checkpointing):
+        super().__init__(layer_specs(config, checkpointing), balance(config, stages))
+        self.config = config
+        for place, layer in self.placed_layers():
+            initialize(layer, place, config, seed)
+        for layer in self.tied_modules.values():
+            initialize(layer, 0, config, seed)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of this stage, in order."""
+        return [layer for layer in self.forward_funcs if isinstance(layer, Block)]
+
+    @property
+    def embedding(self) -> Tensor | None:
+        """The embedding's weight, where this stage has it."""
+        tied = TIED_KEY in self.tied_modules
+        layer = self.tied_modules[TIED_KEY] if tied else self.forward_funcs[0]
+        return layer.weight if isinstance(layer, Embedding) else None
+
+    def forward(
+        self, inputs: Tensor, layout: Layout, memory: list[MemoryState]
+    ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
+        """Runs this stage on a chunk; a pure function, like each of its layers.
+
+        Args:
+            inputs: tokens [batch, length] on the first stage, hidden states on the others.
+            layout: of the chunk.
+            memory: of each of this stage's blocks, before the chunk.
+
+        Returns:
+            Hidden states (after the final norm on the last stage), the memories after, and
+            statistics of what each block wrote, empty without write gates.
+        """
+        hidden, after, writes = inputs, [], []
+        remaining = iter(memory)
+        for layer in self.forward_funcs:
+            if isinstance(layer, Block):
+                hidden, layer_memory, stats = layer(hidden, layout, next(remaining))
+                after.append(layer_memory)
+                if stats is not None:
+                    writes.append(stats)
+            elif not self._is_head(layer):
+                hidden = layer(hidden)
+        return hidden, after, writes
+
+    def losses(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        """Last stage: the loss of each token, [batch, length], see token_losses."""
+        return token_losses(hidden, *self._head(), labels, chunk_tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last stage: projects hidden states to the vocabulary."""
+        return F.linear(hidden, *self._head())
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Last stage: the norm before the head."""
+        return self.forward_funcs[-2](hidden)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        if self.config.tie_embeddings:
+            return self.tied_modules[TIED_KEY].weight, None  # type: ignore[return-value]
+        return self.forward_funcs[-1].weight, self.forward_funcs[-1].bias
+
+    def _is_head(self, layer) -> bool:
+        return self.stage_id == self.num_stages - 1 and layer is self.forward_funcs[-1]
+
+
+def _project(embedding: Embedding, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, embedding.weight)

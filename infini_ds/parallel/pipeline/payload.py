@@ -1,0 +1,128 @@
+"""What crosses from stage to stage: one message a hop, packed, so no dtype or shape is guessed."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infini_ds.config import ModelConfig
+from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
+
+ALIGNMENT = 16
+"""Bytes to which each part of a message is aligned."""
+
+
+class Payload(NamedTuple):
+    """A chunk of a window on its way through the pipeline."""
+
+    hidden: Tensor
+    """[batch, length, hidden_size]"""
+    layout: Layout
+    """Of the chunk."""
+    memories: dict[int, MemoryState]
+    """Memories that ride along, by block."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The format of the messages between two stages, the same for every chunk.
+
+    Bytes of a hop, forward: batch x length x hidden_size x (2 in bf16, 4 in fp32), plus
+    batch x segments x 2 x 4 for the layout, plus for each riding memory
+    batch x kv_heads x (head_dim + 1) x head_dim x 4; each of hidden states, layout, all kv and
+    all norms is rounded up to 16 bytes. Backward: the first term alone, the gradient of the
+    hidden states. The return from the last stage to the first: the memories of all layers.
+    """
+
+    config: ModelConfig
+    batch: int
+    """Lanes of a micro-batch."""
+    segments: int
+    """Segments of a chunk."""
+    dtype: torch.dtype
+    """Of hidden states and their gradients."""
+    device: torch.device
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """Shape of a chunk's hidden states."""
+        length = self.segments * self.config.segment_length
+        return self.batch, length, self.config.hidden_size
+
+    def payload_bytes(self, memories: int) -> int:
+        """Bytes of a forward hop on which this many layers' memories ride."""
+        return _total([*self._head_parts(), *self._memory_parts(memories)])
+
+    def gradient_bytes(self) -> int:
+        """Bytes of a backward hop."""
+        return _total(self._head_parts()[:1])
+
+    def memories_bytes(self, memories: int) -> int:
+        """Bytes of the return from the last stage to the first."""
+        return _total(self._memory_parts(memories))
+
+    def pack(self, payload: Payload) -> Tensor:
+        """One uint8 message."""
+        layout = torch.stack((payload.layout.starts.int(), payload.layout.lengths), dim=-1)
+        parts = [payload.hidden.detach(), layout, *self._stack(payload.memories)]
+        return self._write(parts, [*self._head_parts(), *self._memory_parts(len(payload.memories))])
+
+    def unpack(self, message: Tensor, blocks: list[int]) -> Payload:
+        """The inverse of `pack`; `blocks` are those whose memories ride."""
+        parts = [*self._head_parts(), *self._memory_parts(len(blocks))]
+        hidden, layout, *memories = self._read(message, parts)
+        layout = Layout(layout[..., 0].bool(), layout[..., 1].contiguous())
+        return Payload(hidden, layout, self._unstack(memories, blocks))
+
+    def pack_memories(self, memories: dict[int, MemoryState]) -> Tensor:
+        """Message of the return from the last stage to the first."""
+        return self._write(self._stack(memories), self._memory_parts(len(memories)))
+
+    def unpack_memories(self, message: Tensor, blocks: list[int]) -> dict[int, MemoryState]:
+        """The inverse of `pack_memories`."""
+        return self._unstack(self._read(message, self._memory_parts(len(blocks))), blocks)
+
+    def _head_parts(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(self.hidden_shape, self.dtype), ((self.batch, self.segments, 2), torch.int32)]
+
+    def _memory_parts(self, memories: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        if not memories:
+            return []
+        specs = MemoryState.specs(self.config.kv_heads, self.config.head_dim).values()
+        return [((memories, self.batch, *shape), torch.float32) for shape in specs]
+
+    def _stack(self, memories: dict[int, MemoryState]) -> list[Tensor]:
+        if not memories:
+            return []
+        return list(MemoryState.stack(list(memories.values())))
+
+    def _unstack(self, parts: list[Tensor], blocks: list[int]) -> dict[int, MemoryState]:
+        if not blocks:
+            return {}
+        return dict(zip(blocks, MemoryState(*parts).unstack(), strict=True))
+
+    def _write(self, tensors: list[Tensor], parts: list) -> Tensor:
+        message = torch.empty(_total(parts), dtype=torch.uint8, device=self.device)
+        for view, tensor in zip(self._read(message, parts), tensors, strict=True):
+            assert view.dtype == tensor.dtype
+            view.copy_(tensor)
+        return message
+
+    def _read(self, message: Tensor, parts: list) -> list[Tensor]:
+        views, offset = [], 0
+        for shape, dtype in parts:
+            size = math.prod(shape) * dtype.itemsize
+            views.append(message[offset : offset + size].view(dtype).view(shape))
+            offset += _aligned(size)
+        return views
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _total(parts: list) -> int:
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in parts)

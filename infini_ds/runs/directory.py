@@ -1,0 +1,69 @@
+"""The checkpoints in a run's output directory, and whether they can be used."""
+
+import enum
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from infini_ds.runs import manifest
+
+
+class Depth(enum.IntEnum):
+    """How closely the files of a checkpoint are looked at."""
+
+    FINISHED = 0
+    """The manifest is there, and so was written after everything else."""
+    SIZES = 1
+    """The files are there, and have the sizes that the manifest gives."""
+    CHECKSUMS = 2
+    """The files have the checksums that it gives, which means reading all of them."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with the state of a run after a step, or with the beginning of one."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """The step, by the directory's name."""
+        return int(self.path.name.removeprefix("step_"))
+
+    def problem(self, depth: Depth, names: Collection[str] | None = None) -> str | None:
+        """Why it cannot be used, if one looks so closely; None if nothing is wrong.
+
+        Args:
+            names: the only files to look at; all of them by default.
+        """
+        if depth == Depth.FINISHED:
+            return None if (self.path / manifest.NAME).exists() else manifest.UNFINISHED
+        checksums = depth == Depth.CHECKSUMS
+        return next(manifest.problems(self.path, checksums, names), None)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The output directory of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All of them, usable or not, newest first."""
+        found = self.checkpoints_path.glob("step_*")
+        steps = [Checkpoint(path) for path in found if re.fullmatch(r"step_\d{8,}", path.name)]
+        return sorted(steps, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    def newest(self, depth: Depth) -> Checkpoint | None:
+        """The newest one that has no problem, if one looks so closely."""
+        return next((found for found in self.checkpoints() if not found.problem(depth)), None)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The one of a step, whether or not it is there."""
+        return Checkpoint(self.checkpoints_path / f"step_{step:08d}")

@@ -1,0 +1,109 @@
+"""The file that makes a directory a checkpoint: names, sizes and checksums, written last."""
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from infini_ds.system.causes import one_line
+from infini_ds.system.whole_file import sha256_of
+
+NAME = "manifest.json"
+FORMAT = 1
+UNFINISHED = f"it was not finished (no {NAME})"
+
+
+def files_of(directory: Path) -> list[str]:
+    """All files of a checkpoint but the manifest, sorted, by their path in it."""
+    found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(str(path) for path in found if path.name not in (NAME, NAME + ".partial"))
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file; what was written is on disk when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return sha256_of(path)
+
+
+def write(directory: Path, files: dict[str, dict]) -> None:
+    """Writes the manifest, atomically; the checkpoint exists from here on.
+
+    Args:
+        files: {"size": bytes, "sha256": checksum} of each file.
+    """
+    partial = directory / (NAME + ".partial")
+    with open(partial, "w") as file:
+        json.dump({"format": FORMAT, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(directory / NAME)
+
+
+def listed(directory: Path, version: int = FORMAT) -> dict[str, dict]:
+    """What a manifest says of each file, whether or not it is so.
+
+    Args:
+        version: format that the manifest must have.
+
+    Raises:
+        ValueError: there is no valid manifest.
+    """
+    try:
+        manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(UNFINISHED) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{NAME} cannot be read ({one_line(error)})") from None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or "format" not in manifest:
+        raise ValueError(f"{NAME} cannot be read (it has no format or no files)")
+    if manifest["format"] != version:
+        raise ValueError(f"{NAME} is of format {manifest['format']}, not {version}")
+    for name, expected in files.items():
+        known = isinstance(expected, dict) and isinstance(expected.get("sha256"), str)
+        if not known or type(expected.get("size")) is not int:
+            raise ValueError(f"{NAME} cannot be read ({name} has no size or no sha256)")
+    return files
+
+
+def problems(
+    directory: Path,
+    checksums: bool,
+    names: Collection[str] | None = None,
+    version: int = FORMAT,
+) -> Iterator[str]:
+    """Everything that is wrong with the files of a directory by its manifest, a line each.
+
+    Args:
+        checksums: whether the files are read to compare them; otherwise only their sizes are.
+        names: the only files to look at; all that the manifest lists by default.
+        version: format that the manifest must have.
+    """
+    try:
+        files = listed(directory, version)
+    except ValueError as error:
+        yield str(error)
+        return
+    for name in files if names is None else names:
+        problem = _problem(directory / name, files.get(name), checksums)
+        if problem:
+            yield f"{name} {problem}"
+
+
+def _problem(file: Path, expected: dict | None, checksum: bool) -> str | None:
+    if expected is None:
+        return "is not in the manifest"
+    try:
+        size = file.stat().st_size
+        if not file.is_file():
+            return "is no file"
+        if size != expected["size"]:
+            return f"has {size} bytes, not {expected['size']}"
+        if checksum and sha256_of(file) != expected["sha256"]:
+            return "does not have its checksum"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None

@@ -1,0 +1,85 @@
+"""What lies behind an error of the system or of a library, and what helps, in one line."""
+
+import os
+import re
+
+_HOST_MEMORY = (
+    "the host's memory is full, or `ulimit -v` or the container allows no more; in training a "
+    "smaller train.batch_size or model helps (`infini-ds plan` says what a layout needs)"
+)
+_FULL = "make room there, or name another place"
+# Of what an error says, whatever library said it: libraries wrap the system's errors in theirs.
+_SIGNS = [
+    (
+        r"CUDA out of memory|CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED",
+        "the GPU's memory is full: a smaller train.micro_batch_size, more train.chunks, "
+        "train.activation_checkpointing=block or more parallel.pipeline_stages "
+        "(`infini-ds plan` says what a layout needs)",
+    ),
+    (
+        r"shared memory segment|/dev/shm|unable to \w+ shared memory",
+        "shared memory (/dev/shm) is full or missing: in a container, `docker run --shm-size=8g`",
+    ),
+    (r"No space left on device|Errno 28\b|os error 28\b", _FULL),
+    (r"Disk quota exceeded|Errno 122\b|os error 122\b", f"this user's quota is used up: {_FULL}"),
+    # What NumPy and PyTorch say of a write that the system has cut short.
+    (
+        r"\d+ requested and \d+ written|PytorchStreamWriter failed|\bunexpected pos \d+ vs",
+        f"most often the disk is full: {_FULL}",
+    ),
+    (r"Read-only file system", "name another place"),
+    (
+        r"Permission denied|Operation not permitted",
+        "give this user the right to, or name another place",
+    ),
+    (
+        r"Too many open files",
+        "`ulimit -n` allows no more; raise it (`ulimit -n 4096`, or a system's nofile)",
+    ),
+    (
+        r"can't start new thread|Resource temporarily unavailable",
+        "`ulimit -u`, `ulimit -v` or the container allows no more threads; raise it",
+    ),
+    (
+        r"can't allocate memory|Cannot allocate memory|failed to map segment|bad_alloc|MemoryError",
+        _HOST_MEMORY,
+    ),
+]
+_LONGEST = 300
+
+
+def cause(error: BaseException) -> str:
+    """The error with what helps; empty where nothing is known of it."""
+    said, helps = one_line(error), remedy(error)
+    return f"{shortened(said)}; {helps}" if helps else ""
+
+
+def remedy(error: BaseException) -> str:
+    """What helps; empty where nothing is known of the error."""
+    said = f"{type(error).__name__}: {error}"
+    return next((helps for sign, helps in _SIGNS if re.search(sign, said)), "")
+
+
+def variable(error: BaseException) -> str:
+    """The error, where it names a variable of the environment that is set; empty otherwise."""
+    said = one_line(error)
+    for name in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", said):
+        if name in os.environ:
+            return f"environment variable {name}={os.environ[name]!r}: {shortened(said)}"
+    return ""
+
+
+def one_line(said: object) -> str:
+    """An error or a message of a library in one line; an error without a message by its kind."""
+    if isinstance(said, OSError) and said.strerror:
+        return said.strerror if said.filename is None else f"{said.filename}: {said.strerror}"
+    text = " ".join(str(said).split())
+    return text or (type(said).__name__ if isinstance(said, BaseException) else "")
+
+
+def shortened(text: str) -> str:
+    """Its first sentences, where a library writes a page."""
+    if len(text) <= _LONGEST:
+        return text
+    end = max(text.rfind(". ", 0, _LONGEST), text.rfind("; ", 0, _LONGEST))
+    return text[: end + 1] if end > 0 else text[:_LONGEST] + "..."

@@ -1,0 +1,84 @@
+"""The weights of an export as those that a run starts with."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_set_full_fp32_param
+from torch import nn
+
+from infini_ds.config import ExportConfig, ModelConfig, RunConfig
+from infini_ds.data.mixture import Mixture
+from infini_ds.errors import UserError
+from infini_ds.runs.export import export_tokenizer, open_model
+from infini_ds.runs.weights import Weights
+from infini_ds.system.ranges import check_finite, narrowed
+
+_FREE = ("gate_init", "initializer_range", "memory.write_penalty")
+"""Settings that say nothing about weights that are there already."""
+
+
+def open_start(config: RunConfig, data: Mixture) -> Weights:
+    """The export of config.init_from, after checking that the run's model and tokenizer are its.
+
+    Args:
+        config: with model.vocab_size.
+
+    Raises:
+        UserError: it is no whole export, or something differs; names the setting.
+    """
+    origin = f"init_from ({config.init_from})"
+    export = open_model(Path(config.init_from))
+    if not isinstance(export.settings, ExportConfig):
+        raise UserError(
+            f"{origin}: is a run; make an export of it with `infini-ds convert to-safetensors`"
+        )
+    theirs, ours = _settings(export.config), _settings(config.model)
+    for name, value in theirs.items():
+        if name not in _FREE and value != ours[name]:
+            raise UserError(
+                f"model.{name} ({ours[name]}) must be {value}, as in {origin}; left out of the "
+                "run's config, it is taken from there"
+            )
+    tokenizer, used = export_tokenizer(export.settings), data.tokenizer
+    if tokenizer is None and used.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer: that of {data.place} has {used.vocab_size} tokens, but "
+            f"{origin} has {config.model.vocab_size}, and no tokenizer that could be compared"
+        )
+    if tokenizer is not None and tokenizer.fingerprint != used.fingerprint:
+        raise UserError(
+            f"data.tokenizer: that of {data.place} is not that of {origin}; left out of "
+            "the run's config, it is taken from there: do so, and prepare another data.store"
+        )
+    return export.weights
+
+
+@torch.no_grad()
+def load_start(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights) -> None:
+    """Fills parameters of this rank, and what the optimizer keeps of them in fp32.
+
+    One tensor is in memory at a time, and none that this rank does not have.
+
+    Args:
+        parameters: of an engine, by their names in InfiniTransformer.
+        weights: from `open_start`.
+
+    Raises:
+        UserError: a weight is not finite, or beyond the range of its parameter's type.
+    """
+    for name, parameter in parameters:
+        what = f"init_from: tensor {name} of {weights.origin}"
+        tensor = weights.read(name).to(parameter.device)
+        check_finite(tensor, what)
+        parameter.copy_(narrowed(tensor, parameter.dtype, what))
+        safe_set_full_fp32_param(parameter, narrowed(tensor, torch.float32, what))
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """All settings of a model by their dotted names, defaults resolved."""
+    settings = config.model_dump()
+    memory = settings.pop("memory")
+    settings |= {"num_kv_heads": config.kv_heads, "intermediate_size": config.mlp_size}
+    return settings | {f"memory.{name}": value for name, value in memory.items()}
