@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from infini_ds.config import DataConfig, TokenizerConfig
-from infini_ds.data import documents, encoding
+from infini_ds.data import corpus_files, encoding
 from infini_ds.data import prepare as prepare_module
 from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
@@ -221,8 +221,8 @@ def test_prepare_replaces_another_store_only_with_force(tmp_path, corpus):
 @pytest.mark.parametrize("hashed", [64 << 20, 4096], ids=["small", "large"])
 @pytest.mark.parametrize("old", ["alpha", "", "omega"], ids=["begin", "added", "end"])
 def test_prepare_refuses_files_that_changed_since(tmp_path, corpus, monkeypatch, hashed, old):
-    monkeypatch.setattr(documents, "_HASHED_WHOLE", hashed)
-    monkeypatch.setattr(documents, "_READ_BYTES", 1024)
+    monkeypatch.setattr(corpus_files, "_HASHED_WHOLE", hashed)
+    monkeypatch.setattr(corpus_files, "_READ_BYTES", 1024)
     line = json.dumps({"text": "alpha"}) + "\n"
     corpus.write_text(line + corpus.read_text() + line.replace("alpha", "omega"))
     config = config_of(corpus, tmp_path / "store", BYTES)

@@ -25,7 +25,7 @@ def test_read_windows_label_of_a_segments_last_token_is_in_the_next(split):
         lengths=np.array([[4, 4, 1]], dtype=np.int32),
         starts=np.array([[False, False, True]]),
     )
-    tokens, labels, layout, weights = read_windows(split, plan, slice(None), N)
+    tokens, labels, layout, weights, _ = read_windows(split, plan, slice(None), N)
     assert tokens.tolist() == [[304, 305, 306, 307, 308, 309, 310, 311, 100, 0, 0, 0]]
     assert labels.tolist() == [[305, 306, 307, 308, 309, 310, 311, 312, 101, -100, -100, -100]]
     assert layout.starts.tolist() == [[False, False, True]]
@@ -40,7 +40,7 @@ def test_read_windows_pairs_each_token_with_its_successor(split):
     lanes = Lanes(split.lengths, N, K, BATCH, 0)
     for _ in range(20):
         plan = lanes.next_plan()
-        tokens, labels, layout, weights = read_windows(split, plan, slice(None), N)
+        tokens, labels, layout, weights, _ = read_windows(split, plan, slice(None), N)
         assert torch.equal(weights, (labels != -100).float())
         assert total_weight(split, plan) == plan.num_tokens
         assert tokens.shape == labels.shape == (BATCH, K * N)
