@@ -14,8 +14,8 @@ from infini_ds.data.documents import Corpus
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.errors import UserError
+from infini_ds.parallel.deepspeed.universal import plain_path
 from infini_ds.system.paths import as_path
-from infini_ds.training import checkpoint
 from tests.test_config import TREE
 from tests.tiny_run import tiny_config, write_checkpoint
 
@@ -236,7 +236,7 @@ def test_checkpoint_is_found_by_patterns_and_by_its_path(home, name):
     """As DeepSpeed looks for its files."""
     Path(name, "step_1").mkdir(parents=True)
     Path(name, "step_1", "layer_00-model_states.pt").touch()
-    with checkpoint._plain(Path(name)) as folder:
+    with plain_path(Path(name)) as folder:
         (found,) = glob.glob(f"{folder}/step_1/layer_00*")
         assert os.path.samefile(found, Path(name, "step_1", "layer_00-model_states.pt"))
         assert os.path.exists(f"{folder}/step_1/layer_00-model_states.pt")
