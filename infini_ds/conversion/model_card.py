@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, how it was made, how to use it."""
+"""Writes the model card of an export: what the model is, how it was made, how to use it."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
 
 
 def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torch.dtype) -> str:
-    """README.md of an export, as Markdown.
+    """Formats the README.md of an export as Markdown.
 
     Args:
-        name: of the model.
-        tokenizer: None if there is none, or files that are none of ours.
-        dtype: of the weights.
+        name: name of the model.
+        tokenizer: None if there is none, or if it is of no kind that we read.
+        dtype: dtype of the weights.
     """
     config = model.config
     parameters = count_parameters(config)
@@ -145,7 +145,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a file says, nothing if there is none or it cannot be read: the card is but words."""
+    """Reads JSON; returns an empty dict on failure, because a card must not stop a conversion."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
