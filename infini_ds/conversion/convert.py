@@ -228,8 +228,8 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
         (partial / CONFIG).write_text(config_text(config, None))
     _report(plan, task, console)
     console.print(
-        f"  taken to be (no state_dict tells): segments of {config.segment_length} tokens, "
-        f"{config.memory_rule} memory rule; it has no tokenizer, as no state_dict has one"
+        f"  assumed, because a state_dict does not tell: segments of {config.segment_length} "
+        f"tokens, {config.memory_rule} memory rule; it has no tokenizer, as no state_dict has one"
     )
 
 

@@ -34,7 +34,7 @@ def download(name: str, weights: bool) -> Path:
         )
     except GatedRepoError:
         raise UserError(
-            f"{name}: is given on the Hugging Face hub to those alone who accept its terms; do so "
+            f"{name}: is given on the Hugging Face hub only to those who accept its terms; do so "
             "on its page there, and log in with `hf auth login`"
         ) from None
     except RepositoryNotFoundError:

@@ -32,7 +32,7 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
         f"# {name}",
         f"An Infini-Transformer of {parameters:,} parameters, pretrained with infini-ds: each layer"
         f" attends inside segments of {config.segment_length:,} tokens and reads a compressive "
-        f"memory of all segments before ({_PAPER}). What it keeps of a text is of one size, "
+        f"memory of all earlier segments ({_PAPER}). The state it keeps of a text has one size, "
         "however long the text is.",
         _use(name, tokenizer),
         "## Model\n\n" + _table(_settings(model, dtype)),
@@ -47,18 +47,18 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
 
 def _use(name: str, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
-        note = "The tokenizer is that of the model it began as, if its files are here."
+        note = "The tokenizer is that of the original model, if its files are here."
     elif isinstance(tokenizer, TokenizerJson):
         note = (
-            "The tokenizer is that of the model it began as. In training every text began with "
+            "The tokenizer is that of the original model. In training every text began with "
             f"BOS (id {tokenizer.bos_id}): put it first if the tokenizer does not."
         )
     elif isinstance(tokenizer, ByteTokenizer):
-        note = "Tokens are the bytes of UTF-8, and BOS and EOS; the tokenizer is code beside them."
+        note = "Tokens are UTF-8 bytes, BOS and EOS; the tokenizer is code beside the weights."
     else:
         note = (
             "The tokenizer is code around the sentencepiece model tokenizer.model, and needs the "
-            "package sentencepiece; it gives the tokens of training."
+            "package sentencepiece; it gives the same tokens as in training."
         )
     return f"""## Use
 
@@ -83,7 +83,7 @@ asked = torch.cat((text, question), dim=1)  # all tokens; those in the cache are
 answer = model.generate(asked, past_key_values=copy.deepcopy(cache), max_new_tokens=100)
 ```
 
-Made for transformers 5 and PyTorch alone. Texts of a batch must have one length. {note}"""
+This needs only transformers 5 and PyTorch. All texts of a batch must have one length. {note}"""
 
 
 def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:

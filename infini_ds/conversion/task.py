@@ -41,7 +41,9 @@ def tokenizer_for(model: Model, task: Task, console: Console) -> Tokenizer | Non
             return tokenizer
         reason = f"{task.source}: has no tokenizer; put its tokenizer.json or tokenizer.model there"
         if task.source.is_file():
-            reason = f"{task.source}: a single file carries no tokenizer; name what it was made of"
+            reason = (
+                f"{task.source}: a single file carries no tokenizer; name what it was made from"
+            )
     except UserError as error:
         reason = str(error)
     _accept_none(reason, task, console)

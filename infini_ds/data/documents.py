@@ -371,8 +371,8 @@ def _load_dataset(config: DataConfig):
         return saved[config.dataset_split]
     if local.exists() and glob.escape(place := str(local.absolute())) != place:
         raise UserError(
-            f"data.dataset {place}: has one of [, * and ?, with which `datasets` reads other "
-            "directories or none; rename it"
+            f"data.dataset {place}: has one of [, * and ?, which make `datasets` take it for a "
+            "pattern; rename it"
         )
     return datasets.load_dataset(
         place,

@@ -126,7 +126,8 @@ def _receive(name: str, connection: Connection) -> list[Encoded]:
 
 def _killed(name: str) -> UserError:
     return UserError(
-        f"prepare: a tokenising process was killed near document {name}, perhaps for want of memory"
+        f"prepare: a tokenising process was killed near document {name}, perhaps because memory "
+        "ran out"
     )
 
 

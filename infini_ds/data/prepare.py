@@ -251,7 +251,7 @@ def _check_replaceable(path: Path) -> None:
     )
     if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
         raise UserError(
-            f"data.store {path}: is there and is not a token store; name another directory"
+            f"data.store {path}: exists and is not a token store; name another directory"
         )
 
 

@@ -80,7 +80,7 @@ class Utf8(io.RawIOBase):
             text = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise WrongEncoding(
-                f"begins as {self._encoding}, which it is not to its end: {error.reason}"
+                f"begins as {self._encoding}, but is not valid to its end: {error.reason}"
             ) from None
         return text.encode("utf-8", "surrogatepass")
 

@@ -113,7 +113,7 @@ class _ZstdReader(io.RawIOBase):
             self._input = self._input or self._raw.read(_READ_BYTES)
             if not self._input:
                 if self._frame is not None:
-                    raise EOFError("compressed file ended before its end")
+                    raise EOFError("the compressed file ended before its end marker")
                 return 0
             if self._frame is None:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()

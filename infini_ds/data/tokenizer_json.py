@@ -204,7 +204,7 @@ def _table(
         found = ", ".join(sorted(kinds)) or "none"
         raise UserError(
             f"data.tokenizer.model {file}: its decoder ({found}) must have ByteLevel, Metaspace or "
-            "ByteFallback; of others it is not known which bytes a token stands for"
+            "ByteFallback; with others it is unknown which bytes a token stands for"
         )
     vocabulary = model.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values()) + 1)

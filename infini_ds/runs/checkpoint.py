@@ -210,7 +210,7 @@ def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:
     if data.fingerprint != state_of(checkpoint).get("store"):
         raise UserError(
             f"{data.place}: is not what checkpoint {checkpoint} was trained on, "
-            "so its tokenizer may be another; put what the run had there"
+            "so its tokenizer may differ; put back what the run had there"
         )
     return data.tokenizer
 

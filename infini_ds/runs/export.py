@@ -88,8 +88,9 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
     tokenizer = export_tokenizer(config)
     if tokenizer is None and path.is_file():
         raise UserError(
-            f"{path}: a single file carries no tokenizer; name the run or the directory that it is "
-            "of, or make a directory with `infini-ds convert from-safetensors` and put it there"
+            f"{path}: a single file carries no tokenizer; name the run or the directory that it "
+            "was made from, or make a directory with `infini-ds convert from-safetensors` and put "
+            "the tokenizer there"
         )
     if tokenizer is None:
         raise UserError(

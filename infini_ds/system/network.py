@@ -93,7 +93,7 @@ def check_address() -> None:
         if error.errno == socket.EAI_AGAIN:
             return  # the name server may answer next time
         raise UserError(
-            f"environment variable MASTER_ADDR={address!r}: is no address and no name that "
+            f"environment variable MASTER_ADDR={address!r}: is neither an address nor a name that "
             f"{socket.gethostname()} knows ({error.strerror}); give all hosts an address of the "
             "first one (deepspeed --master_addr)"
         ) from None

@@ -340,7 +340,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         config = self.config
         if config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions must be false: the memory is read without any")
+            raise ValueError("output_attentions must be false: reading the memory yields none")
         if output_hidden_states is None:
             output_hidden_states = bool(config.output_hidden_states)
         if output_hidden_states and inputs_embeds is None:
@@ -413,7 +413,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError("there is no continuous batching: it needs pages of a cache")
+        raise NotImplementedError("there is no continuous batching: it needs a paged cache")
 
     def _opened(self, cache: InfiniCache | None, given: Tensor) -> InfiniCache:
         """Returns the cache to continue with, a new one if none is given.
@@ -526,7 +526,7 @@ def _check_positions(given: dict[str, Any], seen: int, length: int) -> None:
             expected = torch.arange(seen, seen + length, device=positions.device)
             if positions.shape[-1] != length or not bool((positions == expected).all()):
                 raise ValueError(
-                    f"{name} must go on from {seen} by one a token: a row is one text, whole"
+                    f"{name} must go on from {seen}, one per token: each row is one whole text"
                 )
 
 
