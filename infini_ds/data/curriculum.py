@@ -1,7 +1,7 @@
 """Plans a curriculum, in which documents grow longer as the model learns.
 
-A level is a document length in segments. Most steps of a level read documents of that length; a
-fixed share of the steps, spread evenly, reviews the earlier lengths in turn. The next level begins
+A level is a document length in segments. The steps of a level read documents of that length, except
+for a fixed share, spread evenly, that reviews the earlier lengths in turn. The next level begins
 once the share of right answers over the latest steps at the level's own length is high enough.
 
 Every length divides the window, so whole documents fill a window and none continues in the next

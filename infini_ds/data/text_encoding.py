@@ -125,7 +125,7 @@ def _check_is_utf8(block: bytes) -> None:
 
 
 def _without_mark(head: bytes) -> str:
-    """Names the UTF-16 or UTF-32 of bytes that would be mostly control characters in UTF-8."""
+    """Returns the likely UTF-16 or UTF-32 variant of bytes without a mark; empty for UTF-8."""
     controls = len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head))
     if 4 * controls < len(head) and (b"\0" not in head or _is_utf8(head)):
         return ""

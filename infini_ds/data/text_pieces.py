@@ -15,8 +15,8 @@ class TextPieces:
     """The text of one file (see `open_text`), of which never more than a piece is held in memory.
 
     Pieces end at line ends, which tokens seldom cross. Encoding the pieces one by one therefore
-    gives the tokens of the whole text except for a few where pieces meet (with plain bytes, all of
-    them). Only a line of more than 64 KiB is cut elsewhere, between two characters.
+    gives the tokens of the whole text, except for a few where pieces meet (none with plain bytes).
+    Only a line of more than 64 KiB is cut elsewhere, between two characters.
 
     Attributes:
         total_bytes: size of the file on disk; 0 for a pipe.
