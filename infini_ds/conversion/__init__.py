@@ -1,1 +1,1 @@
-"""Weights to and from other forms."""
+"""Converts weights to and from other formats."""

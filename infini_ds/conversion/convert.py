@@ -1,4 +1,4 @@
-"""The conversions of `infini-ds convert`: each streams tensor by tensor, from disk to disk."""
+"""The conversions of `infini-ds convert`, each of which streams one tensor at a time."""
 
 import json
 import re
@@ -43,15 +43,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None) -> None:
-    """A run's weights as one file TARGET.safetensors, or as an export directory.
+    """Writes a run's weights as one file TARGET.safetensors, or as an export directory.
 
     Args:
-        dtype: fp32 or bf16; by default as the run computes. fp32 of a bf16 run are the weights
-            that its optimizer keeps.
-        step: of the checkpoint, where the source is a run.
+        dtype: fp32 or bf16; by default the type the run computes in. For a bf16 run, fp32 takes
+            the weights that its optimizer keeps.
+        step: step of the checkpoint, if the source is a run.
 
     Raises:
-        UserError: the source cannot be read, or the target not written.
+        UserError: the source cannot be read, or the target cannot be written.
     """
     console = Console()
     model = _open(task, step, console)
@@ -59,7 +59,7 @@ def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None
     if task.target.suffix != ".safetensors":
         _write_export(task, model, weights, dtype, False, console)
         return
-    # The files of a tokenizer have no place in a single file.
+    # A single file has no room for the files of a tokenizer.
     kind = "bytes" if model.tokenizer_kind == "bytes" else None
     plan = Plan(_kept(model, dtype), weights)
     with (
@@ -71,13 +71,13 @@ def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None
 
 
 def to_hf(task: Task, dtype: str | None = None, step: int | None = None) -> None:
-    """An export that transformers loads as well, with the code that it needs for it.
+    """Writes an export that transformers can load too, together with the code it needs.
 
     Args:
         dtype, step: as in `to_safetensors`.
 
     Raises:
-        UserError: the source cannot be read, or the target not written.
+        UserError: the source cannot be read, or the target cannot be written.
     """
     console = Console()
     _require_directory(task)
@@ -92,7 +92,7 @@ def to_hf(task: Task, dtype: str | None = None, step: int | None = None) -> None
 
 
 def from_safetensors(task: Task) -> None:
-    """A file of our weights, or a directory of them, as an export directory.
+    """Turns a file or a directory of our weights into an export directory.
 
     Raises:
         UserError: the source cannot be read or has no config, or the target cannot be written.
@@ -104,17 +104,17 @@ def from_safetensors(task: Task) -> None:
 
 
 def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: str) -> None:
-    """A plain model of the Llama family as an export directory, to be pretrained further.
+    """Turns a plain model of the Llama family into an export directory, for further pretraining.
 
     The source may be a name on the Hugging Face hub.
 
     Args:
-        segment_length: how far local attention sees.
+        segment_length: number of tokens within which local attention sees.
         gate_init: beta of all gates; the memory's share of a head's output is sigmoid(beta).
         memory_rule: linear or delta.
 
     Raises:
-        UserError: the source cannot be read or has something that our model lacks, or the target
+        UserError: the source cannot be read or has a feature that our model lacks, or the target
             cannot be written.
     """
     console = Console()
@@ -125,7 +125,7 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     _require_directory(task)
     check_destination(task.target, task.source, task.force)
     source, on_hub = task.source, hub.is_name(task.source)
-    if on_hub:  # what cannot be converted is told before gigabytes are downloaded
+    if on_hub:  # refuse a model before its gigabytes are downloaded
         source = hub.download(str(task.source), weights=False)
     tree = llama.read_config(source / "config.json")
     path = task.source / "config.json"
@@ -157,7 +157,7 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
         partial.mkdir()
         _write_directory(plan, partial, console)
         copy_tokenizer(source, partial)
-        if kind:  # with BOS and EOS, which may be in config.json alone
+        if kind:  # with BOS and EOS, which only config.json may name
             load_tokenizer(kind, source / TOKENIZER_FILES[kind]).save(partial)
         (partial / CONFIG).write_text(config_text(config, kind))
         shutil.copyfile(source / "config.json", partial / SOURCE_CONFIG)
@@ -166,11 +166,11 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
 
 
 def to_llama(task: Task, step: int | None = None) -> None:
-    """The plain model that is left of a model of ours without its memory.
+    """Writes the plain model that remains of ours without its memory.
 
     Raises:
-        UserError: the source cannot be read, or is no plain model without its memory, or the
-            target cannot be written.
+        UserError: the source cannot be read, or is not a plain model even without its memory, or
+            the target cannot be written.
     """
     console = Console()
     _require_directory(task)
@@ -200,10 +200,10 @@ def to_llama(task: Task, step: int | None = None) -> None:
 
 
 def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
-    """A state_dict of the seed library as an export directory.
+    """Turns a state_dict of the seed library into an export directory.
 
     Args:
-        segment_length, memory_rule: which the state_dict does not tell.
+        segment_length, memory_rule: settings that the state_dict does not contain.
 
     Raises:
         UserError: the source cannot be read or is no such state_dict, or the target cannot be
@@ -216,7 +216,7 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
         raise UserError(f"{task.source}: no such file; name a .safetensors or .pt of a state_dict")
     weights: Weights = PickledWeights(task.source) if pickled else SafetensorsWeights(task.source)
     if weights.metas and all(name.startswith("model.") for name in weights.metas):
-        weights = Renamed(weights, "model.")  # of its InfiniTransformerWrapper
+        weights = Renamed(weights, "model.")  # saved from its InfiniTransformerWrapper
     config = seed.infer_config(weights.metas, weights.origin, segment_length, memory_rule)
     _drop(weights, [seed.ROTARY])
     pairs = seed.table(config)
@@ -228,16 +228,16 @@ def from_seed(task: Task, segment_length: int, memory_rule: str) -> None:
         (partial / CONFIG).write_text(config_text(config, None))
     _report(plan, task, console)
     console.print(
-        f"  taken to be (no state_dict tells): segments of {config.segment_length} tokens, "
-        f"{config.memory_rule} memory rule; it has no tokenizer, as no state_dict has one"
+        f"  assumed, because a state_dict does not tell: segments of {config.segment_length} "
+        f"tokens, {config.memory_rule} memory rule; it has no tokenizer, as no state_dict has one"
     )
 
 
 def to_seed(task: Task, step: int | None = None) -> None:
-    """A model of ours as one file with the seed library's state_dict.
+    """Writes our model as one file with the seed library's state_dict.
 
     Raises:
-        UserError: the source cannot be read or is no model that the library can build, or the
+        UserError: the source cannot be read or is not a model that the library can build, or the
             target cannot be written.
     """
     console = Console()
@@ -272,7 +272,7 @@ def _open(task: Task, step: int | None, console: Console) -> Model:
 
 
 def _weights(model: Model, dtype: str | None) -> Weights:
-    """A model's weights, those of the optimizer if a bf16 run is wanted in fp32."""
+    """Returns a model's weights; for a bf16 run in fp32, those that its optimizer keeps."""
     if dtype == "fp32" and model.checkpoint and _dtype_of(model) != torch.float32:
         from infini_ds.conversion.masters import MasterWeights
 
@@ -281,7 +281,7 @@ def _weights(model: Model, dtype: str | None) -> Weights:
 
 
 def _kept(model: Model, dtype: str | None) -> list[Move]:
-    """Our weights under our names."""
+    """Copies our weights under our names."""
 
     def kept(name: str) -> Move:
         def keep(tensors: list[Tensor]) -> list[Tensor]:
@@ -331,22 +331,22 @@ def _require_directory(task: Task) -> None:
 
 
 def _dtype_of(model: Model) -> torch.dtype:
-    """Of the embedding, the first and largest of the weights."""
+    """Returns the dtype of the embedding, the first and largest of the weights."""
     return model.weights.metas["layers.0.weight"].dtype
 
 
 def _drop(weights: Weights, patterns: list[str]) -> None:
-    """Forgets tensors that stand for nothing of ours."""
+    """Removes tensors that correspond to nothing in our model."""
     for name in list(weights.metas):
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             del weights.metas[name]
 
 
 def _check_theirs(pairs: list[Pair], config: ModelConfig, weights: Weights, asked_by: Path) -> None:
-    """Whether the tensors are those that our model's are made of.
+    """Checks that the source has exactly the tensors that ours are made from.
 
     Raises:
-        UserError: names the first that is not.
+        UserError: a tensor is missing, superfluous or of another shape or dtype; names it.
     """
     ours = parameters_of(config)
     expected: dict[str, Tensor] = {}

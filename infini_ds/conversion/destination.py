@@ -1,4 +1,4 @@
-"""A file or directory that appears only when it is whole."""
+"""Writes a file or directory that appears only once it is whole."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from infini_ds.system.causes import remedy
 from infini_ds.system.temporary import temporary_beside
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# What else conversions write, and what evaluations of an export and transformers add.
+# Other files of conversions, and what evaluating an export and transformers add.
 _BESIDE = re.compile(
     r"(source_|generation_)?config\.(yaml|json)|tokenizer.*|special_tokens_map\.json|vocab\.json"
     r"|added_tokens\.json|merges\.txt|chat_template.*|(configuration|modeling|tokenization)_infini"
@@ -22,7 +22,7 @@ _DIRECTORIES = ("tensorboard", "__pycache__")
 
 
 def check_destination(path: Path, source: Path, force: bool) -> None:
-    """Whether a destination may be made; arguments and errors are those of `destination`."""
+    """Checks that a destination may be made; arguments and errors are those of `destination`."""
     with _told(path):
         resolved, own = path.resolve(), source.resolve()
         files = [own, *(file.resolve() for file in own.iterdir())] if own.is_dir() else [own]
@@ -38,29 +38,29 @@ def check_destination(path: Path, source: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
-    """Where to write: a place of this process alone, which becomes `path` if nothing goes wrong.
+    """Yields a private place to write to, which becomes `path` if nothing goes wrong.
 
     Args:
-        path: of the file (.safetensors) or directory to make; where it leads to, if it is a link.
+        path: the file (.safetensors) or directory to make; symbolic links are followed.
         source: what is converted, whose files must not be touched.
-        force: whether what is there is replaced, once the new one is whole.
+        force: whether to replace an existing destination, once the new one is whole.
 
     Raises:
         UserError: the destination exists, or cannot be written.
     """
     check_destination(path, source, force)
-    place = Path(os.path.realpath(path))  # a directory cannot be renamed over a link
+    place = Path(os.path.realpath(path))  # a directory cannot be renamed onto a symbolic link
     with _told(path):
         place.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(place) as folder:
             unfinished = folder / place.name
             yield unfinished
-            if path.exists():  # another process may have made it by now
+            if path.exists():  # another process may have made it meanwhile
                 _check_replaceable(path, force)
             if not place.is_dir():
                 unfinished.rename(place)
                 return
-            replaced = folder / "replaced"  # a directory cannot be renamed over a full one
+            replaced = folder / "replaced"  # a directory cannot be renamed onto a full one
             place.rename(replaced)
             try:
                 unfinished.rename(place)
@@ -71,7 +71,7 @@ def destination(path: Path, source: Path, force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What a file system refuses is the user's to mend."""
+    """Turns errors of the file system into UserError, since the user can fix them."""
     try:
         yield
     except OSError as error:
@@ -88,12 +88,12 @@ def _check_replaceable(path: Path, force: bool) -> None:
         if not path.is_file():
             raise UserError(f"{path}: is no file, so it is not replaced; remove it")
     elif not path.is_dir() or not _is_ours(list(path.iterdir())):
-        # What is something else is not deleted by mistake.
+        # Never delete anything else by mistake.
         raise UserError(f"{path}: is no directory of weights, so it is not replaced; remove it")
 
 
 def _is_ours(content: list[Path]) -> bool:
-    """Whether all that is in a directory is what an export may have, its weights among it."""
+    """Tells whether a directory is empty, or holds weights and only what an export may have."""
     weights = [file for file in content if _WEIGHTS.fullmatch(file.name)]
     others = [file for file in content if file not in weights]
     return not content or (

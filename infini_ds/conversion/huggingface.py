@@ -1,4 +1,4 @@
-"""What makes an export one that transformers loads: config, code, tokenizer and model card."""
+"""Adds what transformers needs to load an export: config, code, tokenizer and model card."""
 
 import json
 import shutil
@@ -28,11 +28,11 @@ def write_huggingface(
     """Adds to an export what AutoModelForCausalLM and AutoTokenizer ask for.
 
     Args:
-        directory: of the export, with its weights and its tokenizer's files.
-        name: of the model, for its card.
-        tokenizer: None if it is none of ours; then its files, if any, are taken as they are, and
-            so are those that transformers reads without our code.
-        dtype: of the weights.
+        directory: the export, with its weights and its tokenizer's files.
+        name: name of the model, for its card.
+        tokenizer: None if it is of no kind that we read; then its files, if any, stay as they
+            are. So do files that transformers reads without our code.
+        dtype: dtype of the weights.
     """
     generation = tokenizer.generation if tokenizer else read_generation(directory)
     special = _special_tokens(directory, tokenizer, generation)
@@ -56,7 +56,7 @@ def write_huggingface(
 
 
 def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of InfiniForCausalLM."""
+    """Builds the config.json of InfiniForCausalLM."""
     return {
         "architectures": ["InfiniForCausalLM"],
         "auto_map": {
@@ -91,7 +91,7 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _has_foreign_tokenizer(directory: Path) -> bool:
-    """Whether there are files of a tokenizer that transformers reads without our code."""
+    """Tells whether there are tokenizer files that transformers reads without our code."""
     config = directory / _TOKENIZER_CONFIG
     ours = config.is_file() and _TOKENIZER_CLASS in config.read_text(
         encoding="utf-8", errors="replace"
@@ -100,18 +100,18 @@ def _has_foreign_tokenizer(directory: Path) -> bool:
 
 
 def _take_as_it_is(tokenizer: TokenizerJson, directory: Path) -> None:
-    """Makes transformers use the tokenizer.json, which some classes of its tokenizers do not."""
+    """Makes transformers use the tokenizer.json as it is, which some tokenizer classes do not."""
     tokenizer.save(directory)
     path = directory / _TOKENIZER_CONFIG
     tree = json.loads(path.read_text(encoding="utf-8"))
     tree.pop("auto_map", None)
-    # Of its default, token_type_ids, the model knows nothing.
+    # The default includes token_type_ids, which the model does not take.
     tree.setdefault("model_input_names", ["input_ids", "attention_mask"])
     _write(path, tree | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Ids of BOS and EOS as config.json has them: a list where a text has several ends."""
+    """Returns the ids of BOS and EOS for config.json: a list if several tokens end a text."""
     ends = tokenizer.eos_ids
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
 

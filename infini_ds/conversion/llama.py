@@ -1,7 +1,8 @@
-"""Checkpoints of Hugging Face's Llama, Mistral, Qwen2 and Qwen3 (`...ForCausalLM`).
+"""Converts checkpoints of Hugging Face's Llama, Mistral, Qwen2 and Qwen3 (`...ForCausalLM`).
 
-They differ in their biases and defaults, and Qwen3 in its norms of queries and keys. Their rotary
-pairs the two halves of a head, as ours does; only projections that we keep fused are apart.
+The families differ in their biases and defaults, and Qwen3 also normalises queries and keys. Their
+rotary embedding pairs the two halves of a head, as ours does. Only the projections that we fuse
+are separate there.
 """
 
 import json
@@ -31,13 +32,13 @@ _LACKED = {
     "gemma3": f"{_OF_LATER_GEMMAS} and have a rotary base of their own",
 }
 _LACKED["gemma3_text"] = _LACKED["gemma3"]
-# What old checkpoints hold beside their parameters.
+# Buffers that old checkpoints hold beside their parameters.
 ROTARY = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 HEAD = "lm_head.weight"
 
 
 def table(config: ModelConfig) -> list[Pair]:
-    """Their tensors and ours, layer by layer."""
+    """Pairs their tensors with ours, layer by layer."""
     q, kv = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     pairs = [same("layers.0.weight", "model.embed_tokens.weight")]
     for index in range(config.num_layers):
@@ -65,15 +66,15 @@ def table(config: ModelConfig) -> list[Pair]:
 
 
 def gates(config: ModelConfig) -> list[str]:
-    """Our parameters of the memory, that a plain model lacks."""
+    """Lists our parameters of the memory, which a plain model lacks."""
     return [f"layers.{index + 1}.self_attn.beta" for index in range(config.num_layers)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
+    """Reads a checkpoint's config.json.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -92,14 +93,14 @@ def read_config(path: Path) -> dict[str, Any]:
 def from_config(
     tree: dict[str, Any], path: Path, segment_length: int, gate_init: float, memory_rule: str
 ) -> ModelConfig:
-    """Our config of a plain model.
+    """Converts a plain model's config to ours.
 
     Args:
-        tree: its config.json.
-        path: of the config.json, for messages.
+        tree: content of its config.json.
+        path: path of the config.json, for messages.
 
     Raises:
-        UserError: the model has something that ours lacks; names the setting.
+        UserError: the model has a feature that ours lacks; names the setting.
     """
     family = str(tree.get("model_type"))
     if family not in ARCHITECTURES:
@@ -154,17 +155,17 @@ def from_config(
 def to_config(
     config: ModelConfig, origin: str, dtype: torch.dtype, source: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The config.json of the plain model that is left of ours without its memory.
+    """Builds the config.json of the plain model that remains of ours without its memory.
 
     Args:
-        config: of our model.
-        origin: what the model is from, for messages.
-        dtype: of the weights.
-        source: config.json of the plain model that ours began as, if it did; what ours does not
-            know, such as special tokens and the longest context, is taken from it.
+        config: config of our model.
+        origin: origin of the model, for messages.
+        dtype: dtype of the weights.
+        source: config.json of the plain model that ours was made from, if any; it supplies what
+            our config lacks, such as special tokens and the longest context.
 
     Raises:
-        UserError: what is left is no model of these families; names the setting.
+        UserError: the remaining model belongs to none of these families; names the setting.
     """
     if config.memory.short_conv:
         raise UserError(
@@ -202,7 +203,7 @@ def to_config(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if family == "qwen3" or config.head_dim * config.num_heads != config.hidden_size:
-        tree["head_dim"] = config.head_dim  # otherwise they infer it
+        tree["head_dim"] = config.head_dim  # transformers infers it otherwise
     if family == "llama":
         tree |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     elif family == "qwen3":
@@ -212,12 +213,12 @@ def to_config(
         tree.setdefault("sliding_window", 4096)
     else:
         tree.setdefault("use_sliding_window", False)
-    for name in ("rope_parameters", "dtype"):  # other words for what is set above
+    for name in ("rope_parameters", "dtype"):  # other names for what is set above
         tree.pop(name, None)
     return tree
 
 
-# Settings without a default of ours, by our name.
+# Our names of the settings that have no default, with their names.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -233,7 +234,7 @@ def _kinds(bias: bool) -> tuple[str, ...]:
 
 
 def _rope(plain: PlainConfig, path: Path) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary frequencies, in the words of old and new checkpoints."""
+    """Returns base and scaling of the rotary frequencies, from old or new setting names."""
     section = "rope_parameters" if plain.rope_parameters else "rope_scaling"
     settings = {"rope_theta": plain.rope_theta, **(getattr(plain, section) or {})}
     name = settings.pop("type", "default")
@@ -254,7 +255,7 @@ def _rope(plain: PlainConfig, path: Path) -> tuple[float, RopeScaling | None]:
 
 
 def _family(config: ModelConfig, origin: str) -> str:
-    """Which family has these biases and norms."""
+    """Picks the family that has these biases and norms."""
     biases = (config.attention_bias, config.attention_out_bias)
     if config.qk_norm:
         if biases[0] == biases[1] and not config.mlp_bias:

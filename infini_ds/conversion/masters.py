@@ -1,4 +1,4 @@
-"""The fp32 weights that a run's optimizer keeps, out of DeepSpeed's files of its shards."""
+"""Reads the fp32 weights that a run's optimizer keeps from DeepSpeed's files of its shards."""
 
 import re
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ _SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_stat
 
 @dataclass
 class _Fragment:
-    """Where a parameter, or a part of it, lies in a shard; stands in for DeepSpeed's own."""
+    """Location of a parameter, or a part of it, in a shard; stands in for DeepSpeed's class."""
 
     numel: int = 0
     start: int = 0
 
 
 class _Unused:
-    """Stands in for DeepSpeed's objects that are stored beside the shards."""
+    """Stands in for the DeepSpeed objects that are stored beside the shards."""
 
     def __new__(cls, *_):
         return super().__new__(cls)
@@ -37,14 +37,14 @@ class _Piece(NamedTuple):
 
 
 class MasterWeights:
-    """fp32 weights of a checkpoint, each put together from the shards of all data-parallel ranks.
+    """fp32 weights of a checkpoint, each assembled from the shards of all data-parallel ranks.
 
     Args:
         checkpoint: a run's checkpoint.
-        shapes: of the parameters, as meta tensors.
+        shapes: the parameters, as meta tensors.
 
     Raises:
-        UserError: the checkpoint has no such shards, or one is damaged.
+        UserError: the checkpoint has no such shards, or a shard is damaged.
     """
 
     def __init__(self, checkpoint: Path, shapes: dict[str, Tensor]):
@@ -58,7 +58,7 @@ class MasterWeights:
             for group, mapping in enumerate(mappings):
                 for name, fragment in mapping.items():
                     pieces = self._pieces.setdefault(single_process_name(name), [])
-                    # A tied weight is kept on the first and on the last stage alike.
+                    # A tied weight is kept on both the first and the last stage.
                     if not pieces or _stage(pieces[0].file) == stage:
                         pieces.append(_Piece(file, group, fragment))
         for name, meta in shapes.items():
@@ -67,7 +67,7 @@ class MasterWeights:
                 raise UserError(f"{self.origin}: have {found} of {meta.numel()} numbers of {name}")
 
     def read(self, name: str) -> Tensor:
-        """The tensor; see Weights."""
+        """See Weights."""
         parts = []
         for file, group, fragment in self._pieces[name]:
             shard = _load(file)["single_partition_of_fp32_groups"][group]
@@ -77,7 +77,7 @@ class MasterWeights:
 
 
 def _shard_files(checkpoint: Path) -> list[tuple[Path, int]]:
-    """Files of the optimizer's shards and their stages, in the order of the ranks."""
+    """Lists the files of the optimizer's shards with their stages, in the order of the ranks."""
     matches = [(_SHARD_FILE.fullmatch(file.name), file) for file in checkpoint.iterdir()]
     found = [(int(match[2]), int(match[1]), file) for match, file in matches if match]
     if not found:
@@ -96,7 +96,7 @@ def _stage(file: Path) -> int:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The optimizer's state, mapped; nothing of DeepSpeed's is run."""
+    """Maps the optimizer's state from its file without running any code of DeepSpeed's."""
     with torch.serialization.safe_globals(_STAND_INS):
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return content["optimizer_state_dict"]

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, how it was made, how to use it."""
+"""Writes the model card of an export: what the model is, how it was made, how to use it."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
 
 
 def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torch.dtype) -> str:
-    """README.md of an export, as Markdown.
+    """Formats the README.md of an export as Markdown.
 
     Args:
-        name: of the model.
-        tokenizer: None if there is none, or files that are none of ours.
-        dtype: of the weights.
+        name: name of the model.
+        tokenizer: None if there is none, or if it is of no kind that we read.
+        dtype: dtype of the weights.
     """
     config = model.config
     parameters = count_parameters(config)
@@ -32,7 +32,7 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
         f"# {name}",
         f"An Infini-Transformer of {parameters:,} parameters, pretrained with infini-ds: each layer"
         f" attends inside segments of {config.segment_length:,} tokens and reads a compressive "
-        f"memory of all segments before ({_PAPER}). What it keeps of a text is of one size, "
+        f"memory of all earlier segments ({_PAPER}). The state it keeps of a text has one size, "
         "however long the text is.",
         _use(name, tokenizer),
         "## Model\n\n" + _table(_settings(model, dtype)),
@@ -47,18 +47,18 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
 
 def _use(name: str, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
-        note = "The tokenizer is that of the model it began as, if its files are here."
+        note = "The tokenizer is that of the original model, if its files are here."
     elif isinstance(tokenizer, TokenizerJson):
         note = (
-            "The tokenizer is that of the model it began as. In training every text began with "
+            "The tokenizer is that of the original model. In training every text began with "
             f"BOS (id {tokenizer.bos_id}): put it first if the tokenizer does not."
         )
     elif isinstance(tokenizer, ByteTokenizer):
-        note = "Tokens are the bytes of UTF-8, and BOS and EOS; the tokenizer is code beside them."
+        note = "Tokens are UTF-8 bytes, BOS and EOS; the tokenizer is code beside the weights."
     else:
         note = (
             "The tokenizer is code around the sentencepiece model tokenizer.model, and needs the "
-            "package sentencepiece; it gives the tokens of training."
+            "package sentencepiece; it gives the same tokens as in training."
         )
     return f"""## Use
 
@@ -83,7 +83,7 @@ asked = torch.cat((text, question), dim=1)  # all tokens; those in the cache are
 answer = model.generate(asked, past_key_values=copy.deepcopy(cache), max_new_tokens=100)
 ```
 
-Made for transformers 5 and PyTorch alone. Texts of a batch must have one length. {note}"""
+This needs only transformers 5 and PyTorch. All texts of a batch must have one length. {note}"""
 
 
 def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a file says, nothing if there is none or it cannot be read: the card is but words."""
+    """Reads JSON; returns an empty dict on failure, because a card must not stop a conversion."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What is read of a plain model's config.json, with the types and ranges that it must have."""
+"""Validates what is read from a plain model's config.json: types, ranges and defaults."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from infini_ds.errors import UserError
 
-# Far above all models that there are, and below what overflows.
+# The limits are far above all existing models, and below anything that overflows.
 _Tokens = Annotated[int, Field(ge=1, le=1 << 31)]
 _Width = Annotated[int, Field(ge=1, le=1 << 24)]
 _Count = Annotated[int, Field(ge=1, le=1 << 12)]
@@ -18,7 +18,7 @@ class _Strict(BaseModel):
 
 
 class PlainConfig(_Strict):
-    """Settings by their names there; what a checkpoint may leave out has a default."""
+    """Settings by their names in config.json; those that checkpoints may omit have a default."""
 
     model_type: str
     vocab_size: _Tokens
@@ -43,19 +43,19 @@ class PlainConfig(_Strict):
 
 
 class Rope(_Strict):
-    """Rotary frequencies."""
+    """Rotary frequencies without scaling."""
 
     rope_theta: _Positive
 
 
 class Linear(Rope):
-    """With a scaling, of which nothing has a default."""
+    """Linear scaling, whose settings have no default."""
 
     factor: _Positive
 
 
 class Llama3(Linear):
-    """As of Llama 3.1."""
+    """The scaling of Llama 3.1."""
 
     low_freq_factor: _Positive
     high_freq_factor: _Positive
@@ -73,13 +73,13 @@ _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def checked(kind: type[_Kind], tree: dict[str, Any], origin: str) -> _Kind:
-    """A tree of settings as one of the kinds above.
+    """Validates a tree of settings as one of the kinds above.
 
     Args:
-        origin: put before the name of a setting, for messages.
+        origin: prefix for the name of a setting, for messages.
 
     Raises:
-        UserError: names the first setting that is wrong.
+        UserError: a setting is wrong; names the first.
     """
     try:
         return kind.model_validate(tree)
@@ -88,7 +88,7 @@ def checked(kind: type[_Kind], tree: dict[str, Any], origin: str) -> _Kind:
 
 
 def explain(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line that names the setting."""
+    """Describes the first error in one line that names the setting."""
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first.get("ctx", {})["error"])

@@ -1,7 +1,7 @@
-"""`infini-ds convert reshard`: readies a checkpoint for being resumed in another layout.
+"""Prepares a checkpoint for resuming in another layout: `infini-ds convert reshard`.
 
-Resuming does it by itself; but there all processes wait for the one that does it, no longer than
-train.timeout.
+Resuming does this by itself, but then all processes wait for the one that does it, and no longer
+than train.timeout.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ from infini_ds.system.console import Console
 
 
 def reshard(path: Path, step: int | None) -> None:
-    """Writes the form of a checkpoint that any layout loads, beside it; resuming finds it there.
+    """Writes beside a checkpoint the form that any layout can load, where resuming finds it.
 
     Args:
         path: output_dir of a run, or one of its checkpoints.
-        step: of the checkpoint, where `path` is a run.
+        step: step of the checkpoint, if `path` is a run.
 
     Raises:
-        UserError: there is no whole checkpoint, or it can be resumed in its own layout alone.
+        UserError: there is no complete checkpoint, or only its own layout can resume it.
         RunError: the conversion failed.
     """
     console = Console()

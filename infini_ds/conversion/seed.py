@@ -1,10 +1,10 @@
-"""Weights of `infini-transformer-pytorch`, the library this project started from.
+"""Converts weights of `infini-transformer-pytorch`, the library this project started from.
 
-What differs: its fused projection orders query, key, value blocks as ours; its rotary pairs
-neighbouring channels where ours pairs the two halves of a head; its gates weight the local side
-(beta = -gate); its feed-forward puts the value before the gate; its biases are all on except in
-attention. Attention of the two has the same function when channels of queries and keys are
-permuted together, and the memory's d_k axis with them.
+The library's models differ from ours as follows. Rotary embedding pairs neighbouring channels where
+ours pairs the two halves of a head; gates weight the local side (beta = -gate); the feed-forward
+puts the value before the gate; all biases are on except in attention. The fused projection has
+blocks of query, key and value in the same order as ours. Attention in both computes the same
+function once the channels of queries and keys, and the memory's d_k axis, are permuted together.
 """
 
 import re
@@ -21,20 +21,20 @@ from infini_ds.errors import UserError
 from infini_ds.memory import RULES
 from infini_ds.memory.delta import Delta
 
-# A buffer, the same in each of its models.
+# This buffer is the same in each of the library's models.
 ROTARY = r"layers\.\d+\.0\.rotary_emb\.freqs"
 
 
 def from_seed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The seed library's state_dict as ours.
+    """Converts the seed library's state_dict to ours.
 
-    config must describe the same model, as `infer_config` gives it.
+    `config` must describe the same model, as `infer_config` returns it.
     """
     return {pair.ours: pair.join([state[name] for name in pair.theirs]) for pair in table(config)}
 
 
 def to_seed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state_dict as the seed library's, for a config that `check_config` lets pass."""
+    """Converts our state_dict to the seed library's, for a config that `check_config` accepts."""
     theirs = {}
     for pair in table(config):
         theirs |= zip(pair.theirs, pair.split(state[pair.ours]), strict=True)
@@ -42,7 +42,7 @@ def to_seed(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def table(config: ModelConfig) -> list[Pair]:
-    """Its tensors and ours, layer by layer."""
+    """Pairs the library's tensors with ours, layer by layer."""
     order = half_order(config.head_dim)
     pairs = [same("layers.0.weight", "token_emb.weight")]
     for index in range(config.num_layers):
@@ -70,7 +70,7 @@ def table(config: ModelConfig) -> list[Pair]:
 
 
 def rotary_buffers(config: ModelConfig) -> dict[str, Tensor]:
-    """The frequencies that each of its layers keeps, [head_dim / 2] fp32."""
+    """Computes the frequencies that each of the library's layers keeps, [head_dim / 2] fp32."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     return {
         f"layers.{index}.0.rotary_emb.freqs": 1.0 / 10000.0**exponents
@@ -81,10 +81,10 @@ def rotary_buffers(config: ModelConfig) -> dict[str, Tensor]:
 def infer_config(
     shapes: Mapping[str, Tensor], origin: str, segment_length: int, memory_rule: str
 ) -> ModelConfig:
-    """The config that its tensors ask for; they do not tell the segment length and the rule.
+    """Infers the config from the tensors, except for the segment length and the memory rule.
 
     Raises:
-        UserError: it is not a state_dict of the library's InfiniTransformer.
+        UserError: this is not a state_dict of the library's InfiniTransformer.
     """
 
     def shape(name: str, dimensions: int) -> torch.Size:
@@ -131,7 +131,7 @@ def infer_config(
 
 
 def check_config(config: ModelConfig, origin: str) -> None:
-    """Whether the library can build this model.
+    """Checks that the library can build this model.
 
     Raises:
         UserError: it cannot; names the setting.
@@ -160,10 +160,10 @@ def check_config(config: ModelConfig, origin: str) -> None:
 
 
 def constructor(config: ModelConfig) -> str:
-    """How the library builds the model for these weights."""
+    """Formats the call with which the library builds the model for these weights."""
     width = ""
     if int(4 * config.hidden_size * 2 / 3) != config.mlp_size:
-        # It rounds ff_mult x dim x 2 / 3 down; aimed at the middle, no rounding error matters.
+        # The library rounds ff_mult x dim x 2 / 3 down; the middle is safe from rounding errors.
         width = f"ff_mult={3 * (config.mlp_size + 0.5) / (2 * config.hidden_size)!r}, "
     return (
         f"InfiniTransformer(num_tokens={config.vocab_size}, dim={config.hidden_size}, "
@@ -173,12 +173,12 @@ def constructor(config: ModelConfig) -> str:
 
 
 def half_order(head_dim: int) -> Tensor:
-    """Where each channel of ours lies in a head of theirs: even channels first, then odd."""
+    """Returns the place of each of our channels in their head: even channels first, then odd."""
     return torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
 
 
 def _heads(ours: str, theirs: str, order: Tensor) -> Pair:
-    """Queries and keys with the channels of each head in our order, values as they are."""
+    """Pairs fused projections, with the channels of queries and keys in each head reordered."""
     back = order.argsort()
 
     def ordered(weight: Tensor, order: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _negated(ours: str, theirs: str) -> Pair:
 
 
 def _halves(ours: str, theirs: str) -> Pair:
-    """The two halves of the rows in the other order."""
+    """Pairs weights whose two halves of rows are swapped."""
 
     def swapped(weight: Tensor) -> Tensor:
         first, second = weight.chunk(2)

@@ -1,4 +1,4 @@
-"""What a conversion was asked for, and the tokenizer that goes along."""
+"""Holds the options of a conversion, and handles the tokenizer that goes with the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,23 @@ from infini_ds.system.console import Console
 
 @dataclass(frozen=True)
 class Task:
-    """What all conversions are told."""
+    """The options that all conversions share."""
 
     source: Path
     target: Path
     force: bool = False
-    """Replace the target if it exists."""
+    """Whether to replace an existing target."""
     shard_bytes: int = 5_000_000_000
-    """Largest file of a directory, but for a tensor that is larger; 0: one file."""
+    """Largest file of a directory, unless a single tensor is larger; 0 writes one file."""
     without_tokenizer: bool = False
-    """Make a directory even if there is no tokenizer that can be read."""
+    """Whether to make a directory even if there is no tokenizer that we can read."""
 
 
 def tokenizer_for(model: Model, task: Task, console: Console) -> Tokenizer | None:
-    """The tokenizer of a model; None if it has files that transformers alone may read.
+    """Loads the tokenizer of a model; returns None if only transformers may be able to read it.
 
     Raises:
-        UserError: it has none, or one that cannot be read, and the task needs one.
+        UserError: it has none or one that we cannot read, and the task needs one.
     """
     try:
         if not isinstance(model.settings, ExportConfig):
@@ -41,7 +41,9 @@ def tokenizer_for(model: Model, task: Task, console: Console) -> Tokenizer | Non
             return tokenizer
         reason = f"{task.source}: has no tokenizer; put its tokenizer.json or tokenizer.model there"
         if task.source.is_file():
-            reason = f"{task.source}: a single file carries no tokenizer; name what it was made of"
+            reason = (
+                f"{task.source}: a single file carries no tokenizer; name what it was made from"
+            )
     except UserError as error:
         reason = str(error)
     _accept_none(reason, task, console)
@@ -49,7 +51,7 @@ def tokenizer_for(model: Model, task: Task, console: Console) -> Tokenizer | Non
 
 
 def _accept_none(reason: str, task: Task, console: Console) -> None:
-    """An export without a tokenizer is of little use, so it is not made by mistake."""
+    """Refuses an export without a tokenizer, which is of little use, unless it is asked for."""
     if not task.without_tokenizer:
         raise UserError(f"{reason}, or add --without-tokenizer")
     warn(console, f"made without a tokenizer that can be read: {reason}")
@@ -58,7 +60,7 @@ def _accept_none(reason: str, task: Task, console: Console) -> None:
 def write_tokenizer(
     model: Model, tokenizer: Tokenizer | None, source: Path, directory: Path
 ) -> None:
-    """Puts the files of a model's tokenizer into an export, those that others alone read too."""
+    """Writes a model's tokenizer files into an export, including those that only others read."""
     if model.checkpoint is None and source.is_dir():
         copy_tokenizer(source, directory)
     elif tokenizer:
@@ -68,9 +70,9 @@ def write_tokenizer(
 def kind_of_tokenizer(
     source: Path, config: ModelConfig, task: Task, console: Console
 ) -> str | None:
-    """The kind of a plain model's tokenizer; None if it has none that can be read.
+    """Returns the kind of a plain model's tokenizer; None if it has none that we can read.
 
-    A tokenizer.json comes first: it is what transformers uses.
+    A tokenizer.json takes precedence, because transformers uses it.
 
     Raises:
         UserError: there is none, and the task needs one.
@@ -96,5 +98,5 @@ def kind_of_tokenizer(
 
 
 def warn(console: Console, text: str) -> None:
-    """Says what the user may not have meant."""
+    """Warns of something that the user may not have intended."""
     console.print(f"warning: {text}")

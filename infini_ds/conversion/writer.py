@@ -1,7 +1,7 @@
-"""Writes safetensors in pieces: one tensor is in memory at a time, however large the file.
+"""Writes safetensors files of any size with only one tensor in memory at a time.
 
-The format is a header of names, dtypes, shapes and places, and then the numbers; so the header is
-planned from meta tensors, and each tensor goes to its place when it is made.
+A file is a header of names, dtypes, shapes and offsets, followed by the numbers. The header is
+therefore planned from meta tensors, and each tensor is written to its place once it is made.
 """
 
 import json
@@ -18,7 +18,7 @@ from infini_ds.conversion.pairs import Move
 from infini_ds.runs.weights import INDEX, SINGLE, Weights
 from infini_ds.system.ranges import check_finite
 
-# Names of dtypes in the format.
+# Names of dtypes in the file format.
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
 }  # fmt: skip
@@ -31,12 +31,12 @@ class _Shard:
 
 
 class Plan:
-    """Which tensors go into which files.
+    """Assigns tensors to files.
 
     Args:
-        moves: what is going to be written, in order.
-        weights: that the moves read.
-        shard_bytes: a file takes no further tensor that would make it larger; 0: one file.
+        moves: what is to be written, in order.
+        weights: the tensors that the moves read.
+        shard_bytes: a file takes no further tensor that would exceed this; 0 makes one file.
     """
 
     def __init__(self, moves: list[Move], weights: Weights, shard_bytes: int = 0):
@@ -55,27 +55,27 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Total size of all tensors in bytes."""
         return sum(shard.size for shard in self._shards)
 
     @property
     def files(self) -> int:
-        """How many there will be."""
+        """Number of files to write."""
         return len(self._shards)
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Number of elements in all tensors."""
         return sum(meta.numel() for shard in self._shards for meta in shard.metas.values())
 
     def write_file(
         self, file: Path, metadata: dict[str, str], progress: Callable[[int], None]
     ) -> None:
-        """Writes the one file of a plan without shards; progress is told of bytes written."""
+        """Writes the single file of a plan without shards; `progress` receives bytes written."""
         self._write([file], metadata, progress)
 
     def write_directory(self, directory: Path, progress: Callable[[int], None]) -> None:
-        """Writes model.safetensors, or shards and their index as Hugging Face names them."""
+        """Writes model.safetensors, or shards and their index under Hugging Face's names."""
         count = len(self._shards)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if count == 1:
@@ -119,10 +119,10 @@ class Plan:
 def _write_header(
     file: BinaryIO, metas: dict[str, Tensor], metadata: dict[str, str]
 ) -> dict[str, int]:
-    """Writes the header; where in the file each tensor begins."""
+    """Writes the header; returns the offset in the file at which each tensor begins."""
     header: dict = {"__metadata__": {"format": "pt", **metadata}}
     offsets, end = {}, 0
-    # Wide dtypes first: so all are aligned.
+    # Wide dtypes come first, so that all are aligned.
     for name, meta in sorted(metas.items(), key=lambda item: -item[1].itemsize):
         begin, end = end, end + meta.numel() * meta.itemsize
         shape = list(meta.shape)

@@ -1,1 +1,1 @@
-"""Documents, their tokens, the store of them, and the windows that lanes read."""
+"""Turns documents into tokens, stores them, and plans the windows that each lane reads."""

@@ -1,4 +1,4 @@
-"""The files of a corpus: which they are, what they hold, whether they have changed."""
+"""Finds the files of a corpus, tells their kind, and notices when they change."""
 
 import glob
 import hashlib
@@ -11,15 +11,15 @@ from infini_ds.errors import UserError
 from infini_ds.system.paths import as_path, check_name
 
 _READ_BYTES = 1 << 20
-# Of larger files only the beginning and the end tell whether they have changed.
+# A larger file is hashed only at its beginning and its end.
 _HASHED_WHOLE = 64 << 20
 
 
 def library_sources() -> list[Path]:
-    """The running Python's own library, always in the same order.
+    """Lists the sources of the running Python's own library, always in the same order.
 
     Raises:
-        UserError: it is not there.
+        UserError: this Python was installed without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = []
@@ -34,7 +34,9 @@ def library_sources() -> list[Path]:
 
 
 def matching(patterns: list[str]) -> list[Path]:
-    """Files in the order of the patterns, sorted within each, none twice by any name.
+    """Lists the files that match, in the order of the patterns and sorted within each pattern.
+
+    A file that is reached by several names is listed once.
 
     Raises:
         UserError: a pattern matches no file.
@@ -65,7 +67,7 @@ def matching(patterns: list[str]) -> list[Path]:
 
 
 def _as_glob(path: str) -> str:
-    """A pattern of which what is there under just this name, or lies on the way, is literal."""
+    """Escapes the longest leading part of a path that exists as it is written."""
     literal = path
     while literal and not os.path.exists(literal):
         literal = os.path.dirname(literal.rstrip("/"))
@@ -73,7 +75,7 @@ def _as_glob(path: str) -> str:
 
 
 def digest_of(path: Path) -> bytes:
-    """A checksum that changes when a file does; large ones are read in part."""
+    """Computes a checksum that changes when the file does; a large file is read only in part."""
     digest = hashlib.sha256()
     with path.open("rb") as content:
         size = os.fstat(content.fileno()).st_size
@@ -87,10 +89,10 @@ def digest_of(path: Path) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """What a file holds by its name: `text`, `json` or `parquet`.
+    """Tells from a file's name what it holds: `text`, `json` or `parquet`.
 
     Raises:
-        UserError: none of these.
+        UserError: the extension is none that we read.
     """
     compressed = text_files.compression(path) != ""
     suffixes = path.suffixes[:-1] if compressed else path.suffixes
@@ -108,5 +110,5 @@ def kind_of(path: Path) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """The error that says why a file cannot be read."""
+    """Builds the error that says why a file cannot be read."""
     return UserError(f"data.files {path}: cannot be read ({text_files.reason_of(error)})")

@@ -1,11 +1,11 @@
-"""The planner of a curriculum: documents of growing lengths.
+"""Plans a curriculum, in which documents grow longer as the model learns.
 
-A level is a length in segments. The steps of a level read documents of its length, but a share of
-them, spread evenly, reads the earlier lengths in turn. When the share of right answers, over the
-latest steps at the level's own length, is high enough, the next level begins.
+A level is a document length in segments. The steps of a level read documents of that length, except
+for a fixed share, spread evenly, that reviews the earlier lengths in turn. The next level begins
+once the share of right answers over the latest steps at the level's own length is high enough.
 
-Every length divides the window, so a window is filled by whole documents: none goes on in the next
-one. Which documents a step reads is a function of the seed, the corpus and the steps at which the
+Every length divides the window, so whole documents fill a window and none continues in the next
+one. Which documents a step reads depends only on the seed, the corpus and the steps at which the
 levels began.
 """
 
@@ -21,21 +21,21 @@ from infini_ds.errors import UserError
 
 
 class CurriculumLanes:
-    """Endless readers of documents of one length at a time, one for each row of the global batch.
+    """Endless readers, one per row of the global batch, that share one document length at a time.
 
     Attributes:
-        step: steps planned.
-        level: index of the length in `config.segments`.
+        step: number of steps planned so far.
+        level: index of the current length in `config.segments`.
 
     Args:
-        lengths: [documents] stored tokens of each document, BOS and EOS included.
-        segment_length: tokens of a segment.
+        lengths: [documents] stored tokens of each document, including BOS and EOS.
+        segment_length: tokens per segment.
         window_segments: segments each lane reads in a step, a multiple of each of config.segments.
         batch_size: number of lanes.
-        seed: seed of the order of documents, which is new in every epoch of a length.
+        seed: seed for the order of documents, which changes with every epoch of a length.
 
     Raises:
-        UserError: there is no document of one of the lengths.
+        UserError: the corpus has no document of one of the lengths.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CurriculumLanes:
         self._config = config
         self._positions = np.asarray(lengths, dtype=np.int64) - 1
         segments = -(-self._positions // segment_length)
-        # Per level: the documents of its length, and their order.
+        # For each level: the documents of its length, and the order in which they are read.
         self._documents = [np.flatnonzero(segments == length) for length in config.segments]
         for length, documents in zip(config.segments, self._documents, strict=True):
             if not len(documents):
@@ -73,22 +73,22 @@ class CurriculumLanes:
             length * len(documents)
             for length, documents in zip(config.segments, self._documents, strict=True)
         )
-        self._level_step = 0  # steps planned since the level began
+        self._level_step = 0  # steps planned since this level began
         self._answers: list[float] = []  # shares of right answers at the level's length
 
     @property
     def epoch(self) -> float:
-        """Segments read so far, over those of all documents of the curriculum's lengths."""
+        """Passes so far over all documents of the curriculum's lengths, counted in segments."""
         return self.step * self.batch_size * self.window_segments / self._total_segments
 
     @property
     def level_segments(self) -> int:
-        """Length of the level's documents, in segments."""
+        """Length in segments of the documents at the current level."""
         return self._config.segments[self.level]
 
     @property
     def right_answers(self) -> float:
-        """Mean share of right answers over the latest steps at the level's length; 0 before any."""
+        """Mean share of right answers over the latest steps at this level's length; 0 at first."""
         return sum(self._answers) / len(self._answers) if self._answers else 0.0
 
     def next_plan(self) -> Plan:
@@ -106,15 +106,15 @@ class CurriculumLanes:
         return Plan(documents, offsets, lengths.astype(np.int32), indices == 0)
 
     def observe(self, exact_match: float) -> None:
-        """Takes in how the step planned last went; to be called once after each step with answers.
+        """Records how well the last planned step was answered; call it once after each such step.
 
-        The level, and so the next plan, may change: all ranks must see the same number.
+        The level may change, and with it the next plan, so all ranks must pass the same number.
 
         Args:
             exact_match: share of the documents read whose answer was right, in [0, 1].
         """
         if self._level_of(self._level_step - 1) != self.level:
-            return  # a review says nothing of the level's own length
+            return  # a review tells nothing about the level's own length
         window = self._config.window
         self._answers = [*self._answers, exact_match][-window:]
         enough = len(self._answers) == window and self.right_answers >= self._config.advance_at
@@ -124,13 +124,13 @@ class CurriculumLanes:
             self._answers = []
 
     def _level_of(self, level_step: int) -> int:
-        """The level whose documents a step reads, given the steps before it at the present one."""
+        """Returns the level whose documents a step reads, given the steps this level has had."""
         reviews = floor(level_step * self._config.review)
         is_review = floor((level_step + 1) * self._config.review) > reviews
         return reviews % self.level if self.level and is_review else self.level
 
     def state(self) -> dict[str, Any]:
-        """Where the lanes stand, as JSON values; `load_state` of an equal one goes on there."""
+        """Returns the position of the lanes as JSON values; `load_state` continues from there."""
         return {
             "curriculum": self._config.segments,
             "batch_size": self.batch_size,
@@ -146,10 +146,10 @@ class CurriculumLanes:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Continues from where `state` was taken.
 
         Raises:
-            UserError: the state is of another curriculum, batch size, seed, segment length or
+            UserError: the state belongs to another curriculum, batch size, seed, segment length or
                 corpus.
         """
         check_same_run(self.state(), state)

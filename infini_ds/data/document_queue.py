@@ -1,4 +1,4 @@
-"""The order in which documents are taken: each once an epoch, in a new order every epoch."""
+"""Orders the documents: each is taken once per epoch, in a new order every epoch."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -7,26 +7,26 @@ import numpy as np
 
 
 class Queue(ABC):
-    """Endless indices of documents."""
+    """An endless sequence of document indices."""
 
     @abstractmethod
     def rest(self) -> np.ndarray:
-        """The next ones, as many as are at hand: int64 [1 or more]. They are not taken by this."""
+        """Returns all next indices that are known, without taking them: int64 [1 or more]."""
 
     @abstractmethod
     def advance(self, indices: np.ndarray) -> None:
-        """Takes indices that `rest` began with."""
+        """Takes `indices`, which must be the first ones that `rest` returns."""
 
     @abstractmethod
     def state(self) -> Any:
-        """Where it stands, as JSON values."""
+        """Returns the position in the sequence as JSON values."""
 
     @abstractmethod
     def load_state(self, state: Any) -> None:
-        """Goes on where `state` was taken."""
+        """Continues from where `state` was taken."""
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` indices: int64 [count]."""
+        """Takes the next `count` indices: int64 [count]."""
         parts = [np.empty(0, dtype=np.int64)]
         while count:
             part = self.rest()[:count]
@@ -37,15 +37,15 @@ class Queue(ABC):
 
 
 class DocumentQueue(Queue):
-    """Indices 0 to count - 1 over and over. Where it stands is [epoch, next].
+    """Repeats the indices 0 to count - 1 in a new order each epoch. Its state is [epoch, next].
 
     Attributes:
-        epoch: passes that are complete, or under way.
-        next: indices taken in this epoch.
+        epoch: number of complete passes before the current one.
+        next: indices already taken in this epoch.
 
     Args:
         count: number of documents, at least 1.
-        key: integers that name this queue's order, such as a seed; negative ones too.
+        key: integers that identify this queue's order, such as a seed; they may be negative.
     """
 
     def __init__(self, count: int, *key: int):
@@ -55,12 +55,12 @@ class DocumentQueue(Queue):
 
     def _go_to(self, epoch: int, taken: int) -> None:
         self.epoch, self.next = epoch, taken
-        # NumPy promises the raw stream of a bit generator for good, but not that of `permutation`.
+        # NumPy keeps the raw stream of a bit generator stable for good, but not `permutation`.
         source = np.random.Philox(np.random.SeedSequence([*self._key, epoch]))
         self._order = np.argsort(source.random_raw(self._count), kind="stable")
 
     def rest(self) -> np.ndarray:
-        """Those left of this epoch, or all of the next one where none is left."""
+        """Returns what is left of this epoch, or all of the next one if nothing is left."""
         if self.next == self._count:
             self._go_to(self.epoch + 1, 0)
         return self._order[self.next :]

@@ -1,4 +1,4 @@
-"""Documents of a corpus, as text: the running Python's own sources, files, or a hub dataset."""
+"""Reads a corpus as text documents: Python's own sources, files, or a dataset from the hub."""
 
 import glob
 import hashlib
@@ -25,26 +25,26 @@ _LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 class Span(NamedTuple):
-    """A part of a document that is encoded on its own, so that no token reaches across its ends."""
+    """A part of a document that is encoded on its own, so that no token crosses its ends."""
 
     characters: int
-    """How long it is; may be 0."""
+    """Length in characters; may be 0."""
     weight: float
-    """Of its tokens in the loss, at least 0. That of the last part is the end of text's too."""
+    """Loss weight of its tokens, at least 0. The last part's weight also applies to EOS."""
 
 
 class Document(NamedTuple):
     """One training text."""
 
     name: str
-    """Where it comes from, for messages: a path, with a line or row where there are several."""
+    """Origin for messages: a path, with a line or row number if it holds several documents."""
     text: str
     spans: tuple[Span, ...] = ()
-    """Its parts, one after another, where the corpus has weights."""
+    """Consecutive parts of the text, if the corpus has weights."""
 
 
 class Skipped:
-    """Counts what was left out, by reason, and keeps the first few names of each."""
+    """Counts the documents left out for each reason, and keeps the first few names."""
 
     def __init__(self):
         self.counts: dict[str, int] = {}
@@ -59,11 +59,11 @@ class Skipped:
 
     @property
     def total(self) -> int:
-        """How many were left out."""
+        """Number of documents left out."""
         return sum(self.counts.values())
 
     def lines(self) -> list[str]:
-        """One line for each reason, most frequent first."""
+        """Formats one line for each reason, the most frequent first."""
         lines = []
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             more = ", ..." if count > _NAMES_KEPT else ""
@@ -72,10 +72,10 @@ class Skipped:
 
 
 class Corpus:
-    """The documents of a config, always in the same order; can be iterated again and again.
+    """The documents of a config, always in the same order; can be iterated repeatedly.
 
-    `skipped` and `done_bytes` are those of the latest iteration. `total_bytes` is what
-    `done_bytes` ends at: bytes on disk; 0 where it is not known.
+    `skipped` and `done_bytes` describe the latest iteration. `done_bytes` ends at `total_bytes`,
+    the size on disk, which is 0 if it is not known.
     """
 
     def __init__(self, config: DataConfig):
@@ -86,19 +86,19 @@ class Corpus:
         if config.source == "files":
             self._files = matching(config.files)
             for path in self._files:
-                kind_of(path)  # a wrong name is reported before hours of work, not after
+                kind_of(path)  # report a wrong name before hours of work, not after
         elif config.source == "python-stdlib":
             self._files = library_sources()
         self.total_bytes = sum(map(text_files.size_of, self._files))
 
     @property
     def snapshot(self) -> str:
-        """Changes when the files do, wherever they are; empty where nothing is known of that.
+        """A checksum that changes when the files do, wherever they lie; empty for other sources.
 
-        Of a file of more than 64 MiB a change inside that keeps its size is not noticed.
+        A change inside a file of more than 64 MiB goes unnoticed if the file keeps its size.
 
         Raises:
-            UserError: one of them cannot be read, or only once.
+            UserError: a file cannot be read, or it is a pipe, which can be read only once.
         """
         if self._config.source != "files":
             return ""
@@ -128,7 +128,7 @@ class Corpus:
                 yield document
 
     def _document_of(self, name: str, value: Any) -> Document | None:
-        """The document of a record, or None where it is skipped."""
+        """Turns a record into a document, or returns None if the record is skipped."""
         weighted = self._config.weighted
         pieces = _pieces_of(value) if weighted else [(value, 1.0)]
         try:
@@ -152,7 +152,7 @@ class Corpus:
             self.skipped.add("weight is not a number of at least 0", name)
             return None
         stored = np.array(weights, dtype=np.float32)
-        counts = [*map(bool, texts[:-1]), True]  # the last one's is the end of text's too
+        counts = [*map(bool, texts[:-1]), True]  # the last weight also applies to EOS
         if not stored[counts].any():
             self.skipped.add("all weights are 0", name)
             return None
@@ -188,7 +188,7 @@ class Corpus:
                 raise UserError(f"data.files {path}: {error}") from None
             except text_files.UNREADABLE as error:
                 raise unreadable(path, error) from None
-            if found == self.skipped.total:  # not even one that is left out
+            if found == self.skipped.total:  # nothing was yielded and nothing skipped
                 self.skipped.add("empty", str(path))
 
     def _records_of(self, path: Path) -> Iterator[tuple[str, Any]]:
@@ -231,7 +231,7 @@ class Corpus:
         import pyarrow.parquet
 
         setting, name = _field_of(self._config)
-        # As bytes: one row of invalid UTF-8 must not end the whole file.
+        # Read the text as bytes: one row of invalid UTF-8 must not end the whole file.
         kind: Any = pyarrow.large_binary()
         if self._config.weighted:
             piece = [("text", pyarrow.large_binary()), ("weight", pyarrow.float64())]
@@ -263,14 +263,14 @@ class Corpus:
                 yield f"{self._config.dataset} record {number}", self._field(record, name)
         except UserError:
             raise
-        except Exception as error:  # a loader's errors are of any kind: missing, offline, format
+        except Exception as error:  # loaders raise anything: missing, offline, wrong format
             raise _unloadable(self._config, error) from None
 
     def _field(self, record: Any, where: str) -> Any:
-        """What a record has in the field of a document's text.
+        """Returns the value of a record's text field.
 
         Raises:
-            UserError: it has no such field.
+            UserError: the record has no such field.
         """
         setting, field = _field_of(self._config)
         try:
@@ -285,7 +285,7 @@ class Corpus:
 
 
 def _value_at(record: Any, field: str) -> Any:
-    """The value of a field, or of one inside another (`meta.text`); None of one inside nothing.
+    """Returns the value of a field, perhaps a nested one (`meta.text`); None inside a null field.
 
     Raises:
         KeyError: there is no such field.
@@ -301,7 +301,7 @@ def _value_at(record: Any, field: str) -> Any:
 
 
 def _names(record: dict[str, Any]) -> Iterator[str]:
-    """Of fields, and of those one level inside."""
+    """Lists the names of the fields, and of those nested one level deep."""
     for name, value in record.items():
         if isinstance(value, dict) and value:
             yield from (f"{name}.{inner}" for inner in value)
@@ -310,7 +310,7 @@ def _names(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _columns(schema: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Fields of a record of an arrow schema, each with the names on the way to it."""
+    """Maps each field of an arrow schema to the path of names that leads to it."""
     import pyarrow
 
     return {
@@ -322,7 +322,7 @@ def _columns(schema: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _pieces_of(value: Any) -> list[tuple[Any, Any]]:
-    """The (text, weight) pairs of a record, unchecked; its text has to be checked."""
+    """Splits a record into (text, weight) pairs, neither of which has been checked yet."""
     if not isinstance(value, list):
         return [(value, 1.0)]
     pieces = []
@@ -336,17 +336,17 @@ def _pieces_of(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _checked_text(value: Any) -> str:
-    """Text as it is or as UTF-8.
+    """Returns the text, decoded from UTF-8 if it is bytes.
 
     Raises:
-        UnicodeError: it is not valid.
-        TypeError: it is something else.
+        UnicodeError: the text is invalid.
+        TypeError: the value is not text.
     """
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if not isinstance(value, str):
         raise TypeError
-    value.encode("utf-8")  # JSON may hold half a surrogate pair, which is no text
+    value.encode("utf-8")  # JSON may hold half a surrogate pair, which is not text
     return value
 
 
@@ -362,7 +362,7 @@ def _load_dataset(config: DataConfig):
     place = argument("data.dataset", config.dataset)
     local = Path(place)
     if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-        # Written by save_to_disk, which load_dataset refuses.
+        # The directory was written by save_to_disk, which load_dataset refuses.
         saved = datasets.load_from_disk(place)
         if not isinstance(saved, datasets.DatasetDict):
             return saved
@@ -371,8 +371,8 @@ def _load_dataset(config: DataConfig):
         return saved[config.dataset_split]
     if local.exists() and glob.escape(place := str(local.absolute())) != place:
         raise UserError(
-            f"data.dataset {place}: has one of [, * and ?, with which `datasets` reads other "
-            "directories or none; rename it"
+            f"data.dataset {place}: has one of [, * and ?, which make `datasets` take it for a "
+            "pattern; rename it"
         )
     return datasets.load_dataset(
         place,
@@ -383,7 +383,7 @@ def _load_dataset(config: DataConfig):
 
 
 def _field_of(config: DataConfig) -> tuple[str, str]:
-    """The setting that names the field of a document, and the field."""
+    """Returns the setting that names the field of the text, and that name."""
     if config.weighted_field:
         return "data.weighted_field", config.weighted_field
     return "data.text_field", config.text_field
@@ -404,11 +404,11 @@ _OF_DATASETS = (
         "; the variable HF_HOME names another place for what is downloaded",
     ),
 )
-"""What the library's errors are about: its words, the setting of ours, and what helps."""
+"""Maps words in the library's errors to the setting they concern and a hint that helps."""
 
 
 def _unloadable(config: DataConfig, error: Exception) -> UserError:
-    """Of a dataset; the library's own words tell which splits or configurations there are."""
+    """Builds the error for a dataset. The library's own words list its splits or configurations."""
     chain = [error]
     while chain[-1].__cause__ and isinstance(chain[-1].__cause__, Exception):
         chain.append(chain[-1].__cause__)

@@ -1,8 +1,8 @@
-"""Documents to stored tokens, by several processes, in the corpus' order.
+"""Encodes the documents of a corpus in its order, with several processes.
 
-Each worker has a connection of its own, whose other end only this process holds: when either side
-dies, however suddenly, the other reads the end of the stream instead of waiting for ever. (The
-standard library's pools share one pipe for all results; a worker killed while it writes there
+Each worker has its own connection, and only this process holds the other end. When either side
+dies, however suddenly, the other reads the end of the stream instead of waiting forever. (The
+standard library's pools share one pipe for all results, so a worker that is killed while it writes
 leaves the parent waiting for the rest.)
 """
 
@@ -28,30 +28,30 @@ from infini_ds.data.store import stored_tokens
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
 
-# Documents go to the workers in batches of about this many characters: a fraction of a second each.
+# Documents go to the workers in batches of about this many characters, a fraction of a second each.
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 2048
-# Batches under way per worker: the next one is there when one is done. Also the bound on memory.
+# Batches queued per worker, so that the next one is there when one is done. This bounds memory too.
 _BATCHES_PER_WORKER = 2
 
 
 class Encoded(NamedTuple):
-    """A document as it is stored."""
+    """A document in the form in which it is stored."""
 
     tokens: np.ndarray
     """[tokens]: BOS, the text's tokens, EOS."""
     text_bytes: int
-    """Bytes of its text."""
+    """Size of the text in bytes."""
     restored: Restored
-    """How much of its text comes back from its tokens."""
+    """How much of the text its tokens restore."""
     draw: float
-    """In [0, 1), from the text's hash: below held_out_fraction the document is held out."""
+    """A hash of the text in [0, 1); the document is held out if it is below held_out_fraction."""
     weights: np.ndarray | None = None
-    """float32 [tokens]: weight of each token in the loss (0 for BOS), where the corpus has any."""
+    """float32 [tokens]: loss weight of each token (0 for BOS), if the corpus has weights."""
 
 
 def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Encoded:
-    """Encodes one document, part by part where it has parts."""
+    """Encodes one document, span by span if it has spans."""
     parts = []
     begin = 0
     for characters, _ in spans or (Span(len(text), 1.0),):
@@ -72,22 +72,22 @@ def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Enc
 def encoded_batches(
     corpus: Corpus, kind: str, model: str | Path, workers: int
 ) -> Iterator[list[Encoded]]:
-    """All documents of a corpus in its order, encoded by `workers` processes (1: by this one).
+    """Encodes all documents of a corpus in its order, with `workers` processes (1: in this one).
 
     Raises:
-        UserError: a worker was killed; or the corpus' own.
+        UserError: a worker was killed, or the corpus cannot be read.
     """
     if workers == 1:
         tokenizer = load_tokenizer(kind, model)
         for batch in _batches(corpus):
             yield [encode(tokenizer, text, spans) for _, text, spans in batch]
         return
-    # Batches go round the workers, so the oldest one under way is always the next in order.
+    # Batches are dealt to the workers in turn, so the oldest one under way is the next in order.
     under_way: deque[tuple[str, Connection]] = deque()
     connections: list[Connection] = []
     with contextlib.ExitStack() as stack:
         for number, batch in enumerate(_batches(corpus)):
-            if number < workers:  # a small corpus does not start them all
+            if number < workers:  # a small corpus does not need all of them
                 connections.append(stack.enter_context(_worker(kind, model)))
             if len(under_way) == workers * _BATCHES_PER_WORKER:
                 yield _receive(*under_way.popleft())
@@ -126,19 +126,20 @@ def _receive(name: str, connection: Connection) -> list[Encoded]:
 
 def _killed(name: str) -> UserError:
     return UserError(
-        f"prepare: a tokenising process was killed near document {name}, perhaps for want of memory"
+        f"prepare: a tokenising process was killed near document {name}, perhaps because memory "
+        "ran out"
     )
 
 
 @contextlib.contextmanager
 def _worker(kind: str, model: str | Path) -> Iterator[Connection]:
-    """The connection to a new worker, which ends when its connection is closed."""
-    # Not forked: this process may hold threads and locks of other libraries.
+    """Starts a worker and yields its connection; closing the connection ends the worker."""
+    # Spawned, not forked: this process may hold threads and locks of other libraries.
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
     process = context.Process(target=_work, args=(its, kind, model), daemon=True)
     process.start()
-    its.close()  # so that only the worker holds it
+    its.close()  # only the worker may hold this end
     try:
         yield mine
     finally:
@@ -156,7 +157,7 @@ def _work(connection: Connection, kind: str, model: str | Path) -> None:
 
 
 def _take_in(connection: Connection, batches: queue.SimpleQueue) -> None:
-    """Reads batches while the worker is busy, and ends it when the parent is gone or done."""
+    """Reads batches while the worker is busy, and ends it when the parent has finished or died."""
     try:
         while True:
             batches.put(connection.recv())

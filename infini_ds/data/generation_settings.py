@@ -1,4 +1,4 @@
-"""A model's generation_config.json: how it writes, where it ends. It goes with its tokenizer."""
+"""Reads and keeps a model's generation_config.json, which travels with its tokenizer."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,15 @@ GENERATION = "generation_config.json"
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """What it says, with the `eos_token_id` of config.json where it names none; often nothing.
+    """Reads the settings for generation; often there are none.
+
+    If they name no `eos_token_id`, that of config.json is added.
 
     Args:
-        folder: of the tokenizer's files.
+        folder: the folder with the tokenizer's files.
 
     Raises:
-        UserError: a file cannot be read, or an end is no token's id.
+        UserError: a file cannot be read, or an `eos_token_id` is not a token id.
     """
     tree = read_settings(folder / GENERATION)
     for file in (GENERATION, "config.json"):
@@ -33,16 +35,16 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def save_generation(settings: dict[str, Any], folder: Path) -> None:
-    """Writes them, if there are any."""
+    """Writes the settings, if there are any."""
     if settings:
         (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a JSON file of settings says, nothing if there is none.
+    """Reads a JSON file of settings; returns an empty dict if there is no such file.
 
     Raises:
-        UserError: it cannot be read, or holds no settings.
+        UserError: the file cannot be read, or does not hold settings.
     """
     try:
         tree = json.loads(read_text(path))

@@ -1,4 +1,4 @@
-"""Several arrays that are read as one: the memory-mapped tokens of several stores."""
+"""Reads several arrays as one, such as the memory-mapped tokens of several stores."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Joined:
-    """One-dimensional arrays of one type, one after another, without a copy of them all."""
+    """One-dimensional arrays of one type, read one after another without copying them all."""
 
     def __init__(self, parts: "Sequence[np.ndarray | Joined]"):
         self.dtype: np.dtype = parts[0].dtype
@@ -18,7 +18,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        """A slice without a step, or the elements at indices of any shape: an array of its own."""
+        """Copies a slice without a step, or the elements at indices of any shape."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             bounds = zip(self._parts, self._begins, strict=True)

@@ -1,4 +1,4 @@
-"""Records of a JSON file: a record a line, or an array of them, or records over many lines."""
+"""Reads JSON records: one per line, an array of them, or records that span many lines."""
 
 import codecs
 import json
@@ -11,23 +11,23 @@ from infini_ds.system.causes import one_line
 
 _BLOCK_BYTES = 1 << 16
 _SPACE = re.compile(r"[ \t\r\n]*")
-# A name or an escape that the end of a block cuts is no longer than this.
+# A name or an escape that is cut by the end of a block is no longer than this.
 _LONGEST_CUT = 12
 
 
 class InvalidJson(ValueError):
-    """A file that is one piece of JSON ends, or goes on, as JSON must not."""
+    """A file that is a single piece of JSON ends or continues as JSON must not."""
 
 
 def json_records(content: IO[bytes], skip: Callable[[str, str], None]) -> Iterator[tuple[str, Any]]:
-    """Records of any size of file, read as a stream, each with its place, such as `:3`.
+    """Streams the records of a file of any size, each with its place, such as `:3`.
 
     Args:
-        content: UTF-8. Lines may end with CR alone.
-        skip: is told why a line is left out, and its place.
+        content: UTF-8 text; lines may end with CR alone.
+        skip: called with the reason and the place of each line that is left out.
 
     Raises:
-        InvalidJson: so is an array, or a record over many lines; the rest cannot be read.
+        InvalidJson: an array, or a record over many lines, is invalid; the rest cannot be read.
     """
     first, begin = b" ", 1
     while first.isspace():
@@ -37,17 +37,17 @@ def json_records(content: IO[bytes], skip: Callable[[str, str], None]) -> Iterat
         yield from _in_one(_Text(content, ""), array=True)
         return
     start = first + content.readline()
-    if start.rstrip()[-1:] in (b"{", b"[", b","):  # no record ends so
+    if start.rstrip()[-1:] in (b"{", b"[", b","):  # no record ends like this
         yield from _in_one(_Text(content, start.decode(errors="surrogateescape")), array=False)
         return
     for number, line in enumerate(chain([start], content), begin):
-        # JSON has no raw line end inside, whatever it is.
+        # Valid JSON never contains a raw line end, so splitting there is safe.
         for part in filter(None, map(bytes.strip, line.split(b"\r"))):
             try:
                 record = json.loads(part.removeprefix(codecs.BOM_UTF8).decode())
             except UnicodeDecodeError:
                 skip("invalid UTF-8", f":{number}")
-            except (ValueError, RecursionError):  # Python's integers have a limit of digits
+            except (ValueError, RecursionError):  # Python limits the digits of an integer
                 skip("invalid JSON", f":{number}")
             else:
                 yield f":{number}", record
@@ -71,9 +71,9 @@ def _in_one(text: "_Text", array: bool) -> Iterator[tuple[str, Any]]:
 
 
 class _Text:
-    """Text that is read as far as the next value needs it.
+    """Text that is read only as far as the next value needs.
 
-    Bytes that are no UTF-8 become halves of surrogate pairs, so that they spoil their record alone.
+    Bytes that are not UTF-8 become halves of surrogate pairs, so that they spoil only their record.
     """
 
     def __init__(self, content: IO[bytes], begin: str):
@@ -84,7 +84,7 @@ class _Text:
         self._lines = 1
 
     def peek(self) -> str:
-        """The next character that is not white space; none at the end."""
+        """Returns the next character that is not white space; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space
@@ -96,14 +96,14 @@ class _Text:
             self._read_on()
 
     def take(self) -> None:
-        """Goes on after that character."""
+        """Moves past the character that `peek` returned."""
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins at the next character.
+        """Parses the value that begins at the next character.
 
         Raises:
-            InvalidJson: there is none.
+            InvalidJson: no value begins there.
         """
         self.peek()
         while True:
@@ -123,12 +123,12 @@ class _Text:
         return InvalidJson(f"line {line:,}: no valid JSON ({one_line(why)})")
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """The value may be valid with what comes next."""
+        """Tells whether the value may become valid with the text that follows."""
         near = error.pos >= len(self._text) - _LONGEST_CUT
         return near or error.msg.startswith("Unterminated string")
 
     def _read_on(self) -> None:
-        """By as much again, so that a long value is not begun again too often."""
+        """Doubles the text at hand, so that a long value is not parsed from its start too often."""
         block = self._content.read(max(_BLOCK_BYTES, len(self._text) - self._at))
         self._ended = not block
         self._lines += self._text.count("\n", 0, self._at)

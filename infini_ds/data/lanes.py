@@ -1,11 +1,11 @@
-"""The planner: which document's which segment every lane reads at every step.
+"""Plans which segment of which document every lane reads at every step.
 
-Integers only: no tokens, no torch. The plan is a function of the seed, the corpus and the position
-alone, whatever the layout over processes.
+The planner works on integers only, without tokens or torch. The plan depends only on the seed, the
+corpus and the position, and not on how the lanes are spread over processes.
 
-Time runs in slots: in one slot each lane reads one segment, and a window is `window_segments`
-slots. All lanes share one queue of documents. A lane whose document has ended takes the next
-document of the queue at its next slot; lanes that are free in the same slot take in index order.
+Time runs in slots. Each lane reads one segment per slot, and a window is `window_segments` slots.
+All lanes share one queue of documents. A lane whose document has ended takes the next document
+from the queue at its next slot; lanes that become free in the same slot take theirs in index order.
 Document d occupies its lane for `segments[d]` slots, so the lane that takes next is always the one
 with the smallest (end slot, lane): a heap replays millions of documents without visiting segments.
 """
@@ -22,20 +22,20 @@ from infini_ds.errors import UserError
 
 
 class Plan(NamedTuple):
-    """What each lane reads in one step. All arrays are [batch, window_segments]."""
+    """The segments that each lane reads in one step. All arrays are [batch, window_segments]."""
 
     documents: np.ndarray
     """int64: index of the document."""
     offsets: np.ndarray
-    """int64: index in the document of the segment's first input token."""
+    """int64: position in the document of the segment's first input token."""
     lengths: np.ndarray
-    """int32: valid inputs, 1 to segment_length; 0 where a lane of a finite pass has run out."""
+    """int32: valid inputs, 1 to segment_length; 0 once a lane of a finite pass has run out."""
     starts: np.ndarray
-    """bool: the document starts with this segment."""
+    """bool: whether the document starts with this segment."""
 
     @property
     def num_tokens(self) -> int:
-        """Valid (input, label) pairs over all lanes."""
+        """Number of valid (input, label) pairs over all lanes."""
         return int(self.lengths.sum(dtype=np.int64))
 
 
@@ -43,16 +43,17 @@ class Lanes:
     """Endless readers of documents, one for each row of the global batch.
 
     Args:
-        lengths: [documents] stored tokens of each document, BOS and EOS included.
-        segment_length: tokens of a segment.
+        lengths: [documents] stored tokens of each document, including BOS and EOS.
+        segment_length: tokens per segment.
         window_segments: segments each lane reads in a step.
         batch_size: number of lanes.
-        seed: seed of the order of documents, which is new in every epoch.
-        shares: of a mixture, documents and weight of each corpus, in the order of `lengths`; lanes
-            take tokens of the corpora in proportion to the weights. Empty: all are one corpus.
+        seed: seed for the order of documents, which changes every epoch.
+        shares: number of documents and weight of each corpus of a mixture, in the order of
+            `lengths`; lanes take tokens from the corpora in proportion to the weights. If empty,
+            all documents belong to one corpus.
 
     Raises:
-        UserError: the corpus has not enough segments for one step.
+        UserError: the corpus has too few segments for one step.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Lanes:
         self.step = 0
         self._slot = 0
         self._queue = self._new_queue()
-        # Per lane: its document, the slot where that started and the first slot after it.
+        # For each lane: its document, the slot where that started and the first slot after its end.
         self._documents = np.full(self.batch_size, -1, dtype=np.int64)
         self._starts = np.zeros(self.batch_size, dtype=np.int64)
         self._ends = np.zeros(self.batch_size, dtype=np.int64)
@@ -99,19 +100,19 @@ class Lanes:
 
     @property
     def corpus_epochs(self) -> list[float]:
-        """Passes over each corpus of a mixture so far; empty without one."""
+        """Passes over each corpus of a mixture so far; empty if there is no mixture."""
         return self._queue.epochs if isinstance(self._queue, MixedQueue) else []
 
     @property
     def epoch(self) -> float:
-        """Passes over the corpus so far: no lane is ever idle, so segments read say it exactly."""
+        """Passes over the corpus so far. It is exact because no lane is ever idle."""
         return self._slot * self.batch_size / self.total_segments
 
     def next_plan(self) -> Plan:
         """Plans one step and advances all lanes by one window."""
         shape = (self.batch_size, self.window_segments)
         documents = np.empty(shape, dtype=np.int64)
-        indices = np.empty(shape, dtype=np.int64)  # of the segment in its document
+        indices = np.empty(shape, dtype=np.int64)  # index of each segment in its document
         for column in range(self.window_segments):
             free = np.flatnonzero(self._ends == self._slot)
             if len(free):
@@ -128,12 +129,12 @@ class Lanes:
         return Plan(documents, offsets, lengths.astype(np.int32), indices == 0)
 
     def seek(self, step: int) -> None:
-        """Goes to where `step` calls of next_plan from the beginning lead."""
+        """Moves to the position that `step` calls of next_plan reach from the beginning."""
         self._rewind()
         self.step = step
         self._slot = step * self.window_segments
         batch = self.batch_size
-        # One integer orders lanes by (end slot, lane); adding segments x batch keeps the lane.
+        # One integer orders the lanes by (end slot, lane); adding segments x batch keeps the lane.
         heap = list(range(batch))
         limit = self._slot * batch
         documents = [-1] * batch
@@ -159,7 +160,7 @@ class Lanes:
             self._ends[key % batch] = key // batch
 
     def state(self) -> dict[str, Any]:
-        """Where all lanes stand, as JSON values; `load_state` of an equal Lanes goes on there."""
+        """Returns the position of all lanes as JSON values; `load_state` continues from there."""
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -174,29 +175,29 @@ class Lanes:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Continues from where `state` was taken.
 
         Raises:
-            UserError: the state is of another batch size, seed, segment length or corpus.
+            UserError: the state belongs to another batch size, seed, segment length or corpus.
         """
         check_same_run(self.state(), state)
         self.step = state["step"]
         self._slot = state["slot"]
-        # Before there were mixtures, a queue's state lay among the rest.
+        # States from before there were mixtures hold the queue's values among their own.
         self._queue.load_state(
             state["queue"] if "queue" in state else [state["epoch"], state["next"]]
         )
         self._documents = np.array(state["documents"], dtype=np.int64)
         self._starts = self._slot - np.array(state["segments"], dtype=np.int64)
-        # Before the first step no lane has a document, and all are free at slot 0.
+        # Before the first step no lane has a document, and all of them are free at slot 0.
         self._ends = self._starts + np.where(self._documents < 0, 0, self.segments[self._documents])
 
 
 def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Compares what two states of lanes say of their runs.
+    """Compares what two states of lanes tell about their runs.
 
     Raises:
-        UserError: the saved one is of another batch size, seed, segment length, corpus or
+        UserError: the saved state belongs to another batch size, seed, segment length, corpus or
             curriculum.
     """
     for name, setting in (
@@ -207,7 +208,7 @@ def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
         ("num_documents", "data.store: documents"),
         ("num_tokens", "data.store: tokens"),
     ):
-        have, had = mine.get(name), saved.get(name)  # without a curriculum there is none of it
+        have, had = mine.get(name), saved.get(name)  # states without a curriculum lack its entry
         if have != had:
             raise UserError(
                 f"{setting} ({have}) must be {had}, as when the run was saved; change it back, or "
@@ -222,12 +223,12 @@ def held_out_plans(
     batch_size: int,
     max_segments: int,
 ) -> list[Plan]:
-    """A finite pass over the first documents, each read once, whole and from its start.
+    """Plans a finite pass over the first documents, each read once, whole and from its start.
 
     Args:
-        lengths: [documents] stored tokens of each document, BOS and EOS included.
-        max_segments: documents are taken in order as long as their segments together do not exceed
-            this, but at least one is; 0 takes all.
+        lengths: [documents] stored tokens of each document, including BOS and EOS.
+        max_segments: limit on the segments of all documents together. Documents are taken in order
+            up to it, but at least one is; 0 takes all.
 
     Returns:
         Plans until the last token is read. Lanes that run out earlier have segments of length 0
@@ -263,7 +264,7 @@ def held_out_plans(
     starts = np.ones(shape, dtype=bool)
     first_slots, lanes = np.divmod(np.array(keys, dtype=np.int64), batch_size)
     document = np.repeat(np.arange(count), segments)
-    # Index of each segment in its document: [total segments]
+    # Index of each segment in its document: [total segments].
     index = np.arange(len(document)) - np.repeat(np.cumsum(segments) - segments, segments)
     where = (lanes[document], first_slots[document] + index)
     documents[where] = document

@@ -1,4 +1,4 @@
-"""The tokenizer of a kind, out of its file."""
+"""Loads a tokenizer of any kind from its file."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from infini_ds.errors import UserError
 
 
 def load_tokenizer(kind: str, model: str | Path = "") -> Tokenizer:
-    """The tokenizer of a kind of data.tokenizer, from its model file unless it is `bytes`.
+    """Loads a tokenizer of a kind of data.tokenizer; all kinds but `bytes` need a model file.
 
     Raises:
         UserError: the model is missing or unusable.

@@ -1,7 +1,8 @@
-"""The order in which documents of several corpora are taken, in proportion to weights of tokens.
+"""Interleaves the documents of several corpora so that their tokens follow given weights.
 
-Each corpus has an order of its own and a clock: taking a document moves it on by the document's
-tokens over the weight of the corpus. The next document is of the corpus whose clock is behind.
+Each corpus has its own order and its own clock. Taking a document advances the clock by the
+document's tokens divided by the weight of the corpus. The next document always comes from the
+corpus whose clock is furthest behind.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ import numpy as np
 from infini_ds.data.document_queue import DocumentQueue, Queue
 
 _AHEAD = 4096
-"""Documents of each corpus that are put in order at once."""
+"""Number of documents of each corpus that are ordered at once."""
 
 
 class MixedQueue(Queue):
-    """Indices of the documents of several corpora, numbered one corpus after another.
+    """Endless indices into the documents of several corpora, numbered one corpus after another.
 
     Args:
-        sizes: of each corpus, int64 [documents]: tokens of each document, at least 1.
-        weights: of each corpus, above 0: its tokens are in this proportion to the others'.
-        seed: seed of each corpus's order.
+        sizes: for each corpus, the tokens of each document, at least 1: int64 [documents].
+        weights: for each corpus, its share of the tokens relative to the others, above 0.
+        seed: seed for the order within each corpus.
     """
 
     def __init__(self, sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int):
@@ -29,12 +30,12 @@ class MixedQueue(Queue):
         self._weights = list(weights)
         self._queues = [DocumentQueue(len(size), seed) for size in sizes]
         self._first = np.cumsum([0, *map(len, sizes)])  # index of each corpus's first document
-        self._tokens = [0] * len(sizes)  # taken of each corpus
+        self._tokens = [0] * len(sizes)  # tokens taken from each corpus
         self._planned = np.empty(0, dtype=np.int64)
 
     @property
     def epochs(self) -> list[float]:
-        """Passes over each corpus so far, by documents taken."""
+        """Passes over each corpus so far, counted in documents taken."""
         return [
             queue.epoch + queue.next / len(size)
             for queue, size in zip(self._queues, self._sizes, strict=True)
@@ -46,19 +47,19 @@ class MixedQueue(Queue):
         return self._planned
 
     def _plan(self) -> np.ndarray:
-        """The next documents, as many as are certain before a corpus's epoch ends."""
+        """Orders the next documents, as far as is certain before one corpus ends its epoch."""
         documents, clocks, ends = [], [], []
         for corpus, queue in enumerate(self._queues):
             ahead = queue.rest()[:_AHEAD]
             tokens = np.cumsum(self._sizes[corpus][ahead])
-            # From whole numbers, so that it is the same however many are planned ahead.
+            # Computed from whole numbers, so that it does not depend on how many are planned ahead.
             clock = (self._tokens[corpus] + np.r_[0, tokens]) / self._weights[corpus]
             documents.append(self._first[corpus] + ahead)
             clocks.append(clock[:-1])
             ends.append(clock[-1])
         clock = np.concatenate(clocks)
         order = np.argsort(clock, kind="stable")
-        # What follows the last of a corpus is not planned yet.
+        # Past the clock at which one corpus runs out of ordered documents, nothing is certain.
         certain = np.searchsorted(clock[order], min(ends))
         return np.concatenate(documents)[order[:certain]]
 
@@ -78,7 +79,7 @@ class MixedQueue(Queue):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken; with other weights all clocks begin anew."""
+        """Continues from where `state` was taken; all clocks restart if the weights changed."""
         self._planned = np.empty(0, dtype=np.int64)
         for queue, place in zip(self._queues, state["queues"], strict=True):
             queue.load_state(place)

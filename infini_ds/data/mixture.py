@@ -1,4 +1,4 @@
-"""What a run reads: the token store of its corpus, or those of a mixture, read as one."""
+"""Reads the token store of a run's corpus, or the stores of a mixture as one."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from infini_ds.data.store import SPLITS, WEIGHT_DTYPE, Split, Store
 
 
 class Mixture:
-    """Open stores of one tokenizer. Their documents are numbered one store after another.
+    """Open stores that share one tokenizer. Documents are numbered one store after another.
 
     Attributes:
-        stores: by the names of `DataConfig.corpora`, in its order.
-        tokenizer: of all of them.
+        stores: the stores by name, in the order of `DataConfig.corpora`.
+        tokenizer: the tokenizer they share.
     """
 
     def __init__(self, stores: dict[str, Store], weights: Sequence[float] = ()):
@@ -34,7 +34,7 @@ class Mixture:
         """Opens the stores of a run's data.
 
         Args:
-            settings: whether they must have been made as `config` says now.
+            settings: whether the stores must have been made with the settings of `config`.
 
         Raises:
             UserError: as in `Store.open`.
@@ -46,12 +46,12 @@ class Mixture:
         return cls(stores, [*config.weights.values()])
 
     def split(self, name: str) -> Split:
-        """`train` or `held_out`, of all stores."""
+        """Returns the split `train` or `held_out` of all stores."""
         return self._splits[name]
 
     @property
     def shares(self) -> list[tuple[int, float]]:
-        """Training documents and weight of each corpus; empty if it is one without a name."""
+        """Number of training documents and weight of each corpus; empty without a mixture."""
         return [
             (len(store.split("train").lengths), weight)
             for store, weight in zip(self._all, self._weights, strict=bool(self._weights))
@@ -59,7 +59,7 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that is read from the stores; that of a store alone is the store's."""
+        """Identifies all content read from the stores; a single store's is its own fingerprint."""
         if not self._weights:
             return self._all[0].fingerprint
         names = json.dumps({name: store.fingerprint for name, store in self.stores.items()})
@@ -67,19 +67,19 @@ class Mixture:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text that a token trained on stands for, on average."""
+        """Average number of bytes of text per training token."""
         sizes = [store.manifest["splits"]["train"] for store in self._all]
         ratios = [size["bytes"] / size["tokens"] for size in sizes]
         return float(np.average(ratios, weights=self._weights or None))
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Location of the stores, for messages."""
         stores = ", ".join(str(store.path) for store in self._all)
         return f"{'data.mixture: stores' if self._weights else 'data.store'} {stores}"
 
     def place_of(self, documents: Sequence[int]) -> str:
-        """Where training documents are, for messages."""
+        """Returns the location of some training documents, for messages."""
         places, first = [], 0
         for store in self._all:
             end = first + len(store.split("train").lengths)

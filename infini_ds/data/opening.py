@@ -1,4 +1,4 @@
-"""What a run reads: its stores and its lanes, checked against each other and the model."""
+"""Opens a run's stores and lanes, and checks them against each other and the model."""
 
 from infini_ds.config import RunConfig
 from infini_ds.data.curriculum import CurriculumLanes
@@ -8,11 +8,11 @@ from infini_ds.errors import UserError
 
 
 def open_data(config: RunConfig) -> tuple[Mixture, Lanes | CurriculumLanes]:
-    """The stores and the training lanes at their beginning. Needs no torch, so it answers at once.
+    """Opens the stores, with the training lanes at their beginning. Loads no torch, so it is fast.
 
     Raises:
-        UserError: a store is missing, damaged, of other settings, or too small for a step or
-            for the curriculum, or has no answers for it.
+        UserError: a store is missing, damaged or made with other settings, is too small for a step
+            or for the curriculum, or lacks the answers that a curriculum needs.
     """
     data = Mixture.open(config.data)
     settings = (
@@ -33,10 +33,10 @@ def open_data(config: RunConfig) -> tuple[Mixture, Lanes | CurriculumLanes]:
 
 
 def with_vocabulary(config: RunConfig, data: Mixture) -> RunConfig:
-    """The config with model.vocab_size taken from the data where it is 0.
+    """Returns the config with model.vocab_size taken from the data if it is 0.
 
     Raises:
-        UserError: it is given and too small for the data's tokenizer.
+        UserError: model.vocab_size is given but too small for the data's tokenizer.
     """
     needed = data.tokenizer.vocab_size
     given = config.model.vocab_size

@@ -1,12 +1,12 @@
-"""Documents that hide a pass key in filler and ask for it at their end.
+"""Makes documents that hide a pass key in filler and ask for it at their end.
 
     ... filler The pass key is 71432. Remember it. 71432 is the pass key. filler ...
     ... filler What is the pass key? The pass key is 71432
 
-In bytes, with BOS before it, a document is a whole number of segments, and the label of its last
-position is EOS. The key stands at a uniform place before the last segment, whole or cut by a
-segment's end; the question and the answer are the end of the last segment. With several keys each
-belongs to a name, and one of them is asked for.
+Counted in bytes, with BOS before it, a document is a whole number of segments, and the label of its
+last position is EOS. The key stands at a uniformly random place before the last segment, whole or
+cut by the end of a segment; the question and the answer end the last segment. If there are several
+keys, each belongs to a name, and the question asks for one of them.
 """
 
 import math
@@ -24,7 +24,7 @@ STANDARD = (
     b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
 """The filler of Mohtashami & Jaggi (2023), arXiv 2305.16300."""
-# All of one length, so that every document of as many segments and keys has the same room.
+# All names have one length, so that documents of as many segments and keys have equal room.
 NAMES = [
     "Adam", "Alan", "Alex", "Anna", "Bert", "Carl", "Cora", "Dana", "Dean", "Dora", "Earl",
     "Edna", "Emil", "Emma", "Eric", "Erin", "Fred", "Gary", "Gina", "Greg", "Hans", "Hope",
@@ -33,30 +33,30 @@ NAMES = [
     "Olga", "Omar", "Otto", "Owen", "Paul", "Pete", "Rita", "Rosa", "Ross", "Ruth", "Ryan",
     "Sara", "Sean", "Stan", "Tina", "Toby", "Todd", "Vera", "Will", "Zach",
 ]  # fmt: skip
-# Six of 32 are spaces: words of about four letters.
+# Six of the 32 characters are spaces, which makes words of about four letters.
 _NOISE = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", dtype=np.uint8)
-# Filler is cut out of at most this much text.
+# At most this much text is kept to cut filler from.
 _TEXT_BYTES = 64 << 20
 _TRAINING = 0
 
 
 class PasskeyDocument(NamedTuple):
-    """A document without BOS and EOS."""
+    """A document without its BOS and EOS."""
 
     prompt: bytes
-    """All before the answer."""
+    """Everything before the answer."""
     answer: bytes
-    """The digits that are asked for."""
+    """The digits that the question asks for."""
     position: int
-    """Byte of the prompt at which the statement of that key begins."""
+    """Byte offset in the prompt at which the statement of that key begins."""
     cut: bool
-    """That statement is cut by a segment's end."""
+    """Whether that statement is cut by the end of a segment."""
 
 
 def passkey_random(*key: int) -> np.random.Philox:
-    """The random numbers of one document, a function of some numbers of at least 0.
+    """Returns the random stream of one document, identified by integers of at least 0.
 
-    Those of the training documents are (0, segments, number): for others begin with another number.
+    Training documents use the key (0, segments, number); other uses must begin with another number.
     """
     return np.random.Philox(np.random.SeedSequence(key))
 
@@ -66,10 +66,10 @@ class TooShort(UserError):
 
 
 class Passkeys:
-    """Makes documents.
+    """Generates pass-key documents.
 
     Raises:
-        UserError: more keys than names, or text_files are unusable.
+        UserError: there are more keys than names, or text_files are unusable.
     """
 
     def __init__(self, config: PasskeyConfig):
@@ -83,22 +83,22 @@ class Passkeys:
 
     @property
     def snapshot(self) -> str:
-        """Changes when text_files do."""
+        """A checksum that changes when text_files do."""
         return self._corpus.snapshot if self._corpus else ""
 
     def document(
         self, random: np.random.Philox, segments: int, depth: float | None = None
     ) -> PasskeyDocument:
-        """Makes one document of segments x segment_length - 1 bytes, all of them ASCII.
+        """Generates one document of segments x segment_length - 1 bytes, all of them ASCII.
 
         Args:
-            random: see `passkey_random`; the document is a function of it.
-            segments: length, at least 2.
-            depth: where the key stands before the last segment, from 0 (first) to 1 (last); a
-                uniform place by default.
+            random: stream from `passkey_random`; equal streams give equal documents.
+            segments: length in segments, at least 2.
+            depth: place of the key before the last segment, from 0 (first) to 1 (last); by default
+                it is uniformly random.
 
         Raises:
-            TooShort: see there.
+            TooShort: the segments have no room for the keys or the question.
         """
         keys, length = self._config.keys, self._config.segment_length
         numbers = [_digits(random, self._config.digits) for _ in range(keys)]
@@ -110,7 +110,7 @@ class Passkeys:
             f" The {subject} is {number}. Remember it. {number} is the {subject}. ".encode()
             for subject, number in zip(subjects, numbers, strict=True)
         ]
-        question = f" What is the {subjects[0]}? The {subjects[0]} is ".encode()  # the first one
+        question = f" What is the {subjects[0]}? The {subjects[0]} is ".encode()  # the first key
         answer = numbers[0].encode()
 
         needed = max(len(question + answer), -(-(keys * len(statements[0]) + 1) // (segments - 1)))
@@ -119,9 +119,9 @@ class Passkeys:
                 f"data.passkey.segment_length ({length}) must be at least {needed} for "
                 f"{keys} keys of {len(answer)} digits in {segments} segments"
             )
-        # Bytes before the last segment, of which BOS takes one, that are filler.
+        # Bytes of filler before the last segment, where BOS takes one position.
         room = (segments - 1) * length - 1 - keys * len(statements[0])
-        # How much filler stands before each statement.
+        # The amount of filler before each statement.
         places = [int(random.random_raw()) % (room + 1) for _ in statements]
         if depth is not None:
             places[0] = round(depth * room)
@@ -136,19 +136,19 @@ class Passkeys:
             before += len(statements[index])
         prompt = b"".join([*parts, filler[begin:], question])
         last = position + len(statements[0].strip()) - 1
-        # BOS is a position too.
+        # BOS takes a position too.
         cut = (position + 1) // length != (last + 1) // length
         return PasskeyDocument(prompt, answer, position, cut)
 
     def _cut_text(self, random: np.random.Philox, length: int) -> bytes:
-        """Text from a random line on."""
+        """Cuts out text from the beginning of a random line."""
         text = self._text
         begin = text.find(b"\n", int(random.random_raw()) % len(text)) + 1
         return _cyclic(text, begin, length)
 
     @cached_property
     def _text(self) -> bytes:
-        """Of the corpus; characters beyond ASCII are left out, so that it can be cut anywhere."""
+        """The corpus's text without characters beyond ASCII, so that it can be cut anywhere."""
         assert self._corpus
         parts, size = [], 0
         for document in self._corpus:
@@ -163,10 +163,10 @@ class Passkeys:
 
 
 class PasskeyCorpus(Corpus):
-    """The documents of `data.source: passkey`: as many of each length, by turns.
+    """The documents of `data.source: passkey`: equally many of each length, which take turns.
 
-    The answers' weight in the loss is such that the weighted sum over a document, divided by its
-    number of tokens, is the mean over all its tokens plus the mean over the answer's.
+    The loss weight of an answer is chosen so that the weighted sum over a document, divided by its
+    number of tokens, is the mean over all its tokens plus the mean over the answer's tokens.
     """
 
     def __init__(self, config: DataConfig):
@@ -189,7 +189,7 @@ class PasskeyCorpus(Corpus):
                 document = self._passkeys.document(random, segments)
                 weight = 1 + segments * self._made.segment_length / self._made.digits
                 self.done_bytes += len(document.prompt + document.answer)
-                # The last part, of no characters, is the end of text.
+                # The last piece, which has no characters, carries the weight of EOS.
                 pieces = [(document.prompt, 1.0), (document.answer, weight), (b"", 1.0)]
                 yield f"pass key {number} of {segments} segments", pieces
 
@@ -208,7 +208,7 @@ def _noise(random: np.random.Philox, length: int) -> bytes:
 
 
 def _cyclic(text: bytes, begin: int, length: int) -> bytes:
-    """So many bytes of a text that is followed by itself, from a place on."""
+    """Returns `length` bytes of an endlessly repeated text, starting at `begin`."""
     first = text[begin : begin + length]
     return (first + text * math.ceil((length - len(first)) / len(text)))[:length]
 

@@ -1,8 +1,8 @@
-"""Makes a token store of a corpus: `infini-ds prepare`.
+"""Makes a token store from a corpus: `infini-ds prepare`.
 
-What is written depends on the corpus and the config alone: not on the number of workers, and
-whether a document is held out depends on nothing but its text. A store appears whole or not at
-all: it is written to a directory beside its place and renamed when its manifest is in.
+The content depends only on the corpus and the config, not on the number of workers. Whether a
+document is held out depends on nothing but its text. A store appears whole or not at all: it is
+written to a directory beside its final place, which is renamed once the manifest is written.
 """
 
 import contextlib
@@ -47,25 +47,25 @@ from infini_ds.system.cores import cores_at_hand
 from infini_ds.system.temporary import only_one_in, temporary_beside
 from infini_ds.system.whole_file import sha256_of
 
-# So much text tells whether the tokenizer restores text: no need to read hundreds of gigabytes.
+# This much text shows whether the tokenizer restores it: no need to read hundreds of gigabytes.
 _SURE_BYTES = 64 << 20
 
 
 def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
-    """Makes the token store that `config` describes, unless it is there already.
+    """Makes the token store that `config` describes, unless it exists already.
 
     Args:
-        force: replace a store of other settings, or a damaged one.
-        workers: tokenising processes; 0 is one for each core.
+        force: replace a store that is damaged or was made with other settings.
+        workers: number of tokenising processes; 0 starts one for each core.
 
     Raises:
         UserError: a source, the tokenizer or the store's place is unusable, the tokenizer loses
-            too much of the text, there is nothing to train on, or another store is there and
+            too much of the text, there is nothing to train on, or another store is in the way and
             `force` is not given.
-        RunError: the store is made, but that cannot be printed.
+        RunError: the store was made, but that cannot be printed.
     """
     path = Path(config.store)
-    if path.is_symlink():  # a directory cannot be renamed over a link
+    if path.is_symlink():  # a directory cannot be renamed onto a symbolic link
         path = Path(os.path.realpath(path))
     console = Console()
     empty = _is_empty(path)
@@ -94,19 +94,19 @@ def prepare(config: DataConfig, force: bool = False, workers: int = 0) -> Store:
 
 
 class _Written(NamedTuple):
-    """What there is to say of a new store."""
+    """Facts about a new store that are reported to the user."""
 
     splits: dict[str, dict[str, int]]
     skipped: list[str]
-    """Lines, see `Skipped.lines`."""
+    """Formatted lines, see `Skipped.lines`."""
     change: str
-    """The first text that does not come back from its tokens as it was, see `Restored`."""
+    """The first difference between a text and what its tokens restore, see `Restored`."""
 
 
 def _write_store(config: DataConfig, path: Path, workers: int, console: Console) -> _Written:
     settings = content_settings(config)
     corpus = _corpus_of(config)
-    snapshot = corpus.snapshot  # what changes from here on is noticed the next time
+    snapshot = corpus.snapshot  # later changes are noticed by the next call
     kind = config.tokenizer.kind
     model = path / TOKENIZER_FILES[kind]
     if config.tokenizer.model:
@@ -129,7 +129,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
                     held_out.add(document)
                 else:
                     train.add(document)
-                if document.restored.change:  # of a loss rather than of something more
+                if document.restored.change:  # prefer an example of lost text to one of added text
                     lost = document.restored.text_bytes < document.text_bytes
                     changes.setdefault(lost, document.restored.change)
             if train.text_bytes >= _SURE_BYTES:
@@ -172,7 +172,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
 
 
 class _SplitWriter:
-    """Appends documents to the files of one split. A context manager."""
+    """A context manager that appends documents to the files of one split."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, weighted: bool):
         self.name = name
@@ -220,7 +220,7 @@ def _corpus_of(config: DataConfig) -> Corpus:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether it is a directory of nothing."""
+    """Tells whether the path is an empty directory."""
     try:
         return not any(path.iterdir())
     except OSError:
@@ -231,7 +231,7 @@ def _check_unchanged(store: Store, config: DataConfig) -> None:
     try:
         snapshot = _corpus_of(config).snapshot
     except UserError:
-        return  # a finished store may be used where its sources are not
+        return  # a finished store may be used without its sources
     if snapshot != store.manifest["source"]["snapshot"]:
         setting = "data.passkey.text_files" if config.source == "passkey" else "data.files"
         raise UserError(
@@ -241,7 +241,7 @@ def _check_unchanged(store: Store, config: DataConfig) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuses to replace what is not a token store: the name may be a mistake."""
+    """Refuses to replace anything but a token store, since the name may be a mistake."""
     if not path.exists():
         return
     known = {MANIFEST, COUNTS, *filter(None, TOKENIZER_FILES.values()), "tokenizer_config.json"}
@@ -251,12 +251,12 @@ def _check_replaceable(path: Path) -> None:
     )
     if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
         raise UserError(
-            f"data.store {path}: is there and is not a token store; name another directory"
+            f"data.store {path}: exists and is not a token store; name another directory"
         )
 
 
 def _publish(unfinished: Path, path: Path) -> None:
-    """Gives a whole store its name. A directory cannot be renamed over a full one."""
+    """Renames a finished store to its place; a full directory there must be moved away first."""
     old = unfinished.with_suffix(".old.partial")
     there = path.exists()
     if there:

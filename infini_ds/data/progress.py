@@ -1,4 +1,4 @@
-"""Progress of a pass over a corpus."""
+"""Shows the progress of a pass over a corpus."""
 
 from rich.progress import TimeElapsedColumn
 
@@ -7,10 +7,10 @@ from infini_ds.system.progress import ProgressLine, time_left
 
 
 class CorpusProgress(ProgressLine):
-    """How far a pass over a corpus is and how fast it goes.
+    """Shows how far a pass over a corpus has come and how fast it goes.
 
     Args:
-        total: what `done` reaches at the end; 0 where it is not known, then no end is predicted.
+        total: the value of `done` at the end; if it is 0, for unknown, no end is predicted.
     """
 
     def __init__(self, console: Console, title: str, total: int):
@@ -19,7 +19,7 @@ class CorpusProgress(ProgressLine):
         self._total = total
 
     def update(self, done: int, documents: int, text_bytes: int) -> None:
-        """Says where the pass is: `done` of the total, and how much has been read."""
+        """Reports the position: `done` of the total, and how much has been read."""
         seconds = self.seconds
         rate = text_bytes / seconds / 1e6
         line = (

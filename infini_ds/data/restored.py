@@ -1,4 +1,4 @@
-"""How much of a text comes back from its tokens: not all where a tokenizer changes it."""
+"""Measures how much of a text its tokens restore, since some tokenizers change text."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,23 +11,23 @@ _BEFORE, _SHOWN = 12, 32
 
 
 class Restored(NamedTuple):
-    """What comes back of one text."""
+    """The result of restoring one text from its tokens."""
 
     token_bytes: int
-    """Bytes that its tokens stand for."""
+    """Number of bytes that the tokens stand for."""
     text_bytes: int
-    """Bytes of the text that are among them, each as often as both have it, in any order."""
+    """Number of bytes common to both, counted with multiplicity and in any order."""
     change: str
-    """The first difference, for messages; empty if there is none. A space before all is shown only
-    where it is the one difference."""
+    """The first difference, for messages; empty if there is none. An added leading space is shown
+    only if nothing else differs."""
 
 
 def restored(tokenizer: Tokenizer, tokens: np.ndarray, content: bytes) -> Restored:
     """Compares a text with what its tokens stand for.
 
     Args:
-        tokens: of the text, [any length].
-        content: the text, as UTF-8.
+        tokens: tokens of the text, [any length].
+        content: the text, encoded as UTF-8.
     """
     back = tokenizer.bytes_of(tokens)
     if back == content:
@@ -37,10 +37,10 @@ def restored(tokenizer: Tokenizer, tokens: np.ndarray, content: bytes) -> Restor
 
 
 def loss_of(found: Iterable[tuple[Restored, int]]) -> list[str]:
-    """A line to say of texts that do not all come back, none of others.
+    """Formats a warning if some of the texts do not come back whole; otherwise returns no line.
 
     Args:
-        found: of each text, and its bytes.
+        found: for each text, its result and its size in bytes.
     """
     back = text_bytes = 0
     for restored_, size in found:
@@ -52,7 +52,7 @@ def loss_of(found: Iterable[tuple[Restored, int]]) -> list[str]:
 
 
 def _occurrences(content: bytes) -> np.ndarray:
-    """Of each byte: int64 [256]."""
+    """Counts how often each byte value occurs: int64 [256]."""
     return np.bincount(np.frombuffer(content, np.uint8), minlength=256)
 
 

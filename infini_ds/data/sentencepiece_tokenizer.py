@@ -1,4 +1,4 @@
-"""Sentencepiece models with byte fallback, read and trained."""
+"""Reads and trains sentencepiece models with byte fallback."""
 
 import hashlib
 import io
@@ -17,8 +17,8 @@ from infini_ds.system.causes import one_line
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model.
 
-    Lossless for models as `train_sentencepiece` makes them. A model from elsewhere may normalise
-    text or put a space before it; then `token_bytes` counts what it makes of it.
+    Models made by `train_sentencepiece` are lossless. A model from elsewhere may normalise text or
+    put a space before it; `token_bytes` then counts the changed text.
     """
 
     def __init__(self, model: bytes, name: str):
@@ -61,16 +61,16 @@ class SentencePieceTokenizer(Tokenizer):
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, destination: str | Path) -> None:
     """Trains a lossless sentencepiece model and writes it to `destination`.
 
-    Text is taken as it is: whitespace is kept, runs of spaces may become one piece, a line's end
-    may join what stands before it, and characters without a piece fall back to bytes.
+    Text is taken as it is: whitespace is kept, runs of spaces may become one piece, a line end may
+    join the characters before it, and characters without a piece fall back to bytes.
 
     Raises:
-        UserError: the vocabulary does not fit the text.
+        UserError: the vocabulary does not suit the text.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # The trainer cannot take NUL; it is encoded by byte fallback.
+            # The trainer cannot take NUL, which byte fallback encodes.
             sentence_iterator=(text.replace("\0", "") for text in texts),
             model_writer=model,
             model_type="bpe",
@@ -85,11 +85,11 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, destination: str 
             allow_whitespace_only_pieces=True,
             byte_fallback=True,
             max_sentence_length=1 << 30,
-            # The model records this number, so a machine's own number would change the fingerprint.
+            # The model records this number, so it must be the same on every machine.
             num_threads=4,
             minloglevel=3,
         )
-    except (RuntimeError, ValueError) as error:  # the latter of a number beyond 32 bits
+    except (RuntimeError, ValueError) as error:  # ValueError: a number beyond 32 bits
         raise UserError(_explain(str(error), vocab_size)) from None
     Path(destination).write_bytes(model.getvalue())
 

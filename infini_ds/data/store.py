@@ -1,14 +1,14 @@
-"""The token store: a directory of memory-mapped tokens, checked before it is read.
+"""The token store: a directory of memory-mapped tokens that is checked before it is read.
 
 | file | content |
 |---|---|
-| `manifest.json` | what the store was made from, sizes and checksums of all other files |
+| `manifest.json` | what the store was made from; sizes and checksums of all other files |
 | `SPLIT.tokens` | BOS, tokens, EOS of each document; uint16, or uint32 for large vocabularies |
-| `SPLIT.weights` | float32, weight of each token in the loss; only where the corpus has weights |
+| `SPLIT.weights` | float32, loss weight of each token; only if the corpus has weights |
 | `SPLIT.offsets.npy` | int64 [documents + 1]: where each document begins in SPLIT.tokens |
-| `train.counts.npy` | int64 [vocab]: how often each token occurs in train, BOS not counted |
-| `tokenizer.model` | the sentencepiece model, where the tokenizer is one |
-| `tokenizer.json`, `tokenizer_config.json` | the same of a tokenizer of the library `tokenizers` |
+| `train.counts.npy` | int64 [vocab]: how often each token occurs in train, without BOS |
+| `tokenizer.model` | the sentencepiece model, if the tokenizer is one |
+| `tokenizer.json`, `tokenizer_config.json` | its files, if it is one of the library `tokenizers` |
 
 The splits are `train` and `held_out`. A store without a valid manifest does not exist.
 """
@@ -34,24 +34,24 @@ MANIFEST = "manifest.json"
 COUNTS = "train.counts.npy"
 SPLITS = ("train", "held_out")
 _SIZES = ("documents", "tokens", "bytes")
-# Of text that comes back; older stores do not have them.
+# Sizes of restored text, which older stores lack.
 _SIZES_SINCE = ("token_bytes", "restored_bytes")
 WEIGHT_DTYPE = np.dtype("<f4")
-# Larger files are not read whole at every start; `verify` does it.
+# Larger files are not read whole at every start; `verify` reads them.
 _CHECKED_ON_OPEN = 256 << 20
 _COUNTED_AT_ONCE = 1 << 24
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """How a token is stored."""
+    """Returns the type in which a token is stored."""
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
 def stored_tokens(parts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Token ids one after another, as they are stored.
+    """Concatenates token ids in the type in which they are stored.
 
     Raises:
-        UserError: one is none of the tokenizer's.
+        UserError: an id is outside the tokenizer's vocabulary.
     """
     tokens = np.concatenate(parts)
     if len(tokens) and (largest := tokens.max()) >= vocab_size:
@@ -60,7 +60,7 @@ def stored_tokens(parts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def content_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide what is in a store, by their names in the config.
+    """Collects the settings that decide the content of a store, by their names in the config.
 
     Raises:
         UserError: the given tokenizer model cannot be read.
@@ -82,7 +82,7 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     tokenizer = config.tokenizer
     settings["data.tokenizer.kind"] = tokenizer.kind
     if tokenizer.kind != "bytes":
-        # Where the model lies does not matter; what it is does.
+        # The model's content matters, not its place.
         settings["data.tokenizer.model"] = (
             load_tokenizer(tokenizer.kind, tokenizer.model).fingerprint if tokenizer.model else ""
         )
@@ -93,16 +93,16 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
 
 
 class Split:
-    """Documents of one part of a store, or of several stores.
+    """The documents of one split of a store, or of several stores.
 
     Attributes:
         offsets: int64 [documents + 1], where each document begins in `data`.
-        lengths: int64 [documents], tokens of each document, BOS and EOS included.
+        lengths: int64 [documents], tokens of each document, including BOS and EOS.
         data: uint16 or uint32 [tokens], memory-mapped.
-        weights: float32 [tokens], memory-mapped: weight of each token in the loss, where it is the
-            label. None where all have weight 1.
-        text_bytes: bytes of the documents' text; 0 where they are not known.
-        token_bytes: bytes that their tokens stand for: others where the tokenizer changes text.
+        weights: float32 [tokens], memory-mapped: loss weight of each token where it is the label.
+            None if all weights are 1.
+        text_bytes: size of the documents' text in bytes; 0 if it is not known.
+        token_bytes: bytes that their tokens stand for, which differs if the tokenizer changes text.
     """
 
     def __init__(
@@ -121,18 +121,18 @@ class Split:
         self.lengths = np.diff(offsets)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of a document, clipped to it: a view."""
+        """Returns tokens start to stop of a document, clipped to its end: a view."""
         begin, end = self.offsets[document], self.offsets[document + 1]
         return self.data[min(begin + start, end) : min(begin + stop, end)]
 
     @property
     def byte_scale(self) -> float:
-        """Bytes of text for each byte that tokens stand for, on average: 1 but for tokenizers that
-        change text. Bits per byte are over the text as it was."""
+        """Average bytes of text per byte that tokens stand for: 1 unless the tokenizer changes
+        text. With it, bits per byte refer to the text as it was."""
         return self.text_bytes / self.token_bytes if self.text_bytes and self.token_bytes else 1.0
 
     def has_answers(self) -> bool:
-        """Whether a weight is above 1; reads up to the first one."""
+        """Whether any weight is above 1; reads up to the first such weight."""
         weights = self.weights
         if weights is None:
             return False
@@ -141,7 +141,7 @@ class Split:
 
 
 class Store:
-    """An open token store; `Store.open` checks and opens one."""
+    """An open token store, checked and opened by `Store.open`."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
@@ -165,7 +165,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, config: DataConfig | None = None) -> "Store":
-        """Opens a store, and checks that it is whole and what `config` asks for.
+        """Opens a store, and checks that it is whole and matches `config`.
 
         Raises:
             UserError: it is missing, unfinished, damaged, or was made with other settings.
@@ -200,19 +200,19 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that is read from the store; the same for equal stores anywhere."""
+        """Identifies all content read from the store; equal stores share it wherever they lie."""
         files = json.dumps(self.manifest["files"], sort_keys=True)
         return hashlib.sha256(files.encode()).hexdigest()
 
     def split(self, name: str) -> Split:
-        """`train` or `held_out`."""
+        """Returns the split `train` or `held_out`."""
         return self._splits[name]
 
     def check_tokens(self, name: str, documents: int) -> None:
-        """Reads the first documents of a split: large files are not checked when they are opened.
+        """Reads the first documents of a split, since large files are not checked on opening.
 
         Raises:
-            UserError: one of them holds a token that the tokenizer does not have.
+            UserError: a document holds a token outside the tokenizer's vocabulary.
         """
         split, known = self.split(name), self.tokenizer.vocab_size
         tokens = split.data[: split.offsets[documents]]
@@ -226,13 +226,13 @@ class Store:
                 )
 
     def unigram_bits_per_byte(self, documents: int | None = None) -> float:
-        """What a model that only knows how frequent tokens are needs for the held-out text.
+        """Computes the held-out score of a model that only knows how frequent tokens are.
 
-        Cross-entropy of the held-out tokens (all but BOS) under the train frequencies plus one, in
-        bits, over the bytes of text they stand for.
+        It is the cross-entropy of the held-out tokens (all but BOS) under the train frequencies
+        plus one, in bits per byte of the text they stand for.
 
         Args:
-            documents: only of so many held-out documents, the first ones; all by default.
+            documents: number of held-out documents to use, from the first; all by default.
 
         Raises:
             UserError: there is no held-out text.
@@ -251,10 +251,10 @@ class Store:
 
 
 def restored_share(splits: dict[str, dict[str, Any]]) -> float:
-    """Share of the bytes of all text that come back from its tokens; 1 where it is not known.
+    """Returns the share of all text bytes that the tokens restore; 1 if it is not known.
 
     Args:
-        splits: of a manifest.
+        splits: the splits of a manifest.
     """
     sizes = splits.values()
     text_bytes = sum(size["bytes"] for size in sizes)
@@ -263,14 +263,14 @@ def restored_share(splits: dict[str, dict[str, Any]]) -> float:
 
 
 def check_restored(config: DataConfig, splits: dict[str, dict[str, Any]], change: str = "") -> None:
-    """Refuses a tokenizer that loses much of the text.
+    """Refuses a tokenizer that loses too much of the text.
 
     Args:
-        splits: of a manifest.
-        change: an example of what it loses.
+        splits: the splits of a manifest.
+        change: an example of what is lost.
 
     Raises:
-        UserError: less comes back than the config demands.
+        UserError: less text comes back than the config demands.
     """
     share, tokenizer = restored_share(splits), config.tokenizer
     if share < tokenizer.min_restored:
@@ -283,7 +283,7 @@ def check_restored(config: DataConfig, splits: dict[str, dict[str, Any]], change
 
 
 def count_tokens(data: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """How often each token occurs, BOS not counted: int64 [vocab]."""
+    """Counts how often each token occurs, without BOS: int64 [vocab]."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for i in range(0, len(data), _COUNTED_AT_ONCE):
         counts += np.bincount(data[i : i + _COUNTED_AT_ONCE], minlength=len(counts))
@@ -292,7 +292,7 @@ def count_tokens(data: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Numbers of a file, memory-mapped."""
+    """Maps the numbers in a file into memory."""
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
@@ -317,7 +317,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_entries(manifest: dict[str, Any]) -> None:
-    """Raises ValueError where an entry is not as `prepare` writes it."""
+    """Raises ValueError if an entry is not as `prepare` writes it."""
     _dict(manifest.get("settings"))
     tokenizer, source, splits, files = (
         _dict(manifest.get(name)) for name in ("tokenizer", "source", "splits", "files")
@@ -347,7 +347,7 @@ def _dict(entry: Any) -> dict[str, Any]:
 
 
 def _check_files(path: Path, manifest: dict[str, Any], up_to: int | None) -> None:
-    """Checks the sizes of all files, and the checksums of those below `up_to` bytes."""
+    """Checks the sizes of all files, and the checksums of those below `up_to` bytes (None: all)."""
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():

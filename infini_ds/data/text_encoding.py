@@ -1,4 +1,4 @@
-"""Text of any Unicode encoding, as it says by its byte order mark; without one it is UTF-8."""
+"""Decodes text by its byte order mark, in any Unicode encoding; without one it is UTF-8."""
 
 import codecs
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 20
-# Longer marks first: that of UTF-32-LE begins with that of UTF-16-LE.
+# Longer marks come first, because that of UTF-32-LE begins with that of UTF-16-LE.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32LE"),
     (codecs.BOM_UTF32_BE, "UTF-32BE"),
@@ -15,22 +15,22 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16LE"),
     (codecs.BOM_UTF16_BE, "UTF-16BE"),
 )
-# Of UTF-16 and UTF-32 without a mark so many bytes are looked at.
+# This many bytes are examined for UTF-16 and UTF-32 without a mark.
 _HEAD_BYTES = 1024
-# Fewer places that are not UTF-8 are damage of a file rather than its encoding.
+# Fewer places that are not UTF-8 mean damage rather than another encoding.
 _DAMAGED = 3
 _LIKELY = 0.85
 
 
 class WrongEncoding(ValueError):
-    """A file is not in the encoding that it must be in; says where, and how to convert it."""
+    """A file is not in the expected encoding; the message says where, and how to convert it."""
 
 
 class Utf8(io.RawIOBase):
-    """What another stream has, as UTF-8 without a byte order mark.
+    """Another stream's content as UTF-8 without a byte order mark.
 
-    Half a surrogate pair in UTF-16 becomes bytes that are no UTF-8, as it is in a file of UTF-8:
-    whoever reads them finds the damage where it is.
+    Half a surrogate pair in UTF-16 becomes bytes that are not valid UTF-8, so that the reader finds
+    the damage in its place, just as in a damaged file of UTF-8.
     """
 
     def __init__(self, content: BinaryIO):
@@ -46,7 +46,7 @@ class Utf8(io.RawIOBase):
         """See io.RawIOBase.
 
         Raises:
-            WrongEncoding: it looks like another encoding than it is read in.
+            WrongEncoding: the text looks as if it had another encoding than the one assumed.
         """
         if self._waiting is None:
             self._waiting = memoryview(self._first())
@@ -80,16 +80,16 @@ class Utf8(io.RawIOBase):
             text = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise WrongEncoding(
-                f"begins as {self._encoding}, which it is not to its end: {error.reason}"
+                f"begins as {self._encoding}, but is not valid to its end: {error.reason}"
             ) from None
         return text.encode("utf-8", "surrogatepass")
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a small file.
+    """Reads the text of a small file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: it is not text (WrongEncoding, UnicodeDecodeError).
     """
     with open(path, "rb") as file:
@@ -97,7 +97,7 @@ def read_text(path: str | Path) -> str:
 
 
 def conversion(text: bytes, first: int) -> str:
-    """How to make UTF-8 of bytes that are none from index `first` on, for messages."""
+    """Explains for messages how to convert bytes to UTF-8 that are invalid from `first` on."""
     return (
         f"0x{text[first]:02x} is not UTF-8; convert it, from Windows-1252 for example with "
         "`iconv -f WINDOWS-1252 -t UTF-8`"
@@ -105,7 +105,7 @@ def conversion(text: bytes, first: int) -> str:
 
 
 def _check_is_utf8(block: bytes) -> None:
-    """Refuses the beginning of a file that is text of another encoding."""
+    """Raises WrongEncoding if the beginning of a file is text of another encoding."""
     encoding = _without_mark(block[:_HEAD_BYTES])
     if encoding:
         raise WrongEncoding(
@@ -117,7 +117,7 @@ def _check_is_utf8(block: bytes) -> None:
     except UnicodeDecodeError as error:
         beyond = len(re.findall(rb"[\x80-\xff]", block))
         wrong = len(re.findall("[\udc80-\udcff]", block.decode(errors="surrogateescape")))
-        if wrong >= _DAMAGED and 2 * wrong > beyond:  # few characters of several bytes are right
+        if wrong >= _DAMAGED and 2 * wrong > beyond:  # few multi-byte characters are valid
             line = block.count(b"\n", 0, error.start) + 1
             raise WrongEncoding(
                 f"line {line:,}, byte {error.start:,}: {conversion(block, error.start)}"
@@ -125,7 +125,7 @@ def _check_is_utf8(block: bytes) -> None:
 
 
 def _without_mark(head: bytes) -> str:
-    """UTF-16 or UTF-32, where text of UTF-8 would be full of control characters but for that."""
+    """Returns the likely UTF-16 or UTF-32 variant of bytes without a mark; empty for UTF-8."""
     controls = len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head))
     if 4 * controls < len(head) and (b"\0" not in head or _is_utf8(head)):
         return ""
@@ -139,7 +139,7 @@ def _without_mark(head: bytes) -> str:
 
 
 def _is_utf8(head: bytes) -> bool:
-    """But for the end, which may be cut."""
+    """Tells whether the bytes are UTF-8, ignoring a character cut at the end."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -148,7 +148,7 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def _likeness(text: str) -> float:
-    """Of written language, from 0 to 1. What bytes in a wrong order look like is mostly Chinese."""
+    """Rates from 0 to 1 how much text resembles writing. Swapped bytes mostly look Chinese."""
     letters = len(re.findall("[\t\n\r -~\xa0-\u06ff\u2010-\u2026]", text))  # Latin to Arabic
     wide = len(
         re.findall("[\u0900-\u0dff\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uffee]", text)

@@ -1,4 +1,4 @@
-"""Files of text as people have them: plain, .gz or .zst, of any Unicode encoding, or a pipe."""
+"""Opens text files as people have them: plain, .gz or .zst, in any Unicode encoding, or a pipe."""
 
 import contextlib
 import gzip
@@ -16,17 +16,17 @@ from infini_ds.data.text_encoding import Utf8, WrongEncoding
 from infini_ds.system.causes import one_line
 
 STANDARD_INPUT = "-"
-# What reading one may raise.
+# Errors that reading a text file may raise.
 UNREADABLE = (EOFError, OSError, WrongEncoding, zlib.error, zstandard.ZstdError)
 _READ_BYTES = 1 << 20
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 class _Source(io.FileIO):
-    """A file as it is on disk."""
+    """A file as it is on disk, before decompression."""
 
     done_bytes = 0
-    """How much of it has been read."""
+    """Number of bytes read so far."""
 
     def readinto(self, buffer) -> int | None:
         count = super().readinto(buffer)
@@ -36,10 +36,10 @@ class _Source(io.FileIO):
 
 @contextlib.contextmanager
 def open_text(path: str | Path) -> Iterator[tuple[IO[bytes], _Source]]:
-    """The text of a file as UTF-8, read as a stream, and the file itself.
+    """Streams a file's text as UTF-8, and yields the file itself beside it.
 
     Raises:
-        UNREADABLE: here or while it is read.
+        UNREADABLE: the file cannot be opened, or not read further.
     """
     file = _file(path)
     with (
@@ -52,28 +52,28 @@ def open_text(path: str | Path) -> Iterator[tuple[IO[bytes], _Source]]:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is something to read: a file, a pipe, or `-`, which is standard input."""
+    """Tells whether there is something to read: a file, a pipe, or `-` for standard input."""
     return os.path.exists(_file(path)) and not os.path.isdir(_file(path))
 
 
 def is_pipe(path: str | Path) -> bool:
-    """Whether it can be read only once, and has no size."""
+    """Tells whether the path can be read only once and has no size."""
     return str(path) == STANDARD_INPUT or not stat.S_ISREG(os.stat(path).st_mode)
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes on disk; 0 of a pipe."""
+    """Returns the size on disk in bytes; 0 for a pipe."""
     return 0 if is_pipe(path) else os.stat(path).st_size
 
 
 def compression(path: str | Path) -> str:
-    """`.gz`, `.zst` or nothing, by the name."""
+    """Returns the compression that the name implies: `.gz`, `.zst` or an empty string."""
     suffix = Path(path).suffix.lower()
     return suffix if suffix in (".gz", ".zst") else ""
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file cannot be read, in one line."""
+    """Explains in one line why a file cannot be read."""
     strerror = getattr(error, "strerror", None)
     return strerror or one_line(error)
 
@@ -83,7 +83,7 @@ def _file(path: str | Path) -> str | Path | int:
 
 
 def _compression_of(raw: Any) -> str:
-    """The same by the first bytes, which no text has: a pipe has no name."""
+    """Detects compression by the first bytes, which no text has; a pipe's name does not tell it."""
     head = raw.peek(4)
     return next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), "")
 
@@ -97,7 +97,7 @@ def _decompressed(raw: Any, kind: str) -> Any:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frames of zstd as one stream. Unlike zstandard's own reader it notices a truncated file."""
+    """Reads zstd frames as one stream and, unlike zstandard's own reader, notices truncation."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw = raw
@@ -113,7 +113,7 @@ class _ZstdReader(io.RawIOBase):
             self._input = self._input or self._raw.read(_READ_BYTES)
             if not self._input:
                 if self._frame is not None:
-                    raise EOFError("compressed file ended before its end")
+                    raise EOFError("the compressed file ended before its end marker")
                 return 0
             if self._frame is None:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()

@@ -1,4 +1,4 @@
-"""A text file of any length, piece by piece."""
+"""Reads a text file of any length piece by piece."""
 
 import codecs
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ _PIECE_BYTES = 1 << 16
 
 
 class TextPieces:
-    """The text of one file (see `open_text`), without ever holding more than a piece.
+    """The text of one file (see `open_text`), of which never more than a piece is held in memory.
 
-    Pieces end at line ends, where a token seldom reaches across, so that encoding them one by one
-    gives the tokens of the whole text but for a few at their ends (with plain bytes: all). Only a
-    line of more than 64 KiB is cut elsewhere, between two characters.
+    Pieces end at line ends, which tokens seldom cross. Encoding the pieces one by one therefore
+    gives the tokens of the whole text, except for a few where pieces meet (none with plain bytes).
+    Only a line of more than 64 KiB is cut elsewhere, between two characters.
 
     Attributes:
-        total_bytes: size of the file on disk; 0 of a pipe.
-        done_bytes: how much of that has been read.
+        total_bytes: size of the file on disk; 0 for a pipe.
+        done_bytes: number of those bytes read so far.
     """
 
     def __init__(self, path: str | Path):
@@ -32,7 +32,7 @@ class TextPieces:
             raise self._unreadable(reason_of(error)) from None
 
     def __iter__(self) -> Iterator[str]:
-        """The pieces, none of them empty.
+        """Yields the pieces, none of them empty.
 
         Raises:
             UserError: the file cannot be read, or is not text.
@@ -53,7 +53,7 @@ class TextPieces:
             text += decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             wrong = error.object
-            # What was left of the block before comes first.
+            # The invalid bytes begin with those left over from the block before.
             place = read - (len(wrong) - len(block)) + error.start
             lines += wrong.count(b"\n", 0, error.start)
             raise self._unreadable(

@@ -1,4 +1,4 @@
-"""Text to token ids and back: what all tokenizers have in common, and plain bytes."""
+"""Converts text to token ids and back: the base of all tokenizers, and plain bytes."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -9,9 +9,9 @@ import numpy as np
 
 from infini_ds.data.generation_settings import save_generation
 
-# Sentencepiece writes a space as this character, so that in a text it would come back as a space.
+# Sentencepiece writes a space as this character, so one in the text would come back as a space.
 SPACE_MARK = "\u2581"
-# No characters of any script, of as many bytes as the mark: one that no text has stands in for it.
+# Noncharacters with as many bytes as the mark; one that is absent from a text stands in for it.
 _STAND_INS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # A text is encoded in pieces of about this many characters, so that a book needs no more working
 # memory than a page.
@@ -20,14 +20,14 @@ _IDS_AT_ONCE = 1 << 20
 
 
 class Tokenizer:
-    """Token ids of texts. BOS and EOS are ids of their own that no text is encoded to.
+    """Converts between text and token ids. No text is ever encoded to the ids of BOS and EOS.
 
     Args:
-        table: the bytes each id stands for; empty for BOS, EOS and unknown.
+        table: the bytes that each id stands for; empty for BOS, EOS and unknown.
     """
 
     generation: dict[str, Any] = {}  # noqa: RUF012, replaced whole
-    """Of the model that it came with, see `read_generation`."""
+    """Generation settings of the model it came with, see `read_generation`."""
 
     def __init__(self, table: list[bytes], bos_id: int, eos_id: int, fingerprint: str):
         self.table = table
@@ -36,19 +36,19 @@ class Tokenizer:
         self.eos_id = eos_id
         self.fingerprint = fingerprint
         self.token_bytes = np.array([len(entry) for entry in table], dtype=np.int32)
-        """[vocab_size] int32: bytes of text each id stands for."""
+        """[vocab_size] int32: bytes of text that each id stands for."""
         self._joined = np.frombuffer(b"".join(table), np.uint8)
         self._begins = np.cumsum(self.token_bytes) - self.token_bytes
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS and EOS."""
+        """Encodes a text, without BOS and EOS."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, begins: bool = True) -> np.ndarray:
-        """Ids of a text, without BOS and EOS: uint32 [tokens].
+        """Encodes a text, without BOS and EOS: uint32 [tokens].
 
         Args:
-            begins: False where the text goes on with another, so that no space is put before it.
+            begins: False if the text continues another one, so that no space is put before it.
         """
         pieces = [
             np.array(self._encode_piece(piece, begins and not number), dtype=np.uint32)
@@ -57,12 +57,12 @@ class Tokenizer:
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
 
     def save(self, directory: Path) -> None:
-        """Writes the files of which `load_tokenizer` makes it again, if it needs any."""
+        """Writes the files from which `load_tokenizer` restores this tokenizer, if it needs any."""
         save_generation(self.generation, directory)
 
     @property
     def eos_ids(self) -> list[int]:
-        """Tokens at which a text that is written ends: EOS, which ends documents, comes first."""
+        """Tokens that end a generated text; the first is EOS, which ends documents."""
         ends = self.generation.get("eos_token_id") or ()
         return [self.eos_id, *(i for i in ends if i != self.eos_id)]
 
@@ -74,7 +74,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def bytes_of(self, ids: np.ndarray) -> bytes:
-        """What ids [any length] stand for, as `decode` has it before it becomes text."""
+        """Returns the bytes that ids [any length] stand for, before `decode` makes them text."""
         parts = []
         for first in range(0, len(ids), _IDS_AT_ONCE):
             some = ids[first : first + _IDS_AT_ONCE]
@@ -84,22 +84,22 @@ class Tokenizer:
         return b"".join(parts)
 
     def decode(self, ids) -> str:
-        """Text of ids. BOS, EOS and unknown stand for nothing; broken UTF-8 is replaced."""
+        """Decodes ids. BOS, EOS and unknown stand for nothing; invalid UTF-8 is replaced."""
         table = self.table
         return b"".join([table[i] for i in ids]).decode("utf-8", errors="replace")
 
 
 class Exact:
-    """Keeps a tokenizer that writes spaces as marks from changing what it need not.
+    """Keeps a tokenizer that writes spaces as marks from changing text needlessly.
 
-    A space mark in a text comes back as one: another character goes in, and its bytes become the
-    mark's. Where a space is put before a text, none is put before one that goes on with another:
-    that character goes in first, and is taken out with what comes before it. Without tokens of
-    single bytes all is as the tokenizer has it.
+    A space mark in a text survives: a stand-in character is encoded, and its bytes are replaced by
+    the mark's. If the tokenizer puts a space before a text, none is put before a text that
+    continues another one: the stand-in is put in front, and then removed with everything before
+    it. Without tokens for single bytes, the tokenizer's output is left as it is.
 
     Args:
-        encode: ids of a text.
-        ids: of the tokens that stand for single bytes, by byte.
+        encode: returns the ids of a text.
+        ids: maps each byte to the token that stands for it alone.
     """
 
     def __init__(self, encode: Callable[[str], list[int]], ids: dict[int, int]):
@@ -116,7 +116,7 @@ class Exact:
         self._puts_before = before > 0
 
     def encode(self, text: str, begins: bool) -> list[int]:
-        """Ids of a text, see `Tokenizer.encode_array`."""
+        """Encodes a text, see `Tokenizer.encode_array`."""
         goes_on = self._puts_before and not begins
         if not goes_on and SPACE_MARK not in text:
             return self._encode(text)
@@ -131,13 +131,13 @@ class Exact:
 
 
 def _places(ids: list[int], part: list[int]) -> list[int]:
-    """Where a part of ids begins."""
+    """Returns the indices at which `part` begins in `ids`."""
     starts = [i for i, token in enumerate(ids) if token == part[0]]
     return [i for i in starts if ids[i : i + len(part)] == part]
 
 
 class ByteTokenizer(Tokenizer):
-    """A byte's id is its value; BOS is 256 and EOS 257."""
+    """Encodes each byte as its value; BOS is 256 and EOS is 257."""
 
     def __init__(self):
         table = [bytes([value]) for value in range(256)] + [b"", b""]

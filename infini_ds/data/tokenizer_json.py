@@ -1,4 +1,4 @@
-"""A tokenizer.json of Hugging Face's library `tokenizers`, as pretrained models have it."""
+"""Reads a tokenizer.json of Hugging Face's library `tokenizers`, as pretrained models have it."""
 
 import hashlib
 import json
@@ -16,44 +16,44 @@ from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokeni
 from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
 
-# One text at a time needs no threads, and processes that prepare a store are many already.
+# Encoding one text at a time needs no threads, and `prepare` already runs many processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SPECIAL = "tokenizer_config.json"
-# Characters on each side of a cut that show whether it changes the tokens, and cuts that are tried.
+# Characters compared on each side to see whether a cut changes tokens, and number of cuts tried.
 _AROUND = 500
 _TRIED = 20
 
 
 class TokenizerJson(Tokenizer):
-    """A tokenizer.json, with the BOS and EOS of the files beside it.
+    """A tokenizer.json, with the BOS and EOS that the files beside it name.
 
-    Ids are those of transformers with `add_special_tokens=False, split_special_tokens=True`: what
-    is written like a special token is text; here also where transformers still finds the token in
-    the model's own vocabulary (Unigram, WordLevel, BPE with `ignore_merges`), and the space mark
-    is bytes. As lossless as the tokenizer is: where it normalises text, `token_bytes` counts what
-    it restores.
+    Ids are those of transformers with `add_special_tokens=False, split_special_tokens=True`:
+    anything written like a special token is text. That also holds where transformers still finds
+    the token in the model's own vocabulary (Unigram, WordLevel, BPE with `ignore_merges`). A space
+    mark is encoded as its bytes. Encoding is as lossless as the tokenizer is: where it normalises
+    text, `token_bytes` counts the normalised text.
 
     Args:
         file: the tokenizer.json. Beside it, tokenizer_config.json has `bos_token` and `eos_token`,
             or a model's config.json has `bos_token_id` and `eos_token_id`.
 
     Raises:
-        UserError: a file cannot be read, BOS or EOS is missing, or its decoder is one of which it
-            is not known what its tokens stand for.
+        UserError: a file cannot be read, BOS or EOS is missing, or the decoder's type is unknown,
+            so that the bytes of its tokens are too.
     """
 
     def __init__(self, file: Path):
         content = file.read_bytes()
         try:
             model = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library has no class of its own
+        except Exception as error:  # the library has no error class of its own
             reason = one_line(error)
             raise UserError(f"data.tokenizer.model {file}: no tokenizer.json ({reason})") from None
         self._model, self._content = model, content
         self._settings = read_settings(file.with_name(SPECIAL))
         bos, eos = (_special_id(file, model, name) for name in ("bos", "eos"))
-        tree = json.loads(model.to_str())  # whole, whatever the file leaves out
+        tree = json.loads(model.to_str())  # complete, even where the file leaves out defaults
         vocabulary = model.get_vocab(with_added_tokens=True)
         bytes_ = _byte_tokens(tree, vocabulary)
         table = _table(file, tree, model, bytes_)
@@ -75,7 +75,7 @@ class TokenizerJson(Tokenizer):
         super().__init__(table, bos, eos, digest.hexdigest())
 
     def save(self, directory: Path) -> None:
-        """See Tokenizer; BOS and EOS are in tokenizer_config.json, all else there as it was."""
+        """See Tokenizer. BOS and EOS go into tokenizer_config.json; its other entries stay."""
         super().save(directory)
         (directory / TOKENIZER_FILES["tokenizers"]).write_bytes(self._content)
         tree = self._settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -89,11 +89,11 @@ class TokenizerJson(Tokenizer):
         return self._exact.encode(text, begins)
 
     def _encode_as_it_is(self, text: str) -> list[int]:
-        # Without the offsets of tokens, which take most of the time of `encode`.
+        # This skips the offsets of tokens, which take most of the time of `encode`.
         return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Cut only at line ends where the tokens of both sides are those of the whole."""
+        """Cuts a text only at line ends where both sides keep the tokens of the whole."""
         begin = 0
         while begin < len(text):
             end = self._cut(text, begin + PIECE_CHARACTERS)
@@ -101,7 +101,7 @@ class TokenizerJson(Tokenizer):
             begin = end
 
     def _cut(self, text: str, place: int) -> int:
-        """A place at or after `place`, the end of the text if there is no good one."""
+        """Finds a good cut at or after `place`; the end of the text if there is none."""
         for _ in range(_TRIED):
             place = text.find("\n", place) + 1
             if not place:
@@ -114,7 +114,7 @@ class TokenizerJson(Tokenizer):
 
 
 def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
-    """The id of `bos` or `eos`."""
+    """Returns the id of `bos` or `eos`."""
     for beside in (file.with_name(SPECIAL), file.with_name("config.json")):
         tree = read_settings(beside)
         token, i = tree.get(f"{name}_token"), tree.get(f"{name}_token_id")
@@ -138,7 +138,7 @@ def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
 
 
 def _byte_tokens(tree: dict[str, Any], vocabulary: dict[str, int]) -> list[str]:
-    """Tokens such as <0x0A>, where they stand for a byte."""
+    """Lists tokens such as <0x0A> that stand for a byte."""
     if not tree["model"].get("byte_fallback") and "ByteFallback" not in _decoders(tree["decoder"]):
         return []
     tokens = (f"<0x{byte:02X}>" for byte in range(256))
@@ -146,7 +146,7 @@ def _byte_tokens(tree: dict[str, Any], vocabulary: dict[str, int]) -> list[str]:
 
 
 def _unknown(model: dict[str, Any]) -> str:
-    """The token of what a model does not know; empty if it has none."""
+    """Returns the token for whatever the model does not know; empty if it has none."""
     if model["type"] == "Unigram":
         return "" if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
     return model.get("unk_token") or ""
@@ -155,15 +155,15 @@ def _unknown(model: dict[str, Any]) -> str:
 def _without_literals(
     tree: dict[str, Any], model: tokenizers.Tokenizer, ends: set[str], bytes_: list[str]
 ) -> tokenizers.Tokenizer:
-    """The tokenizer for texts, which takes what is written like a special or byte token as text.
+    """Builds a tokenizer that takes what is written like a special or byte token as text.
 
     Args:
-        tree: what `model` is made of.
-        ends: BOS and EOS, whether the file says that they are special or not.
-        bytes_: byte tokens.
+        tree: the JSON that `model` is made from.
+        ends: BOS and EOS, whether or not the file marks them as special.
+        bytes_: the byte tokens.
     """
     special = ends | {*bytes_, _unknown(tree["model"])}
-    found = False  # whether special tokens are found in texts
+    found = False  # whether BOS or EOS had to be marked as special
     for added in tree["added_tokens"]:
         found |= added["content"] in ends and not added["special"]
         added["special"] |= added["content"] in ends
@@ -172,7 +172,7 @@ def _without_literals(
     for token in sorted(special & _found_in_text(tree["model"])):
         if len(token) > 1:
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
-    if rests:  # cut after its first character, it is two words
+    if rests:  # a cut after the first character makes two words
         cuts = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
         pattern = {"Regex": "|".join(cuts)}
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -182,7 +182,7 @@ def _without_literals(
 
 
 def _found_in_text(model: dict[str, Any]) -> set[str]:
-    """Tokens of a model that a word of a text may be, if it is written so."""
+    """Lists the tokens of a model that a word of a text becomes if it is spelled like them."""
     vocabulary = model["vocab"]
     if model["type"] == "Unigram":
         return {piece for piece, _ in vocabulary}
@@ -194,7 +194,7 @@ def _found_in_text(model: dict[str, Any]) -> set[str]:
 def _table(
     file: Path, tree: dict[str, Any], model: tokenizers.Tokenizer, bytes_: list[str]
 ) -> list[bytes]:
-    """The bytes that each id stands for; nothing for special tokens and ids without one."""
+    """Lists the bytes that each id stands for; empty for special tokens and unused ids."""
     kinds = _decoders(tree["decoder"])
     if "ByteLevel" in kinds:
         bytes_of = _bytes_of_byte_level
@@ -204,17 +204,17 @@ def _table(
         found = ", ".join(sorted(kinds)) or "none"
         raise UserError(
             f"data.tokenizer.model {file}: its decoder ({found}) must have ByteLevel, Metaspace or "
-            "ByteFallback; of others it is not known which bytes a token stands for"
+            "ByteFallback; with others it is unknown which bytes a token stands for"
         )
     vocabulary = model.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         table[i] = bytes_of(token)
     for i, added in model.get_added_tokens_decoder().items():
-        # A single character is found in texts all the same.
+        # A token of a single character is found in texts even if it is special.
         nothing = added.special and len(added.content) > 1
         table[i] = b"" if nothing else added.content.encode()
-    for token in bytes_:  # which trainers can only add as special ones
+    for token in bytes_:  # trainers can only add byte tokens as special ones
         table[vocabulary[token]] = bytes([int(token[3:5], 16)])
     unknown = _unknown(tree["model"])
     if unknown in vocabulary:
@@ -223,7 +223,7 @@ def _table(
 
 
 def _decoders(tree: dict[str, Any] | None) -> set[str]:
-    """The types of a decoder, those in a sequence too."""
+    """Collects the types of a decoder, including those in a sequence."""
     if not tree:
         return set()
     if tree["type"] == "Sequence":
@@ -242,7 +242,7 @@ def _bytes_of_byte_level(token: str) -> bytes:
 
 
 def _byte_of() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes are themselves, the others characters from 256 on."""
+    """Inverts GPT-2's alphabet: printable bytes are themselves, the others begin at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -1,7 +1,7 @@
-"""Trains a tokenizer on text spread over a corpus.
+"""Trains a tokenizer on text sampled from the whole corpus.
 
-`python -m infini_ds.data.train_tokenizer MODEL VOCAB_SIZE FILES...` does it alone, before and
-without preparing a store.
+`python -m infini_ds.data.train_tokenizer MODEL VOCAB_SIZE FILES...` trains one alone, without
+preparing a store.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from infini_ds.system.causes import one_line
 from infini_ds.system.paths import argument
 
 _BLOCK_CHARACTERS = 2048
-# A stream from the network is read this many times as far as the training text is long, not to
-# its end: it is read again to be tokenised.
+# A network stream has to be read again to be tokenised, so it is sampled over only this many
+# times the training text's length instead of to its end.
 _STREAM_FACTOR = 50
 
 
 def sample_text(documents: Iterable[Document], budget: int, read_limit: int = 0) -> list[str]:
-    """Blocks of text at even distances over all documents, `budget` bytes at most.
+    """Samples blocks of text at even distances over all documents, `budget` bytes at most.
 
-    The corpus' size need not be known: whenever the budget is full every other block is dropped
-    and the distance doubled, so that at least half the budget is used where there is enough text.
+    The size of the corpus need not be known: whenever the budget is full, every other block is
+    dropped and the distance doubled, so at least half the budget is used if there is enough text.
 
     Args:
-        read_limit: stop after this many characters; 0 reads all documents.
+        read_limit: number of characters after which to stop; 0 reads all documents.
     """
     kept: list[str] = []
     kept_bytes = 0
@@ -69,7 +69,7 @@ def train_tokenizer(corpus: Corpus, config: DataConfig, destination: Path) -> No
 
 
 def no_documents(corpus: Corpus, config: DataConfig) -> str:
-    """What to say of a corpus without a document."""
+    """Words the error for a corpus without a document."""
     skipped = "; ".join(corpus.skipped.lines()) or "nothing to read"
     return f"data.source {config.source}: has no document with text ({skipped})"
 

@@ -1,4 +1,4 @@
-"""Tokens, labels and weights of a plan's windows."""
+"""Reads the tokens, labels and weights of a plan's windows."""
 
 import math
 from typing import NamedTuple
@@ -13,20 +13,20 @@ from infini_ds.layout import IGNORE_INDEX, Layout
 
 
 class Windows(NamedTuple):
-    """What some lanes read in one step: [batch, window_segments * segment_length]."""
+    """The content of some lanes in one step: [batch, window_segments * segment_length]."""
 
     tokens: Tensor
     """int64; 0 on padding."""
     labels: Tensor
-    """int64: the next token of the document, across segments' ends too; -100 on padding."""
+    """int64: the document's next token, also across the ends of segments; -100 on padding."""
     layout: Layout
     weights: Tensor
-    """fp32: weight of each label in the loss; 0 on padding."""
+    """fp32: loss weight of each label; 0 on padding."""
     corrupt: Tensor | None = None
-    """[batch] bool: lanes whose tokens are none of the tokenizer's, and were replaced."""
+    """[batch] bool: lanes that held tokens outside the vocabulary, which were replaced."""
 
     def chunk(self, chunks: int, index: int) -> "Windows":
-        """One of so many equal parts of the windows, each of whole segments."""
+        """Returns one of `chunks` equal parts of the windows, each made of whole segments."""
         tokens, labels, weights, *layout = (
             part.chunk(chunks, dim=1)[index]
             for part in (self.tokens, self.labels, self.weights, *self.layout)
@@ -34,10 +34,10 @@ class Windows(NamedTuple):
         return Windows(tokens, labels, Layout(*layout), weights)
 
     def to(self, device: torch.device) -> "Windows":
-        """The windows on a device, without waiting for it."""
+        """Copies the windows to a device without waiting for it."""
 
         def move(part: Tensor) -> Tensor:
-            # From pageable memory the copy would wait for all that the device has to do.
+            # A copy from pageable memory would wait for all work queued on the device.
             part = part.pin_memory() if device.type == "cuda" else part
             return part.to(device, non_blocking=True)
 
@@ -50,7 +50,7 @@ def read_windows(split: Split, plan: Plan, lanes: slice | range, segment_length:
     documents, offsets, lengths, starts = (array[lanes] for array in plan)
     first = split.offsets[documents] + offsets  # [batch, segments]
     # One token more than a segment, for the last label: [batch, segments, segment_length + 1].
-    # Where a segment is padded this reaches beyond its document, and is masked below.
+    # In a padded segment this reaches beyond its document, and is masked below.
     index = first[..., None] + np.arange(segment_length + 1)
     index = np.minimum(index, len(split.data) - 1)
     tokens = split.data[index].astype(np.int64)
@@ -68,10 +68,10 @@ def read_windows(split: Split, plan: Plan, lanes: slice | range, segment_length:
 
 
 def total_weight(split: Split, plan: Plan) -> float:
-    """Sum of the weights of all labels of a plan, over all lanes; reads no tokens."""
+    """Sums the weights of all labels of a plan, over all lanes, without reading tokens."""
     if split.weights is None:
         return float(plan.num_tokens)
-    begins = split.offsets[plan.documents] + plan.offsets + 1  # of the labels
+    begins = split.offsets[plan.documents] + plan.offsets + 1  # where the labels begin
     return sum(
         float(split.weights[begin : begin + length].sum(dtype=np.float64))
         for begin, length in zip(begins.flat, plan.lengths.flat, strict=True)
@@ -79,17 +79,17 @@ def total_weight(split: Split, plan: Plan) -> float:
 
 
 def answers_right(losses: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-    """How many answers a model gives right while it is trained, and how many there are.
+    """Counts the answers that a model gets right while it is trained, and all answers.
 
-    An answer is the labels of a segment whose weight is above 1. It is right where each of them has
-    a probability above 1/2, so that greedy decoding would give it.
+    An answer is made of the labels of a segment whose weight is above 1. It is right if each of
+    them has a probability above 1/2, so that greedy decoding would give it.
 
     Args:
-        losses, weights: [lanes, tokens], of whole segments.
-        layout: of the segments.
+        losses, weights: [lanes, tokens], made of whole segments.
+        layout: the layout of the segments.
 
     Returns:
-        [2], fp64.
+        [2], fp64: the right answers, and all answers.
     """
     segments = layout.starts.shape[1]
     answer = (weights > 1).unflatten(1, (segments, -1))

@@ -1,4 +1,4 @@
-"""The paper's second rule: what the memory holds for a key already is taken away first."""
+"""The paper's second rule, which first removes what the memory already holds for a key."""
 
 import torch
 from torch import Tensor
@@ -27,15 +27,15 @@ class Delta(MemoryRule):
 
 @torch.no_grad()
 def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
-    """The guard of the delta rule: the factor on what is subtracted, 1 wherever eq. (5) is stable.
+    """Guards the delta rule: a factor on what is subtracted, which is 1 wherever eq. (5) is stable.
 
-    A segment multiplies the stored M by I - c G, with G = sum of w sigma(k)^T sigma(k) /
-    (sigma(k) z), symmetric and positive semi-definite; M cannot grow by it as long as the largest
-    eigenvalue of c G is at most 2. G has no negative entry, so by Collatz and Wielandt that
+    A segment multiplies the stored M by I - c G, where G, the sum of w sigma(k)^T sigma(k) /
+    (sigma(k) z), is symmetric and positive semi-definite. M cannot grow by this as long as the
+    largest eigenvalue of c G is at most 2. G has no negative entry, so by Collatz and Wielandt that
     eigenvalue is at most max(G x / x) for any positive x. We start from x = z, for which G z is
-    the norm that the segment adds, and tighten the bound by two power steps. Where it exceeds 2
-    (a segment that writes more than about twice what is stored, as after a short first segment),
-    c brings it down to 2. The factor is a constant to the gradients.
+    the norm that the segment adds, and tighten the bound by two power steps. Where the bound
+    exceeds 2 (a segment that writes more than about twice what is stored, as after a short first
+    segment), c brings it down to 2. Gradients treat the factor as a constant.
 
     Args:
         overlap: [..., d, d], G.

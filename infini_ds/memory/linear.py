@@ -1,4 +1,4 @@
-"""The paper's first rule: a segment's keys and values are added."""
+"""The paper's first rule, which adds a segment's keys and values to the memory."""
 
 import torch
 from torch import Tensor
@@ -20,6 +20,6 @@ class Linear(MemoryRule):
 
 
 def added(memory: MemoryState, weighted_k: Tensor, values: Tensor) -> MemoryState:
-    """A memory to which values are added at their keys."""
+    """Returns the memory with values added at their keys."""
     kv = memory.kv + torch.einsum("b n h k, b n h v -> b h k v", weighted_k, values)
     return MemoryState(kv, memory.norm + weighted_k.sum(dim=1))

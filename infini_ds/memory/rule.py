@@ -1,4 +1,4 @@
-"""What a memory rule is: how a segment changes the memory."""
+"""The contract of a memory rule, which says how a segment changes the memory."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -10,39 +10,39 @@ from infini_ds.memory.state import EPSILON, MemoryState
 
 
 class MemoryRule(ABC):
-    """How a segment is written into the memory; a file beside this one for each rule.
+    """Writes a segment into the memory; each rule has a file beside this one.
 
-    A rule is an affine map of the state, S <- A S + B, with A and B from the segment alone. What
-    computes it fast, with all segments of a window at once, is chosen by its name in
-    `kernels.infini_attention`, and agrees with `write` on results and gradients.
+    A rule is an affine map of the state, S <- A S + B, where A and B depend only on the segment.
+    `kernels.infini_attention` picks a fast implementation by the rule's name, which computes all
+    segments of a window at once and agrees with `write` in results and gradients.
     """
 
     name: ClassVar[str]
-    """model.memory_rule"""
+    """Value of model.memory_rule that selects the rule."""
     reads_of_a_key: ClassVar[int]
-    """How many times a key reads the memory before it is written, to count operations."""
+    """How often a key reads the memory before it is written, to count operations."""
 
     @abstractmethod
     def write(
         self, memory: MemoryState, sigma_k: Tensor, weighted_k: Tensor, values: Tensor
     ) -> MemoryState:
-        """The memory after a segment: the specification.
+        """Returns the memory after a segment. This is the specification that kernels must match.
 
         Args:
-            memory: before the segment.
+            memory: the memory before the segment.
             sigma_k: [batch, n, kv_heads, d], features of the keys.
-            weighted_k: [batch, n, kv_heads, d], the same times the write weights.
+            weighted_k: [batch, n, kv_heads, d], the features times the write weights.
             values: [batch, n, kv_heads, d].
         """
 
 
 def sigma(x: Tensor) -> Tensor:
-    """The feature map of queries and keys: elu + 1, always positive."""
+    """Maps queries and keys to features: elu + 1, always positive."""
     return torch.nn.functional.elu(x) + 1
 
 
 def read(sigma_q: Tensor, memory: MemoryState) -> Tensor:
-    """What the memory holds for some queries, eq. (3).
+    """Reads the memory for some queries, eq. (3).
 
     Args:
         sigma_q: [batch, n, heads, d], features; the queries of a group read one memory.

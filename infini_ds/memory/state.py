@@ -1,4 +1,4 @@
-"""The compressive memory of one layer: what is handed on along a document."""
+"""The compressive memory of one layer, which is handed on along a document."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-10
-"""Least denominator of a read; it matters only where nothing was written."""
+"""Smallest denominator of a read; it matters only where nothing was written."""
 
 
 class MemoryState(NamedTuple):
-    """What one layer has stored of each lane's document, in fp32.
+    """The state that one layer has stored of each lane's document, in fp32.
 
-    Whatever hands memories on (lanes, stages, files, windows) treats it as some tensors whose first
-    dimension is the batch; memory rules and kernels alone know what they mean.
+    Code that hands memories on (lanes, stages, files, windows) treats them as tensors whose first
+    dimension is the batch; only memory rules and kernels know what they mean.
     """
 
     kv: Tensor
@@ -24,33 +24,33 @@ class MemoryState(NamedTuple):
 
     @classmethod
     def specs(cls, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of one lane, by their names."""
+        """Returns the shapes of one lane's tensors by name."""
         return {"kv": (kv_heads, head_dim, head_dim), "norm": (kv_heads, head_dim)}
 
     @classmethod
     def empty(
         cls, batch: int, kv_heads: int, head_dim: int, device: torch.device | str | None = None
     ) -> "MemoryState":
-        """Memories of documents of which nothing was read yet."""
+        """Makes the memories of documents of which nothing has been read yet."""
         shapes = cls.specs(kv_heads, head_dim).values()
         return cls(*(torch.zeros(batch, *shape, device=device) for shape in shapes))
 
     @classmethod
     def cat(cls, memories: Sequence["MemoryState"]) -> "MemoryState":
-        """One memory whose batch is that of all of them, in order."""
+        """Concatenates memories along the batch, in order."""
         return cls(*map(torch.cat, zip(*memories, strict=True)))
 
     @classmethod
     def stack(cls, memories: Sequence["MemoryState"]) -> "MemoryState":
-        """The memories along a new first dimension."""
+        """Stacks memories along a new first dimension."""
         return cls(*map(torch.stack, zip(*memories, strict=True)))
 
     def unstack(self) -> list["MemoryState"]:
-        """The inverse of `stack`."""
+        """Undoes `stack`."""
         return [MemoryState(*tensors) for tensors in zip(*self, strict=True)]
 
     def chunk(self, count: int) -> list["MemoryState"]:
-        """The inverse of `cat`, of `count` memories of equal batches."""
+        """Splits a memory into `count` of equal batch size, the inverse of `cat`."""
         parts = (tensor.chunk(count) for tensor in self)
         return [MemoryState(*tensors) for tensors in zip(*parts, strict=True)]
 
@@ -59,24 +59,24 @@ class MemoryState(NamedTuple):
         return float(self.kv.norm(dim=(-2, -1)).mean())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
-        """The memory with each tensor changed by a function."""
+        """Applies a function to each tensor of the memory."""
         return MemoryState(*map(function, self))
 
     def cleared(self, lanes: Tensor) -> "MemoryState":
-        """The memory without the documents of marked lanes, bool [batch]."""
+        """Returns the memory with the marked lanes, bool [batch], set to zero."""
         return self.map(lambda tensor: tensor.masked_fill(_beside(lanes, tensor), 0))
 
     def cleared_where_broken(self) -> "MemoryState":
-        """The memory without the heads of lanes that hold a number that is not finite."""
+        """Returns the memory with each lane's head set to zero if it holds a non-finite number."""
         fine = torch.stack([tensor.isfinite().flatten(2).all(-1) for tensor in self]).all(0)
         return self.map(lambda tensor: tensor.masked_fill(_beside(~fine, tensor), 0))
 
     def replaced(self, lanes: Tensor, other: "MemoryState") -> "MemoryState":
-        """The memory with the marked lanes, bool [batch], of another one."""
+        """Returns the memory with the marked lanes, bool [batch], taken from another one."""
         pairs = zip(self, other, strict=True)
         return MemoryState(*(torch.where(_beside(lanes, old), new, old) for old, new in pairs))
 
 
 def _beside(mask: Tensor, tensor: Tensor) -> Tensor:
-    """A mask of a tensor's first dimensions, which fits beside the tensor."""
+    """Reshapes a mask of a tensor's first dimensions so that it broadcasts over the tensor."""
     return mask.view(*mask.shape, *[1] * (tensor.dim() - mask.dim()))

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it is read."""
+"""The files that a run leaves on disk, and how to read them."""

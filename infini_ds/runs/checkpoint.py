@@ -1,6 +1,6 @@
-"""The model of a run, out of its checkpoints, on one device and without DeepSpeed.
+"""Loads the model of a run from its checkpoints, on one device and without DeepSpeed.
 
-What takes a run or an export alike is `runs.export.load_model`.
+To load a model from a run or an export alike, use `runs.export.load_model`.
 """
 
 import glob
@@ -29,26 +29,26 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
 
 
 class Loaded(NamedTuple):
-    """A model with what its commands need."""
+    """A model with everything that commands need to use it."""
 
     model: InfiniTransformer
-    """On the CPU, to evaluate; in the dtype that its weights are stored in, but fp16 in fp32."""
+    """On the CPU, in evaluation mode, in the dtype of its stored weights; fp16 becomes fp32."""
     config: RunConfig | ExportConfig
-    """Of the run, as `config_of` gives it, or of the export."""
+    """The run's config, as `config_of` returns it, or the export's."""
     tokenizer: Tokenizer
-    """Of the checkpoint, or of the export."""
+    """The tokenizer of the checkpoint or of the export."""
     checkpoint: Path
-    """Where the weights are from, OUTPUT_DIR/checkpoints/step_XXXXXXXX or the export."""
+    """Origin of the weights: OUTPUT_DIR/checkpoints/step_XXXXXXXX, or the export."""
     step: int
-    """Training steps that made the weights, 0 of an export."""
+    """Number of training steps behind the weights; 0 for an export."""
     directory: Path
-    """Where reports go: the run's output directory; the export or the checkpoint alone."""
+    """Place for reports: the run's output directory, or that of a lone checkpoint or export."""
     skipped: list[str]
-    """Newer checkpoints that were passed over, a line each with the reason."""
+    """Newer checkpoints that were passed over, one line each with the reason."""
 
     @property
     def run(self) -> RunConfig | None:
-        """The config of the run that the model is from; None of an export."""
+        """The config of the run that the model comes from; None for an export."""
         return self.config if isinstance(self.config, RunConfig) else None
 
 
@@ -56,8 +56,8 @@ def load_run(path: str | Path, step: int | None = None) -> Loaded:
     """Loads the newest valid checkpoint of a run, or a given one.
 
     Args:
-        path: output_dir of a run, or one directory of its checkpoints.
-        step: that of the checkpoint to take, where `path` is a run.
+        path: output_dir of a run, or the directory of one of its checkpoints.
+        step: step of the checkpoint to load, if `path` is a run.
 
     Raises:
         UserError: there is no such run or no valid checkpoint, or the run's tokenizer is gone.
@@ -81,8 +81,8 @@ def load_run(path: str | Path, step: int | None = None) -> Loaded:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a directory named as checkpoints are, or a whole one of another name, and no
-    run."""
+    """Tells whether a path is a checkpoint and not a run: a directory that is named like one, or a
+    complete one under another name."""
     named = re.fullmatch(r"step_[0-9]+", path.resolve().name) is not None
     if not named:
         named = all((path / name).is_file() for name in (manifest.NAME, "state.json"))
@@ -90,24 +90,24 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_run(path: Path) -> bool:
-    """Whether it is a directory with checkpoints, whole or not."""
+    """Tells whether the path is a directory with checkpoints, complete or not."""
     return bool(RunDirectory(path).checkpoints())
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The directory of the run that a checkpoint lies in, if it was not taken out of it."""
+    """Returns the directory of the run that a checkpoint lies in, or None if it lies elsewhere."""
     run = RunDirectory(checkpoint.parent.parent)
     return run.path if Checkpoint(checkpoint) in run.checkpoints() else None
 
 
 def config_of(checkpoint: Path) -> RunConfig:
-    """The config of a checkpoint, with the paths that reading needs as they are now.
+    """Reads the config of a checkpoint and makes its paths valid from the current directory.
 
-    Those are paths from where the run was started, unless the run has been moved together with
-    what lies around it. Of a run that did not note where that was, they are from here.
+    Relative paths start where the run was started, unless the run has been moved together with its
+    surroundings. If the run did not record that place, they start here.
 
     Raises:
-        UserError: its config.yaml is none of this version.
+        UserError: its config.yaml does not belong to this version.
     """
     config = configuration.load_resolved(checkpoint / "config.yaml")
     started = state_of(checkpoint).get("directory") or os.getcwd()
@@ -129,7 +129,7 @@ def config_of(checkpoint: Path) -> RunConfig:
 
 
 def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
-    """The checkpoint to take, and what was passed over, a line each; see `load_run`."""
+    """Picks the checkpoint to load, with a line for each one passed over; see `load_run`."""
     if not path.is_dir():
         raise UserError(f"run {path}: no such directory; name the output_dir of a run")
     if is_checkpoint(path):
@@ -157,42 +157,42 @@ def find_checkpoint(path: Path, step: int | None) -> tuple[Path, list[str]]:
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
-    """Why a model cannot be read from it. Only the files that are read are read twice."""
+    """Tells why a model cannot be read from a checkpoint; checksums only the files it will read."""
     if problem := checkpoint.problem(Depth.SIZES):
         return problem
     try:
         read = [file.name for file in layer_files(checkpoint.path)]
         kept = [name for name in manifest.listed(checkpoint.path) if name.startswith(f"{FOLDER}/")]
-    except (OSError, ValueError) as error:  # as if the run has just deleted it
+    except (OSError, ValueError) as error:  # the run may just have deleted it
         return f"it cannot be read ({error})"
     return checkpoint.problem(Depth.CHECKSUMS, [*read, "config.yaml", "state.json", *kept])
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Every parameter by its name in InfiniTransformer, mapped from its file."""
+    """Maps every parameter from its file, by its name in InfiniTransformer."""
     weights = {}
     for file in layer_files(checkpoint):
         index = int(file.name.split("-")[0].removeprefix("layer_"))
         layer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        # The second place of a tied weight has no file of its own.
+        # A tied weight has no file for its second place.
         weights |= {f"layers.{index}.{name}": weight for name, weight in layer.items()}
     return weights
 
 
 def layer_files(checkpoint: Path) -> list[Path]:
-    """DeepSpeed's files of the weights, one a layer, whatever the number of stages."""
+    """Lists DeepSpeed's weight files, one per layer, whatever the number of stages."""
     return sorted(file for file in checkpoint.iterdir() if _LAYER_FILE.fullmatch(file.name))
 
 
 def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with: its own, its run's, or that of the store.
+    """Loads the tokenizer a checkpoint was trained with: its own, its run's, or the store's.
 
     Args:
-        config: from `config_of`.
+        config: config from `config_of`.
 
     Raises:
-        UserError: it has none (earlier versions kept it in the store alone), and the store that
-            has it is gone, or is another one.
+        UserError: neither the checkpoint nor its run has one (earlier versions kept it only in the
+            store), and the store is gone or has another tokenizer.
     """
     kind = config.data.tokenizer.kind
     if kind == "bytes":
@@ -210,13 +210,13 @@ def tokenizer_of(checkpoint: Path, config: RunConfig) -> Tokenizer:
     if data.fingerprint != state_of(checkpoint).get("store"):
         raise UserError(
             f"{data.place}: is not what checkpoint {checkpoint} was trained on, "
-            "so its tokenizer may be another; put what the run had there"
+            "so its tokenizer may differ; put back what the run had there"
         )
     return data.tokenizer
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's state.json says, nothing if it cannot be read."""
+    """Reads a checkpoint's state.json; returns an empty dict if that fails."""
     try:
         tree = json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The checkpoints in a run's output directory, and whether they can be used."""
+"""Lists the checkpoints in a run's output directory and tells whether they can be used."""
 
 import enum
 import re
@@ -10,32 +10,32 @@ from infini_ds.runs import manifest
 
 
 class Depth(enum.IntEnum):
-    """How closely the files of a checkpoint are looked at."""
+    """How thoroughly the files of a checkpoint are examined."""
 
     FINISHED = 0
-    """The manifest is there, and so was written after everything else."""
+    """The manifest exists; it is written after everything else."""
     SIZES = 1
-    """The files are there, and have the sizes that the manifest gives."""
+    """The files exist and have the sizes that the manifest lists."""
     CHECKSUMS = 2
-    """The files have the checksums that it gives, which means reading all of them."""
+    """The files have the listed checksums, which means reading all of them."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with the state of a run after a step, or with the beginning of one."""
+    """A directory with a run's state after a step, complete or not."""
 
     path: Path
 
     @property
     def step(self) -> int:
-        """The step, by the directory's name."""
+        """The step, taken from the directory's name."""
         return int(self.path.name.removeprefix("step_"))
 
     def problem(self, depth: Depth, names: Collection[str] | None = None) -> str | None:
-        """Why it cannot be used, if one looks so closely; None if nothing is wrong.
+        """Tells why the checkpoint cannot be used, as far as `depth` shows; None if it can.
 
         Args:
-            names: the only files to look at; all of them by default.
+            names: the only files to examine; all of them by default.
         """
         if depth == Depth.FINISHED:
             return None if (self.path / manifest.NAME).exists() else manifest.UNFINISHED
@@ -51,19 +51,19 @@ class RunDirectory:
 
     @property
     def checkpoints_path(self) -> Path:
-        """Where the checkpoints are."""
+        """The directory that holds the checkpoints."""
         return self.path / "checkpoints"
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All of them, usable or not, newest first."""
+        """Lists all checkpoints, usable or not, newest first."""
         found = self.checkpoints_path.glob("step_*")
         steps = [Checkpoint(path) for path in found if re.fullmatch(r"step_\d{8,}", path.name)]
         return sorted(steps, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     def newest(self, depth: Depth) -> Checkpoint | None:
-        """The newest one that has no problem, if one looks so closely."""
+        """Returns the newest checkpoint without a problem, as far as `depth` shows."""
         return next((found for found in self.checkpoints() if not found.problem(depth)), None)
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """The one of a step, whether or not it is there."""
+        """Returns the checkpoint of a step, whether or not it exists."""
         return Checkpoint(self.checkpoints_path / f"step_{step:08d}")

@@ -1,14 +1,14 @@
-"""A model outside of any run, and how either is opened to be converted.
+"""Reads exported models, and opens an export or a run for conversion.
 
     EXPORT/
         model.safetensors       parameters by their names in InfiniTransformer; or shards and
                                 model.safetensors.index.json, as Hugging Face names them
         config.yaml             the ModelConfig, under `model`; the kind of its tokenizer, under
                                 `tokenizer`, if it is one of data.tokenizer's
-        source_config.json      if it began as a plain model: its config.json
+        source_config.json      the config.json of the plain model it was made from, if any
         tokenizer.model ...     its tokenizer's files
 
-A single file is an export too: its metadata has the text of config.yaml under `config`.
+An export may also be a single file, whose metadata has the text of config.yaml under `config`.
 """
 
 import shutil
@@ -49,22 +49,22 @@ class Model(NamedTuple):
     """A model on disk."""
 
     settings: RunConfig | ExportConfig
-    """Of the run, as the checkpoint has them, or of the export."""
+    """The run's settings, as the checkpoint has them, or the export's."""
     weights: SafetensorsWeights | CheckpointWeights
-    """By the names of InfiniTransformer."""
+    """The weights by their names in InfiniTransformer."""
     checkpoint: Path | None
-    """The checkpoint it is from, if it is a run's."""
+    """The checkpoint it comes from, if it is a run's."""
     notes: list[str]
-    """What the user should know of where it was found."""
+    """Remarks for the user on where the model was found."""
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """The model's settings."""
         return self.settings.model
 
     @property
     def tokenizer_kind(self) -> str | None:
-        """As data.tokenizer.kind; None of an export without a tokenizer that can be read."""
+        """The kind, as in data.tokenizer.kind; None for an export without a readable tokenizer."""
         if isinstance(self.settings, RunConfig):
             return self.settings.data.tokenizer.kind
         return self.settings.tokenizer
@@ -75,10 +75,10 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
 
     Args:
         path: directory or file of an export, output_dir of a run, or one of its checkpoints.
-        step: of the checkpoint, where `path` is a run.
+        step: step of the checkpoint, if `path` is a run.
 
     Raises:
-        UserError: it is none of them, its weights are damaged, or its tokenizer is gone.
+        UserError: `path` is none of these, the weights are damaged, or the tokenizer is gone.
     """
     path = Path(path)
     if _is_of_run(path) or not is_export(path):
@@ -88,8 +88,9 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
     tokenizer = export_tokenizer(config)
     if tokenizer is None and path.is_file():
         raise UserError(
-            f"{path}: a single file carries no tokenizer; name the run or the directory that it is "
-            "of, or make a directory with `infini-ds convert from-safetensors` and put it there"
+            f"{path}: a single file carries no tokenizer; name the run or the directory that it "
+            "was made from, or make a directory with `infini-ds convert from-safetensors` and put "
+            "the tokenizer there"
         )
     if tokenizer is None:
         raise UserError(
@@ -102,13 +103,13 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
 
 
 def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
-    """The model of an export, on the CPU, in the dtype of its file (fp16 in fp32), to evaluate.
+    """Loads an export for evaluation, on the CPU and in the dtype of its file (fp16 becomes fp32).
 
     Args:
         path: directory or file of the export.
 
     Raises:
-        UserError: it is none, or its weights do not fit its config or one another.
+        UserError: `path` is no export, or its weights do not fit its config or one another.
     """
     config, weights = _open_export(Path(path))
     check_tensors(weights.metas, parameters_of(config.model), weights.origin, CONFIG)
@@ -123,14 +124,14 @@ def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
 
 
 def open_model(path: Path, step: int | None = None) -> Model:
-    """An export, or the newest valid checkpoint of a run.
+    """Opens an export, or the newest valid checkpoint of a run.
 
     Args:
         path: directory or file of an export, output_dir of a run, or one of its checkpoints.
-        step: of the checkpoint, where `path` is a run.
+        step: step of the checkpoint, if `path` is a run.
 
     Raises:
-        UserError: it is none of them, or the weights do not fit the config.
+        UserError: `path` is none of these, or the weights do not fit the config.
     """
     if _is_of_run(path):
         checkpoint, skipped = find_checkpoint(path, step)
@@ -144,12 +145,12 @@ def open_model(path: Path, step: int | None = None) -> Model:
 
 
 def is_export(path: Path) -> bool:
-    """Whether it is a file, or a directory of safetensors."""
+    """Tells whether the path is a file, or a directory of safetensors."""
     return path.is_file() or any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
 def parameters_of(config: ModelConfig) -> dict[str, Tensor]:
-    """Shapes of all parameters, in order, as meta tensors."""
+    """Returns all parameters of a model, in order, as meta tensors."""
     with torch.device("meta"):
         return dict(InfiniTransformer(config).named_parameters())
 
@@ -157,13 +158,13 @@ def parameters_of(config: ModelConfig) -> dict[str, Tensor]:
 def check_tensors(
     found: dict[str, Tensor], expected: dict[str, Tensor], origin: str, config: str
 ) -> None:
-    """Whether exactly these tensors are there, of these shapes.
+    """Checks that exactly the expected tensors are there, with the expected shapes.
 
     Args:
-        config: what asks for them, for messages.
+        config: name of what expects them, for messages.
 
     Raises:
-        UserError: names the first that is not.
+        UserError: a tensor is missing, superfluous or of another shape; names the first.
     """
     for name, meta in expected.items():
         if name not in found:
@@ -184,10 +185,10 @@ def check_tensors(
 
 
 def check_one_dtype(found: dict[str, Tensor], origin: str) -> None:
-    """Whether all tensors are of one dtype, as a model that computes must have them.
+    """Checks that all tensors have one dtype, as a model needs to compute.
 
     Raises:
-        UserError: names two that differ.
+        UserError: two tensors differ; names them.
     """
     first = next(iter(found))
     for name, meta in found.items():
@@ -200,10 +201,10 @@ def check_one_dtype(found: dict[str, Tensor], origin: str) -> None:
 
 
 def config_text(config: ModelConfig, tokenizer: str | None) -> str:
-    """What config.yaml of an export holds.
+    """Formats the config.yaml of an export.
 
     Args:
-        tokenizer: its kind, None if it is none of data.tokenizer's.
+        tokenizer: kind of the tokenizer; None if it is none of data.tokenizer's.
     """
     tree: dict = {"model": config.model_dump()}
     if tokenizer:
@@ -212,10 +213,10 @@ def config_text(config: ModelConfig, tokenizer: str | None) -> str:
 
 
 def export_tokenizer(config: ExportConfig) -> Tokenizer | None:
-    """The tokenizer of an export, if it has one that can be read.
+    """Loads the tokenizer of an export, if it has one that we can read.
 
     Raises:
-        UserError: its file is missing or unusable, or has ids that the model lacks.
+        UserError: its file is missing or unusable, or it has ids that the model lacks.
     """
     if config.tokenizer is None:
         return None
@@ -230,13 +231,13 @@ def export_tokenizer(config: ExportConfig) -> Tokenizer | None:
 
 
 def tokenizer_files(source: Path) -> list[Path]:
-    """The files of a tokenizer in a directory, ours or others'."""
+    """Lists the tokenizer files in a directory, whether of our kinds or of others."""
     found = (file for pattern in _TOKENIZER_PATTERNS for file in source.glob(pattern))
     return [file for file in found if file.is_file()]
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copies the files of a tokenizer, and how its model writes, unchanged, if there are any."""
+    """Copies a tokenizer's files and the settings for generation unchanged, if there are any."""
     files = tokenizer_files(source)
     if (source / GENERATION).is_file():
         files.append(source / GENERATION)
@@ -245,7 +246,7 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def _is_of_run(path: Path) -> bool:
-    """A run with weights in its directory is a run."""
+    """Tells whether the path belongs to a run, which takes precedence over weights lying in it."""
     try:
         return is_run(path) or is_checkpoint(path)
     except OSError as error:

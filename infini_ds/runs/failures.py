@@ -1,4 +1,4 @@
-"""What ended a rank, on record: a line for each in failures.jsonl of the run's directory."""
+"""Records what ended a rank, one line each, in failures.jsonl of the run's directory."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ NAME = "failures.jsonl"
 
 
 def record(output_dir: str | Path, step: int, message: str) -> None:
-    """Adds a line in one write, so that the lines of ranks that end together stay whole.
+    """Appends a line in a single write, so that the lines of ranks that end together stay whole.
 
-    What cannot be written is left out: a full disk may be what ended the rank.
+    A failure to write is ignored, since a full disk may be what ended the rank.
     """
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -34,7 +34,7 @@ def record(output_dir: str | Path, step: int, message: str) -> None:
 
 
 def read(output_dir: str | Path) -> list[dict[str, Any]]:
-    """All that is on record, oldest first; a line that was cut off is left out."""
+    """Reads all recorded failures, oldest first, leaving out lines that were cut off."""
     try:
         lines = (Path(output_dir) / NAME).read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The file that makes a directory a checkpoint: names, sizes and checksums, written last."""
+"""The manifest, written last, makes a directory a checkpoint: it lists sizes and checksums."""
 
 import json
 import os
@@ -14,23 +14,23 @@ UNFINISHED = f"it was not finished (no {NAME})"
 
 
 def files_of(directory: Path) -> list[str]:
-    """All files of a checkpoint but the manifest, sorted, by their path in it."""
+    """Lists all files of a checkpoint but the manifest, sorted, as paths relative to it."""
     found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(str(path) for path in found if path.name not in (NAME, NAME + ".partial"))
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file; what was written is on disk when this returns."""
+    """Computes the checksum of a file, whose content is on disk when this returns."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return sha256_of(path)
 
 
 def write(directory: Path, files: dict[str, dict]) -> None:
-    """Writes the manifest, atomically; the checkpoint exists from here on.
+    """Writes the manifest atomically, which makes the checkpoint valid.
 
     Args:
-        files: {"size": bytes, "sha256": checksum} of each file.
+        files: for each file, {"size": bytes, "sha256": checksum}.
     """
     partial = directory / (NAME + ".partial")
     with open(partial, "w") as file:
@@ -41,10 +41,10 @@ def write(directory: Path, files: dict[str, dict]) -> None:
 
 
 def listed(directory: Path, version: int = FORMAT) -> dict[str, dict]:
-    """What a manifest says of each file, whether or not it is so.
+    """Reads the manifest's entry of each file, without checking the files.
 
     Args:
-        version: format that the manifest must have.
+        version: the format that the manifest must have.
 
     Raises:
         ValueError: there is no valid manifest.
@@ -73,12 +73,12 @@ def problems(
     names: Collection[str] | None = None,
     version: int = FORMAT,
 ) -> Iterator[str]:
-    """Everything that is wrong with the files of a directory by its manifest, a line each.
+    """Yields a line for every way in which a directory's files differ from its manifest.
 
     Args:
-        checksums: whether the files are read to compare them; otherwise only their sizes are.
-        names: the only files to look at; all that the manifest lists by default.
-        version: format that the manifest must have.
+        checksums: whether to compare checksums, which reads the files; otherwise only sizes.
+        names: the only files to examine; by default all that the manifest lists.
+        version: the format that the manifest must have.
     """
     try:
         files = listed(directory, version)

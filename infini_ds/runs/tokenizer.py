@@ -1,9 +1,9 @@
-"""A run's tokenizer, kept where its weights are: reading them needs no store.
+"""Keeps a run's tokenizer beside its weights, so that reading them needs no store.
 
     OUTPUT_DIR/tokenizer/                            written once, when the run starts
     OUTPUT_DIR/checkpoints/step_00000100/tokenizer/  a copy, so that a checkpoint can go alone
 
-Plain bytes need no files, and have neither.
+A tokenizer of plain bytes needs no files and has neither directory.
 """
 
 import shutil
@@ -21,13 +21,13 @@ FOLDER = "tokenizer"
 def keep_tokenizer(tokenizer: Tokenizer, kind: str, run: Path) -> None:
     """Writes the tokenizer into a run's directory, whole or not at all, unless it is there.
 
-    Another one there is of a run that ended before its first checkpoint.
+    A different tokenizer there was left by a run that ended before its first checkpoint.
 
     Args:
-        kind: as data.tokenizer.kind.
+        kind: its kind, as in data.tokenizer.kind.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the directory cannot be written.
     """
     place = run / FOLDER
     if kind == "bytes" or _is_kept(tokenizer, kind, run):
@@ -43,16 +43,16 @@ def keep_tokenizer(tokenizer: Tokenizer, kind: str, run: Path) -> None:
 
 
 def copy_kept_tokenizer(run: Path, checkpoint: Path) -> None:
-    """Gives a checkpoint that is being written the tokenizer of its run, if it has files."""
+    """Copies the tokenizer of a run into a checkpoint that is being written, if it has files."""
     if (run / FOLDER).is_dir():
         shutil.copytree(run / FOLDER, checkpoint / FOLDER)
 
 
 def kept_tokenizer(directory: Path, kind: str) -> Path | None:
-    """The tokenizer's file in a run or a checkpoint, if there is one.
+    """Returns the tokenizer's file in a run or a checkpoint, if there is one.
 
     Args:
-        kind: as data.tokenizer.kind, not bytes.
+        kind: its kind, as in data.tokenizer.kind, but not bytes.
     """
     file = directory / FOLDER / TOKENIZER_FILES[kind]
     return file if file.is_file() else None

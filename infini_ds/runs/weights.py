@@ -1,4 +1,4 @@
-"""Where tensors are read from, one at a time: each reader maps them from its files when asked."""
+"""Readers of weights, each of which maps single tensors from files on demand."""
 
 import json
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ class Weights(Protocol):
     """Named tensors on disk."""
 
     origin: str
-    """What they are read from, for messages."""
+    """Where the tensors come from, for messages."""
     metas: dict[str, Tensor]
-    """Shapes and dtypes, as meta tensors."""
+    """Shapes and dtypes of all tensors, as meta tensors."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file or made: hold few of them at a time."""
+        """Returns a tensor, mapped from its file or computed; hold only a few of them at a time."""
         ...
 
 
 class SafetensorsWeights:
-    """A file of safetensors, or a directory of them named as Hugging Face does.
+    """Weights in a safetensors file, or in a directory of them with Hugging Face's names.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no such file, or it cannot be read.
     """
 
     def __init__(self, path: Path):
@@ -48,19 +48,19 @@ class SafetensorsWeights:
                 if wanted and (lost := wanted - found):
                     raise UserError(f"{file}: has no tensor {min(lost)}, which {INDEX} lists")
                 for name in sorted(wanted or found):
-                    # A slice would do for the shape, but its dtype is a word of the format's own.
+                    # A slice would give the shape, but the dtype only under the format's name.
                     self.metas[name] = content.get_tensor(name).to("meta")
                     self._file_of[name] = file
 
     def read(self, name: str) -> Tensor:
         """See Weights."""
-        # What was mapped goes with the tensor only if the file is not kept open.
+        # The mapped memory is freed with the tensor only if the file is not kept open.
         with _open(self._file_of[name]) as content:
             return content.get_tensor(name)
 
 
 class CheckpointWeights:
-    """The weights of a run's checkpoint as it computes with them, from its files of layers."""
+    """The weights a run computes with, read from the layer files of its checkpoint."""
 
     def __init__(self, checkpoint: Path):
         self.origin = f"checkpoint {checkpoint}"
@@ -79,17 +79,17 @@ class CheckpointWeights:
 
 
 class PickledWeights:
-    """A state_dict that torch.save wrote; nothing but tensors is unpickled.
+    """A state_dict written by torch.save; nothing but tensors is unpickled.
 
     Raises:
-        UserError: it is not one.
+        UserError: the file is not such a state_dict.
     """
 
     def __init__(self, path: Path):
         self.origin = str(path)
         try:
             self._state = _load(path)
-        except Exception as error:  # whatever a file that is no such thing makes the unpickler say
+        except Exception as error:  # the unpickler may raise anything on a foreign file
             reason = (str(error).split("\n")[0] or type(error).__name__)[:200]
             raise UserError(f"{path}: cannot be read as a state_dict ({reason})") from None
         tensors = isinstance(self._state, dict) and all(
@@ -112,7 +112,7 @@ class PickledWeights:
 
 @dataclass
 class Renamed:
-    """Weights whose names all have a prefix, without it."""
+    """Weights whose names share a prefix, which it removes."""
 
     weights: Weights
     prefix: str
@@ -133,7 +133,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _peculiarity(tensor: Tensor) -> str:
-    """What makes it no plain numbers, nothing if it is."""
+    """Names what makes a tensor more than plain dense numbers; empty if nothing does."""
     for kind in ("quantized", "meta", "nested"):
         if getattr(tensor, f"is_{kind}"):
             return kind
@@ -142,7 +142,7 @@ def _peculiarity(tensor: Tensor) -> str:
 
 
 def _files(path: Path) -> dict[Path, set[str]]:
-    """Files and the tensors to take from each; none named: all that it has."""
+    """Maps each file to the tensors to take from it; an empty set means all."""
     if path.is_file():
         return {path: set()}
     if not path.is_dir():
@@ -160,7 +160,7 @@ def _files(path: Path) -> dict[Path, set[str]]:
 
 
 def _indexed(path: Path) -> dict[Path, set[str]]:
-    """A tensor may be in other files as well, such as an older one's: the index decides."""
+    """Maps files to tensors by the index, since other files may hold stale copies of a tensor."""
     index = path / INDEX
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

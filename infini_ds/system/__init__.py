@@ -1,1 +1,1 @@
-"""What the program needs of the machine: files that appear whole, locks, console, exit codes."""
+"""Wraps the operating system and the machine: files, locks, console, exit codes, hardware."""

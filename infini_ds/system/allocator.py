@@ -1,4 +1,4 @@
-"""How freed memory is kept, for long work."""
+"""Tunes how freed memory is kept during long work."""
 
 import ctypes
 import os
@@ -10,16 +10,16 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed blocks in the process instead of giving them back to the system at once.
+    """Keeps freed blocks in the process instead of returning them to the system at once.
 
     By default glibc returns large blocks when they are freed, and each new one costs a page fault
-    for every 4 KiB: 9 % of a training step on one core (bf16, segments of 512; nothing at 2048,
-    where blocks are larger than glibc can keep), a third of reading a long document. Does nothing
-    where there is no glibc.
+    for every 4 KiB. That takes 9 % of a training step on one core (bf16, segments of 512; nothing
+    at 2048, where blocks are too large for glibc to keep), and a third of the time to read a long
+    document. Without glibc this has no effect.
 
-    On GPUs, if it is called before the first of them is used, PyTorch keeps segments that grow:
-    sizes alternate between training, evaluation and generation, and blocks of one would be of no
-    use to the others. Whoever has set PyTorch's allocator keeps it as it is.
+    If it is called before the first use of a GPU, PyTorch uses expandable segments there, because
+    block sizes alternate between training, evaluation and generation, and could not be shared
+    otherwise. Allocator settings made by the user stay as they are.
     """
     if sys.platform != "linux":
         return

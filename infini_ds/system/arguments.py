@@ -1,4 +1,4 @@
-"""Arguments of a program that are checked where they are declared."""
+"""Checks command-line arguments where they are declared."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ from infini_ds.errors import UserError
 
 
 class Checked(argparse.Action):
-    """Stores what `check` makes of an argument, or of each one where there are several.
+    """Stores the result of `check` for an argument, or for each of several values.
 
-    A mistake passes through argparse, which would print its usage for one that `type` finds.
+    Errors pass through argparse unchanged, whereas an error raised by `type` would print its usage.
 
     Args:
-        check: takes the name of the argument and what `type` has made of its text, and returns
-            what is meant. It raises UserError if the argument is wrong.
+        check: called with the argument's name and the value that `type` returned; returns the
+            value to store. It raises UserError if the argument is wrong.
     """
 
     def __init__(self, *arguments: Any, check: Callable[[str, Any], Any], **options: Any):
@@ -32,13 +32,13 @@ class Checked(argparse.Action):
         meant: Any = values
         if isinstance(values, list):
             meant = [self._check(name, value) for value in values]
-        elif values is not None:  # an argument that may be left out
+        elif values is not None:  # None: the argument was left out
             meant = self._check(name, values)
         setattr(namespace, self.dest, meant)
 
 
 def at_least(least: int) -> Callable[[str, int], int]:
-    """A check of a number that must not be smaller."""
+    """Returns a check that a number is not smaller than `least`."""
 
     def check(name: str, value: int) -> int:
         if value < least:

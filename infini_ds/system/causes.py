@@ -1,4 +1,4 @@
-"""What lies behind an error of the system or of a library, and what helps, in one line."""
+"""Explains errors of the system or of a library in one line, with a remedy."""
 
 import os
 import re
@@ -8,7 +8,7 @@ _HOST_MEMORY = (
     "smaller train.batch_size or model helps (`infini-ds plan` says what a layout needs)"
 )
 _FULL = "make room there, or name another place"
-# Of what an error says, whatever library said it: libraries wrap the system's errors in theirs.
+# Patterns match the message, not the error's class: libraries wrap the system's errors.
 _SIGNS = [
     (
         r"CUDA out of memory|CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED",
@@ -22,7 +22,7 @@ _SIGNS = [
     ),
     (r"No space left on device|Errno 28\b|os error 28\b", _FULL),
     (r"Disk quota exceeded|Errno 122\b|os error 122\b", f"this user's quota is used up: {_FULL}"),
-    # What NumPy and PyTorch say of a write that the system has cut short.
+    # Messages of NumPy and PyTorch for a write that the system has cut short.
     (
         r"\d+ requested and \d+ written|PytorchStreamWriter failed|\bunexpected pos \d+ vs",
         f"most often the disk is full: {_FULL}",
@@ -49,19 +49,19 @@ _LONGEST = 300
 
 
 def cause(error: BaseException) -> str:
-    """The error with what helps; empty where nothing is known of it."""
+    """Describes the error with its remedy; empty if no remedy is known."""
     said, helps = one_line(error), remedy(error)
     return f"{shortened(said)}; {helps}" if helps else ""
 
 
 def remedy(error: BaseException) -> str:
-    """What helps; empty where nothing is known of the error."""
+    """Returns what helps against the error; empty if nothing is known."""
     said = f"{type(error).__name__}: {error}"
     return next((helps for sign, helps in _SIGNS if re.search(sign, said)), "")
 
 
 def variable(error: BaseException) -> str:
-    """The error, where it names a variable of the environment that is set; empty otherwise."""
+    """Describes an error that names an environment variable that is set; empty otherwise."""
     said = one_line(error)
     for name in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", said):
         if name in os.environ:
@@ -70,7 +70,7 @@ def variable(error: BaseException) -> str:
 
 
 def one_line(said: object) -> str:
-    """An error or a message of a library in one line; an error without a message by its kind."""
+    """Puts an error or a message on one line; an error without a message gives its class name."""
     if isinstance(said, OSError) and said.strerror:
         return said.strerror if said.filename is None else f"{said.filename}: {said.strerror}"
     text = " ".join(str(said).split())
@@ -78,7 +78,7 @@ def one_line(said: object) -> str:
 
 
 def shortened(text: str) -> str:
-    """Its first sentences, where a library writes a page."""
+    """Returns the first sentences of a long message."""
     if len(text) <= _LONGEST:
         return text
     end = max(text.rfind(". ", 0, _LONGEST), text.rfind("; ", 0, _LONGEST))

@@ -1,4 +1,4 @@
-"""Whether a device is faster in bf16 or in fp32: what a run takes that leaves its type open."""
+"""Picks bf16 or fp32, whichever a device computes faster, for runs that leave the type open."""
 
 import os
 from collections.abc import Collection
@@ -14,21 +14,21 @@ from infini_ds.system.console import Console
 _BEFORE_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core"}
 _BEFORE_BF16 |= {"avx512_core_vnni"}
 _BEFORE_AMX = {"avx512_core_bf16", "avx512_core_fp16", "avx10_1_512", "avx10_2_512"}
-"""What oneDNN may be held to by ONEDNN_MAX_CPU_ISA."""
+"""Values of ONEDNN_MAX_CPU_ISA that forbid AMX; those of _BEFORE_BF16 forbid all bf16."""
 _CPUINFO = Path("/proc/cpuinfo")
 _NAMES = ("flags", "Features")
-"""Of the line with them, on x86 and on Arm."""
+"""Name of the line that lists the instruction sets, on x86 and on Arm."""
 
 
 class ComputeType(NamedTuple):
-    """A type, and why it is the faster one."""
+    """A type, and the reason why it is the faster one."""
 
     dtype: Literal["bf16", "fp32"]
     why: str
 
 
 def fastest_type(device: torch.device) -> ComputeType:
-    """The type in which a device of this machine multiplies matrices fastest."""
+    """Returns the type in which a device of this machine multiplies matrices fastest."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return ComputeType("bf16", "the GPU has instructions for it")
@@ -39,17 +39,18 @@ def fastest_type(device: torch.device) -> ComputeType:
 
 
 def of_processor(flags: Collection[str], onednn: bool, limit: str = "") -> ComputeType:
-    """The type in which a processor multiplies matrices fastest.
+    """Returns the type in which a processor multiplies matrices fastest.
 
-    With AVX-512 alone oneDNN computes bf16 as well, but by converting: several times slower than
-    fp32. Xeons with AMX are slower in their other bf16 instructions than in fp32, which counts
-    where a virtual machine hides AMX or it is forbidden; avx512_fp16 tells them from Cooper Lake
-    and from AMD's processors, whose avx512_bf16 is twice as fast as fp32.
+    With AVX-512 alone, oneDNN also computes bf16, but by conversion, which is several times slower
+    than fp32. Xeons with AMX are slower in their other bf16 instructions than in fp32, which
+    matters when a virtual machine hides AMX or a setting forbids it. The flag avx512_fp16
+    distinguishes them from Cooper Lake and from AMD's processors, whose avx512_bf16 is twice as
+    fast as fp32.
 
     Args:
         flags: instruction sets by their names in Linux's /proc/cpuinfo.
-        onednn: whether PyTorch has oneDNN, and it takes bf16; without (macOS), fp32 is the fastest.
-        limit: ONEDNN_MAX_CPU_ISA, the newest instructions that oneDNN may use; empty: all.
+        onednn: whether PyTorch has a oneDNN that takes bf16; without it (macOS), fp32 is faster.
+        limit: ONEDNN_MAX_CPU_ISA, the newest instructions that oneDNN may use; if empty, all.
     """
     forbidden = set()
     if limit.lower() in _BEFORE_BF16 | _BEFORE_AMX:
@@ -70,14 +71,14 @@ def of_processor(flags: Collection[str], onednn: bool, limit: str = "") -> Compu
 
 
 def device_at_hand() -> torch.device:
-    """The GPU, if there is one."""
+    """Returns the GPU if there is one, and otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def place(model: nn.Module, console: Console) -> torch.device:
-    """Moves a model that is only read to the GPU, if there is one; says so if its type changes.
+    """Moves a model that is only read to the GPU, if there is one; reports a change of its type.
 
-    Weights in bf16 become fp32, which holds them exactly, where that is faster and fits.
+    On the CPU, bf16 weights become fp32, which holds them exactly, if that is faster and fits.
     """
     device = device_at_hand()
     weight = next(model.parameters())
@@ -92,7 +93,7 @@ def place(model: nn.Module, console: Console) -> torch.device:
 
 
 def _flags() -> set[str]:
-    """Of this machine's processor; none where the system does not tell in Linux's way."""
+    """Lists the processor's instruction sets; empty if the system has no /proc/cpuinfo."""
     try:
         lines = _CPUINFO.read_text().splitlines()
     except OSError:

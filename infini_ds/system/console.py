@@ -1,4 +1,4 @@
-"""What commands print on."""
+"""The console that commands print on."""
 
 import os
 import sys
@@ -15,15 +15,15 @@ _WIDEST = 10_000
 
 
 class Console(rich.console.Console):
-    """Prints text as it is: what a path or a field looks like means nothing.
+    """Prints text as it is, without taking any of it for markup, paths or field names.
 
-    Results may have cost hours. Where nobody reads them any more (`| head`), the rest is printed
-    nowhere and the work goes on.
+    Results may have cost hours. If the reader of the output is gone (`| head`), the rest is dropped
+    and the work continues.
 
     Args:
-        stderr: prints on standard error, not on standard output.
-        must_be_read: the work is of no use to anybody who does not read it, so it ends there, with
-            the exit code that `exit_code` has for that.
+        stderr: print on standard error instead of standard output.
+        must_be_read: the work is useless without a reader, so the program ends when the reader is
+            gone, with the exit code that `exit_code` has for that.
     """
 
     def __init__(self, stderr: bool = False, must_be_read: bool = False):
@@ -33,10 +33,10 @@ class Console(rich.console.Console):
         self._must_be_read = must_be_read
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints as rich does, tables at least as wide as their figures.
+        """Prints as rich does, with tables at least as wide as their figures.
 
         Raises:
-            RunError: it cannot be printed.
+            RunError: the output cannot be written.
         """
         for table in objects:
             if isinstance(table, Table) and not any(c.overflow == "fold" for c in table.columns):
@@ -48,7 +48,7 @@ class Console(rich.console.Console):
             raise RunError(f"{stream}: cannot be written ({error.strerror})") from None
 
     def on_broken_pipe(self) -> None:
-        """See the class."""
+        """Handles a reader that is gone, see the class."""
         if self._must_be_read:
             super().on_broken_pipe()  # ends the program
         self.quiet = True
@@ -58,7 +58,7 @@ class Console(rich.console.Console):
 
 
 def leave_to_the_caller() -> None:
-    """Prints no traceback of what TensorBoard's thread cannot write: its caller is told as well."""
+    """Silences write errors of TensorBoard's thread, because its caller gets them as well."""
 
     def failed(failure: threading.ExceptHookArgs) -> None:
         if not issubclass(failure.exc_type, OSError):
@@ -68,7 +68,7 @@ def leave_to_the_caller() -> None:
 
 
 def _widen(table: Table, console: Console) -> None:
-    """Lets a table overflow a terminal that would show dots in place of its figures."""
+    """Lets a table overflow a terminal that would abbreviate its figures."""
     options = console.options.update(max_width=_WIDEST)
     needed = Measurement.get(console, options, table).maximum
     if needed > console.width:

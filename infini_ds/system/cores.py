@@ -1,10 +1,10 @@
-"""How many cores this process may use."""
+"""Counts the cores that this process may use."""
 
 import os
 
 
 def cores_at_hand() -> int:
-    """Those that it may run on, where the system tells; otherwise all."""
+    """Returns the number of cores this process may run on, or all if the system does not tell."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

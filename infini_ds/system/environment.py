@@ -1,4 +1,4 @@
-"""What others have set before this process began: streams, encodings, limits, variables."""
+"""Handles the environment a process starts in: streams, encodings, limits, variables."""
 
 import codecs
 import contextlib
@@ -17,34 +17,35 @@ _OPEN_FILES = 65536
 _STARTERS = {
     "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec",
 }  # fmt: skip
-"""How many processes something has started that does not tell PyTorch of it."""
+"""Variables in which starters that do not inform PyTorch keep their number of processes."""
 _REMEDY = "whatever starts several processes sets it for each; unset it for a single process"
 
 
 def use_utf8() -> None:
-    """Starts this program again in Python's UTF-8 mode, if it reads and writes anything else.
+    """Restarts this program in Python's UTF-8 mode if any of its encodings differs from UTF-8.
 
-    Files, their names and arguments are UTF-8 here, as in that mode, which Python itself has by
-    default from 3.15 on, and before that wherever the locale is C or POSIX.
+    Files, their names and arguments are then UTF-8. Python itself uses that mode by default from
+    3.15 on, and before that if the locale is C or POSIX.
     """
     encodings = (sys.getfilesystemencoding(), locale.getpreferredencoding(False))
     if sys.flags.utf8_mode or all(codecs.lookup(name).name == "utf-8" for name in encodings):
         return
-    os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
+    os.environ["PYTHONUTF8"] = "1"  # for child processes
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def open_streams() -> None:
     """Opens standard streams that are closed, and lets the others write every character.
 
-    The next file would take the place of a closed one, and have in it what a library prints. What
-    an output's encoding lacks (PYTHONIOENCODING=ascii) is written as `\\xe9`.
+    The next opened file would otherwise take the place of a closed stream and receive what
+    libraries print. Characters that an output's encoding lacks (PYTHONIOENCODING=ascii) are
+    written as `\\xe9`.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
             if nowhere != number:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
@@ -56,25 +57,25 @@ def open_streams() -> None:
 
 
 def raise_file_limit() -> None:
-    """Lets this process open as many files as it may: each store and socket is one."""
+    """Raises the limit on open files to its maximum, because every store and socket counts."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
     if now != resource.RLIM_INFINITY and now < wanted:
-        with contextlib.suppress(ValueError, OSError):  # macOS has a limit below the one it tells
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit than it reports
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def forget_launcher() -> None:
-    """For what is always a single process, whatever it was typed in: no rank of anything."""
+    """Removes a launcher's variables, for commands that are always a single process."""
     for name in _OF_A_RANK:
         os.environ.pop(name, None)
 
 
 def check_accelerator() -> None:
-    """Whether DeepSpeed can use what DS_ACCELERATOR names.
+    """Checks that DeepSpeed and this program support the device that DS_ACCELERATOR names.
 
     Raises:
-        UserError: it is no kind that there is a path for here.
+        UserError: the device is neither cpu nor cuda.
     """
     name = os.environ.get("DS_ACCELERATOR")
     if name not in (None, "cpu", "cuda"):
@@ -85,10 +86,10 @@ def check_accelerator() -> None:
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started.
+    """Returns the number of processes that the launcher started.
 
     Raises:
-        UserError: what it says of this process is missing, no number, or contradicts itself.
+        UserError: the launcher's variables are missing, no numbers, or contradict one another.
     """
     for name in _NUMBERS:
         value = os.environ.get(name, "0")
@@ -119,10 +120,10 @@ def world_size() -> int:
 
 
 def check_started_once() -> None:
-    """Whether something has started this program several times over, and told none which it is.
+    """Checks that several copies of this program, if any, have been told their ranks.
 
     Raises:
-        UserError: it has; each would train alone, and all write to the same place.
+        UserError: they have not; each would train alone, and all write to the same place.
     """
     for name, starter in _STARTERS.items():
         count = os.environ.get(name, "1")

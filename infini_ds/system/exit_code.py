@@ -1,4 +1,4 @@
-"""How a program of ours ends: one line of what went wrong, and a code that says whose it is."""
+"""Ends our programs: one line says what went wrong, and the exit code whose fault it is."""
 
 import contextlib
 import os
@@ -14,25 +14,25 @@ from infini_ds.system.causes import cause, variable
 _HEAD_START_SECONDS = 5.0
 """Other ranks wait this long before they print, so that rank 0's message comes first."""
 _UNREAD = 128 + 13
-"""Exit code of a program that SIGPIPE has ended."""
+"""Exit code of a program that was ended by SIGPIPE."""
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs something and turns its errors into one line and a code.
+    """Runs a command and turns its errors into one line and an exit code.
 
-    Errors of the system, such as a full disk, are told with what helps, see `cause`. The code is 0,
-    1 if a run could not go on, 2 for the user's mistakes, 130 after Ctrl-C, and 141, as of a
-    program that SIGPIPE has ended, without a line, when nobody reads the output any more.
+    Errors of the system, such as a full disk, come with a remedy, see `cause`. The code is 0 on
+    success, 1 if a run could not go on, 2 for the user's mistakes and 130 after Ctrl-C. If nobody
+    reads the output any more it is 141, as after SIGPIPE, without a line.
     """
     environment.open_streams()
     try:
         try:
             command()
         finally:
-            print(end="", flush=True)  # here, and not after the last line that could tell
+            print(end="", flush=True)  # flush while errors can still be reported
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            # Rank 0 most often says the same, and when it leaves, the launcher ends the others.
+            # Rank 0 usually says the same, and when it exits, the launcher ends the others.
             time.sleep(_HEAD_START_SECONDS)
         return fail(error, 2)
     except RunError as error:
@@ -42,14 +42,14 @@ def exit_code(command: Callable[[], None]) -> int:
     except SystemExit as ended:
         if not isinstance(ended.__context__, BrokenPipeError):
             raise
-        return _UNREAD  # rich ends the program itself
+        return _UNREAD  # rich has ended the program itself
     except OSError as error:
         unread = isinstance(error, BrokenPipeError) and _output_is_unread()
         told = cause(error)
         if not told and not unread:
             raise
-        if error.errno and error.filename is None:  # of a write, most often to standard output
-            # What was not written would be tried again, and fail with a traceback, at the very end.
+        if error.errno and error.filename is None:  # a failed write, usually to standard output
+            # Python would retry the unwritten rest at its exit, and fail with a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             told = f"cannot write ({error.strerror})"
         return _UNREAD if unread else fail(told, 1)
@@ -63,16 +63,16 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def _output_is_unread() -> bool:
-    """The pipe that standard output goes into has no other end; there are more pipes than that."""
+    """Tells whether it was standard output's pipe that nobody reads; other pipes break too."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))
 
 
 def fail(error: UserError | RunError | str, code: int) -> int:
-    """Says in one line on standard error what went wrong, and on which rank; the code."""
+    """Prints on standard error in one line what failed, and on which rank; returns the code."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     where = f" rank {rank}" if rank != "0" or (code == 1 and world != "1") else ""
-    with contextlib.suppress(OSError):  # as where the terminal has been closed
+    with contextlib.suppress(OSError):  # the terminal may have been closed
         print(f"infini-ds{where}: {error}", file=sys.stderr, flush=True)
     return code

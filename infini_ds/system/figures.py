@@ -1,4 +1,4 @@
-"""Figures for programs: what `--json FILE` writes."""
+"""Writes figures for programs: the file of `--json FILE`."""
 
 import json
 import math
@@ -9,10 +9,10 @@ from infini_ds.system.whole_file import whole_file
 
 
 def write_figures(path: str | Path | None, figures: Any) -> None:
-    """Writes figures as JSON, if a path is given. What is no number is null, as JSON has no nan.
+    """Writes figures as JSON if a path is given. NaN and infinities, unknown to JSON, become null.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the file cannot be written.
     """
     if path is None:
         return

@@ -1,4 +1,4 @@
-"""One run at a time in an output directory."""
+"""Locks an output directory, so that only one run writes to it."""
 
 import fcntl
 import time
@@ -11,20 +11,20 @@ from infini_ds.system.whole_file import check_writable
 
 NAME = ".lock"
 _LONGEST_WAIT = 100.0
-"""Seconds in which a file system forgets a lock of a host that is gone."""
+"""Seconds after which a file system drops the lock of a host that is gone."""
 
 
 def lock(output_dir: Path, limit: float) -> IO | None:
     """Keeps other runs out of a directory until the file is closed or this process ends.
 
     Args:
-        limit: seconds to wait for another run, at most; it may be about to end.
+        limit: longest wait in seconds for another run, which may be about to end.
 
     Returns:
         The file to keep open; None on a file system without locks.
 
     Raises:
-        UserError: another run writes there, or the directory may not be written.
+        UserError: another run writes there, or the directory is not writable.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def lock(output_dir: Path, limit: float) -> IO | None:
         raise UserError(
             f"output_dir {output_dir}: cannot be written ({error.strerror}){helps}"
         ) from None
-    check_writable(output_dir / NAME, "output_dir")  # a full disk has room for names
+    check_writable(output_dir / NAME, "output_dir")  # even a full disk has room for an empty file
     deadline = time.monotonic() + min(limit, _LONGEST_WAIT)
     while True:
         try:

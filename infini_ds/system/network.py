@@ -1,4 +1,4 @@
-"""By which addresses and interface a host meets the first one."""
+"""Finds the addresses and the interface by which a host reaches the first one."""
 
 import contextlib
 import ipaddress
@@ -13,7 +13,7 @@ from infini_ds.errors import UserError
 
 
 class Route(NamedTuple):
-    """The interface on the way to an address, this host's address there, and the other one."""
+    """The interface to an address, this host's own address on it, and that address."""
 
     interface: str
     own: str
@@ -21,10 +21,10 @@ class Route(NamedTuple):
 
 
 def meeting_address() -> str:
-    """Of the first host: as DeepSpeed finds it there, where it is not told one.
+    """Returns the first host's address as DeepSpeed finds it when no address is given.
 
     Raises:
-        OSError: this host has none.
+        OSError: this host has no address.
     """
     done = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False)
     addresses = done.stdout.split()
@@ -34,7 +34,7 @@ def meeting_address() -> str:
 
 
 def route_to(address: str) -> Route:
-    """The route to an address, or the host's interface that has it; sends nothing.
+    """Finds the route to an address, or the interface of this host that has it; sends nothing.
 
     Raises:
         OSError: there is no route.
@@ -50,10 +50,10 @@ def route_to(address: str) -> Route:
 
 
 def route_to_first(address: str) -> Route:
-    """The route to the address at which the ranks meet, which may be a name.
+    """Finds the route to the address at which the ranks meet, which may be a name.
 
-    On Debian a host's own name stands for 127.0.1.1. There the route is that to the address which
-    the others know this host by.
+    On Debian a host's own name resolves to 127.0.1.1. There the route leads to the address by which
+    the other hosts know this one.
 
     Raises:
         OSError: there is no route.
@@ -65,49 +65,49 @@ def route_to_first(address: str) -> Route:
 
 
 def name_interface() -> None:
-    """Has gloo and NCCL use the interface towards MASTER_ADDR, in a rank of a run on several hosts.
+    """Makes gloo and NCCL use the interface towards MASTER_ADDR, on each rank of several hosts.
 
-    Gloo would take the one of this host's own name, and NCCL any one. What the user has set of
-    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME stays.
+    Otherwise gloo would take the interface of the host's own name, and NCCL any. Values of
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that the user has set stay.
     """
     address = os.environ.get("MASTER_ADDR", "localhost")
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     if local == os.environ.get("WORLD_SIZE") or _is_loopback(address):
         return
-    with contextlib.suppress(OSError):  # without a route the ranks say that they do not meet
+    with contextlib.suppress(OSError):  # without a route, joining the ranks reports the error
         interface = route_to_first(address).interface
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = : not as a prefix
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = : an exact name
 
 
 def check_address() -> None:
-    """Whether MASTER_ADDR leads anywhere: PyTorch would try until its limit.
+    """Checks that MASTER_ADDR can be resolved, since PyTorch would retry until its time limit.
 
     Raises:
-        UserError: no such name is known here.
+        UserError: the name is not known here.
     """
     address = os.environ.get("MASTER_ADDR", "localhost")
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
         if error.errno == socket.EAI_AGAIN:
-            return  # the server of names may answer the next time
+            return  # the name server may answer next time
         raise UserError(
-            f"environment variable MASTER_ADDR={address!r}: is no address and no name that "
+            f"environment variable MASTER_ADDR={address!r}: is neither an address nor a name that "
             f"{socket.gethostname()} knows ({error.strerror}); give all hosts an address of the "
             "first one (deepspeed --master_addr)"
         ) from None
 
 
 def check_interfaces(backend: str) -> None:
-    """Whether the interfaces that gloo or nccl is to use are there.
+    """Checks that the interfaces named for gloo or nccl exist.
 
     Raises:
-        UserError: one is not.
+        UserError: an interface does not exist.
     """
     name = f"{backend.upper()}_SOCKET_IFNAME"
     value = os.environ.get(name, "")
-    # NCCL's are prefixes, but after `=`, may name a port, and after `^` are those not to be used.
+    # NCCL's names are prefixes unless `=` precedes, may name a port, and are exclusions after `^`.
     prefixes = backend == "nccl" and not value.startswith("=")
     wanted = [] if backend == "nccl" and value.startswith("^") else value.split(",")
     there = psutil.net_if_addrs()
@@ -121,7 +121,7 @@ def check_interfaces(backend: str) -> None:
 
 
 def _is_loopback(address: str) -> bool:
-    """Whether it is one by itself; a name, other than localhost, is none."""
+    """Tells whether an address is a loopback one; of names, only localhost counts."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

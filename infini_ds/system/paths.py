@@ -1,4 +1,4 @@
-"""How a path is meant that somebody has typed, in a setting or as an argument of a command."""
+"""Interprets paths that the user has typed, in a setting or as an argument of a command."""
 
 import os
 import re
@@ -7,16 +7,16 @@ from infini_ds.errors import UserError
 
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{.*?(\}|$)|\(.*?(\)|$))")
 _LONGEST = 4095
-"""Bytes of a path, on Linux; of a name in it 255."""
+"""Longest path in bytes, on Linux; a name in it may have 255."""
 _NO_NAME = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 
 
 def as_path(text: str) -> str:
-    """A path as it is typed, but for `~` and `~user` at its beginning: the home directory.
+    """Returns a typed path, with `~` or `~user` at its beginning replaced by the home directory.
 
     Raises:
-        ValueError: it has what no name should have, names no home directory, or has what looks
-            like a variable and is not there under just this name.
+        ValueError: it has a character that no name should have, names no home directory, or
+            contains what looks like a variable while no file has exactly that name.
     """
     check_name(text)
     path = os.path.expanduser(text)
@@ -33,10 +33,10 @@ def as_path(text: str) -> str:
 
 
 def check_name(text: str) -> None:
-    """Whether a path can be told in one line, and handed to every program.
+    """Checks that a path fits in one line of a message and can be handed to every program.
 
     Raises:
-        ValueError: it has a control character, such as a line break, is not UTF-8, or too long.
+        ValueError: it is too long, not UTF-8, or has a control character such as a line break.
     """
     if _NO_NAME.search(text):
         raise ValueError(f"{text!r} has a line break or another control character, or is not UTF-8")
@@ -45,10 +45,10 @@ def check_name(text: str) -> None:
 
 
 def argument(name: str, text: str) -> str:
-    """`as_path` of a command's argument.
+    """Applies `as_path` to a command's argument.
 
     Raises:
-        UserError: it is empty, or no path; in one line with its name.
+        UserError: it is empty or no valid path; the message names the argument.
     """
     try:
         if not text:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
 import time
@@ -19,17 +19,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def time_left() -> list[ProgressColumn]:
-    """Columns of a bar that tell the time left."""
+    """Returns the columns of a bar that show the time left."""
     return [TextColumn("left"), TimeRemainingColumn()]
 
 
 class ProgressLine:
-    """One line that tells how far some work is. A context manager.
+    """One line that tells how far some work has come. A context manager.
 
     Args:
-        title: what a bar says before the first line.
-        total: what `done` reaches at the end; 0 where it is not known.
-        columns: of a bar, after the line and the bar itself.
+        title: text of the bar before the first line.
+        total: the value of `done` at the end; 0 if it is not known.
+        columns: columns after the line and the bar itself.
     """
 
     def __init__(self, console: Console, title: str, total: float, *columns: ProgressColumn):
@@ -55,30 +55,30 @@ class ProgressLine:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning, above 0."""
+        """Seconds since the beginning, always above 0."""
         return max(time.monotonic() - self._began, 1e-9)
 
     def show(self, done: float, line: str, left: float | None = None) -> None:
-        """Says where the work is: on a bar, or else in a line with the seconds left, if known."""
+        """Shows the position on a bar, or else in a line with the seconds left, if known."""
         now = time.monotonic()
         if self._bar:
-            self._bar.start()  # where work that is done at once shows nothing
+            self._bar.start()  # started here, so that instant work shows no bar
             self._bar.update(self._task, completed=done, description=line)
         elif now >= self._next_line:
             if left is not None:
                 line += f", {left:,.0f} s left"
-            with contextlib.suppress(RunError):  # no work ends because it cannot tell of itself
+            with contextlib.suppress(RunError):  # failing to report must not end the work
                 self._console.print(line)
             self._next_line = now + _SECONDS_BETWEEN_LINES
 
 
 class ReadingProgress(ProgressLine):
-    """How much is read, tokens a second and the time left.
+    """Shows how much has been read, tokens per second and the time left.
 
     Args:
-        title: what is being done.
-        total: what `done` reaches at the end; 0 where it is not known, then no end is predicted.
-        unit: of both.
+        title: description of the work.
+        total: the value of `done` at the end; if it is 0, for unknown, no end is predicted.
+        unit: unit of `done` and `total`.
     """
 
     def __init__(self, console: Console, title: str, total: int, unit: str):
@@ -87,15 +87,15 @@ class ReadingProgress(ProgressLine):
         self._tokens = 0
 
     def __enter__(self) -> "ReadingProgress":
-        return self  # the bar begins with the first update
+        return self  # the bar starts with the first update
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read since the beginning over the time that has passed."""
+        """Tokens read since the beginning, divided by the elapsed seconds."""
         return self._tokens / self.seconds
 
     def update(self, done: int, tokens: int) -> None:
-        """`done` of the total are read by now; `tokens` more since the last call."""
+        """Reports that `done` of the total is read, and `tokens` more since the last call."""
         self._tokens += tokens
         of_total = f" of {self._total:,}" if self._total else ""
         line = (
@@ -107,10 +107,10 @@ class ReadingProgress(ProgressLine):
 
 
 class BytesBar:
-    """A bar of bytes written, shown on a terminal alone. A context manager.
+    """A bar of bytes written, shown only on a terminal. A context manager.
 
     Args:
-        total: bytes in all.
+        total: number of bytes to write.
     """
 
     def __init__(self, console: Console, total: int):
@@ -128,5 +128,5 @@ class BytesBar:
         self._bar.stop()
 
     def done(self, written: int) -> None:
-        """So many bytes more are written."""
+        """Reports that `written` more bytes are written."""
         self._bar.advance(self._task, written)

@@ -1,8 +1,8 @@
-"""The ranges of number types: in which weights are computed, casts, and results beyond them.
+"""Guards the ranges of number types: the type for computing, casts, and results beyond the range.
 
-fp16 ends at 65,504, below what sums over many segments reach. So what is stored in it is computed
-in fp32; the memory and its sums are fp32 always. No cast to a narrower type makes a number infinite
-in silence, and no result that is not finite is shown as one.
+fp16 ends at 65,504, which sums over many segments exceed. Weights stored in it are therefore
+computed in fp32; the memory and its sums are always fp32. No cast to a narrower type silently makes
+a number infinite, and no result that is not finite is shown as if it were.
 """
 
 from collections.abc import Iterator
@@ -15,33 +15,33 @@ from infini_ds.errors import RunError, UserError
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
-    """The type in which numbers of a type are computed: all in their own, but fp16 in fp32."""
+    """Returns the type to compute in: fp32 for fp16, and every other type itself."""
     return torch.float32 if stored == torch.float16 else stored
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As it is written in messages and in a config.json, such as float16."""
+    """Returns the type's name in messages and in a config.json, such as float16."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Whether all numbers of a tensor are finite.
+    """Checks that all numbers of a tensor are finite.
 
     Args:
-        what: it is, for the message.
+        what: name of the tensor, for the message.
 
     Raises:
-        UserError: one is not.
+        UserError: a number is not finite.
     """
     if (bad := _not_finite(tensor)) is not None:
         raise UserError(f"{what} holds {bad}; all its numbers must be finite")
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """A tensor of finite numbers in another type.
+    """Converts a tensor of finite numbers to another type.
 
     Args:
-        what: it is, for the message.
+        what: name of the tensor, for the message.
 
     Raises:
         UserError: a number is not finite, or is beyond the range of that type.
@@ -56,7 +56,7 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 class Weighted(Protocol):
-    """A module, or what stands in for one, as far as its weights go."""
+    """A module, or anything else that has its weights."""
 
     def parameters(self) -> Iterator[Tensor]: ...
 
@@ -65,13 +65,13 @@ class Weighted(Protocol):
 
 @torch.no_grad()
 def require_finite(result: Tensor, model: Weighted, what: str) -> None:
-    """Whether what a model computed is finite.
+    """Checks that a model's result is finite.
 
     Args:
-        what: it is, for the message, with its verb.
+        what: name of the result with its verb, for the message.
 
     Raises:
-        RunError: it is not; names the weight that is to blame, where one is.
+        RunError: it is not; names the weight that is to blame, if there is one.
     """
     if result.isfinite().all():
         return
@@ -83,7 +83,7 @@ def require_finite(result: Tensor, model: Weighted, what: str) -> None:
 
 
 def _not_finite(tensor: Tensor) -> float | None:
-    """A number of the tensor that is not finite, if it has one; makes no copy of a large one."""
+    """Returns a number of the tensor that is not finite, if any; does not copy a large tensor."""
     if tensor.is_meta or not tensor.numel():
         return None
     ends = (end.item() for end in tensor.detach().aminmax())

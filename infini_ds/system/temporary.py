@@ -1,4 +1,4 @@
-"""Directories for what is not finished yet, beside where it will be, and locks on directories."""
+"""Makes directories for unfinished output beside its final place, and locks directories."""
 
 import contextlib
 import errno
@@ -18,38 +18,38 @@ _SECONDS, _PAUSE = 60.0, 0.05
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A directory beside `path`, removed at the end; those of dead processes are removed first.
+    """Makes a directory beside `path` that is removed at the end.
 
-    A living process holds a lock on its own.
+    Directories left by dead processes are removed first. A living process holds a lock on its own.
     """
-    with only_one_in(path.parent):  # what another one is just replacing is no leftover
+    with only_one_in(path.parent):  # another process may be replacing its own just now
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 _lock(leftover, stack)
                 shutil.rmtree(leftover)
     with contextlib.ExitStack() as stack:
         unfinished = _make(path, stack)
-        unfinished.chmod(0o777 & ~umask())  # mkdtemp's is for its owner only
+        unfinished.chmod(0o777 & ~umask())  # mkdtemp gives rights only to the owner
         yield unfinished
 
 
 def _make(path: Path, stack: contextlib.ExitStack) -> Path:
-    """A new directory, locked until the stack ends, when it is removed."""
+    """Makes a new directory that is locked, and removed when the stack ends."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         stack.callback(shutil.rmtree, made, ignore_errors=True)
         try:
             _lock(made, stack)
         except BlockingIOError:
-            continue  # another that begins takes it for a dead one's
+            continue  # a process that starts took it for a leftover
         except OSError:
-            pass  # some cluster file systems have no locks; then leftovers stay, and that is all
+            pass  # some cluster file systems have no locks; there, leftovers merely stay
         if made.exists():
             return made
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Until the stack ends; OSError if another process has it."""
+    """Locks a folder until the stack ends; raises OSError if another process holds the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,10 +61,10 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def only_one_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is here, where the file system has locks.
+    """Waits until no other process is in here, if the file system has locks.
 
     Raises:
-        OSError: another one stays for longer than anything takes that is done here.
+        OSError: another process stays longer than any work done here takes.
     """
     with contextlib.ExitStack() as stack:
         for _ in range(int(_SECONDS / _PAUSE)):
@@ -74,7 +74,7 @@ def only_one_in(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(_PAUSE)
             except OSError:
-                break  # no locks
+                break  # the file system has no locks
         else:
             raise TimeoutError(errno.ETIMEDOUT, f"another process keeps {folder} locked")
         yield

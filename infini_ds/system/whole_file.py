@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear whole or not at all."""
 
 import contextlib
 import hashlib
@@ -15,46 +15,46 @@ _BLOCK = bytes(4096)
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, name: str, kind: type[Exception] = UserError) -> Iterator[Path]:
-    """A new file beside `path` that takes its place if nothing goes wrong.
+    """Yields a new file beside `path` that takes its place if nothing goes wrong.
 
-    What is there and is no file, such as /dev/stdout, is written itself.
+    If `path` exists and is not a regular file, such as /dev/stdout, it is written directly.
 
     Args:
-        name: what the user calls it, for the message.
-        kind: of the error.
+        name: the user's name for it, for the message.
+        kind: class of the error.
 
     Raises:
-        kind: it cannot be written.
+        kind: the file cannot be written.
     """
     try:
         if _is_special(path):
             yield Path(path)
             return
-        place = Path(os.path.realpath(path))  # a link stays a link
+        place = Path(os.path.realpath(path))  # a symbolic link stays one
         descriptor, partial = tempfile.mkstemp(
             prefix=f".{place.name}.", suffix=".partial", dir=place.parent
         )
         os.close(descriptor)
         try:
             yield Path(partial)
-            os.chmod(partial, 0o666 & ~umask())  # mkstemp's is for its owner only
+            os.chmod(partial, 0o666 & ~umask())  # mkstemp gives rights only to the owner
             os.replace(partial, place)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
     except (UserError, RunError):
         raise
-    except Exception as error:  # libraries wrap the system's errors in theirs
+    except Exception as error:  # libraries wrap the system's errors in their own
         if not isinstance(error, OSError) and not remedy(error):
             raise
         raise kind(_unwritable(path, name, error)) from None
 
 
 def check_writable(path: str | Path, name: str) -> None:
-    """Whether a file can be written, known before the work that makes its content.
+    """Checks that a file can be written, before the work that makes its content.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written.
     """
     try:
         if not _is_special(path):
@@ -67,7 +67,7 @@ def check_writable(path: str | Path, name: str) -> None:
 
 
 def umask() -> int:
-    """Permissions that new files do not get."""
+    """Returns the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -84,7 +84,7 @@ def _unwritable(path: str | Path, name: str, error: Exception) -> str:
 
 
 def sha256_of(file: Path) -> str:
-    """Checksum of a file."""
+    """Computes the checksum of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while block := content.read(1 << 20):

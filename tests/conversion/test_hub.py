@@ -95,7 +95,7 @@ REFUSALS = {
     ),
     "gated": (
         answered(GatedRepoError, 403),
-        "is given on the Hugging Face hub to those alone who accept its terms; do so on its page "
+        "is given on the Hugging Face hub only to those who accept its terms; do so on its page "
         "there, and log in with `hf auth login`",
     ),
     "no_network": (

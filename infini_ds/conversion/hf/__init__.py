@@ -1,4 +1,4 @@
-"""What `infini-ds convert to-hf` puts beside the weights: code that needs transformers alone.
+"""Code that `infini-ds convert to-hf` puts beside the weights; it needs only transformers.
 
-Nothing here imports the rest of the package, and nothing of the package imports this.
+Nothing here imports the rest of the package, and the package imports nothing from here.
 """

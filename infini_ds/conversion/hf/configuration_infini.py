@@ -4,12 +4,12 @@ from transformers import PretrainedConfig
 
 
 class InfiniConfig(PretrainedConfig):
-    """What a checkpoint's config.json says; names are those of Llama where it has them.
+    """The settings in a checkpoint's config.json, with Llama's names where it has them.
 
-    Beyond Llama: `segment_length`, tokens that attend to each other; `memory_rule`, `linear` or
-    `delta`, how a segment is written into the memory; `write_gate`, whether each token decides how
-    much of it is written; `short_conv`, whether queries, keys and values see the tokens before;
-    `qk_norm`, whether each head's queries and keys are normalised.
+    Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
+    `memory_rule`, `linear` or `delta`, how a segment is written into the memory; `write_gate`,
+    whether each token decides how much of it is written; `short_conv`, whether queries, keys and
+    values see the preceding tokens; `qk_norm`, whether each head's queries and keys are normalised.
     """
 
     model_type = "infini_transformer"

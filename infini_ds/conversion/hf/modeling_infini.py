@@ -1,10 +1,10 @@
 """An Infini-Transformer (arXiv 2404.07143) for transformers, in one file.
 
-Each layer attends inside a segment and reads a compressive memory of all segments before it, so
-what is kept of a text does not grow with it. Shapes: b batch, t tokens, h heads, g key-value heads,
+Each layer attends inside a segment and reads a compressive memory of all earlier segments, so the
+state kept of a text does not grow with it. Shapes: b batch, t tokens, h heads, g key-value heads,
 d width of a head.
 
-    M, z        memory and its normaliser, [b, g, d, d] and [b, g, d], fp32, as are sums and reads
+    M, z        memory and its normaliser, [b, g, d, d] and [b, g, d]; sums and reads are fp32 too
     sigma(x)    elu(x) + 1
     read        sigma(q) M / (sigma(q) z), mixed with local attention by sigmoid(beta) of the head
     linear      M + sigma(k)^T v
@@ -27,19 +27,19 @@ from transformers.utils.generic import TransformersKwargs
 
 from .configuration_infini import InfiniConfig
 
-TAPS = 4  # tokens that a short convolution looks back
-EPSILON = 1e-10  # least denominator of a read
-# Of what `generate` was given, what it asks of the model: passed on, to be refused if not known.
+TAPS = 4  # number of tokens a short convolution looks back
+EPSILON = 1e-10  # smallest denominator of a read
+# Arguments of `generate` meant for the model; they are passed on, and refused there if unknown.
 _ASKED = ("use_cache", "logits_to_keep", "position_ids", *TransformersKwargs.__optional_keys__)
 
-# By this table of names the Trainer knows that labels are to be shifted where it smooths them, and
-# a pipeline that it can take the model.
+# This table of names tells the Trainer to shift labels when it smooths them, and pipelines that
+# they can take the model.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(InfiniConfig.model_type, "InfiniForCausalLM")
 
 
 @dataclass
 class LayerState:
-    """What one layer keeps, the memory and the segment that is not full yet: tensors or None."""
+    """The state of one layer, its memory and the unfinished segment: tensors or None."""
 
     kv: Any = None  # M
     norm: Any = None  # z
@@ -56,17 +56,17 @@ class LayerState:
 
 @dataclass
 class InfiniCache:
-    """What the model keeps of a text: of constant size, however long the text is.
+    """The state that the model keeps of a text; its size does not depend on the text's length.
 
-    Give it to another call of the model to go on with the text. For `generate` give all tokens of
-    the text: those that are in the cache are not read again. A call changes it; copy.deepcopy
-    keeps it as it is, to ask several questions about one text. Beams and several answers need a
-    row each: `batch_repeat_interleave` makes them of the rows that there are.
+    Pass it to another call of the model to continue the text. `generate` needs all tokens of the
+    text, but does not read those in the cache again. A call changes the cache; copy.deepcopy keeps
+    one as it is, for several questions about one text. Beams and several answers need a row each,
+    which `batch_repeat_interleave` makes from the existing rows.
     """
 
     layers: list[LayerState] = field(default_factory=list)
-    tokens: int = 0  # read so far
-    rows: int = 0  # texts of the batch
+    tokens: int = 0  # number read so far
+    rows: int = 0  # number of texts in the batch
     is_compileable = False
     is_croppable = False
 
@@ -109,7 +109,7 @@ class InfiniAttention(nn.Module):
             self.write_gate = nn.Linear(config.hidden_size, self.kv_heads)
 
     def forward(self, hidden: Tensor, state: LayerState, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Tokens [b, t, hidden_size] that go on with an open segment and do not exceed it."""
+        """Reads tokens [b, t, hidden_size] that continue an open segment without exceeding it."""
         batch, t = hidden.shape[:2]
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         if self.short_conv is not None:
@@ -148,7 +148,7 @@ class InfiniAttention(nn.Module):
     def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor) -> Tensor:
         grouped = q.unflatten(2, (self.kv_heads, -1))  # [b, t, g, queries of a group, d]
         sigma_q = F.elu(grouped.float()) + 1
-        with _in_fp32(q.device):  # fp16 ends below what the memory's sums reach
+        with _in_fp32(q.device):  # the memory's sums exceed the range of fp16
             denominator = torch.einsum("btgqd,bgd->btgq", sigma_q, norm).clamp(min=EPSILON)
             read = torch.einsum("btgqd,bgde->btgqe", sigma_q, kv)
         read = (read / denominator[..., None]).to(q.dtype).flatten(2, 3)
@@ -157,7 +157,7 @@ class InfiniAttention(nn.Module):
         return gate * read + (1 - gate) * local
 
     def _write(self, state: LayerState) -> None:
-        """Compresses the open segment, which is full."""
+        """Compresses the open segment, which is full, into the memory."""
         sigma_k = F.elu(state.keys.float()).transpose(1, 2) + 1  # [b, g, n, d]
         weighted_k = sigma_k * state.weights.transpose(1, 2)[..., None]
         values = state.values.float().transpose(1, 2)
@@ -175,11 +175,11 @@ class InfiniAttention(nn.Module):
 
 @torch.no_grad()
 def _damping(sigma_k, weighted_k, norm, added, denominator) -> Tensor:
-    """[b, g]: how much of what is read back may be subtracted, so that the memory does not grow.
+    """Returns [b, g]: the share of what is read back that may be subtracted without growth.
 
-    A segment multiplies M by I - c G, G = sum of w sigma(k)^T sigma(k) / (sigma(k) z), with no
-    negative entry: its largest eigenvalue is at most max(G x / x) of any positive x, and c brings
-    it down to 2 where it is larger, as after a short first segment.
+    A segment multiplies M by I - c G, where G, the sum of w sigma(k)^T sigma(k) / (sigma(k) z), has
+    no negative entry. Its largest eigenvalue is thus at most max(G x / x) for any positive x, and c
+    brings that bound down to 2 where it is larger, as after a short first segment.
     """
     x = added
     for _ in range(2):
@@ -190,7 +190,7 @@ def _damping(sigma_k, weighted_k, norm, added, denominator) -> Tensor:
 
 
 def _in_fp32(device: torch.device):
-    """Keeps autocast from the memory, which is fp32 whatever the rest is computed in."""
+    """Switches autocast off for the memory, which is fp32 whatever the rest is computed in."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -206,7 +206,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """x_t + sum over i of c_i x_(t - i), c_i of each channel; nothing before a segment."""
+    """Computes x_t + sum over i of c_i x_(t - i), with c_i per channel, within a segment."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -245,10 +245,10 @@ class InfiniBlock(GradientCheckpointingLayer):
         self.mlp = FeedForward(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, *before: Tensor | None) -> tuple:
-        """Hidden states and the fields of a LayerState, which goes in as it was and stays so.
+        """Returns hidden states and the fields of a new LayerState; the given one stays unchanged.
 
-        So it can be computed again in backward, and all tensors are arguments of their own, as
-        checkpoints that are re-entrant want them.
+        This way the block can be recomputed in the backward pass. All tensors are separate
+        arguments, as re-entrant checkpointing requires.
         """
         state = LayerState(*before)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), state, (cos, sin))
@@ -257,16 +257,16 @@ class InfiniBlock(GradientCheckpointingLayer):
 
 
 class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
-    """Its layers are the embedding, the blocks, the final norm, and the head if it has its own."""
+    """The model. Its layers are embedding, blocks, final norm, and a head unless it is tied."""
 
     config_class = InfiniConfig
     _no_split_modules = ["InfiniBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _is_stateful = True  # what was read cannot be taken back
+    _is_stateful = True  # tokens that were read cannot be taken back
     _supports_sdpa = True
-    _supports_context_parallel = False  # the memory would have to go from rank to rank
+    _supports_context_parallel = False  # the memory would have to be passed between ranks
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # the loss of a part of a batch is divided by num_items_in_batch
+    accepts_loss_kwargs = True  # a micro-batch's loss is divided by num_items_in_batch
 
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
@@ -301,7 +301,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # it makes an InfiniCache itself
+        return False  # the model makes an InfiniCache itself
 
     def forward(
         self,
@@ -319,28 +319,28 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **kwargs,
     ):
-        """Reads tokens [b, any length] after what is in the cache, a part of a segment at a time.
+        """Reads tokens [b, any length] after those in the cache, at most one segment at a time.
 
         Args:
-            attention_mask: all ones; rows of a batch have the same length.
-            past_key_values: what an earlier call returned.
+            attention_mask: all ones, because all rows of a batch have the same length.
+            past_key_values: the cache that an earlier call returned.
             inputs_embeds: [b, any length, hidden_size], in place of input_ids.
-            labels: as input_ids, -100 where there is no loss.
-            use_cache: whether to return the cache; by default it is, unless in training.
-            logits_to_keep: of so many last tokens, or of those at these indices; 0: of all.
-            output_hidden_states: whether to return what goes into each block, and the final norm's
-                result; of all tokens.
-            output_attentions: must be false, there is no matrix of them.
-            num_items_in_batch: what the sum of the tokens' losses is divided by; by default by the
-                number of labels here.
-            shift_labels: what each token's logits are to tell, in place of labels.
-            kwargs: position_ids or cache_position, if they say where the tokens stand.
+            labels: shaped like input_ids, with -100 where there is no loss.
+            use_cache: whether to return the cache; by default only outside of training.
+            logits_to_keep: number of last tokens, or indices of tokens, that get logits; 0: all.
+            output_hidden_states: whether to return the input of each block and the output of the
+                final norm, for all tokens.
+            output_attentions: must be false, since there is no matrix of attention weights.
+            num_items_in_batch: divisor of the sum of the tokens' losses; by default the number of
+                labels given.
+            shift_labels: what each token's logits should predict, in place of labels.
+            kwargs: position_ids or cache_position, if they match the tokens' places.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         config = self.config
         if config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions must be false: the memory is read without any")
+            raise ValueError("output_attentions must be false: reading the memory yields none")
         if output_hidden_states is None:
             output_hidden_states = bool(config.output_hidden_states)
         if output_hidden_states and inputs_embeds is None:
@@ -388,10 +388,10 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             name, given = "inputs_embeds", inputs_embeds
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if seen:
-            if kwargs.get("use_cache") is False:  # all tokens would come each time
+            if kwargs.get("use_cache") is False:  # each call would get all tokens
                 raise ValueError("use_cache must be true to go on with past_key_values")
-            # How many of the tokens are not read yet; None, all of them. Older releases of
-            # transformers 5 tell their places.
+            # Number of tokens not read yet; None means all. Older releases of transformers 5 pass
+            # their positions instead.
             new = kwargs.get("next_sequence_length")
             if "cache_position" in kwargs:
                 new = len(kwargs["cache_position"])
@@ -413,13 +413,13 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError("there is no continuous batching: it needs pages of a cache")
+        raise NotImplementedError("there is no continuous batching: it needs a paged cache")
 
     def _opened(self, cache: InfiniCache | None, given: Tensor) -> InfiniCache:
-        """The cache to go on with.
+        """Returns the cache to continue with, a new one if none is given.
 
         Raises:
-            ValueError: it is of another kind or model, or of other rows, or there is no token.
+            ValueError: the cache belongs to another class, model or batch, or there is no token.
         """
         if given.ndim < 2 or not given.shape[1]:
             raise ValueError(
@@ -449,11 +449,11 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
     def _read_all(
         self, given: Tensor, cache: InfiniCache, keep: int, inner: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Final hidden states, and what goes into each block and they, if these are wanted.
+        """Returns final hidden states and, if wanted, each block's input and the final output.
 
         Args:
             given: token ids [b, t], or embeddings [b, t, hidden_size].
-            keep: final hidden states of so many last tokens are returned; 0: of all.
+            keep: number of last tokens whose final hidden states are returned; 0 means all.
         """
         n, length = self.config.segment_length, given.shape[1]
         wanted_from = length - keep if keep else 0
@@ -475,9 +475,9 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         return final, (given, *between, last if keep else final)
 
     def _read(self, hidden: Tensor, cache: InfiniCache) -> list[Tensor]:
-        """What goes into each block, and the final norm's result, of a part of the open segment.
+        """Returns each block's input and the final norm's output for a part of the open segment.
 
-        The cache goes on only after all layers have.
+        The cache is updated only after all layers have run.
         """
         into, after = [], []
         cos, sin = self._rotary_table(hidden.device)
@@ -491,11 +491,11 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
     def _head(self, hidden: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
             weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
-            return F.linear(hidden.to(weight.device), weight)  # which may be on another device
+            return F.linear(hidden.to(weight.device), weight)  # it may be on another device
         return self.layers[-1](hidden)
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions in a segment, [n, d / 2]; they restart in each."""
+        """Returns cos and sin for the positions in a segment, [n, d / 2]; each segment restarts."""
         if self._rotary is None or self._rotary[0].device != device:
             config = self.config
             exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
@@ -504,7 +504,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
                 frequencies = _scaled(frequencies, config.rotary_scaling)
             positions = torch.arange(config.segment_length, dtype=torch.float64)
             angles = positions[:, None] * frequencies
-            with torch.inference_mode(False):  # training may use it later
+            with torch.inference_mode(False):  # training may use the table later
                 angles = angles.clone()
                 self._rotary = angles.cos().float().to(device), angles.sin().float().to(device)
         return self._rotary
@@ -526,14 +526,14 @@ def _check_positions(given: dict[str, Any], seen: int, length: int) -> None:
             expected = torch.arange(seen, seen + length, device=positions.device)
             if positions.shape[-1] != length or not bool((positions == expected).all()):
                 raise ValueError(
-                    f"{name} must go on from {seen} by one a token: a row is one text, whole"
+                    f"{name} must go on from {seen}, one per token: each row is one whole text"
                 )
 
 
 def _scaled(frequencies: Tensor, scaling: dict) -> Tensor:
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
-    # Llama 3.1: low frequencies are divided by the factor, high ones kept, a blend in between.
+    # Llama 3.1 divides low frequencies by the factor, keeps high ones, and blends between them.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)

@@ -1,8 +1,8 @@
 """The tokenizer of an Infini-Transformer, for transformers: plain bytes, or a sentencepiece model.
 
-Needs the package sentencepiece where there is a tokenizer.model. Text is taken as it is: what is
-written like BOS or EOS is text, tokens that were added are found, and BOS comes first, unless
-add_special_tokens is false.
+A tokenizer.model needs the package sentencepiece. Text is taken as it is: what is written like BOS
+or EOS is text, whereas added tokens are recognised. BOS comes first unless add_special_tokens is
+false.
 """
 
 import re
@@ -66,7 +66,7 @@ class InfiniTokenizer(PreTrainedTokenizer):
             return [self._tokens[byte] for byte in text.encode()]
         if not self._has_bytes:
             return self._pieces(text)
-        # The mark itself in a text would come back as a space, so it goes in as bytes.
+        # A mark in a text would come back as a space, so it is encoded as bytes.
         first, *rest = text.split(SPACE)
         pieces = self._pieces(first)
         for part in rest:
@@ -80,7 +80,7 @@ class InfiniTokenizer(PreTrainedTokenizer):
         return self._ids.get(token, self.unk_token_id)
 
     def _convert_id_to_token(self, index):
-        # A model may have more ids than its tokenizer.
+        # A model may have more ids than its tokenizer has tokens.
         return self._tokens[index] if index < len(self._tokens) else ""
 
     def convert_tokens_to_string(self, tokens):
@@ -98,7 +98,7 @@ class InfiniTokenizer(PreTrainedTokenizer):
         return [1] + [0] * (len(token_ids_0) + len(token_ids_1 or []))
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        # What a template writes as BOS or EOS is one.
+        # BOS and EOS that a template writes are meant as tokens.
         options = {"split_special_tokens": False, **(kwargs.pop("tokenizer_kwargs", None) or {})}
         return super().apply_chat_template(conversation, *args, tokenizer_kwargs=options, **kwargs)
 
@@ -113,7 +113,7 @@ class InfiniTokenizer(PreTrainedTokenizer):
 
 
 def _bytes_of(model, i):
-    """What a token stands for; a special one for itself."""
+    """Returns the bytes that a token stands for; a special token stands for its own name."""
     piece = model.IdToPiece(i)
     if model.IsControl(i) or model.IsUnknown(i):
         return piece.encode()
@@ -121,7 +121,7 @@ def _bytes_of(model, i):
 
 
 def _pattern(token):
-    """Of an added token in a text, with the spaces that it takes along."""
+    """Returns a pattern for an added token in a text, with the spaces that it absorbs."""
     content = re.escape(token.content)
     if token.single_word:
         content = rf"(?<!\w){content}(?!\w)"
