@@ -1,4 +1,4 @@
-"""`infini-ds bench`: measures one thing beside another."""
+"""`infini-ds bench`: measures alternatives side by side."""
 
 import argparse
 
@@ -19,7 +19,7 @@ _PLOT = "quality.png"
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = commands.add_parser("bench", help="measure something, side by side")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for add_name in (_add_peer, _add_transport, _add_kernels, _add_quality):

@@ -1,4 +1,4 @@
-"""`infini-ds config`: prints the settings of a run, or which settings there are."""
+"""`infini-ds config`: prints a run's settings, or lists all settings that exist."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from infini_ds.errors import UserError
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     about = "print all settings of a run, or without one what there are"
     parser = with_config(commands, "config", about, _run, required=False)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`infini-ds convert`: turns weights into other forms and a checkpoint into another layout."""
+"""`infini-ds convert`: converts weights to other formats, and a checkpoint to another layout."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _EXPORT = "directory of the export to make"
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = commands.add_parser("convert", help="weights to and from other forms")
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     for direction in _DIRECTIONS:
@@ -32,16 +32,16 @@ def add(commands: Commands) -> None:
 
 
 class _Direction(NamedTuple):
-    """A form that weights are turned into or come from."""
+    """A format that weights are converted to or from."""
 
     name: str
     source: str
     target: str
     about: str
     options: tuple[Callable[[argparse.ArgumentParser], None], ...]
-    """Each adds one that not all directions have."""
+    """Functions that each add an option that not all directions have."""
     run: Callable[[Any, Any, argparse.Namespace], None]
-    """Calls the module of conversions, given the task and the options."""
+    """Calls the conversion module with the task and the options."""
 
 
 def _add_direction(directions: Commands, direction: _Direction) -> None:

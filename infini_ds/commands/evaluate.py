@@ -8,7 +8,7 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     about = "loss of documents by position, with the memory and ablated"
     parser = with_model(commands, "evaluate", about, _run)
     parser.add_argument(

@@ -13,7 +13,7 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_model(commands, "generate", "continue a prompt with a model", _run)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="of any length")
@@ -64,7 +64,7 @@ def _where(is_good: Callable[[Any], bool]) -> Callable[[str, Any], Any]:
 
 
 def _file(name: str, text: str) -> str:
-    """A file whose size is known."""
+    """Accepts only a regular file, whose size is known."""
     path = argument(name, text)
     if not Path(path).is_file():
         problem = "must be a regular file" if Path(path).exists() else "no such file"

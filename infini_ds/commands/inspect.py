@@ -1,4 +1,4 @@
-"""`infini-ds inspect`: says what something is, and how it differs from another."""
+"""`infini-ds inspect`: describes a path, and how it differs from another one."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     about = "what a run, checkpoint, export, store or memory file is, and if it is whole"
     parser = command(commands, "inspect", about, _run)
     parser.add_argument(

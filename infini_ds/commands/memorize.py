@@ -1,4 +1,4 @@
-"""`infini-ds memorize`: reads a document and keeps the model's memory of it."""
+"""`infini-ds memorize`: reads a document and saves the model's memory of it."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     about = "read a document and keep the model's memory of it"
     parser = with_model(commands, "memorize", about, _run)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`infini-ds passkey`: asks a model for digits that it read long ago."""
+"""`infini-ds passkey`: tests whether a model finds digits that it read long ago."""
 
 import argparse
 import typing
@@ -11,7 +11,7 @@ _SEGMENTS = [16, 64, 256, 1024, 8192]
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_model(
         commands, "passkey", "can a model find digits that it read long ago", _run
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`infini-ds plan`: says what a run needs on devices that need not be there."""
+"""`infini-ds plan`: shows what a run needs, on devices that do not have to exist."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ _MOST_PROCESSES = 10**6
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     about = "what a run needs on so many devices, without having them"
     parser = with_config(commands, "plan", about, _run)
     parser.add_argument(

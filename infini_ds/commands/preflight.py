@@ -8,7 +8,7 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_config(commands, "preflight", "check that every host is ready for a run", _run)
     parser.add_argument(
         "--hostfile", action=Checked, check=argument, metavar="FILE",
