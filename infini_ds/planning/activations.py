@@ -61,7 +61,7 @@ def _bytes(
 
 
 def _block(model: ModelConfig, checkpointing: Checkpointing, dtype: torch.dtype) -> Block:
-    """Builds the block directly in its type: meta tensors cannot be converted in place."""
+    """Builds the block directly in its type: tensors without data cannot be converted."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
