@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bash launch/pretrain.sh", description="Starts a run, and again when it fails."
+        prog="bash launch/pretrain.sh", description="Starts a run, and restarts it when it fails."
     )
     parser.add_argument("script", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -62,15 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parser.add_argument(
         "--max-restarts", type=int, action=Checked, check=at_least(0), default=0, metavar="N",
-        help="after failures (%(default)s)",
+        help="number of restarts after failures (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--hostfile", action=Checked, check=argument, metavar="FILE",
-        help="DeepSpeed's: a line HOST slots=N each",
+        help="DeepSpeed's hostfile: one line HOST slots=N per host",
     )  # fmt: skip
     parser.add_argument(
         "--deepspeed", default="", metavar="OPTIONS",
-        help="further options of its launcher, such as '--num_accelerators 2'",
+        help="more options for DeepSpeed's launcher, such as '--num_accelerators 2'",
     )  # fmt: skip
     return parser
 

@@ -8,11 +8,9 @@ from infini_ds.errors import UserError
 
 def add(commands: Commands) -> None:
     """Adds this command to the parser."""
-    about = "print all settings of a run, or without one what there are"
+    about = "print all settings of a run, or without CONFIG all settings that exist"
     parser = with_config(commands, "config", about, _run, required=False)
-    parser.add_argument(
-        "--schema", action="store_true", help="what there are, as a JSON schema for editors"
-    )
+    parser.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
 
 
 def _run(options: argparse.Namespace) -> None:

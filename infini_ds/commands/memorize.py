@@ -11,7 +11,7 @@ from infini_ds.system.paths import argument
 
 def add(commands: Commands) -> None:
     """Adds this command to the parser."""
-    about = "read a document and keep the model's memory of it"
+    about = "read a document and save the model's memory of it"
     parser = with_model(commands, "memorize", about, _run)
     parser.add_argument(
         "document", action=Checked, check=argument, metavar="FILE",
@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", action=Checked, check=argument, metavar="FILE", required=True,
-        help="the memory, for generate --memory",
+        help="file to write the memory to, for generate --memory",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 

@@ -40,7 +40,7 @@ def with_config(
     )  # fmt: skip
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value",
-        help="settings that replace the file's",
+        help="settings that override the file's",
     )  # fmt: skip
     return parser
 
@@ -60,14 +60,16 @@ def with_model(commands: Commands, name: str, about: str, run: Run) -> argparse.
     """Adds a command that reads a model."""
     parser = command(commands, name, about, run)
     parser.add_argument("directory", action=Checked, check=argument, metavar="MODEL", help=MODEL)
-    parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest valid one)")
+    parser.add_argument(
+        "--step", type=int, help="step of the run's checkpoint (the newest valid one)"
+    )
     return parser
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds --json, which every command that prints figures has."""
     parser.add_argument(
-        "--json", action=Checked, check=writable, metavar="FILE", help="write the figures as well"
+        "--json", action=Checked, check=writable, metavar="FILE", help="also write the figures here"
     )
 
 

@@ -9,7 +9,7 @@ from infini_ds.system.paths import argument
 
 def add(commands: Commands) -> None:
     """Adds this command to the parser."""
-    parser = command(commands, "status", "how a run fares, from its files alone", _run)
+    parser = command(commands, "status", "show how a run is doing, from its files alone", _run)
     parser.add_argument(
         "directory", action=Checked, check=argument, metavar="RUN", help="output_dir of a run"
     )
