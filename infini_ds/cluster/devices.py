@@ -52,7 +52,7 @@ def _number(entry: str, value: str, uuids: list[str]) -> int:
     if entry.startswith("GPU-") and len(found) == 1:
         return found[0]
     raise UserError(
-        f"environment variable {_NAME}={value!r}: {entry!r} is no GPU of this machine; it has "
+        f"environment variable {_NAME}={value!r}: {entry!r} is not a GPU of this machine; it has "
         f"{len(uuids)}, from 0 to {len(uuids) - 1} (`nvidia-smi -L`). For parts of GPUs (MIG) "
         "start the run with torchrun"
     )

@@ -64,7 +64,7 @@ def judge(config: RunConfig, here: dict[str, str], hosts: list[Host]) -> Iterato
 
     yield from each("versions", lambda host: _versions(host, here))
     yield from each("devices", _devices, "look at `nvidia-smi` there")
-    yield from each("ptxas", _ptxas, "install torch and Triton anew")
+    yield from each("ptxas", _ptxas, "reinstall torch and Triton")
     fits = True
     try:
         data = config.data_parallel_size(world)

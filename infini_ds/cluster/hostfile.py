@@ -23,7 +23,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         if Path(path).read_bytes().startswith(_MARKS):
             raise UserError(
                 f"hostfile {path}: begins with a byte order mark, which DeepSpeed takes for a part "
-                "of the first name; save it as UTF-8 without"
+                "of the first name; save it as UTF-8 without one"
             )
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:

@@ -53,15 +53,14 @@ def check_what_is_not_quoted(script: str) -> None:
     ):  # fmt: skip
         if odd := re.search(r"[^\w@+=:,./-]", path):
             raise UserError(
-                f"--hostfile: {what} {path!r} has {odd[0]!r}, which DeepSpeed's launcher does not "
-                "hand to other hosts as it is; use one without"
+                f"--hostfile: {what} {path!r} has {odd[0]!r}, which DeepSpeed's launcher "
+                "changes on the way to other hosts; use one without it"
             )
     for name, value in os.environ.items():
         if name.startswith(_EXPORTED) and (odd := _CHANGED.search(value)):
             raise UserError(
                 f"--hostfile: environment variable {name} ({value}) has {odd[0]!r}, which "
-                "DeepSpeed's launcher does not hand to other hosts as it is; unset it, or set it "
-                "there"
+                "DeepSpeed's launcher changes on the way to other hosts; unset it, or set it there"
             )
 
 
@@ -77,7 +76,7 @@ def check_arguments_of_launcher() -> None:
             pairs = itertools.zip_longest(typed, arrived)
             before, after = next(pair for pair in pairs if pair[0] != pair[1])
             raise UserError(
-                f"{before!r} was typed, and is {after!r} behind DeepSpeed's launcher and ssh; use "
+                f"{before!r} was typed, but DeepSpeed's launcher and ssh made it {after!r}; use "
                 "`bash launch/pretrain.sh --hostfile HOSTS CONFIG ...`, which quotes it"
             )
 

@@ -118,7 +118,7 @@ class Session:
         what = f"{last} (exit code {code})"
         if self._way.remedy and (code == _SSH_FAILED or last.startswith("srun: error")):
             return HostLost(what, self._way.remedy)
-        return HostLost(what, f"{sys.executable} and {Path.cwd()} must be there as they are here")
+        return HostLost(what, f"{sys.executable} and {Path.cwd()} must exist there as they do here")
 
     def _expire(self) -> None:
         self._expired = True

@@ -31,8 +31,8 @@ def nodes_of_job() -> dict[str, int]:
     counts = tasks_per_node(tasks)
     if len(counts) != len(names):
         raise UserError(
-            f"SLURM_TASKS_PER_NODE ({tasks}): is of {len(counts)} nodes, SLURM_JOB_NODELIST "
-            f"({nodes}) of {len(names)}"
+            f"SLURM_TASKS_PER_NODE ({tasks}): describes {len(counts)} nodes, but "
+            f"SLURM_JOB_NODELIST ({nodes}) names {len(names)}"
         )
     return dict(zip(names, counts, strict=True))
 

@@ -178,7 +178,7 @@ class Job:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return launcher.wait(END_SECONDS)
             if failed and not self.asked_to_stop:
-                _say(f"the run failed, and is not gone after {END_SECONDS:g} s: told to end")
+                _say(f"the run failed, but has not ended after {END_SECONDS:g} s: told to end")
                 launcher.send_signal(signal.SIGINT)
             failed = len(failures.read(self._output_dir)) > known
 

@@ -70,7 +70,7 @@ def words(name: str, text: str) -> list[str]:
 
 def _require(program: str) -> None:
     if not shutil.which(program):
-        raise UserError(f"{program}: no such program here, and the hosts are reached by it")
+        raise UserError(f"{program}: no such program here, but the hosts are reached with it")
 
 
 def _as_launcher_writes(value: str) -> str:
@@ -93,8 +93,8 @@ def _exported() -> dict[str, str]:
                 key, equals, value = line.partition("=")
                 if not equals or not key.isidentifier():  # the launcher takes nothing else
                     raise UserError(
-                        f"{file} line {number}: {line!r} must be NAME=VALUE (nor is there place "
-                        "for blank lines and comments)"
+                        f"{file} line {number}: {line!r} must be NAME=VALUE; blank lines and "
+                        "comments are not allowed either"
                     )
                 exported[key] = value
     return exported

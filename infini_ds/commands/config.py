@@ -17,7 +17,7 @@ def _run(options: argparse.Namespace) -> None:
     from infini_ds import config as configuration
 
     if options.schema and options.config is not None:
-        raise UserError("--schema: is that of all settings; leave out CONFIG")
+        raise UserError("--schema: describes all settings; leave out CONFIG")
     if options.schema:
         print(configuration.schema(), end="")
     elif options.config is None:

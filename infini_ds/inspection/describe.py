@@ -45,7 +45,7 @@ def _described(path: Path) -> dict[str, Any]:
         return _store(path)
     if is_export(path):
         return _export(path)
-    raise UserError(f"inspect {path}: is no run, checkpoint, export, store or memory file")
+    raise UserError(f"inspect {path}: is not a run, checkpoint, export, store or memory file")
 
 
 def _run(path: Path) -> dict[str, Any]:

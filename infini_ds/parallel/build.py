@@ -78,7 +78,7 @@ def _check_device(local_rank: int) -> None:
         )  # fmt: skip
         raise UserError(
             f"process {local_rank} of {socket.gethostname()} has no {name} device: PyTorch sees "
-            f"{devices} there ({which}); start fewer processes, or with DS_ACCELERATOR=cpu"
+            f"{devices} there ({which}); start fewer processes, or set DS_ACCELERATOR=cpu"
         )
 
 

@@ -68,7 +68,7 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
         least = min(each.most for each in (chosen, *others))
         offloading = "" if config.parallel.offload_optimizer else " or parallel.offload_optimizer"
         raise RunError(
-            f"{needs}, and no layout of {devices.count} processes less than {_size(least)}; "
+            f"{needs}, and no layout of {devices.count} processes needs less than {_size(least)}; "
             f"more processes{offloading} may fit"
         )
 

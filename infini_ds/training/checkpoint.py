@@ -168,7 +168,7 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig) -> Path:
     if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
         saved = state["layout"]
         raise UserError(
-            f"checkpoint {directory} is of pipeline degree {saved['pipeline']} and data-parallel "
+            f"checkpoint {directory} has pipeline degree {saved['pipeline']} and data-parallel "
             f"degree {saved['data']}; without ZeRO it can only be resumed in that layout"
         )
     if failure := _convert(directory, config.train.timeout):

@@ -38,19 +38,19 @@ def open_start(config: RunConfig, data: Mixture) -> Weights:
     for name, value in theirs.items():
         if name not in _FREE and value != ours[name]:
             raise UserError(
-                f"model.{name} ({ours[name]}) must be {value}, as in {origin}; left out of the "
-                "run's config, it is taken from there"
+                f"model.{name} ({ours[name]}) must be {value}, as in {origin}; leave it out of "
+                "the run's config to take it from there"
             )
     tokenizer, used = export_tokenizer(export.settings), data.tokenizer
     if tokenizer is None and used.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"data.tokenizer: that of {data.place} has {used.vocab_size} tokens, but "
-            f"{origin} has {config.model.vocab_size}, and no tokenizer that could be compared"
+            f"data.tokenizer: the tokenizer of {data.place} has {used.vocab_size} tokens, but "
+            f"{origin} has {config.model.vocab_size}, and no tokenizer to compare"
         )
     if tokenizer is not None and tokenizer.fingerprint != used.fingerprint:
         raise UserError(
-            f"data.tokenizer: that of {data.place} is not that of {origin}; left out of "
-            "the run's config, it is taken from there: do so, and prepare another data.store"
+            f"data.tokenizer: the tokenizer of {data.place} is not the one of {origin}; leave it "
+            "out of the run's config to take it from there, and prepare another data.store"
         )
     return export.weights
 

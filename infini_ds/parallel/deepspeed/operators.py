@@ -63,7 +63,7 @@ def _reason(error: Exception) -> str:
         return f"as {headers} has no Python.h (apt-get install python3-dev)"
     if isinstance(error, OSError):
         return (
-            f"as its place cannot be written ({one_line(error)}); set the variable "
+            f"as its directory cannot be written ({one_line(error)}); set the variable "
             "TORCH_EXTENSIONS_DIR to a directory of yours, on a disk of each machine"
         )
     lines = re.findall(r"^.*\berror: .*$", str(error), re.MULTILINE)
