@@ -7,21 +7,21 @@ STEPS := 300
 SEEDS := 0
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
   slurm-client
-# What the run was to make, and as many steps again where it has left its report.
+# GOAL is the run's train.steps so far. MORE adds STEPS once the run has written its report.
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
 .PHONY: pretrain passkey test test-slow test-cluster test-toolchains cluster-packages gpu-check \
   gpu-bundle lint format docs clean
 
-# A real run: two processes, a two-stage pipeline. Typed again it goes on for as many steps.
+# A real run: two processes, a two-stage pipeline. Run it again to train for STEPS more.
 pretrain: $(VENV)/installed
 	$(BIN)/infini-ds prepare configs/quickstart.yaml
 	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level error \
 	  --num_accelerators 2 launch/pretrain.sh configs/quickstart.yaml \
 	  train.steps=$$(( $(or $(GOAL),$(STEPS)) + $(or $(MORE),0) ))
 
-# Trains a model to keep pass keys and asks it for them, up to 1,048,576 bytes later, for each seed.
+# For each seed, trains a model to remember pass keys and asks for them up to 1,048,576 bytes later.
 passkey: $(VENV)/installed
 	$(BIN)/infini-ds prepare configs/passkey.yaml
 	for seed in $(SEEDS); do \
@@ -31,32 +31,33 @@ passkey: $(VENV)/installed
 	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
 	done
 
-# Two workers, to which tests/conftest.py gives whole files.
+# tests/conftest.py gives whole files to the two workers.
 test: $(VENV)/installed lint
 	$(BIN)/pytest -m "not slow" -n 2 --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
-# The Triton kernels under each supported pair of torch and Triton; 7 GB of packages.
+# Tests the Triton kernels with each supported pair of torch and Triton; downloads 7 GB.
 test-toolchains: $(VENV)/installed
 	$(BIN)/python .ci/toolchains.py
 
-# Hosts and a Slurm cluster on this machine, as root.
+# Needs root: it simulates hosts and a Slurm cluster on this machine.
 test-cluster: $(VENV)/installed cluster-packages
 	$(BIN)/pytest tests/cluster
 
-# What is missing of CLUSTER is installed.
+# Installs the packages of CLUSTER that are missing.
 cluster-packages:
 	@test "$$(id -u)" = 0 || { echo "make $@: needs root"; exit 2; }
 	dpkg -s $(CLUSTER) >/dev/null 2>&1 || { apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER); }
 
-# What a first day on a GPU should tell: launch/GPU.md. VENV= takes PYTHON as it is; ONLY names steps.
+# Checks everything for a first day on a GPU (launch/GPU.md). An empty VENV uses PYTHON directly;
+# ONLY names the steps to run.
 gpu-check: $(if $(VENV),$(VENV)/installed)
 	PYTHON=$(if $(VENV),$(BIN)/python,$(PYTHON)) bash launch/gpu_check.sh $(ONLY)
 
-# What a GPU machine without a package index lacks, into .wheels.
+# Fills .wheels with what a GPU machine without a package index lacks.
 gpu-bundle:
 	PYTHON=$(PYTHON) bash launch/gpu_bundle.sh
 

@@ -1,4 +1,4 @@
-"""The command line: `infini-ds COMMAND ...`; one clear line and exit code 2 for mistakes."""
+"""The command line `infini-ds COMMAND ...`: a mistake gives one clear line and exit code 2."""
 
 import argparse
 import sys
@@ -27,11 +27,11 @@ _COMMANDS = (
     prepare, pretrain, plan, preflight, status, passkey, convert, generate, memorize, evaluate,
     inspect, config, bench,
 )  # fmt: skip
-"""In the order of the help."""
+"""The commands in the order in which the help lists them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is that of `exit_code`."""
+    """Runs a command and returns its exit code; see `exit_code`."""
     if arguments is None:
         environment.use_utf8()
     return exit_code(lambda: _run(arguments))
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> None:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
-    if others:  # argparse takes overrides only as far as the first option
+    if others:  # argparse accepts overrides only up to the first option
         if "overrides" not in options or any(other.startswith("-") for other in others):
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         options.overrides = [*options.overrides, *others]
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infini-ds", description="Pretraining of Infini-Transformers on DeepSpeed."
     )
-    parser.set_defaults(is_rank=False)  # True of a command that may be one of a launcher's ranks
+    parser.set_defaults(is_rank=False)  # True for a command that may run as a launcher's rank
     parser.add_argument("--version", action="version", version=f"infini-ds {infini_ds.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -1,5 +1,5 @@
-# For the scripts here to source: puts the environment that has infini_ds first on PATH. That is the
-# activated one, or else .venv of the checkout; where neither has it, the script ends.
+# Sourced by the scripts here: puts the environment that has infini_ds first on PATH. This is the
+# activated one, or else .venv of the checkout; if neither has it, the script ends.
 if ! python3 -c 'import sys
 from importlib.util import find_spec
 sys.exit(not (find_spec("infini_ds") and find_spec("deepspeed")))' 2>/dev/null; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a directory that AutoModelForCausalLM of transformers loads, out of a run or an export:
+# Converts a run or an export to a directory that AutoModelForCausalLM of transformers loads:
 #
 #   bash launch/export_hf.sh SOURCE DESTINATION [options of `infini-ds convert to-hf`]
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fills .wheels/ with what a GPU machine without a package index lacks: see GPU.md beside this file.
-# Run it where PyPI can be reached; then take .wheels along with the checkout.
+# Fills .wheels/ with what a GPU machine without a package index lacks; see GPU.md in this folder.
+# Run it where PyPI can be reached, then copy .wheels along with the checkout.
 #
 #   [PYTHON=python3] [FOR=3.12] bash launch/gpu_bundle.sh
 #
-# FOR is the Python of that machine (x86-64), which has torch, Triton and numpy.
+# FOR is the Python version of that machine (x86-64), which must have torch, Triton and numpy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} for=${FOR:-3.12}
@@ -13,10 +13,10 @@ missing=(
   annotated-types datasets dill hjson infini-transformer-pytorch multiprocess pydantic
   pydantic_core rotary-embedding-torch typing-inspection typing_extensions zstandard
 )
-ptxas=nvidia-cuda-nvcc==13.4.59 # that of Triton 3.9 for Hopper; 12.8 of 3.6 and 3.7 makes wrong code
+ptxas=nvidia-cuda-nvcc==13.4.59 # as in Triton 3.9; 12.8, in 3.6 and 3.7, miscompiles for Hopper
 
 fail() { echo "gpu_bundle.sh: $1" >&2; exit 1; }
-# The version of constraints.txt, so that both machines run the same.
+# Takes the version from constraints.txt, so that both machines run the same.
 pinned() { grep -i "^${1//[-_]/[-_]}==" constraints.txt || echo "$1"; }
 download() {
   local platforms=() minor
@@ -32,8 +32,8 @@ names=()
 for name in "${missing[@]}"; do names+=("$(pinned "$name")"); done
 download --dest .wheels "${names[@]}"
 
-# DeepSpeed has no wheel. Without its operators it is pure Python; one is compiled when it is first
-# used, and on CUDA none is, unless parallel.offload_optimizer is set.
+# PyPI has no wheel of DeepSpeed. Built without operators it is pure Python. Operators are compiled
+# at their first use; on CUDA that happens only if parallel.offload_optimizer is set.
 DS_BUILD_OPS=0 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps \
   --wheel-dir .wheels "$(pinned deepspeed)"
 compgen -G '.wheels/deepspeed-*-py3-none-any.whl' >/dev/null || fail "DeepSpeed's wheel is not pure"

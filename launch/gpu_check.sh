@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that a first day on a GPU should tell, in at most 520 s: see GPU.md beside this file.
+# Checks everything for a first day on a GPU in at most 520 s; see GPU.md in this folder.
 #
 #   [PYTHON=python3] [OUT=FOLDER] [DRY=1] bash launch/gpu_check.sh [STEP ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-work=${TMPDIR:-/tmp}/infini_ds_gpu_check_$UID # goes on from call to call: compiled kernels
+work=${TMPDIR:-/tmp}/infini_ds_gpu_check_$UID # kept between calls, with compiled kernels
 mkdir -p "$work"
 
-# What `make gpu-bundle` brought takes the place of what this Python lacks.
+# The bundle of `make gpu-bundle` provides what this Python lacks.
 path=$PWD
 if ! "$python" -c 'import deepspeed' 2>/dev/null; then
   compgen -G '.wheels/*.whl' >/dev/null || {

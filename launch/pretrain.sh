@@ -4,8 +4,8 @@
 exec python3 -m infini_ds.cluster.supervisor "$0" "$@"
 '''
 # This file is valid in two languages. A shell runs the lines above and becomes a supervisor around
-# DeepSpeed's launcher, which runs the file once more in each process, with Python: there these
-# lines are a string, and what follows is the program. So all of these work:
+# DeepSpeed's launcher. The launcher runs the file again with Python in each process; there the
+# lines above are a string, and the program follows. So all of these work:
 #
 #   bash launch/pretrain.sh CONFIG [key.path=value ...]
 #   bash launch/pretrain.sh --max-restarts N [--hostfile HOSTS] CONFIG ...
@@ -13,8 +13,8 @@ exec python3 -m infini_ds.cluster.supervisor "$0" "$@"
 #   deepspeed --hostfile HOSTS launch/pretrain.sh CONFIG ...
 #   torchrun --nproc-per-node N launch/pretrain.sh CONFIG ...
 #
-# The first two hand Ctrl-C and SIGTERM on to the processes, and start a run again if they are told
-# to: see --help.
+# The first two forward Ctrl-C and SIGTERM to the processes and can restart a failed run; see
+# --help.
 
 import sys
 

@@ -99,7 +99,7 @@ def test_file_beside_the_configs_is_what_the_command_prints(capsys):
 def test_it_is_that_of_all_settings(capsys):
     assert cli.main(["config", "--schema", "configs/quickstart.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--schema: is that of all settings; leave out CONFIG" in line
+    assert "--schema: describes all settings; leave out CONFIG" in line
 
 
 def test_it_is_printed_before_torch_is_loaded():

@@ -1,1 +1,1 @@
-"""What people need around a run on many hosts: checks before it, and how it fares."""
+"""Supports runs on many hosts: checks before a run, starting it, and its status."""

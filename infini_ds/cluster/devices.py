@@ -1,4 +1,4 @@
-"""Which devices DeepSpeed's launcher uses: what CUDA_VISIBLE_DEVICES says in numbers it knows."""
+"""Translates CUDA_VISIBLE_DEVICES into the numbers that DeepSpeed's launcher understands."""
 
 import json
 import os
@@ -16,13 +16,13 @@ _LIST = (
 
 
 def translate_visible_devices() -> None:
-    """Has the launcher, which takes each entry for one of its slots, see what CUDA would see.
+    """Rewrites the variable, whose entries the launcher takes for slots, as CUDA would read it.
 
-    The slots of a CPU are none of them. Where all GPUs are hidden, the run is one on the CPU, as
-    DeepSpeed has it where there are none.
+    On a CPU run the variable is dropped, because slots there are no GPUs. If it hides all GPUs, the
+    run uses the CPU, as DeepSpeed does on a machine without GPUs.
 
     Raises:
-        UserError: an entry is no GPU of this machine, or none that the launcher could name.
+        UserError: an entry is not a GPU of this machine, or not one that the launcher can name.
     """
     if _NAME not in os.environ:
         return
@@ -44,7 +44,7 @@ def translate_visible_devices() -> None:
 
 
 def _number(entry: str, value: str, uuids: list[str]) -> int:
-    """Of a GPU that is named by its number, or by the beginning of its UUID."""
+    """Returns the number of a GPU given by its number or by the beginning of its UUID."""
     if entry.isdecimal() and int(entry) < len(uuids):
         return int(entry)
     named = entry.removeprefix("GPU-")
@@ -52,14 +52,14 @@ def _number(entry: str, value: str, uuids: list[str]) -> int:
     if entry.startswith("GPU-") and len(found) == 1:
         return found[0]
     raise UserError(
-        f"environment variable {_NAME}={value!r}: {entry!r} is no GPU of this machine; it has "
+        f"environment variable {_NAME}={value!r}: {entry!r} is not a GPU of this machine; it has "
         f"{len(uuids)}, from 0 to {len(uuids) - 1} (`nvidia-smi -L`). For parts of GPUs (MIG) "
         "start the run with torchrun"
     )
 
 
 def _uuids() -> list[str]:
-    """Of all GPUs of this machine, none where there are none; takes as long as torch loads."""
-    command = [sys.executable, "-c", _LIST]  # this process needs no torch, nor a context on a GPU
+    """Returns the UUIDs of all GPUs of this machine; takes as long as loading torch."""
+    command = [sys.executable, "-c", _LIST]  # keeps torch and a GPU context out of this process
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else []

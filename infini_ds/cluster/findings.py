@@ -1,4 +1,4 @@
-"""What is good or wrong about the hosts of a run, from what each of them says."""
+"""Judges what is good or wrong about the hosts of a run, from the facts that each reports."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ _SHARE = "copy it there, or keep it on a file system that all hosts share"
 
 
 class Finding(NamedTuple):
-    """One check of one host; `host` is "all" where it is of all together."""
+    """The result of one check of one host; `host` is "all" for a check of all hosts together."""
 
     host: str
     check: str
@@ -23,13 +23,14 @@ class Finding(NamedTuple):
 
 
 class Host(NamedTuple):
-    """A host, its processes, and what is known of it, or why nothing is.
+    """A host, its number of processes, and the facts known about it, or why there are none.
 
-    `facts` are those of preflight_host and, the first and the last where several hosts answer:
-        "clock": how far it is "ahead" of this host's, "within" some seconds;
+    `facts` are those of preflight_host and the following, of which "clock" and "network" exist only
+    if several hosts answer:
+        "clock": how far it is "ahead" of this host's, known "within" so many seconds;
         "written": why no file can be written into the first host's output_dir; "" if one can;
-        "sees": whether the file that the first host wrote there is seen;
-        "network": the `Route` to the first host by its names, or the "error".
+        "sees": whether this host sees the file that the first host wrote there;
+        "network": the fields of the `Route` to the first host, or the "error".
     """
 
     name: str
@@ -39,12 +40,12 @@ class Host(NamedTuple):
 
 
 def judge(config: RunConfig, here: dict[str, str], hosts: list[Host]) -> Iterator[Finding]:
-    """All findings, check by check.
+    """Yields all findings, check by check.
 
     Args:
-        config: as it is read here.
-        here: versions on this host, see preflight_host.
-        hosts: in the order of the ranks.
+        config: the config as this host reads it.
+        here: versions on this host; see preflight_host.
+        hosts: all hosts in the order of the ranks.
     """
     for host in hosts:
         if host.lost:
@@ -63,7 +64,7 @@ def judge(config: RunConfig, here: dict[str, str], hosts: list[Host]) -> Iterato
 
     yield from each("versions", lambda host: _versions(host, here))
     yield from each("devices", _devices, "look at `nvidia-smi` there")
-    yield from each("ptxas", _ptxas, "install torch and Triton anew")
+    yield from each("ptxas", _ptxas, "reinstall torch and Triton")
     fits = True
     try:
         data = config.data_parallel_size(world)
@@ -126,7 +127,7 @@ def _config(host: Host, config: RunConfig) -> tuple:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every setting by its path of names."""
+    """Flattens nested settings to dotted names."""
     flat = {}
     for name, value in settings.items():
         inner = isinstance(value, dict)
@@ -163,7 +164,7 @@ def _disk(host: Host, needed: int) -> tuple:
 
 
 def _memory(host: Host, needs: list[tuple[int, int]]) -> tuple:
-    """Of the devices; on CPU, and of offloaded optimizers, of the host."""
+    """Judges device memory; on CPU runs and for offloaded optimizers, the host's memory."""
     devices, offloaded = zip(*needs, strict=True)
     free = host.facts["devices"][: host.slots]
     in_host = sum(offloaded) + (0 if free else sum(devices))

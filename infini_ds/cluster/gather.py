@@ -1,4 +1,4 @@
-"""What all hosts say, asked of all of them at the same time."""
+"""Gathers the facts of all hosts, asking all of them at the same time."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ Facts = dict[str, Any]
 def gather(
     ways: dict[str, Way], config_path: str, overrides: list[str]
 ) -> tuple[dict[str, Facts], dict[str, HostLost]]:
-    """The facts of each host, see `Host` of findings, and why some could not be asked to the end.
+    """Returns the facts of each host (see `Host` in findings), and why some stopped answering.
 
     Args:
-        ways: to each host.
+        ways: the way to each host.
     """
     hosts = list(ways)
     facts: dict[str, Facts] = {host: {} for host in hosts}
@@ -32,7 +32,7 @@ def gather(
         }
 
         def everywhere(ask: Callable[[str, Session], Facts]) -> None:
-            """Adds what a question tells of each host."""
+            """Asks all hosts that still answer, and adds the facts that they return."""
             asked = {
                 host: pool.submit(ask, host, session)
                 for host, session in sessions.items()

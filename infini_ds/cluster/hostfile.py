@@ -1,4 +1,4 @@
-"""DeepSpeed's hostfile: a line `HOST slots=N` for each host, blank lines and # comments."""
+"""Reads DeepSpeed's hostfile: one line `HOST slots=N` per host, blank lines and # comments."""
 
 import codecs
 import re
@@ -6,22 +6,24 @@ from pathlib import Path
 
 from infini_ds.errors import UserError
 
-# A name that began with a dash would be an option of ssh; brackets and commas are lists to pdsh.
+# ssh would read a name that begins with a dash as an option, and pdsh reads brackets and commas as
+# lists.
 _LINE = re.compile(r"([\w.:][\w.:@-]*)\s+slots=([1-9]\d*)\s*(#.*)?", re.ASCII)
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Slots of each host, in the order of the file.
+    """Returns the slots of each host, in the order of the file.
 
     Raises:
-        UserError: it cannot be read, names no host or one twice, or a line is not as above.
+        UserError: the file cannot be read, names no host or one twice, or has a line in another
+            form.
     """
     try:
         if Path(path).read_bytes().startswith(_MARKS):
             raise UserError(
                 f"hostfile {path}: begins with a byte order mark, which DeepSpeed takes for a part "
-                "of the first name; save it as UTF-8 without"
+                "of the first name; save it as UTF-8 without one"
             )
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:

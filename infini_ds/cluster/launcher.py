@@ -1,7 +1,7 @@
-"""What DeepSpeed's launcher does not see to: checked in the ranks it starts, or before it starts.
+"""Checks what DeepSpeed's launcher does not check, in the ranks it starts or before it starts.
 
-To other hosts its command goes through pdsh, which fills in `%h`, and a shell there, without the
-quotes that both would need.
+Commands for other hosts pass through pdsh, which replaces `%h` and the like, and a shell there. The
+launcher does not quote them for either.
 """
 
 import contextlib
@@ -19,23 +19,23 @@ from infini_ds.errors import UserError
 
 _QUOTED = "--percent-encoded"
 _OF_RUN = ("--world_info=", "--master_addr=", "--master_port=")
-"""Beginnings of words that tell a run from others, as the launcher has them on each host."""
+"""Prefixes of the launcher's arguments that identify a run on each host."""
 _PDSH = ("pdsh", "pdsh.bin")
-"""The second one is Debian's, which the first one starts."""
+"""pdsh on Debian starts pdsh.bin."""
 _EXPORTED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
-"""Beginnings of the variables that the launcher gives to other hosts."""
+"""Prefixes of the variables that the launcher passes to other hosts."""
 _CHANGED = re.compile(r"""[$`"\\]|%[%hnu]""")
-"""What is not itself between the double quotes that it puts around their values."""
+"""Text that changes between the double quotes that the launcher puts around variables' values."""
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """A script's arguments in words that are the same behind pdsh and a shell; for `unquoted`."""
+    """Encodes a script's arguments so that pdsh and a shell leave them alone; see `unquoted`."""
     words = (quote(word, safe="/=.,:@+", errors="surrogateescape") for word in arguments)
     return [_QUOTED, *(word.replace("~", "%7E") for word in words)]
 
 
 def unquoted(arguments: Sequence[str]) -> list[str]:
-    """A script's arguments as they were typed."""
+    """Returns a script's arguments as they were typed."""
     if _QUOTED not in arguments:
         return [*arguments]
     words = (word for word in arguments if word != _QUOTED)
@@ -43,7 +43,7 @@ def unquoted(arguments: Sequence[str]) -> list[str]:
 
 
 def check_what_is_not_quoted(script: str) -> None:
-    """Before the launcher starts on several hosts: what `quoted` cannot see to arrives as it is.
+    """Checks, before a start on several hosts, the words that `quoted` cannot protect.
 
     Raises:
         UserError: a path or a variable would be changed on its way.
@@ -53,23 +53,22 @@ def check_what_is_not_quoted(script: str) -> None:
     ):  # fmt: skip
         if odd := re.search(r"[^\w@+=:,./-]", path):
             raise UserError(
-                f"--hostfile: {what} {path!r} has {odd[0]!r}, which DeepSpeed's launcher does not "
-                "hand to other hosts as it is; use one without"
+                f"--hostfile: {what} {path!r} has {odd[0]!r}, which DeepSpeed's launcher "
+                "changes on the way to other hosts; use one without it"
             )
     for name, value in os.environ.items():
         if name.startswith(_EXPORTED) and (odd := _CHANGED.search(value)):
             raise UserError(
                 f"--hostfile: environment variable {name} ({value}) has {odd[0]!r}, which "
-                "DeepSpeed's launcher does not hand to other hosts as it is; unset it, or set it "
-                "there"
+                "DeepSpeed's launcher changes on the way to other hosts; unset it, or set it there"
             )
 
 
 def check_arguments_of_launcher() -> None:
-    """In a rank: its arguments are those that `deepspeed --hostfile FILE` was given on this host.
+    """Checks, in a rank, that its arguments match those typed after `deepspeed --hostfile FILE`.
 
     Raises:
-        UserError: pdsh or a shell has changed one.
+        UserError: pdsh or a shell has changed an argument.
     """
     script, *arrived = (word for word in sys.argv if not word.startswith("--local_rank"))
     for typed in _typed(script):
@@ -77,13 +76,13 @@ def check_arguments_of_launcher() -> None:
             pairs = itertools.zip_longest(typed, arrived)
             before, after = next(pair for pair in pairs if pair[0] != pair[1])
             raise UserError(
-                f"{before!r} was typed, and is {after!r} behind DeepSpeed's launcher and ssh; use "
+                f"{before!r} was typed, but DeepSpeed's launcher and ssh made it {after!r}; use "
                 "`bash launch/pretrain.sh --hostfile HOSTS CONFIG ...`, which quotes it"
             )
 
 
 def _typed(script: str) -> Iterator[list[str]]:
-    """What was typed behind the script's name, where this is the host of pdsh, if that is used."""
+    """Yields what was typed after the script's name, if pdsh is used and runs on this host."""
     ours = {word for words in _commands_above() for word in words if word.startswith(_OF_RUN)}
     for process in psutil.process_iter() if ours else ():
         with contextlib.suppress(psutil.Error, ValueError):
@@ -100,12 +99,12 @@ def _commands_above() -> Iterator[list[str]]:
 
 
 def check_hostfile_of_launcher() -> None:
-    """In a rank: the hostfile that `deepspeed --hostfile FILE` was given on this host is one.
+    """Checks, in a rank on the launcher's host, the file given to `deepspeed --hostfile FILE`.
 
-    Where it is missing DeepSpeed only warns, and trains on this host alone.
+    If the file is missing, DeepSpeed only warns, and trains on this host alone.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not a valid hostfile.
     """
     for words in _commands_above():
         if any(word.endswith("/deepspeed") for word in words[:2]):

@@ -1,4 +1,4 @@
-"""`infini-ds preflight`: is every host ready for a run, before anything slow starts."""
+"""`infini-ds preflight`: checks that every host is ready for a run, before anything slow starts."""
 
 import importlib
 import time
@@ -31,14 +31,14 @@ def run(
     json_path: str | None = None,
     quiet: bool = False,
 ) -> None:
-    """Checks all hosts at once, prints a table and a last line, and writes the figures.
+    """Checks all hosts at once, prints a table and a closing line, and writes the figures.
 
-    Each host reads the config from the same path as this one, as it will do in the run.
+    Each host reads the config from the same path as this one, as it will in the run.
 
     Args:
-        hostfile: of DeepSpeed, of hosts that ssh reaches; None: the nodes of the Slurm job that
-            this process belongs to, by srun, or this host alone.
-        quiet: no table where all is good.
+        hostfile: a DeepSpeed hostfile of hosts that ssh reaches; None means the nodes of the Slurm
+            job that this process belongs to, reached by srun, or this host alone.
+        quiet: print no table if all is good.
 
     Raises:
         UserError: the config or the hostfile is wrong, or a check failed.
@@ -48,7 +48,7 @@ def run(
     slots, ways = _hosts(hostfile)
     here = versions()
     with ThreadPoolExecutor(1) as background:
-        # It needs torch, which loads while the hosts look.
+        # The module needs torch, which loads while the hosts are being asked.
         background.submit(importlib.import_module, "infini_ds.planning.estimate")
         facts, lost = gather(ways, config_path, list(overrides))
     hosts = [
@@ -78,7 +78,7 @@ def run(
 
 
 def _hosts(hostfile: str | None) -> tuple[dict[str, int], dict[str, Way]]:
-    """Processes of each host, 0 where that is not told, and the way to it."""
+    """Returns the number of processes of each host (0 if not given), and the way to each."""
     if hostfile:
         slots = read_hostfile(hostfile)
         return slots, {name: over_ssh(name) for name in slots}
@@ -88,7 +88,7 @@ def _hosts(hostfile: str | None) -> tuple[dict[str, int], dict[str, Way]]:
 
 
 def one_line(failed: list[Finding]) -> str:
-    """What is wrong where: the first of it whole."""
+    """Summarizes the failed checks in one line, with the first one in full."""
     host, check, _, found, remedy = failed[0]
     where = "all hosts" if host == "all" else host
     told = f"{where}: {check}: {found}" + (f"; {remedy}" if remedy else "")
@@ -97,12 +97,12 @@ def one_line(failed: list[Finding]) -> str:
 
 
 def _names(hosts: list[str]) -> str:
-    """The first of them."""
+    """Names the first few hosts."""
     return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
 
 
 def _table(findings: list[Finding]) -> Table:
-    """A row for all hosts of which the same is found; of what is good a few rows, as examples."""
+    """Builds a table: one row for all hosts with the same finding, and few rows of good ones."""
     alike: dict[tuple, list[str]] = {}
     for host, *rest in findings:
         alike.setdefault(tuple(rest), []).append(host)

@@ -1,7 +1,7 @@
-"""Answers `infini-ds preflight` on one host: a request and an answer a line, both JSON.
+"""Answers `infini-ds preflight` on one host: one line per request and answer, both JSON.
 
-Runs as `python -m infini_ds.cluster.preflight_host` until its input ends. The lines of its answers
-begin with MARK: whatever else a login shell or a library prints is none.
+Runs as `python -m infini_ds.cluster.preflight_host` until its input ends. Lines with answers begin
+with MARK; anything else that a login shell or a library prints is ignored.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def main() -> None:
     written: list[Path] = []
 
     def write(path: str) -> str:
-        """Why a file cannot be written; nothing if it can. It goes when the session ends."""
+        """Returns why a file cannot be written, or ""; the file is deleted with the session."""
         try:
             Path(path).touch(exist_ok=False)
         except OSError as error:
@@ -62,21 +62,22 @@ def main() -> None:
 
 
 def facts(config: str, overrides: list[str]) -> dict[str, Any]:
-    """What this host has.
+    """Returns the facts about this host.
 
     Returns:
-        "errors": why one of the others is missing, by its name;
+        "errors": why a fact below is missing, by its name;
         "versions": see `versions`;
         "address": see `meeting_address`;
-        "devices": free bytes of each visible GPU, none of a CPU run;
-        "ptxas": fields of the `Ptxas` for the first GPU, if there is one and Triton;
+        "devices": free bytes of each visible GPU, empty on a CPU run;
+        "ptxas": fields of the `Ptxas` for the first GPU, if there is a GPU and Triton;
         "memory": bytes of the host's memory that are available;
-        "processes": how many DeepSpeed starts here if it is not told;
-        "config": every setting, as it is read here;
-        "output_dir": the directory, or what exists of the path to it, and "disk", free bytes there;
-        "store": fingerprint of the store, and "vocab_size" of its tokenizer. It is opened as a
-            run opens it: sizes of all files, checksums of those below 256 MB. The checksums that
-            the manifest tells of the larger ones are part of the fingerprint.
+        "processes": how many DeepSpeed starts here by default;
+        "config": every setting as this host reads it;
+        "output_dir": the directory, or the part of its path that exists, and "disk": free bytes
+            there;
+        "store": fingerprint of the store, and "vocab_size" of its tokenizer. The store is opened as
+            in a run: sizes of all files and checksums of those below 256 MB are compared. The
+            manifest's checksums of larger files are part of the fingerprint.
     """
     found: dict[str, Any] = {}
     errors: dict[str, str] = {}
@@ -107,7 +108,7 @@ def facts(config: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of all that must be the same on each host; ours with a checksum of its sources."""
+    """Returns all versions that must match on every host; ours has a checksum of its sources."""
     told = {"Python": platform.python_version()}
     for name in ("torch", "deepspeed", "infini_ds"):
         try:
@@ -123,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def sees(path: str) -> bool:
-    """Whether a file is there; network file systems may take a moment to show it."""
+    """Returns whether a file exists; network file systems may take a moment to show it."""
     for _ in range(30):
         if Path(path).exists():
             return True
@@ -132,7 +133,7 @@ def sees(path: str) -> bool:
 
 
 def route(address: str) -> dict[str, str]:
-    """A `Route` by its names, or the "error"."""
+    """Returns the fields of a `Route`, or the "error"."""
     try:
         return network.route_to_first(address)._asdict()
     except OSError as error:
@@ -155,7 +156,7 @@ def _ptxas() -> dict[str, str]:
 
 
 def _cpu_processes() -> int:
-    """As DeepSpeed has it: LOCAL_SIZE, or one for each NUMA node if it can tell them."""
+    """Returns what DeepSpeed would start: LOCAL_SIZE, or one per NUMA node if it can count them."""
     value = os.environ.get("LOCAL_SIZE", "0")
     if not value.isdecimal():
         raise UserError(f"environment variable LOCAL_SIZE={value!r}: must be a number, or unset")

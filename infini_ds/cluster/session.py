@@ -1,4 +1,4 @@
-"""A conversation with one host: requests and answers, within a limit."""
+"""A conversation with one host: requests and answers with a time limit."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ from infini_ds.cluster.way import Way
 _END_SECONDS = 5.0
 _SSH_FAILED = 255
 _OF_SRUN = re.compile(r"srun: error: \S+: task")
-"""It says after all else how a task has ended."""
+"""srun prints this after all other messages, to say how a task has ended."""
 
 
 class HostLost(Exception):
-    """A host does not answer, or no longer. `remedy` says what to do about it."""
+    """A host does not answer, or stopped answering; `remedy` says what to do about it."""
 
     def __init__(self, what: str, remedy: str):
         super().__init__(what)
@@ -31,18 +31,19 @@ class HostLost(Exception):
 
 
 class Session:
-    """A context manager. The host's part ends with it, or when this process does.
+    """A context manager; the process on the host ends with it, or when this process does.
 
     Args:
-        way: to the host.
-        limit: seconds that each answer may take.
+        way: the way to the host.
+        limit: time limit for each answer, in seconds.
     """
 
     def __init__(self, way: Way, limit: float):
         self._way, self._limit = way, limit
         self._expired = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # A group of its own: what ssh starts would keep the pipe open when ssh alone is killed.
+        # It gets its own process group: children of ssh would keep the pipe open if only ssh were
+        # killed.
         self._process = subprocess.Popen(
             way.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             text=True, errors="replace", start_new_session=True,
@@ -62,7 +63,7 @@ class Session:
         self._errors.close()
 
     def wait_until_ready(self) -> None:
-        """Returns when the host listens.
+        """Waits until the host listens.
 
         Raises:
             HostLost: it does not answer.
@@ -70,7 +71,7 @@ class Session:
         self._answer()
 
     def ask(self, what: str, **arguments: Any) -> Any:
-        """The answer to one of the requests of preflight_host.
+        """Returns the answer to one of preflight_host's requests.
 
         Raises:
             HostLost: it does not answer.
@@ -81,7 +82,7 @@ class Session:
         return self._answer()
 
     def clock(self) -> dict[str, float]:
-        """Seconds that the host's clock is "ahead" of this one's, and "within" which that is known.
+        """Returns the seconds that the host's clock is "ahead", and "within" what error.
 
         Raises:
             HostLost: it does not answer.
@@ -117,7 +118,7 @@ class Session:
         what = f"{last} (exit code {code})"
         if self._way.remedy and (code == _SSH_FAILED or last.startswith("srun: error")):
             return HostLost(what, self._way.remedy)
-        return HostLost(what, f"{sys.executable} and {Path.cwd()} must be there as they are here")
+        return HostLost(what, f"{sys.executable} and {Path.cwd()} must exist there as they do here")
 
     def _expire(self) -> None:
         self._expired = True

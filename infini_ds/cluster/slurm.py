@@ -9,10 +9,10 @@ from infini_ds.system.causes import one_line
 
 
 def nodes_of_job() -> dict[str, int]:
-    """Tasks of each node, in the order of the ranks; nothing outside of a job.
+    """Returns the number of tasks of each node, in the order of the ranks; {} outside of a job.
 
     Raises:
-        UserError: Slurm does not tell.
+        UserError: Slurm's variables do not give these numbers.
     """
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
@@ -31,14 +31,14 @@ def nodes_of_job() -> dict[str, int]:
     counts = tasks_per_node(tasks)
     if len(counts) != len(names):
         raise UserError(
-            f"SLURM_TASKS_PER_NODE ({tasks}): is of {len(counts)} nodes, SLURM_JOB_NODELIST "
-            f"({nodes}) of {len(names)}"
+            f"SLURM_TASKS_PER_NODE ({tasks}): describes {len(counts)} nodes, but "
+            f"SLURM_JOB_NODELIST ({nodes}) names {len(names)}"
         )
     return dict(zip(names, counts, strict=True))
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Of a variable such as `8(x2),4`: [8, 8, 4]."""
+    """Expands a variable such as `8(x2),4` to [8, 8, 4]."""
     counts: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(number)] * int(times or 1)

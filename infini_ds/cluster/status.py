@@ -1,4 +1,4 @@
-"""`infini-ds status`: how a run fares, from its files alone; needs no torch and reads only ends."""
+"""`infini-ds status`: shows how a run is doing from the ends of its files alone, without torch."""
 
 import contextlib
 import json
@@ -26,10 +26,10 @@ _READ_AT_MOST = 64 << 20
 
 
 def run(directory: str, json_path: str | None) -> None:
-    """Prints a table, and writes the same figures where they are asked for.
+    """Prints a table, and writes the same figures to a file if asked to.
 
     Raises:
-        UserError: the directory is not that of a run, or cannot be read.
+        UserError: the directory is not a run's, or cannot be read.
     """
     try:
         figures = figures_of(Path(directory))
@@ -45,19 +45,19 @@ def run(directory: str, json_path: str | None) -> None:
 
 
 def figures_of(directory: Path) -> dict[str, Any]:
-    """All figures of a run; None where there is none yet.
+    """Returns all figures of a run; a figure that does not exist yet is None.
 
-    Speeds are means over the last steps that are in metrics.jsonl. Ages are seconds by this host's
-    clock. "state" is one of
-        "finished": train.steps are made and reported;
+    Speeds are means over the last steps in metrics.jsonl. Ages are in seconds by this host's clock.
+    "state" is one of
+        "finished": train.steps have been made and reported;
         "failed": an error is on record, and nothing was written after it;
-        "running": something was written lately, as steps go;
-        "stopped": nothing was, and the last step is in a valid checkpoint;
-        "perhaps dead": nothing was. A long evaluation looks the same.
+        "running": something was written recently, compared to the time of a step;
+        "stopped": nothing was written recently, and the last step is in a valid checkpoint;
+        "perhaps dead": nothing was written recently; a long evaluation looks the same.
 
     Raises:
-        UserError: the directory is not that of a run.
-        OSError: something in it cannot be read.
+        UserError: the directory is not a run's.
+        OSError: a file in it cannot be read.
     """
     metrics = directory / "metrics.jsonl"
     failure = _last_failure(directory / failures.NAME)
@@ -93,7 +93,7 @@ def figures_of(directory: Path) -> dict[str, Any]:
 
 
 def _last_lines(path: Path) -> tuple[list[dict], dict]:
-    """The last training steps, newest first, and the last evaluation."""
+    """Returns the last training steps, newest first, and the last evaluation."""
     steps: list[dict] = []
     evaluation: dict = {}
     for line in lines_backwards(path, _READ_AT_MOST):
@@ -101,7 +101,7 @@ def _last_lines(path: Path) -> tuple[list[dict], dict]:
         if is_step or (b'"held_out/bits_per_byte"' in line and not evaluation):
             found = _object(line)
             if not isinstance(found.get("step"), int):
-                continue  # it is being written, or damaged
+                continue  # the line is being written, or is damaged
             if is_step:
                 steps.append(found)
             else:
@@ -112,7 +112,7 @@ def _last_lines(path: Path) -> tuple[list[dict], dict]:
 
 
 def _last_failure(path: Path) -> dict[str, Any] | None:
-    """What ended a rank at last, if that is on record and whole."""
+    """Returns the last recorded error that ended a rank, if the record is intact."""
     known = {"time", "rank", "host", "step", "message"}
     if not path.is_file():
         return None
@@ -121,7 +121,7 @@ def _last_failure(path: Path) -> dict[str, Any] | None:
 
 
 def _object(text: str | bytes) -> dict[str, Any]:
-    """What a JSON object says; nothing if the text is not one."""
+    """Parses a JSON object; {} if the text is not one."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -134,18 +134,18 @@ def _number(line: dict[str, Any], name: str) -> Any:
 
 
 def _mean(lines: list[dict], name: str) -> float | None:
-    """Of the lines that have it."""
+    """Averages a figure over the lines that have it."""
     numbers = [line[name] for line in lines if _number(line, name) is not None]
     return fmean(numbers) if numbers else None
 
 
 def _last_checkpoint(directory: Path) -> dict[str, Any] | None:
-    """The newest one that is whole by its manifest; checksums are not compared."""
+    """Describes the newest checkpoint that its manifest calls complete, without checksums."""
     run = RunDirectory(directory)
     if run.checkpoints_path.exists():
-        os.scandir(run.checkpoints_path).close()  # what cannot be read is not the same as nothing
+        os.scandir(run.checkpoints_path).close()  # an unreadable directory must not look empty
     for saved in run.checkpoints():
-        with contextlib.suppress(OSError):  # it is being deleted
+        with contextlib.suppress(OSError):  # the checkpoint is being deleted
             if not saved.problem(Depth.SIZES):
                 age = _age(saved.path / manifest.NAME)
                 return {"step": saved.step, "path": str(saved.path), "age": age}

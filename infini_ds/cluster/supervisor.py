@@ -1,9 +1,9 @@
-"""What `bash launch/pretrain.sh [OPTIONS] CONFIG` runs: starts a run, and again when it fails.
+"""The program behind `bash launch/pretrain.sh`: starts a run, and restarts it when it fails.
 
-It hands signals on, which DeepSpeed's launcher does not do on a single machine. The restarts are
-for machines without a scheduler: a run that is started again goes on from its newest valid
-checkpoint. It is not after a mistake of the user (exit code 2), when it was asked to stop, or when
-it has failed without having made a step.
+It forwards signals, which DeepSpeed's launcher does not do on a single machine. Restarts are for
+machines without a scheduler: a restarted run goes on from its newest valid checkpoint. A run is not
+restarted after a mistake of the user (exit code 2), when it was asked to stop, or when it failed
+without making a step.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from infini_ds.system.paths import argument
 
 FIRST_DELAY = 5.0
 LONGEST_DELAY = 300.0
-"""Seconds before a restart: doubled with each."""
+"""Longest delay before a restart, in seconds; the delay doubles with each restart."""
 END_SECONDS = 60.0
-"""For a launcher to end after a failure, and then for what it leaves behind."""
+"""Seconds that a launcher has to end after a failure, and then that its leftovers have."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Starts a run as its options say; the exit code of its last launcher."""
+    """Starts a run as its options say; returns the exit code of its last launcher."""
     if arguments is None:
         environment.use_utf8()
     codes: list[int] = []
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bash launch/pretrain.sh", description="Starts a run, and again when it fails."
+        prog="bash launch/pretrain.sh", description="Starts a run, and restarts it when it fails."
     )
     parser.add_argument("script", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -62,26 +62,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parser.add_argument(
         "--max-restarts", type=int, action=Checked, check=at_least(0), default=0, metavar="N",
-        help="after failures (%(default)s)",
+        help="number of restarts after failures (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--hostfile", action=Checked, check=argument, metavar="FILE",
-        help="DeepSpeed's: a line HOST slots=N each",
+        help="DeepSpeed's hostfile: one line HOST slots=N per host",
     )  # fmt: skip
     parser.add_argument(
         "--deepspeed", default="", metavar="OPTIONS",
-        help="further options of its launcher, such as '--num_accelerators 2'",
+        help="more options for DeepSpeed's launcher, such as '--num_accelerators 2'",
     )  # fmt: skip
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Checks what can be checked here, and supervises the launcher.
+    """Checks what can be checked on this host, then supervises the launcher.
 
     Raises:
-        UserError: an option, the hostfile, the config or a host is not as it must be.
+        UserError: an option, the hostfile, the config or a host is not valid.
     """
-    environment.forget_launcher()  # the launcher tells its processes anew
+    environment.forget_launcher()  # the launcher sets these variables itself
     environment.check_accelerator()
     environment.world_size()
     config = configuration.load(options.config, options.overrides)
@@ -101,10 +101,10 @@ def run(options: argparse.Namespace) -> int:
 def supervise(
     command: Sequence[str], output_dir: Path, max_restarts: int, first_delay: float = FIRST_DELAY
 ) -> int:
-    """Runs a launcher until it succeeds, is told to stop, or starting it again is of no use.
+    """Runs a launcher until it succeeds, is asked to stop, or a restart would not help.
 
     Returns:
-        Exit code of the last launcher.
+        The exit code of the last launcher.
     """
     job = Job(command, output_dir)
     for restarts in range(max_restarts + 1):
@@ -136,10 +136,10 @@ def supervise(
 
 
 class Job:
-    """The launcher of a run and all it starts on this host, in a process group of its own.
+    """A run's launcher and everything it starts on this host, in one process group.
 
-    SIGTERM, SIGINT and SIGHUP (its terminal is closed) ask the run to finish its step, save and
-    end; another one kills it. What is started with nohup goes on without a terminal.
+    SIGTERM, SIGINT and SIGHUP (the terminal was closed) ask the run to finish its step, save and
+    end; a second signal kills it. Under nohup, a run goes on without a terminal.
     """
 
     def __init__(self, command: Sequence[str], output_dir: Path):
@@ -155,12 +155,12 @@ class Job:
         return self.stopped.is_set()
 
     def run(self) -> int:
-        """Runs the launcher to its end, and sees to it that nothing is left of it."""
+        """Runs the launcher to its end, and makes sure that nothing is left of it."""
         try:
             self._launcher = subprocess.Popen(self._command, start_new_session=True)
         except OSError as error:
             raise UserError(f"{self._command[0]}: cannot be started ({error.strerror})") from None
-        if self.asked_to_stop:  # just before there was something to tell it to
+        if self.asked_to_stop:  # the signal came before the launcher was there to receive it
             self._send_all(signal.SIGTERM)
         code = self._wait(self._launcher)
         deadline = time.monotonic() + END_SECONDS
@@ -172,20 +172,20 @@ class Job:
         return code if code >= 0 else 128 - code
 
     def _wait(self, launcher: subprocess.Popen) -> int:
-        """Its exit code. A launcher waits for ever for a rank of another host that is frozen."""
+        """Returns the exit code; a launcher by itself waits forever for a frozen rank elsewhere."""
         known, failed = len(failures.read(self._output_dir)), False
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return launcher.wait(END_SECONDS)
             if failed and not self.asked_to_stop:
-                _say(f"the run failed, and is not gone after {END_SECONDS:g} s: told to end")
+                _say(f"the run failed, but has not ended after {END_SECONDS:g} s: told to end")
                 launcher.send_signal(signal.SIGINT)
             failed = len(failures.read(self._output_dir)) > known
 
     def _stop(self, number: int, frame: object) -> None:
         again = self.asked_to_stop
         if again and number == signal.SIGHUP:
-            return  # a shell that ends repeats the system's
+            return  # a shell that ends repeats the system's SIGHUP
         self.stopped.set()
         if self._launcher is None or not self._alive():
             return
@@ -194,12 +194,13 @@ class Job:
             self._send_all(signal.SIGKILL)
             return
         _say("asked to stop: the run finishes its step, saves and ends")
-        # DeepSpeed's launcher gives ranks 30 seconds when it is told to end; they need none of it.
+        # The launcher would kill its ranks 30 seconds after it is told to end. Ranks that are asked
+        # directly have as much time as they need.
         ranks = [process for process in self._alive() if _is_rank(process)]
         for process in ranks:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
-        if not ranks:  # not yet started, or on other hosts, which the launcher tells
+        if not ranks:  # not yet started, or on other hosts, where the launcher forwards it
             self._send_all(signal.SIGTERM)
 
     def _alive(self) -> list[psutil.Process]:
@@ -219,7 +220,7 @@ class Job:
 
 
 class Progress:
-    """How far a run has come, as its files say."""
+    """How far a run has come, according to its files."""
 
     def __init__(self, output_dir: Path):
         saved = RunDirectory(output_dir).newest(Depth.FINISHED)
@@ -232,7 +233,7 @@ class Progress:
             self._step = next((step for step in map(_step_of, lines) if step), 0)
 
     def is_beyond(self, before: "Progress") -> bool:
-        """Whether a step was made since then; a run begins where the newest checkpoint is."""
+        """Whether a step was made since `before`; a run starts at the newest checkpoint."""
         made = self._written != before._written and self._step > before._saved
         return made or self._saved > before._saved
 
@@ -250,8 +251,8 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _killed(code: int) -> str:
-    """What an exit code of the launcher tells of a rank that the system has ended."""
-    # The launcher passes a rank's -9 on, of which the system keeps 247.
+    """Explains a launcher's exit code that means that the system killed a rank."""
+    # The launcher exits with a rank's -9, which the system reports as 247.
     if code in (256 - signal.SIGKILL, 128 + signal.SIGKILL):
         return (
             "; a process was killed (SIGKILL), most often by the kernel as memory ran out: see "
@@ -263,7 +264,7 @@ def _killed(code: int) -> str:
 
 
 def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # its terminal may be closed
+    with contextlib.suppress(OSError):  # the terminal may be closed
         print(f"infini-ds supervisor: {message}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The end of a file that may be large and may be growing."""
+"""Reads the end of a file that may be large and still growing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ _BLOCK = 1 << 20
 
 
 def lines_backwards(path: Path, at_most: int) -> Iterator[bytes]:
-    """Lines of the last `at_most` bytes, newest first; the first of them may be a half one."""
+    """Yields the lines of the last `at_most` bytes, newest first, without a cut-off first line."""
     with open(path, "rb") as file:
         end = file.seek(0, 2)
         stop = max(end - at_most, 0)

@@ -1,4 +1,4 @@
-"""How our part on a host is started: here, over ssh, or as a step of a Slurm job."""
+"""Starts our process on a host: directly, over ssh, or as a step of a Slurm job."""
 
 import os
 import re
@@ -15,25 +15,25 @@ _CONNECT_SECONDS = 10
 
 
 class Way(NamedTuple):
-    """A command that ends when its input does, and what to do if the host cannot be reached."""
+    """A command that ends when its input does, and a remedy if the host cannot be reached."""
 
     command: list[str]
     remedy: str = ""
 
 
 def to_here() -> Way:
-    """To this host."""
+    """Returns the way to this host."""
     return Way([sys.executable, "-m", _MODULE])
 
 
 def over_ssh(host: str) -> Way:
-    """To a host by its name for ssh, in this directory.
+    """Returns the way to a host by its name for ssh, in the current directory there.
 
     Raises:
-        UserError: there is no ssh here, or what it is to be given cannot be read.
+        UserError: there is no ssh here, or its options or variables cannot be read.
     """
     _require("ssh")
-    # Ssh takes the first of options that are given twice.
+    # If an option is given twice, ssh uses the first one.
     given = words("PDSH_SSH_ARGS_APPEND", os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
     variables = [f"{name}={_as_launcher_writes(v)}" for name, v in _exported().items()]
@@ -45,7 +45,7 @@ def over_ssh(host: str) -> Way:
 
 
 def over_srun(host: str) -> Way:
-    """To a node of the job that this process belongs to, beside what runs there.
+    """Returns the way to a node of this process's job, beside what already runs there.
 
     Raises:
         UserError: there is no srun here.
@@ -57,10 +57,10 @@ def over_srun(host: str) -> Way:
 
 
 def words(name: str, text: str) -> list[str]:
-    """Of a text, as a shell splits it.
+    """Splits a text as a shell does.
 
     Raises:
-        UserError: it cannot be split; `name` says what it is.
+        UserError: it cannot be split; `name` says what the text is.
     """
     try:
         return shlex.split(text)
@@ -70,16 +70,16 @@ def words(name: str, text: str) -> list[str]:
 
 def _require(program: str) -> None:
     if not shutil.which(program):
-        raise UserError(f"{program}: no such program here, and the hosts are reached by it")
+        raise UserError(f"{program}: no such program here, but the hosts are reached with it")
 
 
 def _as_launcher_writes(value: str) -> str:
-    """The value of a variable as DeepSpeed writes it for a shell, which fills in `$` there."""
+    """Quotes a value as DeepSpeed does for a shell, which still expands `$` in it."""
     return f'"{value.strip()}"' if re.search(r"[^\w@%+=:,./-]", value.strip()) else value.strip()
 
 
 def _exported() -> dict[str, str]:
-    """The variables that DeepSpeed's launcher gives to the processes of each host."""
+    """Returns the variables that DeepSpeed's launcher passes to the processes of each host."""
     exported = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "NCCL"))}
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     for file in (Path(os.path.expanduser("~"), name), Path(name)):
@@ -93,8 +93,8 @@ def _exported() -> dict[str, str]:
                 key, equals, value = line.partition("=")
                 if not equals or not key.isidentifier():  # the launcher takes nothing else
                     raise UserError(
-                        f"{file} line {number}: {line!r} must be NAME=VALUE (nor is there place "
-                        "for blank lines and comments)"
+                        f"{file} line {number}: {line!r} must be NAME=VALUE; blank lines and "
+                        "comments are not allowed either"
                     )
                 exported[key] = value
     return exported

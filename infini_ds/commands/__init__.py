@@ -1,4 +1,4 @@
-"""The commands, one a file: its arguments, their ranges and the call.
+"""The commands, one per file: its arguments, their ranges and the call.
 
-A command imports what it needs when it runs: a mistake is told before torch loads.
+A command imports what it needs only when it runs, so that mistakes are reported before torch loads.
 """

@@ -1,4 +1,4 @@
-"""`infini-ds bench`: measures one thing beside another."""
+"""`infini-ds bench`: measures alternatives side by side."""
 
 import argparse
 
@@ -19,8 +19,8 @@ _PLOT = "quality.png"
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    parser = commands.add_parser("bench", help="measure something, side by side")
+    """Adds this command to the parser."""
+    parser = commands.add_parser("bench", help="measure alternatives side by side")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for add_name in (_add_peer, _add_transport, _add_kernels, _add_quality):
         add_name(names)
@@ -32,7 +32,7 @@ def _add_peer(names: Commands) -> None:
         "--segments", action=Checked, check=integers, default=[512, 1024, 2048],
         help="segment lengths",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed steps on each side")
     _add_dtype(parser)
     add_json(parser)
 
@@ -49,7 +49,7 @@ def _add_transport(names: Commands) -> None:
     parser.add_argument("--processes", type=int, action=Checked, check=at_least(1), default=2)
     parser.add_argument(
         "--steps", type=int, action=Checked, check=at_least(1), default=10,
-        help="timed steps of each",
+        help="number of timed steps with each",
     )  # fmt: skip
     _add_dtype(parser)
     add_json(parser)
@@ -84,10 +84,10 @@ def _kernels(options: argparse.Namespace) -> None:
 def _add_quality(names: Commands) -> None:
     about = "what the memory is worth in bits per byte of held-out text"
     parser = with_config(names, "quality", about, _quality)
-    parser.add_argument("--steps", type=int, help="of each run (the config's train.steps)")
+    parser.add_argument("--steps", type=int, help="steps of each run (the config's train.steps)")
     parser.add_argument(
         "--seeds", action=Checked, check=_seeds, default=[0, 1],
-        help="of weights and order of documents",
+        help="seeds for weights and order of documents",
     )  # fmt: skip
     parser.add_argument(
         "--variants", action=Checked, check=_variants, metavar="NAMES", default=list(VARIANTS),
@@ -96,7 +96,7 @@ def _add_quality(names: Commands) -> None:
     add_json(parser)
     parser.add_argument(
         "--plot", action=Checked, check=writable, metavar="FILE",
-        help=f"bits per byte by position in the document ({_PLOT})",
+        help=f"picture of bits per byte by position in the document ({_PLOT})",
     )  # fmt: skip
 
 

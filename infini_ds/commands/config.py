@@ -1,4 +1,4 @@
-"""`infini-ds config`: prints the settings of a run, or which settings there are."""
+"""`infini-ds config`: prints a run's settings, or lists all settings that exist."""
 
 import argparse
 
@@ -7,19 +7,17 @@ from infini_ds.errors import UserError
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    about = "print all settings of a run, or without one what there are"
+    """Adds this command to the parser."""
+    about = "print all settings of a run, or without CONFIG all settings that exist"
     parser = with_config(commands, "config", about, _run, required=False)
-    parser.add_argument(
-        "--schema", action="store_true", help="what there are, as a JSON schema for editors"
-    )
+    parser.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
 
 
 def _run(options: argparse.Namespace) -> None:
     from infini_ds import config as configuration
 
     if options.schema and options.config is not None:
-        raise UserError("--schema: is that of all settings; leave out CONFIG")
+        raise UserError("--schema: describes all settings; leave out CONFIG")
     if options.schema:
         print(configuration.schema(), end="")
     elif options.config is None:

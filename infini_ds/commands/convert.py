@@ -1,4 +1,4 @@
-"""`infini-ds convert`: turns weights into other forms and a checkpoint into another layout."""
+"""`infini-ds convert`: converts weights to other formats, and a checkpoint to another layout."""
 
 import argparse
 from collections.abc import Callable
@@ -14,34 +14,34 @@ _EXPORT = "directory of the export to make"
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    parser = commands.add_parser("convert", help="weights to and from other forms")
+    """Adds this command to the parser."""
+    parser = commands.add_parser("convert", help="convert weights to and from other formats")
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     for direction in _DIRECTIONS:
         _add_direction(directions, direction)
     reshard = directions.add_parser(
-        "reshard", help="ready a checkpoint to be resumed by another number of processes",
-        description="Resuming does this by itself. Done before, no process has to wait for it.",
+        "reshard", help="prepare a checkpoint for resuming with another number of processes",
+        description="Resuming does this by itself; done beforehand, no process has to wait for it.",
     )  # fmt: skip
     reshard.add_argument(
         "directory", action=Checked, check=argument, metavar="RUN",
         help="output_dir of a run, or a checkpoint",
     )  # fmt: skip
-    reshard.add_argument("--step", type=int, help="of the checkpoint (the newest valid one)")
+    reshard.add_argument("--step", type=int, help="step of the checkpoint (the newest valid one)")
     reshard.set_defaults(run=_reshard)
 
 
 class _Direction(NamedTuple):
-    """A form that weights are turned into or come from."""
+    """A format that weights are converted to or from."""
 
     name: str
     source: str
     target: str
     about: str
     options: tuple[Callable[[argparse.ArgumentParser], None], ...]
-    """Each adds one that not all directions have."""
+    """Functions that each add an option that not all directions have."""
     run: Callable[[Any, Any, argparse.Namespace], None]
-    """Calls the module of conversions, given the task and the options."""
+    """Calls the conversion module with the task and the options."""
 
 
 def _add_direction(directions: Commands, direction: _Direction) -> None:
@@ -71,32 +71,32 @@ def _add_direction(directions: Commands, direction: _Direction) -> None:
 def _shard_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", action=Checked, check=size, default=_LARGEST_FILE, metavar="SIZE",
-        help=f"largest file of a directory, such as 500MB ({_LARGEST_FILE // 10**9}GB)",
+        help=f"largest file in a directory, such as 500MB ({_LARGEST_FILE // 10**9}GB)",
     )  # fmt: skip
 
 
 def _without_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-tokenizer", action="store_true",
-        help="make a directory even if there is no tokenizer that can be read",
+        help="make a directory even without a readable tokenizer",
     )  # fmt: skip
 
 
 def _step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest)")
+    parser.add_argument("--step", type=int, help="step of the run's checkpoint (the newest)")
 
 
 def _dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"),
-        help="default: as stored; fp32 of a bf16 run are its optimizer's weights",
+        help="default: as stored; for a bf16 run, fp32 takes the optimizer's weights",
     )  # fmt: skip
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segment-length", type=int, action=Checked, check=at_least(1), default=2048,
-        help="tokens that attend to each other; the memory has those before (%(default)s)",
+        help="tokens that attend to each other; earlier ones are in the memory (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--memory-rule", choices=("linear", "delta"), default="linear",

@@ -8,8 +8,8 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    about = "loss of documents by position, with the memory and ablated"
+    """Adds this command to the parser."""
+    about = "measure the loss of documents by position, with and without the memory"
     parser = with_model(commands, "evaluate", about, _run)
     parser.add_argument(
         "--documents", action=Checked, check=argument, metavar="FILE", nargs="+", default=[],
@@ -17,12 +17,15 @@ def add(commands: Commands) -> None:
         "documents)",
     )  # fmt: skip
     parser.add_argument(
-        "--corpus", metavar="NAME", default="", help="whose held-out documents, in a mixture"
+        "--corpus",
+        metavar="NAME",
+        default="",
+        help="corpus of a mixture whose held-out documents to use",
     )
     add_json(parser)
     parser.add_argument(
         "--plot", action=Checked, check=writable, metavar="FILE",
-        help="the curve (evaluation.png, in the run or here)",
+        help="picture of the curve (evaluation.png, in the run or here)",
     )  # fmt: skip
 
 

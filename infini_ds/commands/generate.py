@@ -13,30 +13,30 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_model(commands, "generate", "continue a prompt with a model", _run)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="of any length")
+    prompt.add_argument("--prompt", metavar="TEXT", help="prompt of any length")
     prompt.add_argument(
         "--prompt-file", action=Checked, check=readable_text, metavar="FILE",
-        help="the same from a file (.gz, .zst), or - for standard input",
+        help="file with the prompt (plain, .gz or .zst), or - for standard input",
     )  # fmt: skip
     parser.add_argument(
         "--memory", action=Checked, check=_file, metavar="FILE",
-        help="of a document that the prompt goes on with, by memorize",
+        help="memory, from memorize, of a document that the prompt continues",
     )  # fmt: skip
     parser.add_argument(
         "--max-new-tokens", type=int, action=Checked, check=_where(lambda most: most >= 1),
-        default=256, help="at most so many (%(default)s)",
+        default=256, help="maximum number of new tokens (%(default)s)",
     )  # fmt: skip
     heat = parser.add_mutually_exclusive_group()
     heat.add_argument(
         "--temperature", type=float, action=Checked, check=_where(lambda t: 0 <= t < math.inf),
-        default=1.0, help="of sampling (%(default)s)",
+        default=1.0, help="sampling temperature (%(default)s)",
     )  # fmt: skip
     heat.add_argument(
         "--greedy", dest="temperature", action="store_const", const=0.0,
-        help="always the likeliest token",
+        help="always take the likeliest token",
     )  # fmt: skip
     parser.add_argument(
         "--top-p", type=float, action=Checked, check=_where(lambda share: 0 < share <= 1),
@@ -45,13 +45,13 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--top-k", type=int, action=Checked, check=_where(lambda tokens: tokens >= 0), default=0,
-        help="sample among so many tokens (%(default)s: all)",
+        help="sample among this many likeliest tokens (%(default)s: all)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, action=Checked, check=_where(lambda seed: 0 <= seed < 2**63),
-        help="of the sampling (another one each time)",
+        help="seed for sampling (a new one each time)",
     )  # fmt: skip
-    parser.add_argument("--stop", metavar="TEXT", default="", help="end before this text")
+    parser.add_argument("--stop", metavar="TEXT", default="", help="stop before this text")
 
 
 def _where(is_good: Callable[[Any], bool]) -> Callable[[str, Any], Any]:
@@ -64,7 +64,7 @@ def _where(is_good: Callable[[Any], bool]) -> Callable[[str, Any], Any]:
 
 
 def _file(name: str, text: str) -> str:
-    """A file whose size is known."""
+    """Accepts only a regular file, whose size is known."""
     path = argument(name, text)
     if not Path(path).is_file():
         problem = "must be a regular file" if Path(path).exists() else "no such file"

@@ -1,4 +1,4 @@
-"""`infini-ds inspect`: says what something is, and how it differs from another."""
+"""`infini-ds inspect`: describes a path, and how it differs from another one."""
 
 import argparse
 from pathlib import Path
@@ -10,15 +10,13 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    about = "what a run, checkpoint, export, store or memory file is, and if it is whole"
+    """Adds this command to the parser."""
+    about = "describe a run, checkpoint, export, store or memory file, and check it for damage"
     parser = command(commands, "inspect", about, _run)
-    parser.add_argument(
-        "path", action=Checked, check=argument, metavar="PATH", help="of one of these"
-    )
+    parser.add_argument("path", action=Checked, check=argument, metavar="PATH", help="one of these")
     parser.add_argument(
         "--diff", action=Checked, check=argument, metavar="OTHER",
-        help="say how another one differs from it",
+        help="show how another one differs from it",
     )  # fmt: skip
     add_json(parser)
 

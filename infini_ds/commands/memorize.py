@@ -1,4 +1,4 @@
-"""`infini-ds memorize`: reads a document and keeps the model's memory of it."""
+"""`infini-ds memorize`: reads a document and saves the model's memory of it."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,8 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    about = "read a document and keep the model's memory of it"
+    """Adds this command to the parser."""
+    about = "read a document and save the model's memory of it"
     parser = with_model(commands, "memorize", about, _run)
     parser.add_argument(
         "document", action=Checked, check=argument, metavar="FILE",
@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", action=Checked, check=argument, metavar="FILE", required=True,
-        help="the memory, for generate --memory",
+        help="file to write the memory to, for generate --memory",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 

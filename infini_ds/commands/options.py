@@ -17,12 +17,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run: TypeAlias = Callable[[argparse.Namespace], None]
 
 MODEL = "an export, a run's output_dir, or one of its checkpoints"
-"""What a command reads a model from."""
+"""The sources from which a command can read a model."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def command(commands: Commands, name: str, about: str, run: Run) -> argparse.ArgumentParser:
-    """Adds a command; what it does is said before its arguments."""
+    """Adds a command whose help starts with what it does."""
     parser = commands.add_parser(name, help=about, description=about)
     parser.set_defaults(run=run)
     return parser
@@ -31,7 +31,7 @@ def command(commands: Commands, name: str, about: str, run: Run) -> argparse.Arg
 def with_config(
     commands: Commands, name: str, about: str, run: Run, required: bool = True
 ) -> argparse.ArgumentParser:
-    """Adds a command that takes a run's config, and settings that replace some of its own."""
+    """Adds a command that takes a run's config and settings that override it."""
     parser = command(commands, name, about, run)
     nargs = None if required else "?"
     parser.add_argument(
@@ -40,13 +40,13 @@ def with_config(
     )  # fmt: skip
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value",
-        help="settings that replace the file's",
+        help="settings that override the file's",
     )  # fmt: skip
     return parser
 
 
 def load_config(options: argparse.Namespace, *overrides: str) -> "RunConfig":
-    """The config of a command that has one, with further settings replaced.
+    """Loads the config given to a command, with further overrides.
 
     Raises:
         UserError: a setting or the file is wrong.
@@ -60,22 +60,24 @@ def with_model(commands: Commands, name: str, about: str, run: Run) -> argparse.
     """Adds a command that reads a model."""
     parser = command(commands, name, about, run)
     parser.add_argument("directory", action=Checked, check=argument, metavar="MODEL", help=MODEL)
-    parser.add_argument("--step", type=int, help="of the run's checkpoint (the newest valid one)")
+    parser.add_argument(
+        "--step", type=int, help="step of the run's checkpoint (the newest valid one)"
+    )
     return parser
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Adds --json, which every command has that prints figures."""
+    """Adds --json, which every command that prints figures has."""
     parser.add_argument(
-        "--json", action=Checked, check=writable, metavar="FILE", help="write the figures as well"
+        "--json", action=Checked, check=writable, metavar="FILE", help="also write the figures here"
     )
 
 
 def writable(name: str, text: str) -> str:
-    """A file that can be written where it is wanted, known before the work that makes its content.
+    """Checks that a file can be written, before the work that produces its content.
 
     Raises:
-        UserError: it cannot, or its name is none.
+        UserError: it cannot be written, or the name is empty.
     """
     path = argument(name, text)
     if not Path(path).parent.is_dir():
@@ -87,10 +89,10 @@ def writable(name: str, text: str) -> str:
 
 
 def readable_text(name: str, text: str) -> str:
-    """A file of text that is there. It may be a pipe, and - is standard input.
+    """Checks that a text file exists; it may be a pipe, and - means standard input.
 
     Raises:
-        UserError: there is no such file, or its name is none.
+        UserError: there is no such file, or the name is empty.
     """
     from infini_ds.data import text_files
 
@@ -102,10 +104,10 @@ def readable_text(name: str, text: str) -> str:
 
 
 def integers(name: str, text: str) -> list[int]:
-    """Integers with commas between them.
+    """Parses integers separated by commas.
 
     Raises:
-        UserError: they are not.
+        UserError: the text is not such a list.
     """
     try:
         return [int(part) for part in text.split(",")]
@@ -114,10 +116,10 @@ def integers(name: str, text: str) -> list[int]:
 
 
 def size(name: str, text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB.
+    """Parses a size such as 500MB or 5GB into bytes.
 
     Raises:
-        UserError: it is no such size.
+        UserError: the text is not such a size.
     """
     number, unit = text[:-2], text[-2:].upper()
     if not number.isdecimal() or unit not in _UNITS or int(number) < 1:

@@ -1,4 +1,4 @@
-"""`infini-ds passkey`: asks a model for digits that it read long ago."""
+"""`infini-ds passkey`: tests whether a model finds digits that it read long ago."""
 
 import argparse
 import typing
@@ -11,29 +11,42 @@ _SEGMENTS = [16, 64, 256, 1024, 8192]
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_model(
-        commands, "passkey", "can a model find digits that it read long ago", _run
+        commands, "passkey", "test whether a model finds digits that it read long ago", _run
     )  # fmt: skip
     parser.add_argument(
-        "--segments", action=Checked, check=_lengths, default=_SEGMENTS, help="lengths of documents"
+        "--segments",
+        action=Checked,
+        check=_lengths,
+        default=_SEGMENTS,
+        help="lengths of documents in segments",
     )
     count = {"type": int, "action": Checked, "check": at_least(1)}
-    parser.add_argument("--depths", **count, default=10, help="places where the key is hidden")
-    parser.add_argument("--samples", **count, help="documents of each length (64, long ones 8)")
+    parser.add_argument(
+        "--depths", **count, default=10, help="number of places where the key is hidden"
+    )
+    parser.add_argument("--samples", **count, help="documents of each length (64; 8 for long ones)")
     parser.add_argument(
         "--filler", action=Checked, check=_filler,
         help="standard, noise or text (the run's data.passkey.filler)",
     )  # fmt: skip
-    parser.add_argument("--keys", **count, help="keys in each (the run's data.passkey.keys)")
+    parser.add_argument(
+        "--keys", **count, help="keys in each document (the run's data.passkey.keys)"
+    )
     parser.add_argument("--batch", **count, help="documents read together (8)")
     parser.add_argument(
-        "--seed", type=int, action=Checked, check=at_least(0), default=0, help="of the documents"
+        "--seed",
+        type=int,
+        action=Checked,
+        check=at_least(0),
+        default=0,
+        help="seed of the documents",
     )
     add_json(parser)
     parser.add_argument(
         "--plot", action=Checked, check=writable, metavar="FILE",
-        help="the heat map (passkey.png, in the run or here)",
+        help="picture of the heat map (passkey.png, in the run or here)",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`infini-ds plan`: says what a run needs on devices that need not be there."""
+"""`infini-ds plan`: shows what a run needs, on devices that do not have to exist."""
 
 import argparse
 import math
@@ -11,20 +11,20 @@ _MOST_PROCESSES = 10**6
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    about = "what a run needs on so many devices, without having them"
+    """Adds this command to the parser."""
+    about = "show what a run needs on a number of devices, without having them"
     parser = with_config(commands, "plan", about, _run)
     parser.add_argument(
         "--processes", type=int, action=Checked, check=_processes, required=True,
-        help="one a device",
+        help="number of processes, one per device",
     )  # fmt: skip
     parser.add_argument(
         "--memory", type=float, action=Checked, check=_positive, metavar="GIB",
-        help="of a device: what does not fit",
+        help="memory of each device, to show what does not fit",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=float, action=Checked, check=_positive,
-        help="TFLOP/s that a device sustains: for times",
+        help="TFLOP/s that each device sustains, to show times",
     )  # fmt: skip
     add_json(parser)
 

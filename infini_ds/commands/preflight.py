@@ -8,13 +8,13 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_config(commands, "preflight", "check that every host is ready for a run", _run)
     parser.add_argument(
         "--hostfile", action=Checked, check=argument, metavar="FILE",
-        help="its hosts, by ssh (this Slurm job's, or this host)",
+        help="hosts to reach by ssh (this Slurm job's, or this host)",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="one line if all is good")
+    parser.add_argument("--quiet", action="store_true", help="print one line if all is good")
     add_json(parser)
 
 

@@ -6,7 +6,7 @@ from infini_ds.commands.options import Commands, load_config, with_config
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     parser = with_config(commands, "prepare", "make the token store of a run's config", _run)
     parser.add_argument("--force", action="store_true", help="replace an existing store")
 

@@ -1,4 +1,4 @@
-"""`infini-ds pretrain`: trains, as one of the processes that a launcher starts or alone."""
+"""`infini-ds pretrain`: trains, alone or as one of the processes that a launcher starts."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from infini_ds.system.exit_code import fail
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
+    """Adds this command to the parser."""
     about = "train on this process; launch/pretrain.sh starts several"
     with_config(commands, "pretrain", about, _run).set_defaults(is_rank=True)
 
@@ -21,7 +21,7 @@ def _run(options: argparse.Namespace) -> None:
     config = load_config(options)
     world = environment.world_size()
     config.data_parallel_size(world)
-    if world == 1:  # what one of several ranks finds alone, it must tell the others
+    if world == 1:  # with several ranks, one must tell the others what it finds
         from infini_ds.data.opening import open_data
 
         open_data(config)
@@ -38,7 +38,8 @@ def _run(options: argparse.Namespace) -> None:
         code = fail(error, 2) if os.environ["RANK"] == "0" else 2
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    # After an error other ranks may be gone, so the process group cannot be closed; once in some
-    # hundred runs its threads abort a process that closes it or exits with it; and in an orderly
-    # exit a scheduler's SIGTERM, as another task has ended, would change the code.
+    # The process ends here without cleanup, for three reasons. After an error other ranks may be
+    # gone, so the process group cannot be closed. Once in some hundred runs its threads abort a
+    # process that closes it or exits with it open. And during an orderly exit, a scheduler's
+    # SIGTERM (because another task has ended) would change the exit code.
     os._exit(code)

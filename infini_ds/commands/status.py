@@ -1,4 +1,4 @@
-"""`infini-ds status`: says how a run fares, from its files alone."""
+"""`infini-ds status`: shows how a run is doing, from its files alone."""
 
 import argparse
 
@@ -8,8 +8,8 @@ from infini_ds.system.paths import argument
 
 
 def add(commands: Commands) -> None:
-    """Adds the command to those there are."""
-    parser = command(commands, "status", "how a run fares, from its files alone", _run)
+    """Adds this command to the parser."""
+    parser = command(commands, "status", "show how a run is doing, from its files alone", _run)
     parser.add_argument(
         "directory", action=Checked, check=argument, metavar="RUN", help="output_dir of a run"
     )

@@ -1,1 +1,1 @@
-"""What notices that a run has stopped, or is to stop."""
+"""Notices that a run has stopped making progress, or has been asked to stop."""

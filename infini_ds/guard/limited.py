@@ -1,4 +1,4 @@
-"""Calls that may never return: a store whose host is frozen, a file system that hangs."""
+"""Limits calls that may never return, such as to a frozen host or a hanging file system."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
-    """What `call` returns, or `otherwise` if it fails or has not returned in time."""
+    """Returns what `call` returns, or `otherwise` if it fails or takes longer than `seconds`."""
     results: list[T] = []
 
     def run() -> None:

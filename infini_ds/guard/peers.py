@@ -1,7 +1,7 @@
-"""Signs of life of the ranks: who is lost, and who has ended and why.
+"""Signs of life of the ranks: which are lost, and which have ended and why.
 
-They are in a key-value store on the host that the ranks met at, apart from the traffic of training:
-a frozen or cut-off rank gives none, and one that ends leaves a word there.
+They live in a key-value store on the host where the ranks met, separate from the traffic of
+training. A frozen or disconnected rank stops giving signs; a rank that ends leaves a message.
 """
 
 import json
@@ -21,15 +21,15 @@ from infini_ds.system.causes import one_line
 
 BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 3.5
-"""Between two looks at who is alive: a few beats."""
+"""Time between two looks at which ranks are alive: a few beats."""
 _ANSWER_SECONDS = 5.0
-"""For the store to answer."""
+"""Time limit for the store to answer."""
 _LINGER_SECONDS = 20.0
-"""For the others to read why the rank with the store ends."""
+"""Time for the others to read why the rank that hosts the store ends."""
 
 
 class Peers:
-    """The other ranks of a run, as one of them sees them; to be made on all ranks together."""
+    """The other ranks of a run as seen by this one; must be constructed on all ranks together."""
 
     def __init__(self):
         self.rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -48,11 +48,11 @@ class Peers:
         threading.Thread(target=self._keep_beating, name="peers", daemon=True).start()
 
     def stop(self) -> None:
-        """Ends the signs of life, in a rank that is done."""
+        """Stops the signs of life, because this rank is done."""
         self._stopped.set()
 
     def leave_word(self, message: str, is_cause: bool) -> None:
-        """Tells the other ranks that this one ends, and whether that is the cause of theirs."""
+        """Tells the other ranks that this one ends, and whether it is the cause of their ending."""
         if self._world == 1:
             return
         word = json.dumps({"message": message, "is_cause": is_cause})
@@ -64,12 +64,12 @@ class Peers:
         within(_ANSWER_SECONDS, tell, None)
 
     def linger(self) -> None:
-        """Waits in the rank with the store until those that are alive have ended, a few seconds."""
+        """Waits a few seconds, in the rank that hosts the store, until the others have ended."""
         if self._world > 1 and self.rank == 0:
             within(_LINGER_SECONDS, self._wait_for_others, None)
 
     def explain(self) -> str:
-        """Which ranks are lost and which have ended and why, empty if none; takes a few seconds."""
+        """Says which ranks are lost, and which ended and why; "" if none. Takes a few seconds."""
         if self._world == 1:
             return ""
         gone = "rank 0, or the host where the ranks met, does not answer"
@@ -130,7 +130,7 @@ class Peers:
 
 
 def _open_store() -> Store:
-    """A connection of our own to the store that the ranks met at, with a short limit."""
+    """Opens a separate connection, with a short time limit, to the store where the ranks met."""
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -138,13 +138,13 @@ def _open_store() -> Store:
         wait_for_workers=False,
         timeout=timedelta(seconds=_ANSWER_SECONDS),
     )
-    # A launcher that starts the ranks again may keep the store.
+    # A launcher that restarts the ranks may keep the store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"infini_ds/{attempt}", store)
 
 
 def is_lost_contact(error: Exception) -> bool:
-    """Whether an error comes from another rank that does not answer."""
+    """Returns whether an error means that another rank does not answer."""
     if isinstance(error, WaitError | dist.DistError):
         return True
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")

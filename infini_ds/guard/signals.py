@@ -1,13 +1,13 @@
-"""Signals that ask a run to finish its step, save and end.
+"""Handles the signals that ask a run to finish its step, save and end.
 
-They are SIGTERM, SIGUSR1, SIGINT (Ctrl-C), and SIGHUP: its terminal is closed.
+These are SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed).
 """
 
 import signal
 
 
 class StopRequest:
-    """Whether this process was asked to stop; the ranks agree on it after each step."""
+    """Records whether this process was asked to stop; the ranks agree on it after each step."""
 
     def __init__(self):
         self.requested = False
@@ -19,6 +19,6 @@ class StopRequest:
 
 
 def stop_signals(*numbers: signal.Signals) -> list[signal.Signals]:
-    """These and SIGHUP, unless that is ignored, as it is after nohup."""
+    """Returns these signals and SIGHUP, unless SIGHUP is ignored, as it is under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [*numbers, *([] if ignored else [signal.SIGHUP])]

@@ -1,4 +1,4 @@
-"""Ends a rank that gets nothing done, or whose others are gone, and says why."""
+"""Ends a rank that makes no progress, or whose peers are gone, and says why."""
 
 import contextlib
 import faulthandler
@@ -23,25 +23,25 @@ from infini_ds.runs import failures
 from infini_ds.system.causes import cause, one_line
 
 _GRACE_SECONDS = 3.0
-"""In which a rank notices by itself that another one has ended."""
+"""Time for a rank to notice by itself that another one has ended."""
 _WRITE_SECONDS = 20.0
-"""For stacks and records to be written; the file system may be what hangs."""
+"""Time limit for writing stacks and records, since the file system may be what hangs."""
 _END_SECONDS = 120.0
-"""For all that is said and written at the end."""
+"""Time limit for everything that is printed and written at the end."""
 
 
 class Watchdog:
-    """A thread that sees to it that this rank ends in bounded time, whatever happens to the others.
+    """A thread that ends this rank in bounded time, whatever happens to the others.
 
-    The limit, train.hang_timeout, counts from the end of the first step: what comes before may
-    compile and read for long, and has train.timeout on every wait for another rank. To be made on
-    all ranks together.
+    The limit, train.hang_timeout, applies from the end of the first step: before that, compiling
+    and reading may take long, and train.timeout limits every wait for another rank. Must be
+    constructed on all ranks together.
     """
 
     def __init__(self, config: RunConfig):
         self.step = 0
         self.waiting_for: Callable[[], str] = lambda: ""
-        """What the pipeline waits for, and from whom."""
+        """Returns what the pipeline waits for, and from whom."""
         self._limit = config.train.hang_timeout or config.train.timeout / 2
         self._limit_name = "train.hang_timeout"
         self._timeout = config.train.timeout
@@ -55,19 +55,19 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def progress(self, done: str) -> None:
-        """Something is done."""
+        """Notes that some work is done, which restarts the limit."""
         self._done = done
         if self._since is not None:
             self._since = time.monotonic()
 
     def step_done(self, step: int) -> None:
-        """A training step is done: from the first one on, the limit holds."""
+        """Notes that a training step is done; the limit applies from the first one on."""
         self.step, self._done = step, f"step {step}"
         self._since = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """Inside it the limit is train.timeout, for what takes long and tells nothing meanwhile."""
+        """Raises the limit to train.timeout during work that takes long and reports no progress."""
         usual = self._limit, self._limit_name
         self._limit, self._limit_name = self._timeout, "train.timeout"
         try:
@@ -77,14 +77,14 @@ class Watchdog:
             self.progress(self._done)
 
     def stop(self) -> None:
-        """The run is over."""
+        """Ends the watch, because the run is over."""
         self._stopped.set()
         self._peers.stop()
         faulthandler.cancel_dump_traceback_later()
 
     def failed(self, error: Exception) -> RunError:
-        """Puts what ended this rank on record; the error in one line, with the lost ranks."""
-        self._ending.acquire()  # for good: from here on the thread must not end the process
+        """Records what ended this rank; returns the error in one line, with the lost ranks."""
+        self._ending.acquire()  # never released: the thread must not end the process any more
         self._stopped.set()
         _end_in(_END_SECONDS)
         where = self._place(traceback.walk_tb(error.__traceback__))
@@ -117,7 +117,7 @@ class Watchdog:
         while not self._stopped.wait(BEAT_SECONDS):
             now = time.monotonic()
             if self._since is not None:
-                # Where this thread cannot run, as what hangs keeps Python's lock, that one can.
+                # A hang that holds Python's lock blocks this thread, but not that timer.
                 _end_in(2 * self._limit)
                 if now - self._since > self._limit:
                     self._end(f"got nothing done for {self._limit_name} = {self._limit:g} s")
@@ -129,7 +129,7 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        # Should this thread hang as well, as on a file system that does not answer.
+        # This thread may hang as well, for example on a file system that does not respond.
         _end_in(_END_SECONDS)
         frames = sys._current_frames()
         where = self._place(reversed(list(traceback.walk_stack(frames[self._main]))))
@@ -159,7 +159,7 @@ class Watchdog:
         return path
 
     def _place(self, frames: Iterator[tuple[FrameType, int]]) -> str:
-        """The innermost place in this package; no source is read, whose disk may not answer."""
+        """Finds the innermost frame in this package; reads no source, whose disk may not answer."""
         own = Path(__file__).parents[1]
         stack = traceback.StackSummary.extract(frames, lookup_lines=False)
         inner = [frame for frame in stack if own in Path(frame.filename).parents]
@@ -169,7 +169,7 @@ class Watchdog:
 
 
 def _end_in(seconds: float) -> None:
-    """Ends the process after so long, unless it is asked again before."""
-    # It starts a thread each time. Where there cannot be one just now, the next time there may.
+    """Ends the process after `seconds`, unless called again before."""
+    # Each call starts a thread. If that fails now, the next call may succeed.
     with contextlib.suppress(RuntimeError):
         faulthandler.dump_traceback_later(seconds, exit=True)

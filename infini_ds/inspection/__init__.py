@@ -1,1 +1,1 @@
-"""What a run, a checkpoint, an export, a store or a memory file is, and how two of them differ."""
+"""Describes a run, checkpoint, export, store or memory file, and how two of them differ."""

@@ -1,4 +1,4 @@
-"""Figures of a run, a checkpoint, an export, a store or a memory file, by what is on disk."""
+"""Describes a run, a checkpoint, an export, a store or a memory file from what is on disk."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,12 @@ from infini_ds.runs.tokenizer import kept_tokenizer
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a path is. "kind" and "path" are always there; the rest depends on the kind.
+    """Describes what a path holds; besides "kind" and "path", the figures depend on the kind.
 
-    Damage is told under "problems", and what cannot be read because of it is None.
+    Damage is listed under "problems"; figures that cannot be read because of it are None.
 
     Raises:
-        UserError: it is none of the kinds, or cannot be read.
+        UserError: the path is none of these kinds, or cannot be read.
     """
     try:
         return _described(path)
@@ -45,7 +45,7 @@ def _described(path: Path) -> dict[str, Any]:
         return _store(path)
     if is_export(path):
         return _export(path)
-    raise UserError(f"inspect {path}: is no run, checkpoint, export, store or memory file")
+    raise UserError(f"inspect {path}: is not a run, checkpoint, export, store or memory file")
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _place_of_tokenizer(checkpoint: Path, config: RunConfig) -> str:
 
 
 def _has_weights(file: Path) -> bool:
-    """Whether it is a file of safetensors that is no memory."""
+    """Whether a file is in safetensors format and not a memory file."""
     try:
         with safe_open(file, framework="pt") as content:
             kind = (content.metadata() or {}).get("format", "")
@@ -184,7 +184,7 @@ def _weights_are_whole(checkpoint: Path, problems: list[str]) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a file says, nothing if it cannot be read."""
+    """Reads a JSON object from a file; {} if that fails."""
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

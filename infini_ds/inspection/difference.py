@@ -1,4 +1,4 @@
-"""How two things of one kind differ."""
+"""Compares two things of one kind."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ _NOT_COMPARED = ("kind", "path", "gates", "bytes", "problems", "norms")
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What differs between two descriptions of `describe`; a run is its newest valid checkpoint.
+    """Returns what differs between two results of `describe`.
+
+    A run is compared by its newest valid checkpoint.
 
     Returns:
-        "settings": [before, after] of each that differs; and of two models of one shape
-        "changes", see `relative_changes`, None for all others.
+        "settings": [before, after] of each that differs; "changes": see `relative_changes`, for two
+            models of the same shape, otherwise None.
 
     Raises:
-        UserError: they are of different kinds.
+        UserError: the two are of different kinds.
     """
     before, after = _comparable(before), _comparable(after)
     if before["kind"] != after["kind"]:
@@ -38,7 +40,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         if one.get(name) != other.get(name)
     }
     changes = None
-    if before["gates"] and after["gates"]:  # of exports, and checkpoints that are whole
+    if before["gates"] and after["gates"]:  # both are exports or intact checkpoints
         weights = (_weights_of(each["kind"], Path(each["path"])) for each in (before, after))
         changes = relative_changes(*weights, num_layers=len(before["gates"]))
     return {"settings": settings, "changes": changes}
@@ -60,7 +62,7 @@ def _comparable(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:
-    """Every value by its path of names."""
+    """Flattens nested figures to dotted names."""
     flat = {}
     for name, value in figures.items():
         if isinstance(value, dict):

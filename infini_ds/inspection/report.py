@@ -1,4 +1,4 @@
-"""Tables of what was found."""
+"""Prints descriptions and differences as tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from infini_ds.system.console import Console
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """Prints a description of `describe`."""
+    """Prints a result of `describe`."""
     table = _table(f"{figures['kind']} {figures['path']}", "", "")
     for name, value in _rows(figures):
         table.add_row(name, value)
@@ -32,7 +32,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 
 def show_difference(found: dict[str, Any], console: Console) -> None:
-    """Prints what `difference` found."""
+    """Prints a result of `difference`."""
     if found["settings"]:
         table = _table("what differs", "", "this", "other")
         for name, values in found["settings"].items():

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint or an export by what they are for."""
+"""Groups the weights of a checkpoint or an export by their purpose."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ _INSIDE = {
 
 
 def part_of(name: str, num_layers: int) -> str:
-    """The part of the model that a parameter of InfiniTransformer belongs to."""
+    """Returns the part of the model that a parameter of InfiniTransformer belongs to."""
     for inside, part in _INSIDE.items():
         if inside in name:
             return part
@@ -27,7 +27,7 @@ def part_of(name: str, num_layers: int) -> str:
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part, in the order of the layers, and their "total"."""
+    """Counts the parameters of each part, in the order of the layers, and their "total"."""
     with torch.device("meta"):
         layers = [layer.module(*layer.args) for layer in layer_list(config)]
     counts: dict[str, int] = {}
@@ -39,12 +39,12 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter is the gates of a layer."""
+    """Whether a parameter holds the gates of a layer."""
     return name.endswith(".self_attn.beta")
 
 
 def gates(weights: dict[str, Tensor]) -> list[list[float]]:
-    """The memory's share in every head, sigmoid(beta): [layers][heads]."""
+    """Returns the memory's share in every head, sigmoid(beta): [layers][heads]."""
     names = [name for name in weights if is_gate(name)]
     names.sort(key=lambda name: int(name.split(".")[1]))
     return [weights[name].float().sigmoid().tolist() for name in names]
@@ -53,9 +53,9 @@ def gates(weights: dict[str, Tensor]) -> list[list[float]]:
 def relative_changes(
     before: dict[str, Tensor], after: dict[str, Tensor], num_layers: int
 ) -> dict[str, float | None] | None:
-    """Norm of the change of each part over its norm before, None where that is 0.
+    """Returns the norm of each part's change relative to its norm before; None where that is 0.
 
-    None altogether if the two have not the same parameters.
+    The whole result is None if the two do not have the same parameters.
     """
     if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in after.items()}:
         return None

@@ -1,1 +1,1 @@
-"""Which rank holds what, and how ranks work together; on top of DeepSpeed."""
+"""Decides which rank holds what and how ranks work together, on top of DeepSpeed."""

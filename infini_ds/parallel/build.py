@@ -28,7 +28,7 @@ def start_distributed(timeout: float) -> None:
     """Joins the processes that the launcher started; a process started alone is a world of one.
 
     Args:
-        timeout: seconds that anyone waits for anyone.
+        timeout: how long any rank waits for another, in seconds.
 
     Raises:
         UserError: they cannot meet where they are told to.
@@ -36,19 +36,21 @@ def start_distributed(timeout: float) -> None:
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
-    # It meets nobody, whatever was left over from others. (Torchrun has a store of its own there.)
+    # A single process meets nobody, so it ignores an address left over from another run. (Under
+    # torchrun, the address belongs to torchrun's own store.)
     if os.environ["WORLD_SIZE"] == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     check_address()
     name_interface()
     check_interfaces(get_accelerator().communication_backend_name())
-    # A stream for each channel and group: those that share a connection wait for each other.
+    # Each channel and group needs a hardware queue of its own: those that share one wait for each
+    # other.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     logger.setLevel("WARNING")
     _check_device(int(os.environ["LOCAL_RANK"]))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # A communication operator for inference that DeepSpeed would compile at the first start, for a
-    # minute, and behind a lock that a killed process leaves for ever.
+    # At the first start DeepSpeed would compile this communication operator for inference. That
+    # takes a minute and is guarded by a lock that a killed process never releases.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         comm.init_distributed(
@@ -61,7 +63,7 @@ def start_distributed(timeout: float) -> None:
 
 
 def _check_device(local_rank: int) -> None:
-    """Whether there is a device for this process; on a CPU there always is.
+    """Checks that this process has a device; on a CPU it always has one.
 
     Raises:
         UserError: there is none.
@@ -76,12 +78,12 @@ def _check_device(local_rank: int) -> None:
         )  # fmt: skip
         raise UserError(
             f"process {local_rank} of {socket.gethostname()} has no {name} device: PyTorch sees "
-            f"{devices} there ({which}); start fewer processes, or with DS_ACCELERATOR=cpu"
+            f"{devices} there ({which}); start fewer processes, or set DS_ACCELERATOR=cpu"
         )
 
 
 def _not_started(error: Exception, timeout: float) -> UserError | RunError:
-    """In one line why the processes have not met."""
+    """Says in one line why the processes did not meet."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         return UserError(
@@ -96,7 +98,7 @@ def _not_started(error: Exception, timeout: float) -> UserError | RunError:
             f"{world} did not find each other within train.timeout = {timeout:g} s at {address} "
             f"port {port}: {said}"
         )
-    if isinstance(error, ValueError):  # of a variable that PyTorch reads
+    if isinstance(error, ValueError):  # PyTorch could not use a variable that it reads
         return UserError(f"{world} cannot meet: {said}")
     return RunError(f"{world} did not find each other at {address} port {port}: {said}")
 
@@ -106,11 +108,11 @@ def build_engine(
     universal: bool = False,
     on_progress: Callable[[str], None] = lambda done: None,
 ) -> InfiniEngine:
-    """The engine of this process, with initial weights; model.vocab_size must be set.
+    """Builds this process's engine with initial weights; model.vocab_size must be set.
 
     Args:
-        universal: whether a checkpoint in DeepSpeed's universal form is going to be loaded.
-        on_progress: told of each piece of work that is done.
+        universal: whether a checkpoint in DeepSpeed's universal form will be loaded.
+        on_progress: called with a description of each piece of work when it is done.
 
     Raises:
         UserError: the processes do not fit the config.
@@ -119,7 +121,8 @@ def build_engine(
     world = comm.get_world_size()
     stages = config.parallel.resolve_stages(world, config.model.num_layers)
     data = config.data_parallel_size(world)
-    # DeepSpeed prints a line for each layer. Building an operator flushes what it prints to.
+    # DeepSpeed prints a line for each layer; a real stream takes them, because building an operator
+    # flushes it.
     with contextlib.redirect_stdout(io.StringIO()):
         module = InfiniPipeline(
             config.model, stages, config.seed, config.train.activation_checkpointing

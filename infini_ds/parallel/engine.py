@@ -1,4 +1,4 @@
-"""The contract of an engine: all that trainer, evaluation and checkpoints know of it."""
+"""The contract of an engine: everything that trainer, evaluation and checkpoints know about it."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,23 +12,23 @@ from infini_ds.data.windows import Windows
 from infini_ds.parallel.lane_memory import LaneMemory
 
 Reader = Callable[[int], Windows]
-"""Gives this rank's windows of a micro-batch; asked where tokens or labels are needed."""
+"""Returns this rank's windows of a micro-batch; called where tokens or labels are needed."""
 
 NOT_FINITE = "the loss or the gradient was not finite"
 CORRUPT = "the store held tokens that its tokenizer does not have"
 
 
 class StepSize(NamedTuple):
-    """What the sums of a step are divided by: sizes of its whole global batch."""
+    """The divisors of a step's sums, taken over its whole global batch."""
 
     loss_weight: float
     """Sum of the weights of all losses: the number of valid tokens if each weighs 1."""
     tokens: int
-    """Valid tokens."""
+    """Number of valid tokens."""
 
 
 class StepResult(NamedTuple):
-    """What a training step did; the same on all ranks, but for `seconds`."""
+    """The outcome of a training step; the same on all ranks except for `seconds`."""
 
     loss_sum: float
     """Weighted sum of the losses of all lanes."""
@@ -37,79 +37,79 @@ class StepResult(NamedTuple):
     bad_lanes: Tensor
     """[lanes of the global batch] fp64: above 0 where tokens were corrupt."""
     right: float
-    """Answers that were right, with a curriculum."""
+    """Number of correct answers, if there is a curriculum."""
     answers: float
-    """All answers, with a curriculum."""
+    """Number of all answers, if there is a curriculum."""
     stop: bool
     """Whether any rank was asked to stop."""
     gradient_norm: float
-    """Norm of the whole gradient, before clipping."""
+    """Norm of the whole gradient before clipping."""
     learning_rates: dict[str, float]
-    """By the names of the parameter groups of this rank."""
+    """Learning rates by the names of this rank's parameter groups."""
     seconds: dict[str, float]
-    """Time by phase: pipeline, reduce, optimizer, and waiting_for_stages, a part of the first."""
+    """Time by phase: pipeline (of which waiting_for_stages is a part), reduce and optimizer."""
 
 
 class EngineLayout(NamedTuple):
-    """How an engine has laid the work out."""
+    """How an engine has divided the work."""
 
     pipeline: int
-    """Stages."""
+    """Number of stages."""
     data: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     micro_batches: int
-    """Micro-batches of a step, on each data-parallel rank."""
+    """Micro-batches of a step on each data-parallel rank."""
     stages: str
-    """What each stage holds, in one line."""
+    """One line that says what each stage holds."""
 
 
 class Engine(Protocol):
-    """Trains a model on windows whose memories go on from step to step.
+    """Trains a model on windows whose memories are handed on from step to step.
 
-    All ranks call the same members in the same order, but for those that are said to need no other.
+    All ranks call the same members in the same order, except members documented as local.
     """
 
     device: torch.device
 
     @property
     def layout(self) -> EngineLayout:
-        """Needs no other rank."""
+        """How the work is divided. Local."""
         ...
 
     @property
     def skipped_steps(self) -> int:
-        """Steps so far that changed no weight. Needs no other rank."""
+        """Number of steps so far that changed no weight. Local."""
         ...
 
     @property
     def skipped_in_a_row(self) -> int:
-        """Those since the last step that changed the weights. Needs no other rank."""
+        """Number of steps since the last one that changed the weights. Local."""
         ...
 
     @property
     def waiting_for(self) -> str:
-        """What this rank waits for at this moment, and from whom; empty if it does not."""
+        """The message this rank is waiting for at the moment, and its sender; empty if none."""
         ...
 
     @property
     def reads_labels(self) -> bool:
-        """Whether this rank computes losses. Needs no other rank."""
+        """Whether this rank computes losses. Local."""
         ...
 
     def lanes_of(self, micro_batch: int) -> range:
-        """The global lanes that this rank reads in a micro-batch. Needs no other rank."""
+        """Returns the global lanes that this rank reads in a micro-batch. Local."""
         ...
 
     def train_step(
         self, read: Reader, size: StepSize, rate_factor: float, stop: bool = False
     ) -> StepResult:
-        """Forward, backward and optimizer step on one window of every lane.
+        """Runs forward, backward and the optimizer step on one window of every lane.
 
         Args:
-            read: windows of each micro-batch.
-            size: of the step; the loss is the weighted sum over all valid tokens divided by
-                its weight.
-            rate_factor: of all learning rates.
+            read: returns the windows of each micro-batch.
+            size: divisors of the step; the loss is the weighted sum over all valid tokens divided
+                by their total weight.
+            rate_factor: factor applied to all learning rates.
             stop: whether this rank was asked to stop.
         """
         ...
@@ -118,47 +118,47 @@ class Engine(Protocol):
         """Counts a step that reads nothing and changes no weight.
 
         Args:
-            starts: bool [lanes of the global batch], where a document began in the window; its
-                memory would be that of the lane's earlier document.
+            starts: bool [lanes of the global batch], true where a document began in the window; the
+                lane's memory is cleared there, since it belongs to an earlier document.
         """
         ...
 
     def empty_memories(self) -> LaneMemory:
-        """Memories of lanes that have read nothing, for `evaluate_window`."""
+        """Returns the memories of lanes that have read nothing, for `evaluate_window`."""
         ...
 
     def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
-        """Sum of this rank's losses on one window of every lane, fp64: see `all_sum`."""
+        """Sums this rank's losses on one window of every lane, in fp64; see `all_sum`."""
         ...
 
     def generate(
         self, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
     ) -> list[int]:
-        """Continues one prompt of at most a segment; the new tokens, the same on all ranks."""
+        """Continues one prompt of at most a segment; returns the same new tokens on all ranks."""
         ...
 
     def written(self) -> Tensor:
-        """What each layer wrote in the last step: mass and zeros of all lanes, [layers, 2]."""
+        """Mass and zeros that each layer wrote in the last step, over all lanes: [layers, 2]."""
         ...
 
     def describe_memory(self) -> tuple[np.ndarray, dict[int, float]]:
-        """Gates of all layers [layers, heads], and the mean norm of each layer's memories."""
+        """Returns the gates [layers, heads], and the mean norm of each layer's memories."""
         ...
 
     def own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """This rank's parameters, by their names in InfiniTransformer. Needs no other rank."""
+        """Yields this rank's parameters by their names in InfiniTransformer. Local."""
         ...
 
     def save(self, directory: Path, step: int) -> None:
-        """Writes weights, optimizer states and memories into the directory of a checkpoint."""
+        """Writes weights, optimizer states and memories into a checkpoint's directory."""
         ...
 
     def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
-        """Takes them from there: the memories from the checkpoint, the rest from `load_from`.
+        """Loads the memories from `directory` and everything else from `load_from`.
 
         Args:
             load_from: the checkpoint itself, or its universal form.
-            state: what its state.json says.
+            state: the contents of its state.json.
         """
         ...
 

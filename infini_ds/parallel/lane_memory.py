@@ -1,4 +1,4 @@
-"""What a stage keeps of its lanes' memories between windows."""
+"""The memories of a stage's lanes between windows."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from infini_ds.memory import MemoryState
 
 
 class LaneMemory:
-    """The memories that one stage holds, by micro-batch and block: data, without gradients.
+    """The memories that one stage holds, by micro-batch and block: data without gradients.
 
-    Not module state: a buffer would be saved once for all data-parallel ranks, and each has
-    lanes of its own.
+    They are not module state: a buffer would be saved once for all data-parallel ranks, but each
+    rank has lanes of its own.
     """
 
     def __init__(
@@ -36,45 +36,45 @@ class LaneMemory:
         ]
 
     def get(self, micro_batch: int) -> dict[int, MemoryState]:
-        """Memories of the held blocks before the micro-batch's next window."""
+        """Returns the memories of the held blocks before the micro-batch's next window."""
         return dict(self.by_micro_batch[micro_batch])
 
     def put(self, micro_batch: int, memories: dict[int, MemoryState]) -> None:
-        """Keeps those of the held blocks after a window."""
+        """Keeps the memories of the held blocks after a window."""
         self.by_micro_batch[micro_batch] = {
             block: memories[block].map(torch.Tensor.detach) for block in self.blocks
         }
 
     def clear_broken(self) -> None:
-        """Empties the memories that are not finite; they would spoil the rest of a document."""
+        """Empties memories that are not finite, since they would spoil the rest of a document."""
         for held in self.by_micro_batch:
             for block, memory in held.items():
                 held[block] = memory.cleared_where_broken()
 
     def clear(self, micro_batch: int, lanes: torch.Tensor) -> None:
-        """Empties the memories of the lanes, bool [lanes], of a micro-batch that are marked."""
+        """Empties a micro-batch's memories in the marked lanes, bool [lanes]."""
         held = self.by_micro_batch[micro_batch]
         for block, memory in held.items():
             held[block] = memory.cleared(lanes)
 
     def stacked(self, block: int) -> MemoryState:
-        """One block's memories of all this rank's lanes, in the order of lanes."""
+        """Returns one block's memories of all this rank's lanes, in the order of lanes."""
         return MemoryState.cat([held[block] for held in self.by_micro_batch])
 
     def load(self, block: int, memory: MemoryState) -> None:
-        """The inverse of `stacked`."""
+        """Sets one block's memories of all this rank's lanes; the inverse of `stacked`."""
         pieces = memory.chunk(len(self.by_micro_batch))
         for held, piece in zip(self.by_micro_batch, pieces, strict=True):
             held[block] = piece.map(lambda tensor: tensor.to(self._device).clone())
 
     def save(self, directory: Path, first_lane: int) -> None:
-        """Writes a file for each block, named after it and the first of this rank's lanes."""
+        """Writes one file for each block, named after it and the first of this rank's lanes."""
         for block in self.blocks:
             tensors = {name: x.cpu() for name, x in self.stacked(block)._asdict().items()}
             save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
 
     def read(self, directory: Path, lanes: range) -> None:
-        """Takes its blocks and lanes from the files of all ranks, whatever layout wrote them.
+        """Reads this stage's blocks and lanes from all ranks' files, whatever layout wrote them.
 
         Args:
             lanes: the global lanes of this rank.

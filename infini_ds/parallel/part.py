@@ -5,37 +5,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of the work."""
+    """One rank's part of the work."""
 
     stage: int
-    """Place in its pipeline."""
+    """Index of the stage in its pipeline."""
     replica: int
-    """Place among the data-parallel ranks."""
+    """Index among the data-parallel ranks."""
     micro_batches: int
-    """Micro-batches of a step, on each data-parallel rank."""
+    """Micro-batches of a step on each data-parallel rank."""
     micro_batch_size: int
-    """Lanes of a micro-batch."""
+    """Number of lanes in a micro-batch."""
     bounds: tuple[int, ...]
-    """First block of each stage, and the number of blocks."""
+    """First block of each stage, followed by the number of blocks."""
 
     @property
     def is_first(self) -> bool:
-        """Whether its stage has the embedding, and reads tokens."""
+        """Whether this stage has the embedding and reads tokens."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether its stage has the head, and reads labels."""
+        """Whether this stage has the head and reads labels."""
         return self.stage == len(self.bounds) - 2
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other stage."""
+        """Whether the pipeline has only this stage."""
         return len(self.bounds) == 2
 
     @property
     def blocks(self) -> range:
-        """The blocks of its stage."""
+        """The blocks of this stage."""
         return range(self.bounds[self.stage], self.bounds[self.stage + 1])
 
     @property
@@ -45,11 +45,11 @@ class Part:
 
     @property
     def lanes(self) -> range:
-        """The global lanes that it reads."""
+        """The global lanes that this rank reads."""
         count = self.micro_batches * self.micro_batch_size
         return range(self.replica * count, (self.replica + 1) * count)
 
     def lanes_of(self, micro_batch: int) -> range:
-        """Those that it reads in a micro-batch."""
+        """Returns the global lanes that this rank reads in a micro-batch."""
         first = self.lanes.start + micro_batch * self.micro_batch_size
         return range(first, first + self.micro_batch_size)

@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other outside of training; each is called by all."""
+"""Communication of a run's processes outside of training; all ranks must make each call."""
 
 import contextlib
 import socket
@@ -13,40 +13,40 @@ Value = TypeVar("Value")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Returns whether this process is the one that writes and prints for all."""
     return dist.get_rank() == 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size()
 
 
 def shared(value: Value) -> Value:
-    """The first rank's value, on every rank."""
+    """Returns the first rank's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gathered(value: Value) -> list[Value]:
-    """Every rank's value, by rank, on every rank."""
+    """Returns every rank's value, in the order of ranks, on every rank."""
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def share_of(items: Sequence[Value]) -> Sequence[Value]:
-    """The items that are this rank's to work on, so that each is some rank's."""
+    """Returns this rank's share of the items; together the shares cover each item once."""
     return items[dist.get_rank() :: dist.get_world_size()]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Runs a part of the start that needs no other rank; if it fails on one it fails on all.
+    """Runs a local part of the start; if it fails on one rank, it fails on all.
 
     Raises:
-        UserError: what was wrong, with the ranks and hosts where, if not on all.
+        UserError: the message of the rank that failed, with ranks and hosts unless all failed.
     """
     mine = None
     try:

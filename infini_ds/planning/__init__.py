@@ -1,1 +1,1 @@
-"""What a run needs and how its time is spent, without a cluster."""
+"""Computes what a run needs and how its time is spent, without a cluster."""

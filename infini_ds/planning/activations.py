@@ -1,4 +1,4 @@
-"""What autograd keeps of a block, found by running it on tensors without data."""
+"""Finds out what autograd keeps of a block by running it on tensors without data."""
 
 import functools
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from infini_ds.model.transformer import full_layout
 
 
 class Unit(NamedTuple):
-    """A chunk of a micro-batch of windows."""
+    """The size of a chunk of one micro-batch."""
 
     batch: int
     segments: int
@@ -23,10 +23,10 @@ class Unit(NamedTuple):
 
 
 def block_bytes(model: ModelConfig, unit: Unit, checkpointing: Checkpointing) -> int:
-    """Bytes that one block keeps of a unit for its backward: its input, the memory that it found,
-    and what its operators keep; weights not counted.
+    """Returns the bytes that one block keeps of a unit for its backward pass.
 
-    As on GPUs, through the Triton kernels where they fit.
+    They are its input, the memory that it found and what its operators keep, but not its weights.
+    They are counted as on a GPU, with the Triton kernels where those support the shape.
     """
     one, two = (
         _bytes(model, segments, unit.dtype, checkpointing)  # type: ignore[arg-type]  # frozen
@@ -43,7 +43,7 @@ def _bytes(
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        kept[storage._cdata] = storage  # alive, so that no other gets its place
+        kept[storage._cdata] = storage  # keeps it alive, so that no other gets its address
         return x
 
     with FakeTensorMode(), recording(HOPPER):
@@ -61,7 +61,7 @@ def _bytes(
 
 
 def _block(model: ModelConfig, checkpointing: Checkpointing, dtype: torch.dtype) -> Block:
-    """Made in its type: tensors without data cannot be converted in place."""
+    """Builds the block directly in its type: tensors without data cannot be converted."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""What a run needs at least, in bytes: activations are not counted, nor what libraries take."""
+"""Computes a run's minimum needs in bytes, without activations and what libraries take."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from infini_ds.parallel.pipeline.transport import TRANSPORTS
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """A checkpoint on disk; model.vocab_size must be set."""
+    """Returns the size of a checkpoint on disk; model.vocab_size must be set."""
     weights = 2 if config.train.dtype == "bf16" else 4
     lanes, layers = config.train.batch_size, config.model.num_layers
     memories = lanes * layers * memory_bytes(config.model)
@@ -17,27 +17,30 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 class StageNeeds(NamedTuple):
-    """What each rank of a stage keeps during a whole run, in bytes."""
+    """The bytes that each rank of a stage keeps during a whole run."""
 
     parameters: int
-    """Number of them, not bytes."""
+    """Number of parameters, not bytes."""
     weights: int
-    """Weights, and the sums of their gradients."""
+    """Weights and the sums of their gradients."""
     optimizer: int
-    """Its states on the device."""
+    """Optimizer states on the device."""
     offloaded: int
-    """Its states in the host's memory."""
+    """Optimizer states in the host's memory."""
     memories: int
-    """Between the windows of all its lanes."""
+    """Memories of all its lanes, kept between windows."""
 
     @property
     def device(self) -> int:
-        """On its device, all together."""
+        """Total bytes on the device."""
         return self.weights + self.optimizer + self.memories
 
 
 def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
-    """Of each stage; model.vocab_size must be set, and `world` processes must fit the config."""
+    """Returns the needs of each stage.
+
+    model.vocab_size must be set, and `world` processes must fit the config.
+    """
     data = config.data_parallel_size(world)
     stages = world // data
     model, parallel = config.model, config.parallel
@@ -64,27 +67,27 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
 
 
 def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
-    """Bytes of each rank on its device, and of its offloaded optimizer in the host's memory."""
+    """Returns each rank's bytes on its device, and those of its offloaded optimizer on the host."""
     needs = stage_needs(config, world)
     ranks = world // len(needs)
     return [(stage.device, stage.offloaded) for stage in needs for _ in range(ranks)]
 
 
 def _weight_bytes(config: RunConfig) -> int:
-    """Of one parameter and its gradient."""
+    """Returns the bytes of one parameter and its gradient."""
     if config.train.dtype == "fp32":
         return 4 + 4
-    # Only an offloaded optimizer keeps a gradient in bf16 beside its sum.
+    # Only an offloaded optimizer keeps a bf16 gradient beside the sum.
     return 2 + 4 + (2 if config.parallel.offload_optimizer else 0)
 
 
 def _state_bytes(config: RunConfig) -> int:
-    """Of one parameter: its moments, and its fp32 copy, which only plain fp32 goes without."""
+    """Returns the bytes of one parameter's moments and fp32 copy, which plain fp32 lacks."""
     return 8 if config.train.dtype == "fp32" and config.parallel.zero_stage == 0 else 12
 
 
 def layer_parameters(model: ModelConfig) -> list[int]:
-    """Of each layer of layer_list, without making any: that takes seconds, even on no device."""
+    """Counts the parameters of layer_list's layers without building any, which takes seconds."""
     hidden, size = model.hidden_size, model.mlp_size
     queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
     channels = queries + 2 * keys
@@ -103,5 +106,5 @@ def layer_parameters(model: ModelConfig) -> list[int]:
 
 
 def memory_bytes(model: ModelConfig) -> int:
-    """Of one lane in one layer."""
+    """Returns the bytes of one lane's memory in one layer."""
     return 4 * model.kv_heads * model.head_dim * (model.head_dim + 1)

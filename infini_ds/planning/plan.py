@@ -1,8 +1,8 @@
-"""A run's layout on paper: what each device holds, what is sent, and how much of the time computes.
+"""Plans a run's layout: what each device holds, what is sent, and how much of the time computes.
 
-Counted in bytes are weights, gradients, optimizer states, memories, activations, and the largest
-temporary ones; not the libraries, their buffers, and what fragmentation takes. Time is counted in
-FLOPs: messages, reductions and the optimizer's step take none.
+The bytes include weights, gradients, optimizer states, memories, activations and the largest
+temporary tensors, but not libraries, their buffers and fragmentation. Time is counted in FLOPs, as
+if messages, reductions and the optimizer step took none.
 """
 
 from itertools import pairwise, product
@@ -24,52 +24,52 @@ from infini_ds.planning.schedule_time import most_units, step_time
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LOGIT_BYTES = 16
-"""Of one logit and its gradient in the loss: as computed, in fp32, its log-softmax, and back."""
+"""Bytes of one logit and its gradient in the loss: as computed, in fp32, log-softmax, and back."""
 
 
 class StagePlan(NamedTuple):
-    """Of each rank of a stage; sizes in bytes."""
+    """The plan of each rank of a stage; sizes in bytes."""
 
     first_block: int
     last_block: int
     needs: StageNeeds
     units: int
-    """Chunks whose activations are kept at one time, at most."""
+    """Maximum number of chunks whose activations are kept at one time."""
     activations: int
     temporary: int
     sent: int
-    """To other stages, in a step."""
+    """Bytes sent to other stages in a step."""
     waiting: float
-    """Share of its time in which it waits for other stages."""
+    """Share of its time that it waits for other stages."""
 
     @property
     def device(self) -> int:
-        """On its device, all together."""
+        """Total bytes on the device."""
         return self.needs.device + self.activations + self.temporary
 
 
 class Plan(NamedTuple):
-    """Of a run on so many processes."""
+    """The plan of a run on a given number of processes."""
 
     data: int
-    """Data-parallel ranks of each stage."""
+    """Number of data-parallel ranks of each stage."""
     micro_batches: int
     chunks: int
     checkpointing: Checkpointing
     parameters: int
     stages: list[StagePlan]
     tokens: int
-    """Read in a step, if no segment were padded."""
+    """Tokens read in a step if no segment were padded."""
     flops: int
-    """Of the model in a step, whatever is computed again."""
+    """FLOPs of the model in a step, not counting recomputation."""
     waiting: float
-    """Share of the devices' time: the pipeline's bubble, and stages of unequal work."""
+    """Share of the devices' time lost to the pipeline's bubble and to uneven stages."""
     again: float
-    """Share of the devices' time in which activations are computed again."""
+    """Share of the devices' time spent on recomputing activations."""
 
     @property
     def efficiency(self) -> float:
-        """Share of the devices' time that goes into the model."""
+        """Share of the devices' time that goes into the model itself."""
         return 1 - self.waiting - self.again
 
     @property
@@ -79,10 +79,10 @@ class Plan(NamedTuple):
 
 
 def plan(config: RunConfig, processes: int) -> Plan:
-    """Of a config whose model.vocab_size and train.dtype are known.
+    """Plans a run whose model.vocab_size and train.dtype are known.
 
     Raises:
-        UserError: the processes do not fit the config.
+        UserError: the number of processes does not fit the config.
     """
     data = config.data_parallel_size(processes)
     model, train = config.model, config.train
@@ -105,7 +105,7 @@ def plan(config: RunConfig, processes: int) -> Plan:
     for stage, needs in enumerate(stage_needs(config, processes)):
         first, end = bounds[stage], bounds[stage + 1]
         units = most_units(stage, stages, micro_batches, chunks)
-        # Each block's input is counted with it; there is the last one's output besides.
+        # Each block's count includes its input; the last block's output comes on top.
         activations = units * ((end - first) * kept + hidden)
         temporary = made_again + 3 * tokens * model.mlp_size * unit.dtype.itemsize
         if stage == stages - 1:
@@ -130,22 +130,24 @@ def plan(config: RunConfig, processes: int) -> Plan:
 
 
 def alternatives(config: RunConfig, processes: int) -> list[Plan]:
-    """The same run in other pipeline degrees, chunks and kinds of checkpointing: of those that fit
-    the config the ones that no other beats in memory and efficiency, the most efficient first."""
+    """Returns the best plans of the run with other stages, chunks and checkpointing.
+
+    They are the plans that no other beats in both memory and efficiency, most efficient first.
+    """
     train = config.train
     degrees = [n for n in range(1, processes + 1) if processes % n == 0]
     cuts = [n for n in range(1, train.window_segments + 1) if train.window_segments % n == 0]
     plans = []
     for stages, chunks, checkpointing in product(degrees, cuts, get_args(Checkpointing)):
         if stages == 1 and chunks > 1:
-            continue  # there is no bubble to shorten
+            continue  # one stage has no bubble to shorten
         choice = {"chunks": chunks, "activation_checkpointing": checkpointing}
         parallel = config.parallel.model_copy(update={"pipeline_stages": stages})
         changes = {"parallel": parallel, "train": train.model_copy(update=choice)}
         try:
             plans.append(plan(config.model_copy(update=changes), processes))
         except UserError:
-            continue  # so many stages do not fit the layers, or the lanes the ranks
+            continue  # the stages do not fit the layers, or the ranks do not fit the lanes
     plans.sort(key=lambda each: (-each.efficiency, each.most))
     best: list[Plan] = []
     for each in plans:
@@ -155,7 +157,7 @@ def alternatives(config: RunConfig, processes: int) -> list[Plan]:
 
 
 def _costs(config: RunConfig, bounds: list[int], tokens: int) -> tuple[list[float], list[float]]:
-    """FLOPs of a unit by stage: forward, and what its backward computes again."""
+    """Returns the FLOPs of a unit by stage: forward, and recomputation in its backward pass."""
     model, train = config.model, config.train
     _, block, *_, head = forward_flops_per_token(model)
     block_again = {"none": 0, "attention": block - _feed_forward(model), "block": block}

@@ -1,4 +1,4 @@
-"""`infini-ds plan`: a run's plan as tables, and as figures for programs."""
+"""`infini-ds plan`: prints a run's plan as tables, and writes it as figures for programs."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,26 +20,26 @@ GIB, MIB = 2**30, 2**20
 
 
 class Devices(NamedTuple):
-    """What the run is to have."""
+    """The devices that the run is to have."""
 
     count: int
-    """As many as processes."""
+    """Number of devices, one per process."""
     memory_gib: float | None
-    """Of each, if what does not fit is to be named."""
+    """Memory of each device; if given, the plan names what does not fit."""
     tflops: float | None
-    """That each sustains, if times are to be told."""
+    """TFLOP/s that each device sustains; if given, the plan includes times."""
 
     def hold(self, plan: Plan) -> bool:
-        """Whether the plan fits into their memory, if that is known."""
+        """Whether the plan fits into their memory, or the memory is unknown."""
         return self.memory_gib is None or plan.most <= self.memory_gib * GIB
 
 
 def run(path: str, overrides: list[str], devices: Devices, json_path: str | None) -> None:
-    """Prints the plan of a config and better ones, and writes their figures as well.
+    """Prints the plan of a config and better ones, and writes their figures if asked to.
 
     Raises:
-        UserError: the config is wrong, or the processes do not fit it.
-        RunError: a device has not memory enough.
+        UserError: the config is wrong, or the number of processes does not fit it.
+        RunError: a device does not have enough memory.
     """
     asked = configuration.load(path, overrides)
     fastest = fastest_type(device_at_hand())
@@ -68,13 +68,13 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
         least = min(each.most for each in (chosen, *others))
         offloading = "" if config.parallel.offload_optimizer else " or parallel.offload_optimizer"
         raise RunError(
-            f"{needs}, and no layout of {devices.count} processes less than {_size(least)}; "
+            f"{needs}, and no layout of {devices.count} processes needs less than {_size(least)}; "
             f"more processes{offloading} may fit"
         )
 
 
 def _check_processes(config: RunConfig, count: int) -> None:
-    """Names the next numbers of processes that fit the config, if this one does not."""
+    """If this number of processes does not fit the config, names the nearest that do."""
     try:
         config.data_parallel_size(count)
     except UserError as error:
@@ -92,7 +92,7 @@ def _fits(config: RunConfig, count: int) -> bool:
 
 
 def _resolved(config: RunConfig, fastest: str) -> RunConfig:
-    """With what is known only later: the vocabulary, and the type where it is `auto`."""
+    """Fills in what a run learns only later: the vocabulary, and the type if it is `auto`."""
     dtype = fastest if config.train.dtype == "auto" else config.train.dtype
     train = config.train.model_copy(update={"dtype": dtype})
     model = config.model.model_copy(update={"vocab_size": _vocab_size(config)})
@@ -116,7 +116,7 @@ def _vocab_size(config: RunConfig) -> int:
 
 
 def _times(plan: Plan, devices: Devices) -> tuple[float, float]:
-    """Seconds of a step, and tokens a second."""
+    """Returns the seconds of a step, and the tokens per second."""
     assert devices.tflops is not None
     seconds = plan.flops / (devices.count * devices.tflops * 1e12 * plan.efficiency)
     return seconds, plan.tokens / seconds

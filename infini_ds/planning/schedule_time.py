@@ -1,4 +1,4 @@
-"""How long a training step takes by its schedule, if messages took no time."""
+"""Computes how long a training step takes by its schedule, as if messages took no time."""
 
 from typing import NamedTuple
 
@@ -6,33 +6,33 @@ from infini_ds.parallel.pipeline.schedule import Backward, Forward, train_schedu
 
 
 class StepTime(NamedTuple):
-    """In the unit in which the costs of forward and backward are given."""
+    """Times in the same unit as the costs of forward and backward."""
 
     step: float
-    """From the first forward to the last backward of all stages."""
+    """Time from the first forward to the last backward of all stages."""
     busy: list[float]
-    """Of it, how long each stage computes."""
+    """How much of that time each stage computes."""
 
     @property
     def bubble(self) -> float:
-        """Share of all stages' time in which they wait."""
+        """Share of all stages' time that they wait."""
         return 1 - sum(self.busy) / (len(self.busy) * self.step)
 
 
 def step_time(
     forward: list[float], backward: list[float], micro_batches: int, chunks: int
 ) -> StepTime:
-    """Plays the schedule.
+    """Plays the schedule and returns its times.
 
     Args:
-        forward, backward: of one unit, by stage.
+        forward, backward: costs of one unit by stage.
         micro_batches, chunks: see `train_schedule`.
     """
     stages = len(forward)
     left = [list(train_schedule(stage, stages, micro_batches, chunks)) for stage in range(stages)]
     for units in left:
         units.reverse()
-    # Forward and backward of a unit are equal as tuples.
+    # A Forward and a Backward of the same unit are equal as tuples, so the type is part of the key.
     done: dict[tuple[type, int, Forward | Backward], float] = {}
     clock = [0.0] * stages
     while any(left):
@@ -51,7 +51,7 @@ def step_time(
 
 
 def most_units(stage: int, stages: int, micro_batches: int, chunks: int) -> int:
-    """Units that a stage keeps for their backward at one time, at most."""
+    """Returns the most units that a stage keeps for their backward pass at one time."""
     kept = most = 0
     for unit in train_schedule(stage, stages, micro_batches, chunks):
         kept += 1 if isinstance(unit, Forward) else -1

@@ -1,1 +1,1 @@
-"""The run: trainer, optimizer groups, checkpoints, monitoring."""
+"""Runs the training: opening, trainer, checkpoints, bad steps, monitoring, final report."""

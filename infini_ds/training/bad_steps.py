@@ -1,4 +1,4 @@
-"""What `train.on_bad_step` makes of steps that did harm."""
+"""Decides by `train.on_bad_step` what follows a bad step."""
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +12,7 @@ class BadSteps:
     """The bad steps of a run; the same on all ranks.
 
     Attributes:
-        skip: steps since the last checkpoint whose windows are not read, as they did harm.
+        skip: bad steps since the last checkpoint, whose windows are not read again.
         rollbacks: how often the run went back to a checkpoint.
     """
 
@@ -22,15 +22,15 @@ class BadSteps:
         self.rollbacks = 0
 
     def must_roll_back(self, step: int, fault: str, in_a_row: int) -> bool:
-        """Whether the run must go back to a checkpoint, and not only leave out the update.
+        """Returns whether the run must go back to a checkpoint rather than only skip the update.
 
         Args:
-            step: the bad one, counted from 0.
-            fault: what was wrong with it.
-            in_a_row: bad steps up to this one.
+            step: the bad step, counted from 0.
+            fault: why it was bad.
+            in_a_row: number of consecutive bad steps up to this one.
 
         Raises:
-            RunError: the run is to end, or there were too many such steps.
+            RunError: the setting asks to stop, or there were too many bad steps.
         """
         policy, at_most = self._settings.on_bad_step, self._settings.max_skipped_steps
         if policy == "stop":
@@ -50,15 +50,15 @@ class BadSteps:
         return rolling_back
 
     def rolled_back(self, step: int) -> None:
-        """The run went back because of a step, which it will not make again."""
+        """Records the step that sent the run back, so that its window is not read again."""
         self.skip.add(step)
         self.rollbacks += 1
 
     def saved(self, step: int) -> None:
-        """No run goes back beyond this checkpoint."""
+        """Forgets the bad steps before this checkpoint, since no run goes back beyond it."""
         self.skip = {bad for bad in self.skip if bad >= step}
 
 
 def bad_documents(bad_lanes: Tensor, plan: Plan) -> list[int]:
-    """The documents that the marked lanes read in a step."""
+    """Returns the documents that the marked lanes read in a step."""
     return np.unique(plan.documents[bad_lanes.cpu().numpy() > 0]).tolist()

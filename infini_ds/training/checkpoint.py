@@ -1,15 +1,15 @@
-"""Checkpoints: a directory a step, valid once its manifest is there.
+"""Checkpoints: one directory per step, valid once its manifest exists.
 
     step_00000100/
         ...                     DeepSpeed's own files: layers, optimizer states
-        memory/block_003.lanes_00000.safetensors    compressive memories by block, from a lane on
-        tokenizer/              a copy of OUTPUT_DIR/tokenizer, so that it can be read alone
+        memory/block_003.lanes_00000.safetensors    memories of a block, from a first lane on
+        tokenizer/              copy of OUTPUT_DIR/tokenizer, so that the checkpoint stands alone
         state.json              step, lanes, layout, store, where the run was started
         config.yaml             the resolved config
         manifest.json           sizes and checksums, written last
 
-Nothing of the run's state is elsewhere: learning rates are a function of the step, the order of
-documents of seed and step, and nothing draws from a global random state.
+There is no other state: learning rates are a function of the step, the order of documents is a
+function of seed and step, and nothing draws from a global random state.
 """
 
 import contextlib
@@ -42,17 +42,17 @@ from infini_ds.system.causes import cause, one_line
 def save(
     engine: Engine, config: RunConfig, state: dict[str, Any], on_progress: Callable[[str], None]
 ) -> Path:
-    """Writes the checkpoint of state["step"]; to be called on all ranks together.
+    """Writes the checkpoint of state["step"]; must be called on all ranks together.
 
     Args:
-        on_progress: told of each piece of work that is done.
+        on_progress: called with a description of each piece of work when it is done.
 
-    What it makes useless is deleted only after it is valid: older ones but the newest
-    train.keep_last - 1, saves that were cut off, and what is left of later steps, which this run
+    Once the checkpoint is valid, everything that it makes useless is deleted: all but the newest
+    train.keep_last checkpoints, saves that were cut off, and remains of later steps, which this run
     passed over when it began.
 
     Raises:
-        RunError: it could not be written.
+        RunError: the checkpoint could not be written.
     """
     directory = RunDirectory(Path(config.output_dir)).checkpoint(state["step"]).path
     try:
@@ -76,7 +76,7 @@ def _save(
 ) -> None:
     first = is_first_rank()
     if first:
-        shutil.rmtree(directory, ignore_errors=True)  # of a save that was cut off
+        shutil.rmtree(directory, ignore_errors=True)  # an earlier save may have been cut off
         (directory / "memory").mkdir(parents=True)
     dist.barrier()
     engine.save(directory, state["step"])
@@ -100,16 +100,16 @@ def _delete_useless(written: Path, keep_last: int) -> None:
     kept = finished[: keep_last - 1]
     for step in (*later, *older):
         if step not in kept:
-            with contextlib.suppress(OSError):  # it is in the way of nothing
-                # No half-deleted directory must look valid.
+            with contextlib.suppress(OSError):  # a leftover does no harm
+                # Without its manifest, a half-deleted directory never looks valid.
                 (step.path / manifest.NAME).unlink(missing_ok=True)
                 shutil.rmtree(step.path)
 
 
 def find(config: RunConfig) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint, and why newer ones were passed over; on all ranks together.
+    """Finds the newest valid checkpoint, and why newer ones were passed over; collective.
 
-    Checksums are shared out among the ranks.
+    The ranks share the work of comparing checksums.
     """
     skipped = []
     for candidate in shared(RunDirectory(Path(config.output_dir)).checkpoints()):
@@ -121,17 +121,17 @@ def find(config: RunConfig) -> tuple[Path | None, list[str]]:
 
 
 class Saved(NamedTuple):
-    """A checkpoint that a run goes on from."""
+    """A checkpoint that a run resumes from."""
 
     directory: Path
     load_from: Path
-    """What holds weights and optimizer states for this layout: see `source`."""
+    """Directory with weights and optimizer states for this layout; see `source`."""
     state: dict[str, Any]
-    """What its state.json says."""
+    """Contents of its state.json."""
 
 
 def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint says of the run, after checking that this config goes on with it.
+    """Reads a checkpoint's state, after checking that this config can resume from it.
 
     Raises:
         UserError: a setting that must not change has changed.
@@ -152,9 +152,9 @@ def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def source(directory: Path, state: dict[str, Any], config: RunConfig) -> Path:
-    """What this layout of processes loads: the checkpoint itself, or its universal form.
+    """Returns what this layout of processes loads: the checkpoint itself, or its universal form.
 
-    The universal form is made once, beside the checkpoints; to be called on all ranks together.
+    The universal form is made once, beside the checkpoints. Must be called on all ranks together.
 
     Raises:
         UserError: this checkpoint cannot be loaded in another layout.
@@ -168,7 +168,7 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig) -> Path:
     if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
         saved = state["layout"]
         raise UserError(
-            f"checkpoint {directory} is of pipeline degree {saved['pipeline']} and data-parallel "
+            f"checkpoint {directory} has pipeline degree {saved['pipeline']} and data-parallel "
             f"degree {saved['data']}; without ZeRO it can only be resumed in that layout"
         )
     if failure := _convert(directory, config.train.timeout):
@@ -177,7 +177,7 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig) -> Path:
 
 
 def _convert(directory: Path, timeout: float) -> str:
-    """`make_universal` on rank 0, for which the others wait as long as it takes."""
+    """Calls `make_universal` on rank 0; the others wait as long as it takes."""
     conversion = None
     if is_first_rank():
         conversion = ThreadPoolExecutor(1).submit(make_universal, directory)
@@ -185,7 +185,7 @@ def _convert(directory: Path, timeout: float) -> str:
         failure = None
         if conversion and wait([conversion], timeout / 4).done:
             failure = conversion.result()
-        failure = shared(failure)  # before anyone's limit
+        failure = shared(failure)  # each round ends before anyone's time limit
         if failure is not None:
             return failure
 
@@ -197,14 +197,14 @@ def delete_universal(config: RunConfig) -> None:
 
 
 def _fixed_settings(config: dict[str, Any]) -> list[str]:
-    """Settings that change what is learnt, or in what form DeepSpeed stores it."""
+    """Returns the settings that change what is learned, or how DeepSpeed stores it."""
     model = [f"model.{name}" for name in config["model"]]
     train = [f"train.{name}" for name in ("batch_size", "window_segments", "dtype")]
     return ["seed", *model, *train, "parallel.zero_stage", "parallel.offload_optimizer"]
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
-    """The first problem that any rank finds, on all of them; they share the checksums out."""
+    """Returns the first problem that any rank finds, on all ranks; they share the checksums."""
     problem, names = None, []
     if is_first_rank() and not (problem := checkpoint.problem(Depth.SIZES)):
         names = sorted(manifest.listed(checkpoint.path))

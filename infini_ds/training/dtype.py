@@ -1,4 +1,4 @@
-"""The compute type of a run whose config leaves it to the devices."""
+"""Chooses the compute type of a run whose config leaves it to the devices."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from infini_ds.system.compute_type import ComputeType, fastest_type
 
 
 def with_dtype(config: RunConfig, found: Path | None) -> tuple[RunConfig, str]:
-    """The config with train.dtype resolved, where it is `auto`, and why; on all ranks together.
+    """Resolves train.dtype if it is `auto`, and says why; must be called on all ranks together.
 
     Args:
-        found: the checkpoint that the run goes on from, whose type is kept.
+        found: the checkpoint that the run resumes from, whose type is kept.
     """
     if config.train.dtype != "auto":
         return config, "as train.dtype asks"
@@ -29,7 +29,7 @@ def with_dtype(config: RunConfig, found: Path | None) -> tuple[RunConfig, str]:
 
 
 def _fastest_of_all() -> ComputeType:
-    """bf16 if it is the faster one on every rank."""
+    """Returns bf16 if it is faster on every rank, else fp32."""
     mine = fastest_type(torch.device(get_accelerator().current_device_name()))
     told = gathered(mine)
     for rank, each in enumerate(told):

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are right on every device of a run, and what all ranks do if not."""
+"""Checks the Triton kernels on every device of a run, and makes all ranks react alike."""
 
 import os
 import socket
@@ -12,10 +12,10 @@ from infini_ds.parallel.ranks import gathered
 
 
 def find_fault(config: RunConfig) -> str:
-    """What the kernels that the config may choose do wrong on this rank's device; empty if nothing.
+    """Checks the kernels that the config may choose on this rank's device; returns a fault or "".
 
-    To be called before this process uses its device. From then on they count as missing if they
-    are wrong.
+    Must be called before this process uses its device. Faulty kernels count as missing from then
+    on.
     """
     model, device = config.model, get_accelerator().device_name()
     dtype = "fp32" if config.train.dtype == "fp32" else "bf16"
@@ -28,18 +28,22 @@ def find_fault(config: RunConfig) -> str:
         dtype,
     )  # fmt: skip
     own = f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
-    # The others wait for this rank no longer than train.timeout.
+    # The other ranks wait for this one no longer than train.timeout.
     fault = find_fault_apart(trial, own, config.train.timeout / 2)
     distrust(fault)
     return fault
 
 
 def with_kernels(config: RunConfig, fault: str) -> tuple[RunConfig, list[str]]:
-    """The config with PyTorch's operators if the kernels are wrong anywhere, and the line that says
-    so; on all ranks together, so that all compute alike.
+    """Switches all ranks to PyTorch's operators if the kernels are wrong on any of them.
+
+    Must be called on all ranks together, so that all compute alike.
 
     Args:
-        fault: of this rank's device, from `find_fault`.
+        fault: the fault on this rank's device, from `find_fault`.
+
+    Returns:
+        The config to use, and the lines that tell the user about the switch.
     """
     told = gathered((fault, socket.gethostname()))
     settle()

@@ -1,4 +1,4 @@
-"""What rank 0 shows and writes: one live line, metrics.jsonl, TensorBoard."""
+"""Everything that rank 0 shows and writes: one live line, metrics.jsonl, TensorBoard."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from infini_ds.system.console import Console, leave_to_the_caller
 
 _SECONDS_BETWEEN_LINES = 10.0
 _TIMED_STEPS, _TIMED_SECONDS = 3, 5.0
-"""At least so many steps and seconds tell how long the rest will take."""
+"""The remaining time is estimated only after this many steps and seconds."""
 
 
 class _Shown(Console):
-    """A full disk or a closed terminal does not end a run: nothing more is shown then."""
+    """A console that goes silent, instead of ending the run, on a full disk or closed terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
@@ -32,20 +32,21 @@ class _Shown(Console):
             self.on_broken_pipe()
 
     def __exit__(self, *error: Any) -> None:
-        try:  # what the live line shows is written here
+        try:  # the live line writes its content here
             super().__exit__(*error)
         except OSError:
             self.on_broken_pipe()
 
 
 class Monitor:
-    """Of one run, on rank 0 alone.
+    """Shows and records the progress of one run, on rank 0 only.
 
     Args:
-        output_dir: of the run.
-        step: the step the run starts from; what an earlier process wrote beyond it is dropped.
-        steps: where it ends.
-        config: the resolved config, as text.
+        output_dir: the run's directory.
+        step: the step that the run starts from; an earlier process's records of later steps are
+            dropped.
+        steps: the step at which the run ends.
+        config: the resolved config as text.
     """
 
     def __init__(self, output_dir: Path, step: int, steps: int, config: str):
@@ -54,7 +55,7 @@ class Monitor:
         self._began = time.monotonic()
         self._next_line = self._began
         self._timed_from: tuple[int, float] | None = None
-        """The step and the moment from which steps are timed: a process's first one is slower."""
+        """Step and time that timing starts from: after a process's first step, which is slower."""
         self._has_said_how_long = False
         self._live: Live | None = None
         if self.console.is_terminal:
@@ -74,14 +75,14 @@ class Monitor:
         self._board = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=step + 1)
 
     def go_back_to(self, step: int) -> None:
-        """Drops what was written beyond a step: it is made again."""
+        """Drops what was written after a step, because the run makes those steps again."""
         self._metrics.close()
         self._board.close()
         self._open(step)
         self._timed_from = step, time.monotonic()
 
     def step(self, step: int, metrics: dict[str, Any], log: bool) -> None:
-        """One training step. `metrics` are flat, named as in TensorBoard, such as "train/loss"."""
+        """Records one step; `metrics` are flat, with TensorBoard's names, such as "train/loss"."""
         self._last_step = step
         if log:
             self.record(step, metrics)
@@ -102,7 +103,7 @@ class Monitor:
             self._next_line = now + _SECONDS_BETWEEN_LINES
 
     def _seconds_left(self, step: int, now: float) -> float:
-        """By the steps that were timed; says it once, as soon as there are enough of them."""
+        """Estimates from the timed steps; prints the estimate once, when there are enough."""
         if self._timed_from is None:
             self._timed_from = step, now
             return (now - self._began) * (self._steps - step)
@@ -117,8 +118,8 @@ class Monitor:
         return left
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Numbers of a step, to metrics.jsonl and TensorBoard."""
-        # JSON knows no infinity.
+        """Writes a step's figures to metrics.jsonl and TensorBoard."""
+        # JSON has no infinity.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():
             self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
@@ -126,28 +127,28 @@ class Monitor:
                 self._board.add_scalar(name, value, step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether that of a step is in metrics.jsonl."""
+        """Whether metrics.jsonl has the evaluation of a step."""
         lines = map(json.loads, (self._output_dir / "metrics.jsonl").read_text().splitlines())
         return any(line["step"] == step and "memory/norm_of_block_000" in line for line in lines)
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self.console.print(message)
 
     def gates(self, step: int, gates: np.ndarray) -> None:
-        """The memory's share of every head, [layers, heads], as histogram and as image."""
+        """Records the memory's share of every head, [layers, heads], as histogram and image."""
         pixels = np.kron(gates, np.ones((16, 16)))[None]
         with self._writing():
             self._board.add_histogram("memory/gate", gates, step)
             self._board.add_image("memory/gate_by_layer_and_head", pixels, step)
 
     def text(self, step: int, name: str, text: str, language: str = "text") -> None:
-        """Text, to TensorBoard."""
+        """Writes text to TensorBoard."""
         with self._writing():
             self._board.add_text(name, f"```{language}\n{text}\n```", step)
 
     def close(self) -> None:
-        """Says how long it took, and writes everything out."""
+        """Prints how long the run took and writes everything out."""
         if self._live:
             self._live.stop()
         if self._last_step > self._first_step:
@@ -159,7 +160,7 @@ class Monitor:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """A run goes on without its figures where they cannot be written, and says so once."""
+        """Lets a run go on without its figures where they cannot be written; warns once."""
         try:
             yield
         except OSError as error:
@@ -172,7 +173,7 @@ class Monitor:
 
 
 def _drop_steps_after(path: Path, step: int) -> None:
-    """Forgets the steps that a killed process made after its last save: they are made again."""
+    """Drops the steps after `step`, which a killed process made after its last save."""
     if not path.exists():
         return
     kept = []
@@ -181,7 +182,7 @@ def _drop_steps_after(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
-            continue  # cut off in the middle of a line
+            continue  # the line was cut off
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)

@@ -29,33 +29,33 @@ from infini_ds.training.start import load_start, open_start
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that is ready to go on; the same on all ranks but for the lock."""
+    """A run that is ready to train; the same on all ranks except for the lock."""
 
     config: RunConfig
-    """With what was left open: vocabulary, dtype, kernels."""
+    """The run's config with everything that was left open resolved: vocabulary, dtype, kernels."""
     data: Mixture
     lanes: Lanes | CurriculumLanes
-    """Where the run goes on."""
+    """The lanes, positioned where the run goes on."""
     engine: Engine
-    """With initial weights, or those of init_from; `saved` is not loaded yet."""
+    """The engine with initial weights, or those of init_from; `saved` is not loaded yet."""
     saved: Saved | None
-    """The checkpoint that the run goes on from."""
+    """The checkpoint that the run resumes from, if any."""
     why_dtype: str
     remarks: list[str]
-    """What the user is to know, a line each."""
+    """Lines that the user should read."""
     lock: IO | None
-    """Keeps other runs out of output_dir as long as it is open, on rank 0."""
+    """Keeps other runs out of output_dir while it is open, on rank 0."""
 
 
 def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
     """Opens a run on all ranks together.
 
     Args:
-        watchdog: told of what the engine does, and whom it waits for.
-        fault: what is wrong with the Triton kernels, see `kernel_check.find_fault`.
+        watchdog: receives the engine's progress, and what it waits for.
+        fault: what is wrong with the Triton kernels; see `kernel_check.find_fault`.
 
     Raises:
-        UserError: a setting or a file is wrong; on all ranks together.
+        UserError: a setting or a file is wrong; raised on all ranks together.
         RunError: a checkpoint cannot be converted to this layout.
     """
     locked = None

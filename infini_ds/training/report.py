@@ -1,4 +1,4 @@
-"""What a finished run tells: quality beside the baseline, and what to type next."""
+"""The report of a finished run: quality beside the baseline, and commands to type next."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from infini_ds.system.console import Console
 from infini_ds.system.whole_file import whole_file
 
 REPORT = "report.json"
-"""Figures of a finished run, in its directory."""
+"""File in the run's directory that holds the figures of a finished run."""
 
 
 def report(
@@ -25,10 +25,10 @@ def report(
     sample: str,
     console: Console,
 ) -> None:
-    """Prints it, and writes the figures to report.json in the run's directory.
+    """Prints the report and writes its figures to report.json in the run's directory.
 
     Args:
-        counts: of what went wrong on the way, by name: skipped_steps and rollbacks.
+        counts: how often things went wrong, by name: skipped_steps and rollbacks.
     """
     figures = {"step": step, **counts, **quality}
     if quality:
@@ -59,7 +59,7 @@ def report(
 
 
 def _add_corpus(table: Table, quality: dict[str, float], corpus: str) -> None:
-    """Rows of one corpus of a mixture, or of everything that is held out."""
+    """Adds rows for one corpus of a mixture, or for everything that is held out."""
     titles = ("tokenizer unigram baseline", "model, memory ablated", "model, with memory")
     if corpus:
         table.add_section()

@@ -1,4 +1,4 @@
-"""The weights of an export as those that a run starts with."""
+"""Starts a run with the weights of an export."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,17 +16,17 @@ from infini_ds.runs.weights import Weights
 from infini_ds.system.ranges import check_finite, narrowed
 
 _FREE = ("gate_init", "initializer_range", "memory.write_penalty")
-"""Settings that say nothing about weights that are there already."""
+"""Settings that do not affect weights that already exist."""
 
 
 def open_start(config: RunConfig, data: Mixture) -> Weights:
-    """The export of config.init_from, after checking that the run's model and tokenizer are its.
+    """Opens the export of config.init_from; it must have the run's model settings and tokenizer.
 
     Args:
-        config: with model.vocab_size.
+        config: the run's config with model.vocab_size set.
 
     Raises:
-        UserError: it is no whole export, or something differs; names the setting.
+        UserError: the export is incomplete, or a setting differs; the message names the setting.
     """
     origin = f"init_from ({config.init_from})"
     export = open_model(Path(config.init_from))
@@ -38,32 +38,32 @@ def open_start(config: RunConfig, data: Mixture) -> Weights:
     for name, value in theirs.items():
         if name not in _FREE and value != ours[name]:
             raise UserError(
-                f"model.{name} ({ours[name]}) must be {value}, as in {origin}; left out of the "
-                "run's config, it is taken from there"
+                f"model.{name} ({ours[name]}) must be {value}, as in {origin}; leave it out of "
+                "the run's config to take it from there"
             )
     tokenizer, used = export_tokenizer(export.settings), data.tokenizer
     if tokenizer is None and used.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"data.tokenizer: that of {data.place} has {used.vocab_size} tokens, but "
-            f"{origin} has {config.model.vocab_size}, and no tokenizer that could be compared"
+            f"data.tokenizer: the tokenizer of {data.place} has {used.vocab_size} tokens, but "
+            f"{origin} has {config.model.vocab_size}, and no tokenizer to compare"
         )
     if tokenizer is not None and tokenizer.fingerprint != used.fingerprint:
         raise UserError(
-            f"data.tokenizer: that of {data.place} is not that of {origin}; left out of "
-            "the run's config, it is taken from there: do so, and prepare another data.store"
+            f"data.tokenizer: the tokenizer of {data.place} is not the one of {origin}; leave it "
+            "out of the run's config to take it from there, and prepare another data.store"
         )
     return export.weights
 
 
 @torch.no_grad()
 def load_start(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights) -> None:
-    """Fills parameters of this rank, and what the optimizer keeps of them in fp32.
+    """Fills this rank's parameters, and the fp32 copies that the optimizer keeps of them.
 
-    One tensor is in memory at a time, and none that this rank does not have.
+    Only one tensor is in memory at a time, and only tensors that this rank has are read.
 
     Args:
-        parameters: of an engine, by their names in InfiniTransformer.
-        weights: from `open_start`.
+        parameters: an engine's parameters by their names in InfiniTransformer.
+        weights: the result of `open_start`.
 
     Raises:
         UserError: a weight is not finite, or beyond the range of its parameter's type.
@@ -77,7 +77,7 @@ def load_start(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights)
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    """All settings of a model by their dotted names, defaults resolved."""
+    """Returns all settings of a model by their dotted names, with defaults resolved."""
     settings = config.model_dump()
     memory = settings.pop("memory")
     settings |= {"num_kv_heads": config.kv_heads, "intermediate_size": config.mlp_size}

@@ -1,4 +1,4 @@
-"""A run from its config to its last checkpoint, on every process of it."""
+"""Takes a run from its config to its last checkpoint, on each of its processes."""
 
 import gc
 import math
@@ -40,13 +40,13 @@ from infini_ds.training.report import REPORT, report
 
 
 def pretrain(config: RunConfig) -> None:
-    """Trains until train.steps; goes on from the newest valid checkpoint if there is one.
+    """Trains until train.steps; resumes from the newest valid checkpoint if there is one.
 
-    The process group stays open when it returns: leave by os._exit.
+    The process group stays open on return, so leave the process by os._exit.
 
     Raises:
         SharedError: a setting or a file is wrong.
-        UserError: this rank cannot meet the others as it was told to.
+        UserError: this rank cannot meet the others at the given address.
         RunError: the run cannot go on.
     """
     stop = StopRequest()
@@ -64,7 +64,7 @@ def pretrain(config: RunConfig) -> None:
         Trainer(open_run(config, watchdog, fault), stop, watchdog).run()
         dist.barrier()
         watchdog.stop()
-    except UserError as error:  # on all ranks together, as is this; without it the exit may abort
+    except UserError as error:  # raised on all ranks together; an open group may abort the exit
         watchdog.stop()
         dist.destroy_process_group()
         raise SharedError(str(error)) from None
@@ -73,7 +73,7 @@ def pretrain(config: RunConfig) -> None:
 
 
 class Trainer:
-    """The steps of a run on this process, from where it was opened."""
+    """Trains a run on this process, from where it was opened."""
 
     def __init__(self, opened: Opened, stop: StopRequest, watchdog: Watchdog):
         self.config, self.data, self.lanes = opened.config, opened.data, opened.lanes
@@ -81,7 +81,7 @@ class Trainer:
         self.stop, self.watchdog = stop, watchdog
         self.step = self.first_step = 0
         self.saved: int | None = None
-        """Step of the checkpoint that is as the run is now, if there is one."""
+        """Step of the checkpoint that matches the run's present state, if there is one."""
         self.bad_steps = BadSteps(self.config.train)
         self.tokens = 0
         self.evaluated = False
@@ -103,7 +103,7 @@ class Trainer:
             with whole_file(output_dir / "config.yaml", "output_dir", RunError) as file:
                 file.write_text(text)
             if self.step < self.config.train.steps:
-                (output_dir / REPORT).unlink(missing_ok=True)  # of when there were fewer to make
+                (output_dir / REPORT).unlink(missing_ok=True)  # left from a shorter run
             self._introduce(opened)
 
     def run(self) -> None:
@@ -112,7 +112,7 @@ class Trainer:
         quality: dict[str, float] = {}
         stopping = False
         if config.train.on_bad_step == "rollback" and self.saved is None:
-            self._save()  # to have something to go back to
+            self._save()  # a rollback needs a checkpoint to go back to
         if self._evaluation_is_due() and self._ended_before_evaluation():
             quality = self._evaluate()
         while self.step < config.train.steps and not stopping:
@@ -122,9 +122,9 @@ class Trainer:
                 stopping = self._train_step()
             self.watchdog.step_done(self.step)
             if self.saved == self.step:
-                continue  # it went back to a checkpoint
+                continue  # the run went back to a checkpoint
             ended = self.step == config.train.steps
-            # A step that was skipped may have left memories that are not finite.
+            # A skipped step may have left memories that are not finite.
             due = self.step % config.train.save_every == 0 and not self.engine.skipped_in_a_row
             if stopping or ended or due:
                 self._save()
@@ -143,13 +143,13 @@ class Trainer:
                 report(config, self.step, counts, quality, self.sample, self.monitor.console)
 
     def _train_step(self) -> bool:
-        """One step; whether the run was asked to stop."""
+        """Makes one step; returns whether the run was asked to stop."""
         config = self.config
         begin = time.perf_counter()
         plan = self.lanes.next_plan()
         factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
         weight = total_weight(self.data.split("train"), plan)
-        # Without any weight there is no loss, whatever it is divided by.
+        # Without any weight there is no loss, so any divisor will do.
         size = StepSize(weight or 1.0, plan.num_tokens)
         result = self.engine.train_step(self._reader(plan), size, factor, self.stop.requested)
         if result.fault and self._went_back(plan, result):
@@ -164,7 +164,7 @@ class Trainer:
             }
         self.step += 1
         self.tokens += plan.num_tokens
-        # The first one too: a supervisor reads there that a step was made.
+        # The first step is logged too: the supervisor reads there that a step was made.
         log = self.step % config.train.log_every == 0 or self.step == self.first_step + 1
         writes = self._describe_writes(size.tokens) if log else {}
         if self.monitor:
@@ -174,7 +174,7 @@ class Trainer:
         return result.stop
 
     def _metrics(self, result: StepResult, size: StepSize, elapsed: float) -> dict[str, float]:
-        """Figures of a step that took `elapsed` seconds."""
+        """Returns the figures of a step that took `elapsed` seconds."""
         config = self.config
         loss = result.loss_sum / size.loss_weight
         speed = size.tokens / elapsed
@@ -198,7 +198,7 @@ class Trainer:
         return metrics
 
     def _describe_writes(self, tokens: int) -> dict[str, float]:
-        """How much of the last step's tokens each layer wrote, and what that costs in the loss."""
+        """Returns how much of the last step each layer wrote, and what that adds to the loss."""
         memory = self.config.model.memory
         if not memory.write_gate:
             return {}
@@ -217,7 +217,7 @@ class Trainer:
         def read(micro_batch: int) -> Windows:
             lanes = self.engine.lanes_of(micro_batch)
             windows = read_windows(split, plan, lanes, n)
-            # Large stores are not checked when they are opened.
+            # Large stores are not checked for corruption when they are opened.
             corrupt = torch.maximum(windows.tokens, windows.labels).amax(dim=1) > last_token
             if corrupt.any():
                 windows.tokens.clamp_(max=last_token)
@@ -228,10 +228,10 @@ class Trainer:
         return read
 
     def _went_back(self, plan: Plan, result: StepResult) -> bool:
-        """Whether train.on_bad_step made the run go back to a checkpoint after the step just made.
+        """Returns whether the step just made sends the run back to a checkpoint.
 
         Raises:
-            RunError: it wants the end, or there were too many such steps.
+            RunError: train.on_bad_step asks to stop, or there were too many bad steps.
         """
         fault = result.fault
         if documents := bad_documents(result.bad_lanes, plan):
@@ -244,8 +244,8 @@ class Trainer:
     def _roll_back(self, fault: str) -> None:
         """Goes back to the newest valid checkpoint; this step's window will not be read again.
 
-        The steps up to it are made again: what a fault has left in weights, optimizer states or
-        memories is gone, and the run is as if it had never read that window.
+        The steps from there on are made again. Whatever the fault left in weights, optimizer states
+        or memories is gone, as if the run had never read that window.
         """
         bad = self.step
         found, _ = checkpoint.find(self.config)
@@ -268,7 +268,7 @@ class Trainer:
         self.saved = self.step
 
     def _skip_step(self) -> None:
-        """A step whose window is not read."""
+        """Counts a step without reading its window."""
         plan = self.lanes.next_plan()
         self.engine.skip_window(torch.from_numpy(plan.starts.any(axis=1)))
         self.step += 1
@@ -287,12 +287,12 @@ class Trainer:
         return bool(every) and self.step > 0 and self.step % every == 0
 
     def _ended_before_evaluation(self) -> bool:
-        """Whether the process that saved this step ended in its evaluation."""
+        """Whether the process that saved this step ended during its evaluation."""
         ended = self.monitor is not None and not self.monitor.has_evaluation(self.step)
         return bool(self.engine.all_sum(torch.tensor(float(ended), device=self.engine.device)))
 
     def _evaluate(self) -> dict[str, float]:
-        """Held-out quality with and without memory, and what the memory looks like."""
+        """Measures held-out quality with and without memory, and records the memory's state."""
         quality = self.held_out.evaluate()
         gates, means = self.engine.describe_memory()
         norms = {f"memory/norm_of_block_{block:03d}": mean for block, mean in means.items()}
@@ -312,7 +312,7 @@ class Trainer:
         return quality
 
     def _write_sample(self) -> str:
-        """Text written by the model as it is now; empty if none is wanted."""
+        """Generates text with the model as it is now; empty if the config asks for none."""
         settings = self.config.evaluation
         if not settings.sample_tokens:
             return ""
@@ -340,7 +340,7 @@ class Trainer:
         self._say(f"step {self.step}: saved {directory}")
 
     def _epochs(self) -> dict[str, float]:
-        """Passes over the corpus, or over each of a mixture."""
+        """Returns the passes over the corpus, or over each corpus of a mixture."""
         if isinstance(self.lanes, CurriculumLanes) or not self.lanes.corpus_epochs:
             return {"train/epoch": self.lanes.epoch}
         epochs = zip(self.data.stores, self.lanes.corpus_epochs, strict=True)
@@ -383,7 +383,8 @@ class Trainer:
 
 def _set_threads(config: RunConfig) -> None:
     told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
-    # It may be left over from something else, as the processes of a run are.
+    # The variable may be left over from another launcher; a run has no more local processes than
+    # processes in all.
     local = max(1, min(int(told), int(os.environ.get("WORLD_SIZE", "1"))))
     cores = min(psutil.cpu_count(logical=False) or 1, cores_at_hand())
     torch.set_num_threads(config.train.threads or max(1, cores // local))

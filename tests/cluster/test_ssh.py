@@ -55,7 +55,7 @@ def test_setting_that_the_launcher_changed_ends_the_run_on_all(hosts, tmp_path, 
     run = Run(tmp_path, data, **FP32)
     with launch(hosts, 2, run, f"evaluation.sample_prompt={value}") as launcher:
         assert launcher.wait(LIMIT) == [2], launcher.outputs()
-        assert f"{value}' was typed, and is " in launcher.all[0].output
+        assert f"{value}' was typed, but " in launcher.all[0].output
     assert not (run.output / "config.yaml").exists()
 
 

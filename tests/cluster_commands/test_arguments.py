@@ -118,7 +118,7 @@ class TestLauncherThatQuotesNothing:
         start(["run.yaml", TYPED[name]], ["run.yaml", *arrived([TYPED[name]], "bash")])
         with pytest.raises(UserError) as caught:
             launcher.check_arguments_of_launcher()
-        assert str(caught.value).startswith(f"{TYPED[name]!r} was typed, and is ")
+        assert str(caught.value).startswith(f"{TYPED[name]!r} was typed, but ")
         assert "use `bash launch/pretrain.sh --hostfile HOSTS" in str(caught.value)
 
     def test_another_run_on_the_same_hosts_is_not_looked_at(self, start):
@@ -169,12 +169,12 @@ class TestWhatCannotBeQuoted:
     def test_directory_is_refused(self, tmp_path, monkeypatch, name):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        with pytest.raises(UserError, match=r"^--hostfile: the directory .* use one without$"):
+        with pytest.raises(UserError, match=r"^--hostfile: the directory .* use one without it$"):
             launcher.check_what_is_not_quoted("launch/pretrain.sh")
 
     @pytest.mark.parametrize("name", ["/a b/launch/pretrain.sh", "/$A/pretrain.sh", "/%h/a.sh"])
     def test_script_is_refused(self, name):
-        with pytest.raises(UserError, match=r"^--hostfile: the script .* use one without$"):
+        with pytest.raises(UserError, match=r"^--hostfile: the script .* use one without it$"):
             launcher.check_what_is_not_quoted(name)
 
     @pytest.mark.parametrize(

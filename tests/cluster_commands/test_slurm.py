@@ -39,7 +39,7 @@ def test_slurm_that_does_not_tell_is_an_error_that_names_the_variable(job):
 
 def test_tasks_of_other_nodes_are_an_error_that_names_the_variables(job):
     job.setenv("SLURM_TASKS_PER_NODE", "8(x2)")
-    with pytest.raises(UserError, match=r"SLURM_TASKS_PER_NODE \(8\(x2\)\): is of 2 nodes"):
+    with pytest.raises(UserError, match=r"SLURM_TASKS_PER_NODE \(8\(x2\)\): describes 2 nodes"):
         slurm.nodes_of_job()
 
 

@@ -88,7 +88,7 @@ def test_launcher_that_does_not_end_after_a_failure_is_told_to(tmp_path):
         failures.record(job.output, 7, "rank 1 on node-2 is lost")
         assert processes.wait(LIMIT) == [128 + signal.SIGINT]
         output = processes.all[0].output
-    assert "the run failed, and is not gone after 1 s: told to end" in output
+    assert "the run failed, but has not ended after 1 s: told to end" in output
     assert "exit code 130 (rank 0: rank 1 on node-2 is lost)" in output
 
 

@@ -202,7 +202,7 @@ def test_change_of_what_was_zero_has_no_size(tmp_path, capsys):
 
 MISTAKES = {
     "nothing": (["{run}/none"], "inspect {run}/none: no such file or directory"),
-    "directory": (["{run}/checkpoints"], "is no run, checkpoint, export, store or memory file"),
+    "directory": (["{run}/checkpoints"], "is not a run, checkpoint, export, store or memory file"),
     "file": (["{run}/checkpoints/step_00000009/config.yaml"], "config.yaml: cannot be read"),
     "no_other": (["{run}", "--diff={run}/none"], "inspect {run}/none: no such file or directory"),
     "kinds": (["{run}", "--diff={book}"], "step_00000009 is a checkpoint, {book} a memory"),

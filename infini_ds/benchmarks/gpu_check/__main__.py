@@ -1,4 +1,4 @@
-"""The whole check, or one part of it in a process of its own."""
+"""Runs the whole check, or one part of it in a process of its own."""
 
 import importlib
 import os
@@ -14,11 +14,11 @@ PARTS = {
     "models": "models", "sweep": "models", "million": "models", "compile_ahead": "compiling",
     "tiles": "tiles", "tiles_compile": "tiles",
 }  # fmt: skip
-"""A module each, with a function of that name."""
+"""Maps each part to the module that has the function of that name."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a part where RESULTS is set, as steps do it; steps by their names otherwise."""
+    """Runs one part if RESULTS is set, as it is by a step; otherwise runs the named steps."""
     results = os.environ.get("RESULTS")
     if not results:
         from infini_ds.benchmarks.gpu_check import plan

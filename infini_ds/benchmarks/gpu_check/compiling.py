@@ -1,4 +1,4 @@
-"""Kernels into Triton's cache, by its own run-time path, while the GPU does something else."""
+"""Compiles kernels into Triton's cache, as at run time, while the GPU does something else."""
 
 import contextlib
 import time
@@ -13,12 +13,12 @@ from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 
 OF_TINY = ("sums_kernel", "scan_kernel")
-"""Quickly compiled, and enough to show that the path is still there."""
+"""Kernels that compile quickly, and are enough to show that the path still works."""
 
 
 @contextlib.contextmanager
 def without_gpu() -> Iterator[None]:
-    """Inside it kernels are compiled, for the GPU that is here, or else for Hopper."""
+    """Makes kernels compile without running, for this machine's GPU or else for Hopper."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
@@ -39,11 +39,11 @@ def without_gpu() -> Iterator[None]:
 
 
 def compile_ahead(part: Part, case: str) -> None:
-    """Every kernel of one call, forward and backward.
+    """Compiles every kernel of one call, forward and backward.
 
     Args:
-        case: rule:segments:n:heads:kv_heads:d:form; gates are in fp32 where the form is operation,
-            as benchmarks of it have them, and in bf16 where it is model.
+        case: rule:segments:n:heads:kv_heads:d:form; gates are in fp32 if the form is "operation",
+            as in its benchmarks, and in bf16 if it is "model".
     """
     rule, *sizes, form = case.split(":")
     segments, n, heads, kv_heads, d = map(int, sizes)

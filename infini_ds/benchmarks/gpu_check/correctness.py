@@ -1,4 +1,4 @@
-"""Results of the kernels against the specification in fp64."""
+"""Compares the kernels' results with the specification in fp64."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from infini_ds.kernels.self_check import limit_of, unwritten_memory_is_nan
 from infini_ds.kernels.trial import Operation, Trial, error, make_window, results
 
 REPEATS = 10
-"""Calls that must give the same, bit by bit."""
+"""Number of calls that must give the same results, bit by bit."""
 CASES = (
     Trial("delta", 8, 2, 128, 2048),
     Trial("linear", 8, 2, 128, 512),
@@ -26,7 +26,7 @@ CASES = (
 
 
 def ours(part: Part) -> Operation:
-    """The kernels, or what stands for them on a CPU."""
+    """Returns the kernels, or their substitute on a CPU."""
     if part.tiny:
         return infini_attention_parallel
     from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
@@ -35,19 +35,19 @@ def ours(part: Part) -> Operation:
 
 
 class Verdict(NamedTuple):
-    """Of one case."""
+    """The verdict on one case."""
 
     wrong: list[str]
-    """Results that are further off than `limit_of` allows."""
+    """Results with a larger error than `limit_of` allows."""
     moving: list[str]
-    """Results that are not the same in every call."""
+    """Results that differ between calls."""
 
     def __str__(self) -> str:
         return "WRONG" if self.wrong else "MOVING" if self.moving else "ok"
 
 
 def correct(part: Part, index: str) -> bool:
-    """One case; its errors stand beside those of PyTorch's naive way in bf16, in brackets."""
+    """Checks one case; the error of PyTorch's naive bf16 version follows each in brackets."""
     trial = CASES[int(index)]
     if part.tiny:
         trial = trial._replace(head_dim=trial.head_dim // 4, segment_length=32)

@@ -1,4 +1,4 @@
-"""What is on the machine."""
+"""Records what is on the machine."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ LIBRARIES = ("numpy", "einops", "transformers", "datasets", "pydantic")
 
 
 def env(part: Part) -> None:
-    """Versions, the card, and that it computes at all."""
+    """Records versions and the card, and checks that the card computes at all."""
     for tool in TOOLS:
         if shutil.which(tool.split()[0]):
             subprocess.run(tool.split(), stderr=subprocess.STDOUT, check=False, timeout=20)
@@ -26,7 +26,7 @@ def env(part: Part) -> None:
     import triton
     from triton import knobs
 
-    import infini_ds.training.trainer  # noqa: F401  (imports all that a run needs)
+    import infini_ds.training.trainer  # noqa: F401  (imports everything that a run needs)
 
     part.note(
         "env", python=sys.version.split()[0], torch=torch.__version__, triton=triton.__version__,

@@ -1,4 +1,4 @@
-"""Whole models: training steps, the peer's among them, and documents of up to a million tokens."""
+"""Measures whole models: training steps, ours and the peer's, and documents up to 1M tokens."""
 
 import time
 from typing import Any
@@ -19,13 +19,13 @@ SMALL = ModelConfig(
 )
 SEGMENTS = 16
 DOCUMENTS = (16, 64, 512)
-"""Segments of 2,048: 32 thousand, 131 thousand and a million tokens."""
+"""Numbers of segments of 2,048 tokens: 32 thousand, 131 thousand and a million tokens in all."""
 FULL_TOKENS = (32_768, 131_072)
 MILLION = 1_048_576
 
 
 def models(part: Part) -> None:
-    """Training steps through one window; the peer's first, beside ours of its sizes."""
+    """Times training steps on one window; the peer's first, beside ours of the same sizes."""
     small = kernels_model.Models(SMALL, SMALL, SMALL)
     segments = 2 if part.tiny else SEGMENTS
     chosen = kernels_model.contestants(small if part.tiny else kernels_model.Models(), segments)
@@ -38,15 +38,17 @@ def models(part: Part) -> None:
         began = time.monotonic()
         try:
             row = kernels_model.time_step(contestant, part.device, timer)
-        except (RuntimeError, ValueError, TypeError) as error:  # the peer's, on a newer torch
+        except (RuntimeError, ValueError, TypeError) as error:  # the peer on a newer torch
             row = {"name": contestant.name, "error": f"{type(error).__name__}: {error}"[:300]}
         took = round(time.monotonic() - began, 1)
         part.note("models", **row, peak_gib=_peak(part), all_seconds=took)
 
 
 def sweep(part: Part) -> None:
-    """infini_1b through one document, window by window: speed and memory by its length. Then the
-    operation alone beside full attention."""
+    """Measures infini_1b on one document, window by window, then the operation beside attention.
+
+    It records speed and memory by the length of the document.
+    """
     config = SMALL if part.tiny else kernels_model.LARGE
     window = 2 if part.tiny else SEGMENTS
     model = InfiniTransformer(config).to(part.device, torch.bfloat16)
@@ -73,7 +75,7 @@ def sweep(part: Part) -> None:
 
 
 def million(part: Part) -> None:
-    """The operation alone through a million tokens; full attention once, which takes some 20 s."""
+    """Times the operation on a million tokens, and full attention once, which takes about 20 s."""
     timer = timer_of(part) if part.tiny else CudaTimer().once
     row = time_full_attention(*_full(part, 64 if part.tiny else MILLION), timer)
     part.note("full", **row, once=True)

@@ -1,4 +1,4 @@
-"""Which steps there are, the most valuable first."""
+"""The steps of the check, the most valuable first."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from infini_ds.errors import RunError, UserError
 
 SECONDS = 520.0
 DRY_PATIENCE = 3.0
-"""A CPU that others use as well may take so many times a step's limit."""
+"""Factor on each step's limit in a dry run, because the CPU may be shared with others."""
 CORRECT_CASES = 6
 TILE_WORKERS = 4
 COMPILED_AHEAD = (
@@ -24,17 +24,17 @@ COMPILED_AHEAD = (
     "linear:16:2048:32:8:128:model", "delta:16:2048:16:8:128:model",
     "delta:16:2048:8:8:128:model", "linear:16:2048:8:8:128:model", "delta:2:512:4:2:128:model",
 )  # fmt: skip
-"""What later steps start, so that none of them waits for the compiler: see `compile_ahead`."""
+"""Cases that later steps start, compiled early so that none of them waits; see `compile_ahead`."""
 
 
 class Check:
-    """The check of one machine.
+    """Checks one machine.
 
     Args:
-        out: where results, summary and logs go.
-        work: folder for runs, caches and the like; what is there is kept.
-        tiny: on a CPU.
-        ptxas: another assembler than Triton's own, or None.
+        out: folder for results, summary and logs.
+        work: folder for runs, caches and the like, whose contents are kept.
+        tiny: whether to run tiny sizes on a CPU.
+        ptxas: an assembler to try beside Triton's own, or None.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Check:
         }
 
     def run(self, names: Sequence[str]) -> None:
-        """Runs steps by name, all if there are no names; what fails does not keep others from it.
+        """Runs the named steps, or all if there are no names; a failed step stops no others.
 
         Raises:
-            UserError: there is no such step.
-            RunError: some failed.
+            UserError: there is no step of that name.
+            RunError: a step failed.
         """
         for name in names:
             if name not in self.plan:
@@ -87,7 +87,7 @@ class Check:
         return self.steps.run(name, limit, commands or [part(name)])
 
     def _run(self, name: str, limit: float, commands: Sequence[Command]) -> bool:
-        """A training run, after what compiles ahead: its ranks wait for each other."""
+        """Trains once nothing compiles in the background: ranks wait for each other."""
         if self._ahead:
             self._ahead.wait()
             self._ahead = None
@@ -101,8 +101,7 @@ class Check:
         self._ahead = self.steps.start("compile_ahead", 120, commands, at_once)
 
     def _correct(self) -> None:
-        """With each assembler; what follows uses the newer one, unless Triton's own is right in
-        more cases."""
+        """Tries each assembler; later steps use the newer one unless Triton's does better."""
         cases = range(2 if self._tiny else CORRECT_CASES)
         choices = [{}, {"TRITON_PTXAS_PATH": self._ptxas}] if self._ptxas else [{}]
         commands = [part("correct", str(case), **choice) for choice in choices for case in cases]
@@ -136,7 +135,7 @@ class Check:
         self._part("tiles", 70)
 
     def _tests(self) -> None:
-        """The project's own GPU tests: kernels at all layouts, runs beside a CPU's."""
+        """Runs the project's GPU tests: kernels in all layouts, and runs compared with a CPU's."""
         files = ["tests/kernels/test_triton.py", "tests/distributed/test_gpus.py"]
         options = ["-q", "-p", "no:cacheprovider", "-k", "gpu"]
         if self._tiny:
@@ -158,13 +157,13 @@ class Check:
 
 
 def part(name: str, *arguments: str, **environment: str) -> Command:
-    """A process of a part of this package."""
+    """Returns the command that runs a part of this package in its own process."""
     program = [sys.executable, "-m", "infini_ds.benchmarks.gpu_check", name, *arguments]
     return Command(program, environment)
 
 
 def run(names: Sequence[str]) -> None:
-    """The check as the environment asks for it: OUT, DRY, SECONDS_ALL, PTXAS.
+    """Runs the check as the environment variables OUT, DRY, SECONDS_ALL and PTXAS ask.
 
     Raises:
         UserError, RunError: see `Check.run`.

@@ -1,5 +1,7 @@
-"""What is found, a line of JSON each, and the same for people. Without torch, whose import takes
-seconds."""
+"""Records results as lines of JSON, and prints them for people.
+
+The module does not import torch, which would take seconds.
+"""
 
 import json
 import time
@@ -10,33 +12,33 @@ LONGEST_LINE = 420
 
 
 class Part(NamedTuple):
-    """What a part of the check works with."""
+    """Everything that a part of the check needs to know."""
 
     tiny: bool
-    """On a CPU, with PyTorch's operators in place of the kernels."""
+    """Whether it runs on a CPU, with PyTorch's operators in place of the kernels."""
     results: Path
     deadline: float
-    """By time.monotonic: nothing more is begun after it."""
+    """Time by time.monotonic after which nothing more is started."""
 
     @property
     def device(self) -> str:
-        """Where it computes."""
+        """The device that it computes on."""
         return "cpu" if self.tiny else "cuda"
 
     def late(self) -> bool:
-        """Whether nothing more should be begun."""
+        """Whether it is too late to start anything more."""
         return time.monotonic() > self.deadline
 
     def note(self, part: str, **figures: Any) -> None:
-        """Prints a row and appends it, so that nothing is lost when the time is over."""
+        """Prints a row and appends it to the results, so that a timeout loses nothing."""
         line = json.dumps({"part": part, **figures})
         print(line, flush=True)
-        with self.results.open("a") as file:  # of several processes at once: one write each
+        with self.results.open("a") as file:  # shared by several processes: one write per line
             file.write(line + "\n")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """All rows so far; one that its writer did not end is left out."""
+    """Reads all rows so far, without one that its writer has not finished."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]
@@ -44,7 +46,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(path: Path) -> list[str]:
-    """Each row short, but for the times of single tiles, which have rows of all."""
+    """Shortens each row; times of single tiles are left out, because other rows summarize them."""
     return [_short(row) for row in rows(path) if row["part"] != "tile"]
 
 

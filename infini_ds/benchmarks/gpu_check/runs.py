@@ -1,4 +1,4 @@
-"""Training runs through DeepSpeed: one rank and its resumption, and two ranks on one GPU."""
+"""Training runs through DeepSpeed: one rank, its resumption, and two ranks on one GPU."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "launch" / "pretrain.sh"
 STEPS, MORE_STEPS, STEPS_OF_TWO = 12, 16, 6
 APART = 0.02
-"""Most that losses of two stages may differ from those of one, in bf16, relatively."""
+"""Largest relative difference allowed between losses of two stages and of one, in bf16."""
 MODEL = {
     "hidden_size": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128,
     "segment_length": 512,
@@ -28,17 +28,17 @@ ON_ONE_GPU = {
     "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN",
     "NCCL_MAX_CTAS": "4", "NCCL_NVLS_ENABLE": "0",
 }  # fmt: skip
-"""NCCL refuses two ranks on a GPU unless they say that they are on two hosts (NCCL_HOSTID); they
-talk through the loopback then."""
+"""NCCL refuses two ranks on one GPU unless they claim to be on two hosts (NCCL_HOSTID); they then
+communicate through the loopback interface."""
 
 
 class Runs:
-    """Runs in a folder.
+    """Training runs that share a folder.
 
     Args:
-        work: of their store, checkpoints and figures.
-        logs: of the single ranks.
-        tiny: small, on a CPU.
+        work: folder for their store, checkpoints and figures.
+        logs: folder for the logs of single ranks.
+        tiny: whether to run a small model on a CPU.
     """
 
     def __init__(self, work: Path, logs: Path, tiny: bool) -> None:
@@ -47,7 +47,7 @@ class Runs:
         self._config.write_text(yaml.safe_dump(self._tree()))
 
     def first(self) -> list[Command]:
-        """Makes the store and trains through DeepSpeed's launcher."""
+        """Returns commands that make the store and train through DeepSpeed's launcher."""
         program = (
             "import subprocess, sys\n"
             "for command in map(eval, sys.argv[1:]):\n"
@@ -58,11 +58,11 @@ class Runs:
         return [Command([sys.executable, "-c", program, *arguments])]
 
     def resumed(self) -> list[Command]:
-        """Goes on from its checkpoint."""
+        """Returns the command that resumes from the first run's checkpoint."""
         return [Command(self._launch(f"train.steps={MORE_STEPS}"))]
 
     def two(self, name: str) -> list[Command]:
-        """The same model by two ranks on one device: as stages, or sharing the lanes (two_data)."""
+        """Returns commands for two ranks on one device: as stages, or sharing lanes (two_data)."""
         layout = {
             "two_stages": ["parallel.pipeline_stages=2"],
             "two_data": ["parallel.pipeline_stages=1", "parallel.zero_stage=1"],
@@ -79,8 +79,7 @@ class Runs:
         ]
 
     def losses_agree(self, note: Callable[..., None]) -> bool:
-        """Whether two stages had one rank's losses, and the run that was resumed went on to its
-        end; notes both."""
+        """Notes whether two stages had one rank's losses, and the resumed run reached its end."""
         one, two = self._losses("run"), self._losses("two_stages")
         shared = sorted(one.keys() & two.keys())
         apart = max((abs(one[i] - two[i]) / one[i] for i in shared), default=None)

@@ -1,4 +1,4 @@
-"""Steps one after another within a limit for all, each with its own limit and log."""
+"""Runs steps one after another within a total time limit, each with its own limit and log."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from infini_ds.benchmarks.gpu_check.results import summary
 
 LEAST_SECONDS = 8.0
-"""With less left a step is not begun."""
+"""A step is not started with less time left than this."""
 GRACE_SECONDS = 5.0
-"""Between being asked to end and being ended; parts stop beginning anything as long before."""
+"""Time between asking a process to end and killing it; parts start nothing in that time either."""
 POLL_SECONDS = 0.05
 SHOWN_LINES = 4
 
@@ -27,12 +27,12 @@ class Command(NamedTuple):
 
 
 class Steps:
-    """The state of a check: what is left of its time, and what has come out.
+    """The state of a check: its remaining time and the results so far.
 
     Args:
-        out: folder of results.jsonl, summary.txt and logs/.
-        seconds: that all steps may take together.
-        patience: how many times its limit a step may take.
+        out: folder for results.jsonl, summary.txt and logs/.
+        seconds: time limit for all steps together.
+        patience: factor on the limit of each step.
     """
 
     def __init__(self, out: Path, seconds: float, patience: float = 1.0) -> None:
@@ -42,14 +42,14 @@ class Steps:
         self._ends, self._patience = time.monotonic() + seconds, patience
         self._lines: list[str] = []
         self.codes: dict[str, int | None] = {}
-        """Of each step; None: there was no time for it."""
+        """Exit code of each step; None if there was no time for it."""
 
     def run(self, name: str, limit: float, commands: Sequence[Command], at_once: int = 1) -> bool:
-        """Whether all commands of a step ended well.
+        """Runs a step; returns whether all its commands succeeded.
 
         Args:
-            limit: seconds for all of them together.
-            at_once: how many run at a time.
+            limit: time limit for all commands together, in seconds.
+            at_once: number of commands to run at the same time.
         """
         limit = min(self._patience * limit, self._ends - time.monotonic() - GRACE_SECONDS)
         if limit < LEAST_SECONDS:
@@ -70,18 +70,18 @@ class Steps:
     def start(
         self, name: str, limit: float, commands: Sequence[Command], at_once: int = 1
     ) -> "Running":
-        """The same in the background; nothing is said of it."""
+        """Starts the same in the background, without printing anything."""
         environment = {
             "RESULTS": str(self.results), "PART_SECONDS": f"{limit - GRACE_SECONDS:.0f}"
         }  # fmt: skip
         return Running(self.log(name), limit, commands, at_once, environment)
 
     def log(self, name: str) -> Path:
-        """Output of a step."""
+        """Returns the file with the output of a step."""
         return self.out / "logs" / f"{name}.log"
 
     def say(self, line: str) -> None:
-        """Prints a line about the steps, and brings the summary up to date."""
+        """Prints a line about the steps and updates the summary."""
         print(line, flush=True)
         self._lines.append(line)
         text = "\n".join((*self._lines, "", *summary(self.results)))
@@ -89,7 +89,7 @@ class Steps:
 
 
 class Running:
-    """Commands that share a log and a limit, some of them at once; all go on if one fails."""
+    """Commands that share a log and a limit and may run in parallel; a failure stops no others."""
 
     def __init__(
         self, log: Path, limit: float, commands: Sequence[Command], at_once: int,
@@ -104,7 +104,7 @@ class Running:
         self._fill()
 
     def wait(self) -> int:
-        """The first exit code that is not 0; 124 if the time was over."""
+        """Waits for all commands; returns the first nonzero exit code, or 124 after a timeout."""
         while self._processes:
             self._fill()
             if time.monotonic() > self._ends:
@@ -130,7 +130,7 @@ class Running:
             )  # fmt: skip
 
     def end(self) -> None:
-        """Asks all processes to end, and ends those that do not."""
+        """Asks all processes to end, then kills those that do not."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process in self._processes:
                 with contextlib.suppress(ProcessLookupError):

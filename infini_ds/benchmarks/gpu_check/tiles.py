@@ -1,4 +1,4 @@
-"""Which tiles of each kernel are the fastest."""
+"""Finds the fastest tiles of each kernel."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,15 +28,18 @@ CANDIDATES = {
     "overlap": [(64, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 3)],
     "overlap_gradient": [(64, 32, 8, 1), (64, 64, 8, 1), (128, 32, 8, 1), (64, 32, 4, 1)],
 }  # fmt: skip
-"""Rows, columns, warps, stages, beside what tuning.py has. All but the last two of key_gradient (40
-and 72 bytes) compile without spills by Triton 3.6 for Hopper. `sums` has one stage alone: its code
-with more overwrites registers of unfinished products."""
+"""Rows, columns, warps and stages to try beside those in tuning.py.
+
+With Triton 3.6 for Hopper, all compile without spills except the last two of key_gradient (40 and
+72 bytes). `sums` is limited to one stage: its code with more overwrites registers of unfinished
+products.
+"""
 BY_ROWS = ("attend", "query_gradient", "read_gradient", "write_gradient")
-"""Kernels whose grid begins with tiles of rows."""
+"""Kernels whose grid's first dimension counts tiles of rows."""
 
 
 class Start(NamedTuple):
-    """One kernel with one candidate."""
+    """The launch of one kernel with one candidate."""
 
     name: str
     tile: Tiles
@@ -46,7 +49,7 @@ class Start(NamedTuple):
 
 
 def tiles_compile(part: Part, worker: str, workers: str) -> None:
-    """Every workers-th candidate, into the cache."""
+    """Compiles every workers-th candidate into the cache."""
     with without_gpu():
         for place, start in enumerate(_starts(512, "cpu", runs=False)):
             if place % int(workers) != int(worker) or part.late():
@@ -57,12 +60,12 @@ def tiles_compile(part: Part, worker: str, workers: str) -> None:
                 start.kernel.run(
                     grid=start.grid, warmup=True, **start.arguments, **start.tile.options
                 )
-            except Exception as error:  # of any kind: compilers have many
+            except Exception as error:  # compilers raise errors of many kinds
                 print(start.name, start.tile, str(error)[:200], flush=True)
 
 
 def tiles(part: Part) -> None:
-    """Times all candidates; without a GPU, only that their kernels still take them."""
+    """Times all candidates; without a GPU, only checks that the kernels still accept them."""
     timer = CudaTimer(seconds=0.3, repeats=20)
     for n in TINY_LENGTHS if part.tiny else LENGTHS:
         found: dict[str, dict[str, float]] = {}
@@ -72,7 +75,7 @@ def tiles(part: Part) -> None:
             about = {"n": n, "kernel": start.name, "tile": start.tile}
             try:
                 took = 0.0 if part.tiny else timer(lambda: _launch(start))  # noqa: B023
-            except Exception as error:  # of any kind: it does not fit, or does not compile
+            except Exception as error:  # the tile does not fit, or does not compile
                 part.note("tile", **about, error=str(error)[:120])
                 continue
             part.note("tile", **about, us=1e6 * took)
@@ -87,10 +90,10 @@ def _launch(start: Start) -> None:
 
 
 def _starts(n: int, device: str, runs: bool) -> Iterator[Start]:
-    """Of every kernel, as one call of the delta rule starts it, with each candidate.
+    """Yields the launch of every kernel in one delta rule call, with each candidate.
 
     Args:
-        runs: whether the call is made, so that the kernels have real numbers.
+        runs: whether to make the call, so that the kernels get real numbers.
     """
     started: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {}
     launch = op.launch

@@ -1,4 +1,4 @@
-"""What the operation takes beside PyTorch and its floor, and which kernels take it."""
+"""Times the operation beside PyTorch and its floor, and each of its kernels."""
 
 import statistics
 from collections.abc import Callable
@@ -27,18 +27,18 @@ SHOWN_KERNELS = 16
 
 
 def timer_of(part: Part, hides_host: bool = True, seconds: float = CONTESTANT_SECONDS) -> Timer:
-    """By events; on a CPU anything does."""
+    """Returns a timer that uses CUDA events; on a CPU, a simple clock."""
     return _cpu_seconds if part.tiny else CudaTimer(hides_host, seconds)
 
 
 def shapes(part: Part) -> list[Shape]:
-    """Both rules, short and long segments."""
+    """Returns shapes with both rules, and with short and long segments."""
     sizes = [(2, 32, 2, 16)] if part.tiny else [(16, 512, 32, 128), (16, 2048, 32, 128)]
     return [Shape(*size, rule) for rule in ("linear", "delta") for size in sizes]
 
 
 def bench(part: Part) -> None:
-    """One call of ours, of PyTorch, and the floor; then what each kernel takes of ours."""
+    """Times one call of ours and of PyTorch beside the floor, then each kernel of our call."""
     timer = timer_of(part)
     rates = measure_rates(part.device, timer, 64 if part.tiny else 8192)
     part.note("rates", tflops=rates.flops / 1e12, tbytes=rates.bytes / 1e12)
@@ -73,7 +73,7 @@ def _of_host_and_kernels(part: Part, shape: Shape, way: str, rates: Rates) -> No
 
 
 def _by_kernel(part: Part, call: Callable[[], object], repeats: int = 5) -> dict[str, float]:
-    """Microseconds on the device of one call."""
+    """Returns the microseconds on the device that each kernel takes in one call."""
     activity = ProfilerActivity.CPU if part.tiny else ProfilerActivity.CUDA
     with profile(activities=[activity]) as recorded:
         for _ in range(repeats):
@@ -90,7 +90,7 @@ def _by_kernel(part: Part, call: Callable[[], object], repeats: int = 5) -> dict
 
 
 def sdpa(part: Part) -> None:
-    """PyTorch's attention kernels, for the local part alone."""
+    """Times PyTorch's attention kernels, which compute the local part alone."""
     timer = timer_of(part)
     backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     for shape in shapes(part)[: 1 if part.tiny else 2]:
@@ -100,7 +100,7 @@ def sdpa(part: Part) -> None:
             about = {"backend": backend.name, "n": shape.segment_length}
             try:
                 forward, backward = _time_sdpa(part, shape, backend, timer)
-            except RuntimeError as error:  # it does not run on this card
+            except RuntimeError as error:  # the backend does not run on this card
                 part.note("sdpa", **about, error=str(error)[:200])
                 continue
             flops = 2 * shape.segments * shape.heads * shape.segment_length**2 * shape.head_dim

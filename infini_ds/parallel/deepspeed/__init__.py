@@ -1,1 +1,1 @@
-"""DeepSpeed itself: the dict that configures it, its operators, what is put right in it."""
+"""Everything that touches DeepSpeed's internals: its config, its operators, corrections to it."""

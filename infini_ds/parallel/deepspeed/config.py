@@ -1,17 +1,17 @@
-"""Our typed config as the dict that DeepSpeed reads; nothing else writes that dict.
+"""Translates our typed config into the dict that DeepSpeed reads; nothing else writes that dict.
 
-DeepSpeed ignores keys it does not know, so what we ask for is spelt here and nowhere else.
+DeepSpeed ignores keys it does not know, so they are spelled here and nowhere else.
 """
 
 from infini_ds.config import RunConfig
 
 
 def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool) -> dict:
-    """The DeepSpeed dict of a run.
+    """Returns the DeepSpeed dict of a run.
 
     Args:
-        data_parallel_size: data-parallel ranks.
-        universal: whether a checkpoint in DeepSpeed's universal form is going to be loaded.
+        data_parallel_size: number of data-parallel ranks.
+        universal: whether a checkpoint in DeepSpeed's universal form will be loaded.
     """
     train, parallel = config.train, config.parallel
     accumulation = train.batch_size // (train.micro_batch_size * data_parallel_size)
@@ -21,9 +21,9 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": None,
-        # fp32 sums of bf16 gradients: with this DeepSpeed picks its BF16_Optimizer.
+        # Asking for fp32 sums of bf16 gradients makes DeepSpeed choose its BF16_Optimizer.
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Otherwise it rounds the sums to bf16 to reduce them, even on one rank.
+        # Otherwise DeepSpeed rounds the sums to bf16 to reduce them, even on one rank.
         "communication_data_type": "fp32",
         "bf16": {"enabled": train.dtype == "bf16"},
         "zero_optimization": {
@@ -33,9 +33,10 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
             "allgather_bucket_size": 50_000_000,
         },
         "checkpoint": {"load_universal": universal},
-        # We checkpoint activations inside a block; DeepSpeed does not.
+        # We checkpoint activations inside a block, so DeepSpeed does not.
         "pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 0},
-        # Ours is a torch optimizer unless it is offloaded; DeepSpeed knows it under neither name.
+        # Our optimizer is a torch one unless it is offloaded; DeepSpeed has tested neither with
+        # ZeRO.
         "zero_allow_untested_optimizer": True,
     }
     if parallel.offload_optimizer:

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine, put right: the only file that knows the private parts of it."""
+"""DeepSpeed's pipeline engine with corrections; only this file knows its private members."""
 
 import contextlib
 from datetime import timedelta
@@ -26,11 +26,11 @@ from infini_ds.parallel.deepspeed.universal import (
 
 
 class CorrectedEngine(PipelineEngine):
-    """Optimizer, ZeRO, reductions and files of DeepSpeed; without its schedule and its messages.
+    """Uses DeepSpeed's optimizer, ZeRO, reductions and files, but not its schedule or messages.
 
     Args:
-        tree: DeepSpeed's config, see `deepspeed_config`.
-        timeout: seconds that a rank waits for others in what DeepSpeed has them do together.
+        tree: DeepSpeed's config; see `deepspeed_config`.
+        timeout: how long a rank waits for others in DeepSpeed's collective calls, in seconds.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class CorrectedEngine(PipelineEngine):
         return float(self.get_global_grad_norm())
 
     def accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """One backward pass over all outputs of a unit, added to the sums.
+        """Runs one backward pass over all outputs of a unit and adds the gradients to the sums.
 
-        DeepSpeed's own goes backward once for each of them.
+        DeepSpeed itself would run one backward pass for each output.
         """
         self._running_engine_backward = True  # DeepSpeed's hooks refuse backward passes otherwise
         try:
@@ -65,22 +65,22 @@ class CorrectedEngine(PipelineEngine):
             self._running_engine_backward = False
 
     def checks_gradients(self) -> bool:
-        """Whether DeepSpeed skips a step by itself whose gradient is not finite."""
+        """Returns whether DeepSpeed itself skips a step whose gradient is not finite."""
         return isinstance(self.optimizer, BF16_Optimizer)
 
     def reduce_gradients(self) -> None:
-        """Over data-parallel ranks, and a tied weight's gradients over its two stages."""
+        """Reduces gradients over data-parallel ranks, and a tied weight's over its two stages."""
         if isinstance(self.optimizer, BF16_Optimizer):
-            # A sum of two is the same on both, one of many need not be in two groups: last, so
-            # that the two copies of the weight stay equal.
+            # A sum of two numbers is the same on both ranks, but a sum of many may differ between
+            # two groups. So tied gradients come last: the two copies of the weight then stay equal.
             self._exec_reduce_grads()
             self._exec_reduce_tied_grads()
-        else:  # of ZeRO in fp32 a rank keeps its own part alone
+        else:  # ZeRO in fp32 leaves each rank only its own part, so tied weights come first
             self._exec_reduce_tied_grads()
             self._exec_reduce_grads()
 
     def step_optimizer(self) -> bool:
-        """Whether the weights have changed: DeepSpeed skips steps that are not finite, in bf16."""
+        """Returns whether weights changed: in bf16 DeepSpeed skips steps that are not finite."""
         before = self.skipped_steps
         self._exec_optimizer_step()
         return self.skipped_steps == before
@@ -93,7 +93,7 @@ class CorrectedEngine(PipelineEngine):
         self.count_skipped()
 
     def count_skipped(self) -> None:
-        """Counts a step that has changed no weight."""
+        """Counts a step that changed no weight."""
         self.skipped_steps += 1
         self.global_steps += 1
 
@@ -106,24 +106,24 @@ class CorrectedEngine(PipelineEngine):
                 client_state={**UNIVERSAL_INFO, "iteration": step},
                 save_latest=False,
             )
-        if dist.get_rank() == 0:  # they do not work for a pipeline's checkpoints
+        if dist.get_rank() == 0:  # these scripts do not work for a pipeline's checkpoints
             for name in ("zero_to_fp32.py", "zero_to_torch.py"):
                 (directory.parent / name).unlink(missing_ok=True)
 
     def load_states(self, load_from: Path, universal: bool) -> None:
-        """Takes weights and optimizer states from DeepSpeed's own files.
+        """Loads weights and optimizer states from DeepSpeed's own files.
 
-        The learning rates and weight decays stay those of the config.
+        Learning rates and weight decays keep the values from the config.
 
         Args:
-            universal: whether they are in the universal form.
+            universal: whether the files are in the universal form.
 
         Raises:
             RunError: DeepSpeed could not load them.
         """
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        # In a run that goes back it is not as when the engine was built.
+        # When a run rolls back, this can differ from when the engine was built.
         self._config.load_universal_checkpoint = universal
         if universal:
             allow_empty_shards(self.optimizer)
@@ -135,7 +135,7 @@ class CorrectedEngine(PipelineEngine):
             raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
 
     def clip_fp32_gradients(self) -> None:
-        """fp32 without ZeRO: DeepSpeed's own counts tied weights twice, and keeps no norm."""
+        """Clips in fp32 without ZeRO; DeepSpeed would count tied weights twice and keep no norm."""
         parameters = list(self.module.parameters())
         owned = [p.grad for p in parameters if not p.ds_pipe_replicated]
         self._global_grad_norm = get_global_norm_of_tensors(owned, mpu=self.mpu)
@@ -144,7 +144,7 @@ class CorrectedEngine(PipelineEngine):
             for parameter in parameters:
                 gradient_of(parameter).mul_(limit / self._global_grad_norm)
 
-    # What DeepSpeed calls
+    # Methods that DeepSpeed calls
 
     def _do_optimizer_sanity_check(self, basic_optimizer):
         if self.bfloat16_enabled() and not self.zero_optimization():
@@ -152,7 +152,7 @@ class CorrectedEngine(PipelineEngine):
         return super()._do_optimizer_sanity_check(basic_optimizer)
 
     def _configure_bf16_optimizer(self, optimizer):
-        """Without ZeRO every rank keeps all of the optimizer's states: it is a group of its own."""
+        """Gives each rank its own group, since without ZeRO each keeps all optimizer states."""
         if self.zero_optimization():
             return super()._configure_bf16_optimizer(optimizer)
         alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
@@ -168,7 +168,7 @@ class CorrectedEngine(PipelineEngine):
         )
 
     def _exec_reduce_tied_grads(self) -> None:
-        """DeepSpeed's own looks for gradients only where two of its three optimizers keep them."""
+        """Replaces a method that finds the gradients of only two of the three optimizers."""
         for weight, group in self.module.get_tied_weights_and_groups():
             dist.all_reduce(gradient_of(weight), group=group)
 
@@ -179,7 +179,7 @@ class CorrectedEngine(PipelineEngine):
 
 
 def _limit_waits(timeout: float) -> None:
-    """DeepSpeed makes its groups with PyTorch's limits, of ten minutes and more."""
+    """Sets our time limit on DeepSpeed's groups; PyTorch's default is ten minutes or more."""
     for group in distributed_c10d._world.pg_map:
         if not distributed_c10d._rank_not_in_group(group):
             distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)

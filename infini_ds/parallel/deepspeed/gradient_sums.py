@@ -1,4 +1,4 @@
-"""Where the gradients of a step's units are summed up: in fp32."""
+"""Sums the gradients of a step's units in fp32."""
 
 from functools import partial
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def sum_in_fp32(optimizer: BF16_Optimizer) -> None:
-    """From here on a gradient is added to its fp32 sum as soon as autograd has made it, and freed.
+    """Installs hooks that add each gradient to its fp32 sum and free it as soon as it exists.
 
-    DeepSpeed's own way keeps all bf16 gradients, and moves twice as many bytes: it fills them with
+    DeepSpeed by itself keeps all bf16 gradients and moves twice as many bytes: it fills them with
     zeros, adds to them, and copies them to fp32 before they are added again.
     """
     for group, weights in enumerate(optimizer.bf16_groups):
@@ -30,7 +30,7 @@ def _add(optimizer: BF16_Optimizer, group: int, place: int, weight: Tensor) -> N
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
-    """Where the optimizer in use sums up a parameter's gradient."""
+    """Returns the tensor in which the optimizer in use sums up a parameter's gradient."""
     for name in ("_hp_grad", "grad_accum", "grad"):
         gradient = getattr(parameter, name, None)
         if gradient is not None:

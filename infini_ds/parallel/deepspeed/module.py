@@ -1,4 +1,4 @@
-"""DeepSpeed's PipelineModule, cut where we say."""
+"""DeepSpeed's PipelineModule, partitioned where we choose."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ class StageModule(PipelineModule):
     """The layers of one stage.
 
     Args:
-        layers: of all stages: one, then the Transformer blocks, then any number.
-        bounds: first block of each stage, and the number of blocks; the layers before and after the
-            blocks are on the first and the last stage.
+        layers: of all stages: first one layer, then the Transformer blocks, then any number.
+        bounds: first block of each stage, followed by the number of blocks; the layers before and
+            after the blocks are on the first and the last stage.
     """
 
     def __init__(self, layers: list[LayerSpec], bounds: list[int]):
@@ -25,7 +25,7 @@ class StageModule(PipelineModule):
         return range(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
 
     def placed_layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """The layers of this stage that are modules, each with its place among all layers."""
+        """Yields this stage's layers that are modules, each with its index among all layers."""
         for place, layer in enumerate(self.forward_funcs, start=self._local_start):
             if isinstance(layer, nn.Module):
                 yield place, layer

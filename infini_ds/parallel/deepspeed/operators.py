@@ -1,4 +1,4 @@
-"""The one operator that is compiled at the first start: DeepSpeed's CPU Adam."""
+"""Compiles DeepSpeed's CPU Adam, the only operator that is compiled at the first start."""
 
 import contextlib
 import fcntl
@@ -19,12 +19,12 @@ from infini_ds.system.causes import cause, one_line, shortened
 
 
 def build_cpu_adam() -> None:
-    """Compiles it, unless that is done; this process then has it at hand.
+    """Compiles the operator, unless that is done already, and loads it into this process.
 
     Raises:
         UserError: it cannot be compiled here; the message says what is missing.
     """
-    # Beside the interpreter, where pip puts it, also where the environment is not activated.
+    # pip installs ninja beside the interpreter, even where the environment is not activated.
     if not shutil.which("ninja"):
         own = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), own)))
@@ -40,10 +40,10 @@ def build_cpu_adam() -> None:
 
 @contextlib.contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
-    """Waits for the other processes that compile there.
+    """Waits for other processes that compile in the same directory.
 
-    PyTorch's own lock is a file that a killed process leaves, and then all wait for ever. Whoever
-    holds this one may remove it.
+    PyTorch's own lock is a file: if a killed process leaves it behind, all others wait forever.
+    Whoever holds this lock may remove that file.
     """
     with open(directory / ".infini_ds.lock", "w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -63,7 +63,7 @@ def _reason(error: Exception) -> str:
         return f"as {headers} has no Python.h (apt-get install python3-dev)"
     if isinstance(error, OSError):
         return (
-            f"as its place cannot be written ({one_line(error)}); set the variable "
+            f"as its directory cannot be written ({one_line(error)}); set the variable "
             "TORCH_EXTENSIONS_DIR to a directory of yours, on a disk of each machine"
         )
     lines = re.findall(r"^.*\berror: .*$", str(error), re.MULTILINE)

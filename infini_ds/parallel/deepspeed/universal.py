@@ -1,4 +1,4 @@
-"""Checkpoints in DeepSpeed's universal form, which any layout of processes loads."""
+"""Checkpoints in DeepSpeed's universal form, which any layout of processes can load."""
 
 import contextlib
 import glob
@@ -13,7 +13,7 @@ from typing import Any
 
 from infini_ds.runs import manifest
 
-# What DeepSpeed's universal format must know: a tied weight is on the first and the last stage.
+# DeepSpeed's universal format must know that a tied weight is on the first and the last stage.
 UNIVERSAL_INFO = {
     "universal_checkpoint_info": {
         "universal_checkpoint_version": 0.2,
@@ -23,12 +23,12 @@ UNIVERSAL_INFO = {
 
 
 def universal_of(directory: Path) -> Path:
-    """Where the universal form of a checkpoint is, if it has been made."""
+    """Returns where a checkpoint's universal form is, if it has been made."""
     return directory.with_name(f"universal_{directory.name}")
 
 
 def make_universal(directory: Path) -> str:
-    """Makes the universal form of a checkpoint, unless it is there; what went wrong, or nothing."""
+    """Makes a checkpoint's universal form unless it exists; returns the error, or ""."""
     universal = universal_of(directory)
     if (universal / manifest.NAME).exists():
         return ""
@@ -37,9 +37,10 @@ def make_universal(directory: Path) -> str:
 
 
 def _to_universal(directory: Path, universal: Path) -> str:
-    """Runs DeepSpeed's converter; what went wrong, or nothing."""
+    """Runs DeepSpeed's converter; returns the error, or ""."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    # From where they are: it takes their paths for patterns.
+    # The converter treats paths as glob patterns, so it runs in their directory and gets bare
+    # names.
     command += ["--input_folder", directory.name, "--output_folder", universal.name]
     done = subprocess.run(
         command, cwd=directory.parent, capture_output=True, text=True, check=False
@@ -52,7 +53,7 @@ def _to_universal(directory: Path, universal: Path) -> str:
 
 @contextlib.contextmanager
 def plain_path(directory: Path) -> Iterator[str]:
-    """A path to a directory that DeepSpeed, which takes it for a pattern, does not mistake."""
+    """Yields a path without glob characters, since DeepSpeed treats paths as patterns."""
     if glob.escape(str(directory)) == str(directory):
         yield str(directory)
         return
@@ -64,10 +65,10 @@ def plain_path(directory: Path) -> Iterator[str]:
 
 
 def allow_empty_shards(optimizer: Any) -> None:
-    """Lets a universal form be loaded where a group is too small to be on every rank.
+    """Makes a universal form loadable where a group is too small to be on every rank.
 
-    DeepSpeed takes the step from a group's first parameter, and a rank that has none, such as one
-    of many that share a few gates, fails.
+    DeepSpeed reads the step from a group's first parameter, which fails on a rank that has none,
+    such as one of many ranks that share a few gates.
     """
     load_all = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
 

@@ -1,4 +1,4 @@
-"""Which blocks go to which stage, by estimated FLOPs."""
+"""Assigns blocks to stages by estimated FLOPs."""
 
 import itertools
 from functools import cache
@@ -8,16 +8,19 @@ from infini_ds.model.flops import forward_flops_per_token
 
 
 def balance(config: ModelConfig, stages: int) -> list[int]:
-    """First block of each stage, and the number of blocks: stage s has [bounds[s], bounds[s+1]).
+    """Returns the first block of each stage, followed by the number of blocks.
 
-    Minimises the most loaded stage; every stage has at least one block, the last one has the
-    head as well. Among equals the earlier stages get more, since the last one also has the loss.
+    Stage s has the blocks bounds[s] up to, but not including, bounds[s+1].
+
+    The load of the most loaded stage is minimal. Every stage has at least one block, and the last
+    one also has the head. Among equal choices, earlier stages get more blocks, because the last one
+    also computes the loss.
     """
     _, *blocks, _, head = forward_flops_per_token(config)
 
     @cache
     def best(stage: int, first: int) -> tuple[int, tuple[int, ...]]:
-        """Load of the most loaded of the stages from this one on, and where each of them ends."""
+        """Returns the highest load among the stages from this one on, and where each ends."""
         if stage == stages - 1:
             return sum(blocks[first:]) + head, (len(blocks),)
         choices = []
@@ -30,7 +33,7 @@ def balance(config: ModelConfig, stages: int) -> list[int]:
 
 
 def describe(config: ModelConfig, bounds: list[int]) -> str:
-    """The choice in one line, with each stage's share of the FLOPs."""
+    """Describes the choice in one line, with each stage's share of the FLOPs."""
     flops = forward_flops_per_token(config)
     total = sum(flops)
     parts = []

@@ -1,4 +1,4 @@
-"""One direction between two stages: asynchronous, first in first out, with a limit on waiting."""
+"""A one-way connection between two stages: asynchronous, FIFO, with a limit on waiting."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _ERRORS_OF_THE_DEVICE = (
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),  # since torch 2.8
 )
-"""They may come to light in a call of communication."""
+"""Errors of the device, which may surface during a communication call."""
 
 
 class WaitError(RunError):
@@ -25,10 +25,10 @@ class WaitError(RunError):
 
 
 class Channel:
-    """Messages from one rank to another.
+    """Sends messages from one rank to another.
 
-    Each has a process group of its own, of these two ranks: NCCL runs what a rank does in a group
-    strictly in order, so that a message that waits would hold up all others.
+    Each channel has its own process group of these two ranks, because NCCL runs a rank's operations
+    in a group strictly in order: a waiting message would hold up all others.
     """
 
     def __init__(self, name: str, peer: int, group: dist.ProcessGroup, timeout: float):
@@ -37,9 +37,9 @@ class Channel:
         self.seconds = 0.0
         """Time spent waiting so far."""
         self.sent_bytes = 0
-        """Size of all messages sent so far, without that of `connect`."""
+        """Bytes of all messages sent so far, not counting `connect`."""
         self.waiting = False
-        """Whether the other rank is being waited for."""
+        """Whether this rank is waiting for the other one."""
         self._group = group
         self._limit = timedelta(seconds=timeout)
         self._sends: list[tuple[dist.Work, Tensor]] = []
@@ -48,8 +48,8 @@ class Channel:
     def connect(self, sends: bool) -> None:
         """Sends or receives a first byte.
 
-        NCCL connects two ranks at their first message, and holds both up until the other one is
-        there as well: so all ranks connect their channels in one order, before the first step.
+        NCCL connects two ranks at their first message and blocks each until the other arrives, so
+        all ranks connect their channels in the same order before the first step.
         """
         if sends:
             self.send(torch.zeros(1, dtype=torch.uint8, device=self._device))
@@ -59,7 +59,7 @@ class Channel:
             self.receive(1)
 
     def send(self, message: Tensor) -> None:
-        """Starts to send; the message is kept until it has left.
+        """Starts a send and keeps the message until it has left.
 
         Raises:
             WaitError: the other process is gone.
@@ -72,20 +72,20 @@ class Channel:
         self.sent_bytes += message.nbytes
 
     def receive(self, size: int) -> Tensor:
-        """The next message, of so many bytes.
+        """Returns the next message, which has `size` bytes.
 
-        It is asked for only here. NCCL keeps the GPU busy with a message that is waited for, and
-        what waits for the whole GPU, such as freeing memory, would wait for it as well.
+        The receive is posted only here. NCCL keeps the GPU busy with a posted receive, and whatever
+        needs the whole GPU to be idle, such as freeing memory, would wait for it as well.
 
         Raises:
-            WaitError: it did not arrive within the time limit, or the other process is gone.
+            WaitError: the message did not arrive in time, or the other process is gone.
         """
         message = torch.empty(size, dtype=torch.uint8, device=self._device)
         with self._contact():
             work = dist.irecv(message, self.peer, group=self._group)
         assert work is not None
-        # What comes has been asked for by the time that this stage's own work is done; only what
-        # is waited for after that is a wait for the other rank.
+        # Until this stage's own work is done, the message is not what delays it. Only the time
+        # after that counts as waiting for the other rank.
         settle(self._device)
         with self._contact():
             work.wait(self._limit)
@@ -103,7 +103,7 @@ class Channel:
         self._sends.clear()
 
     def describe(self) -> str:
-        """What comes or goes here, and whose it is."""
+        """Names the messages of this channel and the other rank."""
         return f"{self.name} of rank {self.peer}"
 
     @contextmanager
@@ -125,10 +125,10 @@ class Channel:
 
 
 def settle(device: torch.device) -> None:
-    """Waits for what this process has given the device to compute, so that times are of its work.
+    """Waits until this process's own work on the device is done, so that times measure that work.
 
-    Not for messages that are on their way: a rank that waited for its sends before it receives
-    could wait for ever.
+    It does not wait for messages on their way: a rank that waited for its sends before it receives
+    could wait forever.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -1,7 +1,7 @@
-"""The pipeline's engine: the schedule, what a message is, and the backward pass of a unit.
+"""The pipeline's engine: it plays the schedule and runs each unit's forward and backward pass.
 
-Everything else (ZeRO, the optimizer's step, reductions, checkpoints, launcher) is DeepSpeed's.
-A unit is one chunk of one micro-batch on one stage.
+DeepSpeed does everything else (ZeRO, the optimizer step, reductions, checkpoints, launching). A
+unit is one chunk of one micro-batch on one stage.
 """
 
 import math
@@ -52,38 +52,38 @@ from infini_ds.parallel.ranks import gathered
 
 @dataclass
 class Unit:
-    """What the backward pass of a unit needs."""
+    """Everything that the backward pass of a unit needs."""
 
     inputs: Tensor
-    """Tokens, or hidden states that get a gradient."""
+    """Tokens, or hidden states that receive a gradient."""
     memory_in: list[Tensor]
-    """kv and norm of each block before the chunk, flat; they get gradients within a window."""
+    """Tensors of each block's memory before the chunk, flat; they receive gradients in a window."""
     output: Tensor
     """Hidden states, or the summed loss on the last stage."""
     memory_out: list[Tensor]
-    """kv and norm of each block after the chunk, flat."""
+    """Tensors of each block's memory after the chunk, flat."""
     mass: Tensor | None
     """Sum of this stage's write weights, if it has write gates."""
 
 
 class Scale(NamedTuple):
-    """Gradients of a step's outputs."""
+    """Gradients of a step's loss with respect to its outputs."""
 
     loss: float
-    """Of the summed losses."""
+    """Gradient with respect to the summed losses."""
     mass: float
-    """Of the summed write weights: what the write penalty adds to the loss for each."""
+    """Gradient with respect to the summed write weights, which the write penalty adds."""
 
 
 class InfiniEngine(CorrectedEngine):
-    """Trains an InfiniPipeline on windows whose memories go on from step to step: an `Engine`.
+    """An `Engine` that trains an InfiniPipeline on windows whose memories pass from step to step.
 
-    To be made on all ranks together.
+    Must be constructed on all ranks together.
 
     Args:
-        tree: DeepSpeed's config, see `deepspeed_config`.
-        transport: parallel.memory_transport.
-        on_progress: told of each piece of work that is done.
+        tree: DeepSpeed's config; see `deepspeed_config`.
+        transport: the setting parallel.memory_transport.
+        on_progress: called with a description of each piece of work when it is done.
     """
 
     module: InfiniPipeline
@@ -126,17 +126,17 @@ class InfiniEngine(CorrectedEngine):
         blocks = self._model.num_layers
         self._writes = torch.zeros(blocks, 2, dtype=torch.float64, device=self.device)
         """Mass and zeros (see `WriteStats`) of every layer in the last training step, summed over
-        this rank's lanes; 0 for layers of other stages and without write gates."""
+        this rank's lanes; 0 for layers of other stages and for layers without write gates."""
 
     @property
     def layout(self) -> EngineLayout:
-        """How the work is laid out."""
+        """How the work is divided."""
         sizes = self.num_stages, self.dp_world_size, self.micro_batches
         return EngineLayout(*sizes, describe(self._model, self.module.bounds))
 
     @property
     def skipped_in_a_row(self) -> int:
-        """Steps since the last one that changed the weights."""
+        """Number of steps since the last one that changed the weights."""
         return self._skipped_in_a_row
 
     @property
@@ -145,7 +145,7 @@ class InfiniEngine(CorrectedEngine):
         return self.part.is_last
 
     def empty_memories(self) -> LaneMemory:
-        """For lanes that have read nothing: what this stage holds between windows."""
+        """Returns what this stage holds between windows, for lanes that have read nothing."""
         held = self._hand_over.held()
         lanes = self._train.micro_batch_size
         return LaneMemory(self._model, self.micro_batches, lanes, held, self.device)
@@ -166,7 +166,7 @@ class InfiniEngine(CorrectedEngine):
         self._writes.zero_()
         self._bad_lanes.zero_()
         self._answers = torch.zeros(2, dtype=torch.float64, device=self.device)
-        # Reductions average over data-parallel ranks.
+        # Reductions average over data-parallel ranks, so the sums are scaled up by their number.
         scale = Scale(
             self.dp_world_size / size.loss_weight,
             self._model.memory.write_penalty
@@ -208,7 +208,7 @@ class InfiniEngine(CorrectedEngine):
 
     @torch.no_grad()
     def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
-        """Sum of this rank's losses on one window of every lane, 0 except on the last stage."""
+        """Sums this rank's losses on one window of every lane; 0 before the last stage."""
         self.module.eval()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         schedule = evaluation_schedule(self.micro_batches, self._train.chunks)
@@ -270,7 +270,7 @@ class InfiniEngine(CorrectedEngine):
         return message.view(dtype).view(shape)
 
     def from_last(self, value: Tensor) -> Tensor:
-        """The last stage's tensor, in place on the other stages of its pipeline."""
+        """Copies the last stage's tensor, in place, to the other stages of its pipeline."""
         if not self.part.is_alone:
             last = self.grid.stage_to_global(self.num_stages - 1)
             dist.broadcast(value, last, group=self.grid.get_pipe_parallel_group())
@@ -283,7 +283,7 @@ class InfiniEngine(CorrectedEngine):
 
     @property
     def sent_bytes(self) -> int:
-        """What this rank has sent to other stages so far."""
+        """Bytes this rank has sent to other stages so far."""
         return self._hops.sent_bytes
 
     @property
@@ -292,7 +292,7 @@ class InfiniEngine(CorrectedEngine):
         return self._hops.waiting_for
 
     def step_bytes(self) -> int:
-        """What this rank sends in a training step, by the formula."""
+        """Returns the bytes that this rank sends in a training step, by the formula."""
         return self._hand_over.step_bytes()
 
     # The schedule
@@ -311,7 +311,7 @@ class InfiniEngine(CorrectedEngine):
             if isinstance(unit, Forward):
                 self._forward(unit, read, memories, scale is not None)
                 if scale is None and unit.chunk == self._train.chunks - 1:
-                    self._hops.flush()  # no gradient keeps this stage from running far ahead
+                    self._hops.flush()  # without gradients, nothing else limits this stage's lead
             else:
                 assert scale is not None
                 if unit.chunk == self._train.chunks - 1:
@@ -347,7 +347,7 @@ class InfiniEngine(CorrectedEngine):
         own = self.part.blocks
         memory = [passing[block] for block in own]
         if not first and training:
-            # Within a window gradients flow back through the memory, one unit at a time.
+            # Within a window, gradients flow back through the memory one unit at a time.
             memory = [
                 layer.map(lambda tensor: tensor.detach().requires_grad_()) for layer in memory
             ]
@@ -387,7 +387,7 @@ class InfiniEngine(CorrectedEngine):
             tensors.append(done.mass)
             gradients.append(torch.full_like(done.mass, scale.mass))
         if chunk < self._train.chunks - 1:
-            # The next chunk has left the gradients of the memory that this one handed on.
+            # The next chunk left the gradients of the memory that this one handed on.
             for tensor, gradient in zip(done.memory_out, self._memory_gradients, strict=True):
                 if gradient is not None:
                     tensors.append(tensor)
@@ -403,7 +403,7 @@ class InfiniEngine(CorrectedEngine):
         self._bad_lanes[lanes.start : lanes.stop] += corrupt.to(self.device)
 
     def _add_writes(self, writes: list[WriteStats]) -> Tensor:
-        """Notes what this stage's blocks wrote; the sum of their masses, with gradient."""
+        """Records what this stage's blocks wrote and returns their total mass, with gradient."""
         table = torch.stack([torch.stack(stats) for stats in writes])  # [blocks, 2]
         own = self.part.blocks
         self._writes[own.start : own.stop] += table.detach()
@@ -412,9 +412,9 @@ class InfiniEngine(CorrectedEngine):
     # The step
 
     def _find_fault(self) -> str:
-        """Whether tokens were corrupt, or the loss or a gradient of any rank is not finite.
+        """Checks whether tokens were corrupt, or any rank's loss or gradient is not finite.
 
-        DeepSpeed's bf16 optimizer checks the norm itself and skips the step; in fp32 nothing does.
+        DeepSpeed's bf16 optimizer checks the norm and skips the step itself; in fp32 nothing does.
         """
         broken = ~self._loss_sum.isfinite()
         if not self.checks_gradients():
@@ -426,7 +426,7 @@ class InfiniEngine(CorrectedEngine):
         return CORRUPT if corrupt > 0 else NOT_FINITE if not_finite > 0 else ""
 
     def _update(self, fault: str) -> str:
-        """Changes the weights unless there is a fault; why they were not changed, or nothing."""
+        """Updates the weights unless there is a fault; returns why they did not change, or ""."""
         if fault:
             self.drop_gradients()
         elif self.step_optimizer():

@@ -1,4 +1,4 @@
-"""Writing text through the stages, without gathering the model anywhere."""
+"""Generates text through the stages without gathering the model anywhere."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from infini_ds.parallel.pipeline.module import InfiniPipeline
 
 
 class Stage(Protocol):
-    """What writing text needs of a stage's engine."""
+    """The members of a stage's engine that generation needs."""
 
     module: InfiniPipeline
     device: torch.device
@@ -30,16 +30,16 @@ class Stage(Protocol):
 def generate(
     engine: Stage, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
 ) -> list[int]:
-    """Continues one prompt; to be called on all ranks together.
+    """Continues one prompt; must be called on all ranks together.
 
     Every stage reads with its own blocks and keeps its own memory, as InfiniTransformer.generate
-    does with all of them. Each data-parallel pipeline writes the same text.
+    does with all blocks. Each data-parallel pipeline generates the same text.
 
     Args:
-        prompt: tokens, at most a segment.
-        max_new_tokens: tokens to add.
-        temperature: 0 is greedy.
-        seed: of the sampling.
+        prompt: tokens, at most one segment.
+        max_new_tokens: number of tokens to add.
+        temperature: 0 means greedy.
+        seed: seed for sampling.
 
     Returns:
         The new tokens.
@@ -66,7 +66,7 @@ def generate(
 def _read(
     engine: Stage, tokens: Tensor, memory: Memory, dtype: torch.dtype
 ) -> tuple[Tensor, Memory]:
-    """Tokens [1, t] through this stage, from the previous stage to the next."""
+    """Runs tokens [1, t] through this stage, from the previous stage to the next."""
     module = engine.module
     if engine.part.is_first:
         hidden = torch.nn.functional.embedding(tokens, module.embedding)

@@ -1,4 +1,4 @@
-"""How chunks, gradients and memories go from one stage to another."""
+"""Passes chunks, gradients and memories from one stage to another."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from infini_ds.parallel.pipeline.transport import MemoryTransport
 
 
 class HandOver:
-    """The messages of one stage: what a transport decides, in a wire's format, over some hops.
+    """One stage's messages: chosen by a transport, packed in a wire format, sent over its hops.
 
     Args:
-        chunks: of a window.
+        chunks: number of chunks in a window.
     """
 
     def __init__(self, transport: MemoryTransport, wire: Wire, hops: Hops, part: Part, chunks: int):
@@ -25,28 +25,28 @@ class HandOver:
         self._returning: dict[int, Tensor] = {}
 
     def held(self) -> range:
-        """Blocks whose memories this stage keeps from one window of a lane to the next."""
+        """Returns the blocks whose memories this stage keeps between a lane's windows."""
         return self._transport.held(self._part.stage)
 
     def step_bytes(self) -> int:
-        """What this rank sends in a training step, by the formula."""
+        """Returns the bytes that this rank sends in a training step, by the formula."""
         part = self._part
         return self._transport.step_bytes(self._wire, part.stage, part.micro_batches, self._chunks)
 
     def send(self, payload: Payload, chunk: int) -> None:
-        """Sends a chunk to the next stage, with those of the memories that ride with it."""
+        """Sends a chunk to the next stage, with the memories that travel with it."""
         riding = self._riding(self._part.stage, chunk)
         memories = {block: payload.memories[block].map(Tensor.detach) for block in riding}
         self._hops.to_next.send(self._wire.pack(payload._replace(memories=memories)))
 
     def receive(self, chunk: int) -> Payload:
-        """Receives what the previous stage has sent with `send`."""
+        """Receives what the previous stage sent with `send`."""
         riding = self._riding(self._part.stage - 1, chunk)
         message = self._hops.from_previous.receive(self._wire.payload_bytes(len(riding)))
         return self._wire.unpack(message, riding)
 
     def send_gradient(self, gradient: Tensor) -> None:
-        """Sends the gradient of what was received to the previous stage."""
+        """Sends the gradient of what was received back to the previous stage."""
         message = gradient.contiguous().view(-1).view(torch.uint8)
         padding = self._wire.gradient_bytes() - message.numel()
         self._hops.gradient_to_previous.send(torch.nn.functional.pad(message, (0, padding)))
@@ -59,7 +59,7 @@ class HandOver:
     def finish(
         self, micro_batch: int, passing: dict[int, MemoryState], memories: LaneMemory
     ) -> None:
-        """Makes data of a window's memories: they are kept here, or to be handed back."""
+        """Detaches a window's memories, to keep them here or to return them to the first stage."""
         if not self._returns:
             memories.put(micro_batch, passing)
         elif self._part.is_last:
@@ -67,18 +67,18 @@ class HandOver:
             self._returning[micro_batch] = self._wire.pack_memories(everything)
 
     def hand_back(self, micro_batch: int) -> None:
-        """On the last stage: sends a window's memories to the first, if they are returned at all.
+        """Sends a window's memories from the last stage to the first, if they return at all.
 
-        NCCL keeps the sender's GPU busy until a message is asked for, and what waits for the whole
-        GPU, such as freeing memory, then waits for the receiver. So it goes out when the first
-        stage will ask for it without waiting for anything else from here: in training before the
-        window's first gradient, in evaluation after the last window.
+        NCCL keeps the sender's GPU busy until the receive is posted, and whatever needs the whole
+        GPU to be idle, such as freeing memory, then waits for the receiver. So the message is sent
+        when the first stage will ask for it without waiting for anything else from here: in
+        training before the window's first gradient, in evaluation after the last window.
         """
         if micro_batch in self._returning:
             self._hops.returned.send(self._returning.pop(micro_batch))
 
     def take_back(self, micro_batch: int, memories: LaneMemory) -> None:
-        """On the first stage: keeps what the last one has handed back, if anything."""
+        """Keeps on the first stage what the last one has handed back, if anything."""
         if self._returns and self._part.is_first:
             blocks = list(self._part.all_blocks)
             message = self._hops.returned.receive(self._wire.memories_bytes(len(blocks)))

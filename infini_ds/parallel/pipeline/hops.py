@@ -12,20 +12,20 @@ from infini_ds.parallel.pipeline.channel import Channel
 
 @dataclass
 class Hops:
-    """The channels of one stage to those beside it; a pipeline's ends lack some of them."""
+    """The channels from one stage to its neighbours; a pipeline's ends lack some of them."""
 
     to_next: Channel = None  # type: ignore[assignment]
-    """Payloads, to the next stage."""
+    """Carries payloads to the next stage."""
     from_previous: Channel = None  # type: ignore[assignment]
-    """Payloads, from the previous stage."""
+    """Carries payloads from the previous stage."""
     gradient_from_next: Channel = None  # type: ignore[assignment]
-    """Gradients of what was sent to the next stage."""
+    """Carries gradients of what was sent to the next stage."""
     gradient_to_previous: Channel = None  # type: ignore[assignment]
-    """Gradients of what came from the previous stage."""
+    """Carries gradients of what came from the previous stage."""
     returned: Channel = None  # type: ignore[assignment]
-    """Memories from the last stage to the first, at both of them."""
+    """Carries memories from the last stage to the first; set on both of them."""
     channels: list[Channel] = field(default_factory=list)
-    """All of them."""
+    """All of the above that this rank has."""
 
     @property
     def seconds(self) -> float:
@@ -34,12 +34,12 @@ class Hops:
 
     @property
     def sent_bytes(self) -> int:
-        """What this rank has sent to other stages so far."""
+        """Bytes this rank has sent to other stages so far."""
         return sum(channel.sent_bytes for channel in self.channels)
 
     @property
     def waiting_for(self) -> str:
-        """What is waited for at this moment, and from whom; empty if nothing is."""
+        """The message this rank is waiting for at the moment, and its sender; empty if none."""
         return next((channel.describe() for channel in self.channels if channel.waiting), "")
 
     def flush(self) -> None:
@@ -54,13 +54,13 @@ class _End(NamedTuple):
 
 
 def open_hops(pipelines: list[list[int]], rank: int, timeout: float) -> Hops:
-    """Connects this rank to the stages beside it; to be called on all ranks together.
+    """Connects this rank to its neighbouring stages; must be called on all ranks together.
 
-    Every rank takes part in making all groups, and connects its own one after another.
+    Every rank takes part in creating all groups, then connects its own one after another.
 
     Args:
-        pipelines: the ranks of each pipeline, by stage.
-        timeout: seconds that a channel waits.
+        pipelines: the ranks of each pipeline, in the order of stages.
+        timeout: how long a channel waits, in seconds.
     """
     hops = Hops()
 
@@ -91,8 +91,8 @@ def open_hops(pipelines: list[list[int]], rank: int, timeout: float) -> Hops:
 
 
 def _open(what: str, sender: _End, receiver: _End, rank: int, timeout: float) -> Channel | None:
-    """A channel between two stages, where this rank is one of them."""
-    # Later than a channel's own limit, which says more.
+    """Opens a channel between two stages, if this rank is one of them."""
+    # This limit must be longer than the channel's own, whose error says more.
     limit = timedelta(seconds=2 * timeout)
     group = dist.new_group([sender.rank, receiver.rank], timeout=limit)
     if rank not in (sender.rank, receiver.rank):

@@ -1,4 +1,4 @@
-"""The model as a DeepSpeed PipelineModule: the layers of one stage."""
+"""The model as a DeepSpeed PipelineModule that holds the layers of one stage."""
 
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
@@ -18,7 +18,7 @@ TIED_KEY = "embedding"
 
 
 def layer_specs(config: ModelConfig, checkpointing: Checkpointing) -> list[LayerSpec]:
-    """The model's ordered layers as DeepSpeed specs; a tied head is the embedding once more."""
+    """Returns the model's ordered layers as DeepSpeed specs; a tied head is the embedding again."""
     layers = layer_list(config, checkpointing)
     specs: list[LayerSpec] = [LayerSpec(layer.module, *layer.args) for layer in layers]
     if config.tie_embeddings:
@@ -28,13 +28,13 @@ def layer_specs(config: ModelConfig, checkpointing: Checkpointing) -> list[Layer
 
 
 def single_process_name(name: str) -> str:
-    """Name of a pipeline parameter in InfiniTransformer: the same behind a fixed prefix."""
+    """Returns a pipeline parameter's name in InfiniTransformer; only the prefix differs."""
     tied = f"tied_modules.{TIED_KEY}."
     return "layers." + (name.replace(tied, "0.") if name.startswith(tied) else name)
 
 
 class InfiniPipeline(StageModule):
-    """One stage's layers. Parameters have the names and initial values of InfiniTransformer's."""
+    """One stage's layers, with the parameter names and initial values of InfiniTransformer."""
 
     def __init__(self, config: ModelConfig, stages: int, seed: int, checkpointing: Checkpointing):
         super().__init__(layer_specs(config, checkpointing), balance(config, stages))
@@ -51,7 +51,7 @@ class InfiniPipeline(StageModule):
 
     @property
     def embedding(self) -> Tensor | None:
-        """The embedding's weight, where this stage has it."""
+        """The embedding's weight if this stage has it, else None."""
         tied = TIED_KEY in self.tied_modules
         layer = self.tied_modules[TIED_KEY] if tied else self.forward_funcs[0]
         return layer.weight if isinstance(layer, Embedding) else None
@@ -63,12 +63,12 @@ class InfiniPipeline(StageModule):
 
         Args:
             inputs: tokens [batch, length] on the first stage, hidden states on the others.
-            layout: of the chunk.
-            memory: of each of this stage's blocks, before the chunk.
+            layout: the chunk's layout.
+            memory: the memory of each of this stage's blocks before the chunk.
 
         Returns:
-            Hidden states (after the final norm on the last stage), the memories after, and
-            statistics of what each block wrote, empty without write gates.
+            Hidden states (after the final norm on the last stage), the memories after the chunk,
+            and statistics of what each block wrote, which are empty without write gates.
         """
         hidden, after, writes = inputs, [], []
         remaining = iter(memory)
@@ -83,15 +83,15 @@ class InfiniPipeline(StageModule):
         return hidden, after, writes
 
     def losses(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        """Last stage: the loss of each token, [batch, length], see token_losses."""
+        """Computes the loss of each token, [batch, length], on the last stage; see token_losses."""
         return token_losses(hidden, *self._head(), labels, chunk_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: projects hidden states to the vocabulary."""
+        """Projects hidden states to the vocabulary, on the last stage."""
         return F.linear(hidden, *self._head())
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """Last stage: the norm before the head."""
+        """Applies the norm before the head, on the last stage."""
         return self.forward_funcs[-2](hidden)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""What crosses from stage to stage: one message a hop, packed, so no dtype or shape is guessed."""
+"""One packed message per hop between stages, so that no dtype or shape has to be guessed."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 
 ALIGNMENT = 16
-"""Bytes to which each part of a message is aligned."""
+"""Each part of a message is aligned to this many bytes."""
 
 
 class Payload(NamedTuple):
@@ -21,29 +21,29 @@ class Payload(NamedTuple):
     hidden: Tensor
     """[batch, length, hidden_size]"""
     layout: Layout
-    """Of the chunk."""
+    """Layout of the chunk."""
     memories: dict[int, MemoryState]
-    """Memories that ride along, by block."""
+    """Memories that travel with the chunk, by block."""
 
 
 @dataclass(frozen=True)
 class Wire:
     """The format of the messages between two stages, the same for every chunk.
 
-    Bytes of a hop, forward: batch x length x hidden_size x (2 in bf16, 4 in fp32), plus
-    batch x segments x 2 x 4 for the layout, plus for each riding memory
-    batch x kv_heads x (head_dim + 1) x head_dim x 4; each of hidden states, layout, all kv and
-    all norms is rounded up to 16 bytes. Backward: the first term alone, the gradient of the
-    hidden states. The return from the last stage to the first: the memories of all layers.
+    Bytes of a forward hop: batch x length x hidden_size x (2 in bf16, 4 in fp32), plus batch x
+    segments x 2 x 4 for the layout, plus batch x kv_heads x (head_dim + 1) x head_dim x 4 for each
+    travelling memory; hidden states, layout, all kv and all norms are each rounded up to 16 bytes.
+    A backward hop consists of the first term alone, the gradient of the hidden states. The return
+    from the last stage to the first consists of the memories of all layers.
     """
 
     config: ModelConfig
     batch: int
-    """Lanes of a micro-batch."""
+    """Number of lanes in a micro-batch."""
     segments: int
-    """Segments of a chunk."""
+    """Number of segments in a chunk."""
     dtype: torch.dtype
-    """Of hidden states and their gradients."""
+    """Type of hidden states and their gradients."""
     device: torch.device
 
     @property
@@ -53,36 +53,36 @@ class Wire:
         return self.batch, length, self.config.hidden_size
 
     def payload_bytes(self, memories: int) -> int:
-        """Bytes of a forward hop on which this many layers' memories ride."""
+        """Returns the bytes of a forward hop that carries this many layers' memories."""
         return _total([*self._head_parts(), *self._memory_parts(memories)])
 
     def gradient_bytes(self) -> int:
-        """Bytes of a backward hop."""
+        """Returns the bytes of a backward hop."""
         return _total(self._head_parts()[:1])
 
     def memories_bytes(self, memories: int) -> int:
-        """Bytes of the return from the last stage to the first."""
+        """Returns the bytes of the return from the last stage to the first."""
         return _total(self._memory_parts(memories))
 
     def pack(self, payload: Payload) -> Tensor:
-        """One uint8 message."""
+        """Packs a payload into one uint8 message."""
         layout = torch.stack((payload.layout.starts.int(), payload.layout.lengths), dim=-1)
         parts = [payload.hidden.detach(), layout, *self._stack(payload.memories)]
         return self._write(parts, [*self._head_parts(), *self._memory_parts(len(payload.memories))])
 
     def unpack(self, message: Tensor, blocks: list[int]) -> Payload:
-        """The inverse of `pack`; `blocks` are those whose memories ride."""
+        """Unpacks what `pack` packed; `blocks` are those whose memories travel with it."""
         parts = [*self._head_parts(), *self._memory_parts(len(blocks))]
         hidden, layout, *memories = self._read(message, parts)
         layout = Layout(layout[..., 0].bool(), layout[..., 1].contiguous())
         return Payload(hidden, layout, self._unstack(memories, blocks))
 
     def pack_memories(self, memories: dict[int, MemoryState]) -> Tensor:
-        """Message of the return from the last stage to the first."""
+        """Packs the message that returns from the last stage to the first."""
         return self._write(self._stack(memories), self._memory_parts(len(memories)))
 
     def unpack_memories(self, message: Tensor, blocks: list[int]) -> dict[int, MemoryState]:
-        """The inverse of `pack_memories`."""
+        """Unpacks what `pack_memories` packed."""
         return self._unstack(self._read(message, self._memory_parts(len(blocks))), blocks)
 
     def _head_parts(self) -> list[tuple[tuple[int, ...], torch.dtype]]:

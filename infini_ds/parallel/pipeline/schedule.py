@@ -1,8 +1,8 @@
 """The order of work on one stage: one forward, one backward (1F1B), over chunks of windows.
 
-A window's chunks go forward in order and backward in reverse, since each passes its memory to
-the next. So the first backward waits for a whole window, and each stage runs ahead of the next
-one by one unit.
+A window's chunks go forward in order and backward in reverse, because each passes its memory to the
+next. So the first backward waits for a whole window, and each stage runs one unit ahead of the next
+stage.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class Forward(NamedTuple):
-    """Forward of one chunk of one micro-batch."""
+    """The forward pass of one chunk of one micro-batch."""
 
     micro_batch: int
     chunk: int
 
 
 class Backward(NamedTuple):
-    """Backward of one chunk of one micro-batch."""
+    """The backward pass of one chunk of one micro-batch."""
 
     micro_batch: int
     chunk: int
@@ -26,8 +26,10 @@ class Backward(NamedTuple):
 def train_schedule(
     stage: int, stages: int, micro_batches: int, chunks: int
 ) -> Iterator[Forward | Backward]:
-    """Forward and backward of every unit on this stage; at most `chunks + stages - stage - 1`
-    units are kept for their backward at one time."""
+    """Yields the forward and backward passes of every unit on this stage.
+
+    At most `chunks + stages - stage - 1` units are kept for their backward pass at a time.
+    """
     forwards = evaluation_schedule(micro_batches, chunks)
     backwards = (
         Backward(micro_batch, chunk)
@@ -46,7 +48,7 @@ def train_schedule(
 
 
 def evaluation_schedule(micro_batches: int, chunks: int) -> Iterator[Forward]:
-    """Forward of every unit, in order."""
+    """Yields the forward pass of every unit, in order."""
     for micro_batch in range(micro_batches):
         for chunk in range(chunks):
             yield Forward(micro_batch, chunk)

@@ -1,8 +1,8 @@
-"""Where compressive memories are: policies at the edges of a stage, unknown to the layers.
+"""Policies that decide at a stage's edges where memories are kept; layers know nothing of them.
 
-Both give the same numbers. `Carried`: the memories of all layers ride with the activations and
-return from the last stage to the first for the lane's next window, so that only the first stage
-holds any between steps. `Resident`: each stage keeps those of its own layers.
+Both policies give the same numbers. With `Carried`, the memories of all layers travel with the
+activations and return from the last stage to the first for the lane's next window, so that only the
+first stage holds memories between steps. With `Resident`, each stage keeps those of its own layers.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from infini_ds.parallel.pipeline.payload import Wire
 
 @dataclass(frozen=True)
 class MemoryTransport:
-    """What crosses the hop from one stage to the next, and what a stage keeps between windows."""
+    """Decides what crosses from one stage to the next, and what a stage keeps between windows."""
 
     bounds: tuple[int, ...]
-    """First block of each stage, and the number of blocks."""
+    """First block of each stage, followed by the number of blocks."""
 
     returns = False
     """Whether the last stage sends the memories of all layers back to the first."""
 
     def held(self, stage: int) -> range:
-        """Blocks whose memories this stage keeps from one window of a lane to the next."""
+        """Returns the blocks whose memories this stage keeps between a lane's windows."""
         raise NotImplementedError
 
     def riding(self, stage: int, first_chunk: bool, last_chunk: bool) -> list[int]:
-        """Blocks whose memories go from this stage to the next with a chunk of a window."""
+        """Returns the blocks whose memories go to the next stage with a window's chunk."""
         raise NotImplementedError
 
     def step_bytes(self, wire: Wire, stage: int, micro_batches: int, chunks: int) -> int:
-        """What a rank of a stage sends to other stages in a training step, see `Wire`."""
+        """Returns the bytes that one rank of a stage sends in a training step; see `Wire`."""
         last, total = len(self.bounds) - 2, 0
         if stage != last:
             riding = [
@@ -44,10 +44,11 @@ class MemoryTransport:
 
 
 class Carried(MemoryTransport):
-    """Memories ride with the activations.
+    """Memories travel with the activations.
 
-    With a window's first chunk go the memories that later stages have yet to read, with its last
-    chunk those that this and earlier stages have written: each layer's crosses each hop once.
+    A window's first chunk carries the memories that later stages have yet to read, and its last
+    chunk those that this and earlier stages have written, so each layer's memory crosses each hop
+    once.
     """
 
     returns = True
