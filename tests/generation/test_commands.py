@@ -216,20 +216,17 @@ def piped(request, tmp_path):
 
     def made(text):
         if request.param == "named":
-            os.mkfifo(tmp_path / "pipe")
-            ends.append(os.open(tmp_path / "pipe", os.O_RDWR))  # so that opening does not wait
-            writing = os.open(tmp_path / "pipe", os.O_WRONLY)
-        else:
-            reading, writing = os.pipe()
-            ends.append(reading)
-            os.dup2(reading, 0)
+            path = tmp_path / "pipe"
+            os.mkfifo(path)
+            # Opening it to write waits until somebody reads.
+            threading.Thread(target=path.write_text, args=(text,), daemon=True).start()
+            return path
+        reading, writing = os.pipe()
+        ends.append(reading)
+        os.dup2(reading, 0)
         os.write(writing, text.encode())
         os.close(writing)
-        if request.param != "named":
-            return request.param.format(reading)
-        threading.Timer(0.2, os.close, ends[-1:]).start()
-        ends.clear()
-        return tmp_path / "pipe"
+        return request.param.format(reading)
 
     yield made
     os.dup2(before, 0)
