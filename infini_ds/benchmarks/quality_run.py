@@ -24,7 +24,7 @@ from infini_ds.model.optimizer import (
 )
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.model.write_gate import write_penalty
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.resources import keep_freed_memory
 
 STEP_COST = 3
 """Forward and backward pass through a position, in forward passes."""
@@ -120,7 +120,7 @@ def train(
             model, windows, memory, config.train.loss_chunk_tokens
         )
         mean = (losses * windows.weights).sum() / (windows.weights.sum().item() or 1.0)
-        mass = sum(stats.mass for stats in writes)
+        mass = sum((stats.mass for stats in writes), start=torch.zeros(()))
         count = plan.num_tokens * config.model.kv_heads
         penalty = write_penalty(config.model.memory, mass, count)
         optimizer.zero_grad()

@@ -22,8 +22,7 @@ from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.by_position import means, position_bins, read_documents
 from infini_ds.model.reading import CALL_TOKENS
 from infini_ds.runs.checkpoint import Loaded, state_of
-from infini_ds.runs.export import load_model
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 from infini_ds.system.progress import ReadingProgress
@@ -59,10 +58,7 @@ def run(
         UserError: there is no such model, there are no documents, or a file cannot be written.
     """
     console = Console()
-    keep_freed_memory()
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     places = outcome.places(loaded, "evaluate", "evaluation.png", json_path, plot)
     model, n = loaded.model, loaded.config.model.segment_length
     reading = _reading(loaded)

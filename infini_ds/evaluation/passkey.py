@@ -22,8 +22,7 @@ from infini_ds.evaluation.passkey_questions import Question, Questions
 from infini_ds.evaluation.passkey_report import Outcome
 from infini_ds.model.reading import CALL_TOKENS, call_width, read_text
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.runs.export import load_model
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 
@@ -65,10 +64,7 @@ def run(
             written.
     """
     console = Console()
-    keep_freed_memory()
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     places = outcome.places(loaded, "passkey", "passkey.png", json_path, plot)
     model, n = loaded.model, loaded.config.model.segment_length
     if max(options.segments) * n > _LONGEST_TOKENS:

@@ -13,8 +13,7 @@ from infini_ds.data.text_pieces import TextPieces
 from infini_ds.errors import UserError
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.reading import call_width, read_text
-from infini_ds.runs.export import load_model
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 from infini_ds.system.progress import ReadingProgress
@@ -43,10 +42,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     if Path(output).exists() and document != STANDARD_INPUT and Path(output).samefile(document):
         raise UserError(f"--output {output}: is the document itself")
     check_writable(output, "--output")
-    keep_freed_memory()
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     model, tokenizer = loaded.model, loaded.tokenizer
     reader = fingerprint(model)
     place(model, console)

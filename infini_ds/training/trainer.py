@@ -27,8 +27,7 @@ from infini_ds.parallel.engine import StepResult, StepSize
 from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.runs import failures
 from infini_ds.runs.tokenizer import keep_tokenizer
-from infini_ds.system.allocator import keep_freed_memory
-from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.resources import cores_at_hand, keep_freed_memory
 from infini_ds.system.whole_file import whole_file
 from infini_ds.training import checkpoint
 from infini_ds.training.bad_steps import BadSteps, bad_documents
