@@ -28,6 +28,7 @@ from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
+from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES, MemoryState
 from infini_ds.system.console import Console
@@ -131,9 +132,8 @@ def _recorded(case: Case) -> list[Any]:
     beta = torch.zeros(HEADS, requires_grad=True)
     table = torch.empty(n, d // 2)
     with recording(capability // 10) as calls:
-        out, after = infini_attention_triton(
-            q, k, v, None, memory, layout, beta, rule, (table, table)
-        )
+        inputs = Inputs(q, k, v, None, memory, layout, beta, rule, (table, table))
+        out, after = infini_attention_triton(inputs)
         (out.sum() + after.kv.sum() + after.norm.sum()).backward()
     return calls
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernel_cost import Cost, Rates, call_cost
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
-from infini_ds.kernels.infini_attention.reference import infini_attention_reference
+from infini_ds.kernels.infini_attention.reference import Inputs, infini_attention_reference
 from infini_ds.kernels.trial import Operation
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
@@ -43,10 +43,10 @@ def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | Non
         torch.cuda.empty_cache()
 
 
-def naive(q, k, v, w, memory, layout, beta, rule, rotary) -> tuple[Tensor, MemoryState]:
+def naive(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     """The specification in the operands' type, with whole score matrices."""
-    tables = tuple(table.to(q.dtype) for table in rotary)
-    return infini_attention_reference(q, k, v, w, memory, layout, beta, rule, tables)  # type: ignore[arg-type]
+    cos, sin = (table.to(inputs.q.dtype) for table in inputs.rotary)
+    return infini_attention_reference(inputs._replace(rotary=(cos, sin)))
 
 
 def measure_rates(device: str, timer: Timer, size: int) -> Rates:
@@ -87,7 +87,7 @@ def make_call(operation: Operation, shape: Shape, device: str, way: str) -> Call
     """One direction of an operation, forward or backward, in bf16."""
     inputs = _inputs(shape, device)
     if way == "forward":
-        return partial(operation, *inputs)
+        return partial(operation, inputs)
     outputs = _outputs(operation, inputs)
     upstream = [torch.randn_like(x) for x in outputs]
     return partial(torch.autograd.grad, outputs, _leaves(inputs), upstream, retain_graph=True)
@@ -100,7 +100,7 @@ def time_full_attention(
 
     def prepare_ours() -> Call:
         inputs = _inputs(shape._replace(segments=tokens // shape.segment_length), device)
-        return partial(ours, *inputs)
+        return partial(ours, inputs)
 
     def prepare_full() -> Call:
         size = (1, shape.heads, tokens, shape.head_dim)
@@ -127,8 +127,8 @@ def _figures(seconds: float | None, cost: Cost, rates: Rates) -> dict[str, float
     }
 
 
-def _inputs(shape: Shape, device: str) -> tuple:
-    """Arguments of an operation: random numbers, an empty memory."""
+def _inputs(shape: Shape, device: str) -> Inputs:
+    """Random numbers, an empty memory."""
     segments, n, heads, d, rule = shape
     torch.manual_seed(0)
     q, k, v = (
@@ -144,27 +144,26 @@ def _inputs(shape: Shape, device: str) -> tuple:
         0, 1, d // 2, device=device
     )
     memory = MemoryState.empty(1, heads, d, device)
-    return q, k, v, None, memory, layout, beta, rule, (angles.cos(), angles.sin())
+    return Inputs(q, k, v, None, memory, layout, beta, rule, (angles.cos(), angles.sin()))
 
 
-def _leaves(inputs: tuple) -> list[Tensor]:
-    q, k, v, _, _, _, beta, _, _ = inputs
-    return [q, k, v, beta]
+def _leaves(inputs: Inputs) -> list[Tensor]:
+    return [inputs.q, inputs.k, inputs.v, inputs.beta]
 
 
-def _converted(inputs: tuple, dtype: torch.dtype) -> tuple:
+def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     q, k, v, beta = (x.detach().to(dtype).requires_grad_() for x in _leaves(inputs))
-    _, _, _, w, memory, layout, _, rule, rotary = inputs
-    memory = MemoryState(*(x.to(dtype) for x in memory))
-    return q, k, v, w, memory, layout, beta, rule, tuple(x.to(dtype) for x in rotary)
+    memory = MemoryState(*(x.to(dtype) for x in inputs.memory))
+    cos, sin = (x.to(dtype) for x in inputs.rotary)
+    return inputs._replace(q=q, k=k, v=v, beta=beta, memory=memory, rotary=(cos, sin))
 
 
-def _outputs(operation: Operation, inputs: tuple) -> list[Tensor]:
-    out, memory = operation(*inputs)
+def _outputs(operation: Operation, inputs: Inputs) -> list[Tensor]:
+    out, memory = operation(inputs)
     return [out, memory.kv, memory.norm]
 
 
-def _results(operation: Operation, inputs: tuple) -> list[Tensor]:
+def _results(operation: Operation, inputs: Inputs) -> list[Tensor]:
     """Outputs and gradients, fp64."""
     outputs = _outputs(operation, inputs)
     torch.manual_seed(1)

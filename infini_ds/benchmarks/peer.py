@@ -177,7 +177,7 @@ def _build_peer(_: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor],
 def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor], Any]:
     from infini_ds.conversion.seed import from_seed
     from infini_ds.model.transformer import InfiniTransformer
-    from infini_ds.system.allocator import keep_freed_memory
+    from infini_ds.system.resources import keep_freed_memory
 
     keep_freed_memory()  # as the trainer does
     config = ModelConfig(

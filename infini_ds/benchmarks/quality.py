@@ -22,8 +22,8 @@ from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.errors import RunError, UserError
 from infini_ds.system.console import Console
-from infini_ds.system.cores import cores_at_hand
 from infini_ds.system.figures import write_figures
+from infini_ds.system.resources import cores_at_hand
 
 if TYPE_CHECKING:
     from infini_ds.benchmarks.quality_run import Job

@@ -13,8 +13,7 @@ from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
-from infini_ds.evaluation.by_position import means, read_documents, windows_of
-from infini_ds.model.head import token_losses
+from infini_ds.evaluation.by_position import means, read_documents, window_losses, windows_of
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
 from infini_ds.model.optimizer import (
@@ -24,7 +23,8 @@ from infini_ds.model.optimizer import (
     set_learning_rate,
 )
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.model.write_gate import write_penalty
+from infini_ds.system.resources import keep_freed_memory
 
 STEP_COST = 3
 """Forward and backward pass through a position, in forward passes."""
@@ -116,12 +116,13 @@ def train(
         windows = windows_of(
             store.split("train"), plan, config.model.segment_length, VARIANTS[job.variant].memory
         )
-        hidden, memory, writes = model.read_window(windows.tokens, windows.layout, memory)
-        losses = token_losses(hidden, *model.head(), windows.labels, config.train.loss_chunk_tokens)
+        losses, memory, writes = window_losses(
+            model, windows, memory, config.train.loss_chunk_tokens
+        )
         mean = (losses * windows.weights).sum() / (windows.weights.sum().item() or 1.0)
-        mass = sum(stats.mass for stats in writes)
-        penalty = config.model.memory.write_penalty * mass
-        penalty = penalty / (plan.num_tokens * config.model.kv_heads)
+        mass = sum((stats.mass for stats in writes), start=torch.zeros(()))
+        count = plan.num_tokens * config.model.kv_heads
+        penalty = write_penalty(config.model.memory, mass, count)
         optimizer.zero_grad()
         (mean + penalty).backward()
         limit = config.optimizer.gradient_clipping or math.inf

@@ -43,7 +43,7 @@ from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import cause, one_line
 from infini_ds.system.console import Console
-from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.resources import cores_at_hand
 from infini_ds.system.temporary import only_one_in, temporary_beside
 from infini_ds.system.whole_file import sha256_of
 

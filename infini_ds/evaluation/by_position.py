@@ -12,9 +12,11 @@ from infini_ds.data.lanes import Plan
 from infini_ds.data.store import Split
 from infini_ds.data.windows import Windows, read_windows
 from infini_ds.layout import Layout
+from infini_ds.memory import MemoryState
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.model.write_gate import WriteStats
 from infini_ds.system.ranges import require_finite
 
 
@@ -62,10 +64,8 @@ def read_documents(
     sums = torch.zeros(3, len(bins), dtype=torch.float64)
     for plan in plans:
         windows = windows_of(split, plan, n, memory)
-        layout = Layout(*(part.to(parameter.device) for part in windows.layout))
-        tokens, targets = (part.to(parameter.device) for part in (windows.tokens, windows.labels))
-        hidden, layers, _ = model.read_window(tokens, layout, layers)
-        losses = token_losses(hidden, *model.head(), targets, loss_chunk_tokens).cpu()
+        losses, layers, _ = window_losses(model, windows, layers, loss_chunk_tokens)
+        losses = losses.cpu()
         valid = windows.labels >= 0
         require_finite(losses[valid], model, "the losses of the documents are")
         positions = torch.from_numpy(plan.offsets[..., None] + np.arange(n)).flatten(1)
@@ -83,6 +83,29 @@ def windows_of(split: Split, plan: Plan, segment_length: int, memory: bool) -> W
     if not memory:
         windows.layout.starts.fill_(True)
     return windows
+
+
+def window_losses(
+    model: InfiniTransformer,
+    windows: Windows,
+    memory: list[MemoryState],
+    loss_chunk_tokens: int,
+) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
+    """Reads one window of all lanes, as in training.
+
+    Args:
+        memory: of each layer, before the window.
+        loss_chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
+
+    Returns:
+        The loss of each token, [lanes, segments x n] in nats and 0 where there is no label, the
+        memory of each layer after the window, and what each layer wrote, see `read_window`.
+    """
+    device = next(model.parameters()).device
+    layout = Layout(*(part.to(device) for part in windows.layout))
+    tokens, labels = windows.tokens.to(device), windows.labels.to(device)
+    hidden, memory, writes = model.read_window(tokens, layout, memory)
+    return token_losses(hidden, *model.head(), labels, loss_chunk_tokens), memory, writes
 
 
 def position_bins(first: int, longest: int) -> list[int]:

@@ -20,14 +20,12 @@ from infini_ds.errors import UserError
 from infini_ds.evaluation import documents_report as report
 from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.by_position import means, position_bins, read_documents
+from infini_ds.model.reading import CALL_TOKENS
 from infini_ds.runs.checkpoint import Loaded, state_of
-from infini_ds.runs.export import load_model
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 from infini_ds.system.progress import ReadingProgress
-
-_CALL_TOKENS = 16384
 
 
 class _Reading(NamedTuple):
@@ -60,10 +58,7 @@ def run(
         UserError: there is no such model, there are no documents, or a file cannot be written.
     """
     console = Console()
-    keep_freed_memory()
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     places = outcome.places(loaded, "evaluate", "evaluation.png", json_path, plot)
     model, n = loaded.model, loaded.config.model.segment_length
     reading = _reading(loaded)
@@ -176,8 +171,8 @@ def _reading(loaded: Loaded) -> _Reading:
 
 def _plans(lengths: np.ndarray, n: int, reading: _Reading, max_segments: int) -> list[Plan]:
     """One pass over documents, in windows of bounded size of segments of `n` tokens."""
-    window = max(1, min(reading.window_segments, _CALL_TOKENS // n))
+    window = max(1, min(reading.window_segments, CALL_TOKENS // n))
     # With more lanes than this, most would wait for the one that reads the longest document.
     lanes = int(lengths.sum() // max(lengths.max(initial=0), 1))
-    lanes = max(1, min(reading.lanes, lanes, _CALL_TOKENS // (window * n)))
+    lanes = max(1, min(reading.lanes, lanes, CALL_TOKENS // (window * n)))
     return held_out_plans(lengths, n, window, lanes, max_segments)

@@ -20,15 +20,12 @@ from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.passkey_progress import PasskeyProgress
 from infini_ds.evaluation.passkey_questions import Question, Questions
 from infini_ds.evaluation.passkey_report import Outcome
-from infini_ds.model.memory import Memory
-from infini_ds.model.transformer import WINDOW_SEGMENTS, InfiniTransformer
-from infini_ds.runs.export import load_model
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.model.reading import CALL_TOKENS, call_width, read_text
+from infini_ds.model.transformer import InfiniTransformer
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 
-CALL_TOKENS = 16384
-"""Tokens that are read at one time, unless one segment of the batch has more."""
 _BATCH = 8
 _LONGEST_TOKENS = 1 << 30
 
@@ -67,10 +64,7 @@ def run(
             written.
     """
     console = Console()
-    keep_freed_memory()
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     places = outcome.places(loaded, "passkey", "passkey.png", json_path, plot)
     model, n = loaded.model, loaded.config.model.segment_length
     if max(options.segments) * n > _LONGEST_TOKENS:
@@ -153,7 +147,10 @@ def _answers_right(
     prompts = np.stack([question.prompt for question in asked])
     n = model.config.segment_length
     last = (prompts.shape[1] - 1) // n * n  # where the last segment begins
-    state = read(model, prompts[:, :last], on_read) if memory else None
+    state = None
+    if memory:
+        pieces = [torch.from_numpy(prompts[:, :last])]
+        _, state = read_text(model, pieces, None, call_width(n, len(asked)), on_read)
     device = next(model.parameters()).device
     written = model.generate(
         torch.from_numpy(prompts[:, last:].astype(np.int64)).to(device),
@@ -165,23 +162,3 @@ def _answers_right(
         tokenizer.decode(row[: question.answer_tokens]) == question.answer
         for row, question in zip(written.tolist(), asked, strict=True)
     ]
-
-
-@torch.no_grad()
-def read(
-    model: InfiniTransformer, tokens: np.ndarray, on_read: Callable[[int], None]
-) -> Memory | None:
-    """The memory after whole segments [batch, segments x n], read CALL_TOKENS at a time.
-
-    Args:
-        on_read: called with the number of tokens just read.
-    """
-    n = model.config.segment_length
-    device = next(model.parameters()).device
-    width = n * max(1, min(WINDOW_SEGMENTS, CALL_TOKENS // (len(tokens) * n)))
-    memory = None
-    for begin in range(0, tokens.shape[1], width):
-        window = tokens[:, begin : begin + width]
-        _, memory = model.read(torch.from_numpy(window.astype(np.int64)).to(device), memory)
-        on_read(window.size)
-    return memory

@@ -9,13 +9,13 @@ from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer import Tokenizer
 from infini_ds.errors import UserError
-from infini_ds.generation.absorb import absorb
 from infini_ds.generation.text import text_of
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.generation import Sampling, stream
 from infini_ds.model.memory import Memory
+from infini_ds.model.reading import call_width, read_to_last_call
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.runs.export import load_model
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 from infini_ds.system.progress import ReadingProgress
@@ -52,9 +52,7 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
         UserError: there is no such model, the memory is another model's, or the prompt is empty.
     """
     console = Console(stderr=True)
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     model, tokenizer = loaded.model, loaded.tokenizer
     memory = load_memory(options.memory, model) if options.memory else None
     device = place(model, console)
@@ -71,7 +69,9 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
             read += tokens
             progress.update(read, tokens)
 
-        memory, rest = absorb(model, [prompt], memory, on_read)
+        pieces = [torch.from_numpy(prompt)[None]]
+        width = call_width(model.config.segment_length)
+        memory, rest = read_to_last_call(model, pieces, memory, width, on_read)
     generator = torch.Generator(device)
     if options.seed is None:
         generator.seed()

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from infini_ds.data.restored import Restored, loss_of, restored
 from infini_ds.data.text_files import STANDARD_INPUT
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.errors import UserError
-from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
-from infini_ds.runs.export import load_model
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.model.reading import call_width, read_text
+from infini_ds.runs.export import load_for_command
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 from infini_ds.system.progress import ReadingProgress
@@ -42,10 +42,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     if Path(output).exists() and document != STANDARD_INPUT and Path(output).samefile(document):
         raise UserError(f"--output {output}: is the document itself")
     check_writable(output, "--output")
-    keep_freed_memory()
-    loaded = load_model(path, step)
-    for line in loaded.skipped:
-        console.print(line, style="yellow")
+    loaded = load_for_command(path, step, console)
     model, tokenizer = loaded.model, loaded.tokenizer
     reader = fingerprint(model)
     place(model, console)
@@ -53,16 +50,16 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
     found: list[tuple[Restored, int]] = []
     with ReadingProgress(console, "memorize", text.total_bytes, "bytes") as progress:
 
-        def pieces() -> Iterator[np.ndarray]:
+        def pieces() -> Iterator[Tensor]:
             nonlocal encoded
             encoded += 1
-            yield np.array([tokenizer.bos_id], dtype=np.uint32)
+            yield torch.tensor([[tokenizer.bos_id]])
             for number, piece in enumerate(text):
                 tokens = tokenizer.encode_array(piece, begins=number == 0)
                 content = piece.encode()
                 found.append((restored(tokenizer, tokens, content), len(content)))
                 encoded += len(tokens)
-                yield tokens
+                yield torch.from_numpy(tokens.astype(np.int64))[None]
 
         def on_read(tokens: int) -> None:
             nonlocal read
@@ -70,15 +67,14 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
             # The file's bytes are far ahead of the model, which takes a piece in many calls.
             progress.update(text.done_bytes * read // encoded, tokens)
 
-        memory, rest = absorb(model, pieces(), None, on_read)
-        if read + rest.shape[1] == 1:
+        width = call_width(model.config.segment_length)
+        hidden, memory = read_text(model, pieces(), None, width, on_read)
+        if read == 1:
             raise UserError(f"document {document}: is empty")
         with torch.no_grad():
-            hidden, memory = model.read(rest, memory)
-            results = (model.logits(hidden[:, -1]), memory.kv, memory.norm)
+            results = (model.logits(hidden), memory.kv, memory.norm)
         for result in results:
             require_finite(result, model, "what the model makes of the text is")
-        on_read(rest.shape[1])
         rate = progress.tokens_per_second
     memory.save(output, reader)
     for line in loss_of(found):

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.layout import Layout
 from infini_ds.memory.state import MemoryState
 
-Operation = Callable[..., tuple[Tensor, MemoryState]]
-"""Arguments and results of `infini_attention_reference`."""
+Operation = Callable[[Inputs], tuple[Tensor, MemoryState]]
+"""A way to compute Infini-attention, as `infini_attention_reference` is one."""
 
 OUTPUTS = ("output", "memory", "norm of the memory")
 GRADIENTS = tuple(
@@ -94,10 +95,9 @@ def results(
         )
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=3)
         angles = torch.arange(n)[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
-        rotary = tuple(table.to(device, state) for table in (angles.cos(), angles.sin()))
-        out, after = operation(
-            q, k, v, w, MemoryState(kv, norm), make_layout(n, device), beta, rule, rotary
-        )
+        rotary = angles.cos().to(device, state), angles.sin().to(device, state)
+        memory, layout = MemoryState(kv, norm), make_layout(n, device)
+        out, after = operation(Inputs(q, k, v, w, memory, layout, beta, rule, rotary))
         found = [out, *after]
         if gradients:
             upstream = [x.to(y) for x, y in zip(window.upstream, found, strict=True)]

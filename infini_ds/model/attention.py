@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
-from infini_ds.kernels.infini_attention import infini_attention
+from infini_ds.kernels.infini_attention import Inputs, infini_attention
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
@@ -91,10 +91,11 @@ class InfiniAttention(nn.Module):
             w = self.write_gate(hidden)
             stats = write_stats(w, valid_tokens(layout, n))
         cos, sin = self._rotary_table(hidden.device)
+        inputs = Inputs(
+            q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
+        )
         with _without_autocast(hidden.device):
-            out, memory = infini_attention(
-                q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
-            )
+            out, memory = infini_attention(inputs)
         return self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)")), memory, stats
 
     @_not_compiled

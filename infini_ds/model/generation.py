@@ -2,30 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from infini_ds.config import ModelConfig
 from infini_ds.model.memory import Memory
-from infini_ds.system.ranges import Weighted, require_finite
-
-WINDOW_SEGMENTS = 16
-"""Whole segments that a call reads at once; longer texts are read window by window."""
-
-
-class Reader(Weighted, Protocol):
-    """A model that reads on from a memory: InfiniTransformer, or what stands in for it."""
-
-    config: ModelConfig
-    training: bool
-
-    def read(self, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-    def train(self, mode: bool = True) -> Any: ...
+from infini_ds.model.reading import WINDOW_SEGMENTS, Reader, read_text
+from infini_ds.system.ranges import require_finite
 
 
 class Sampling(NamedTuple):
@@ -146,11 +130,7 @@ def _absorb(
 def _absorb_rows(model: Reader, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
     if not tokens.shape[1]:
         raise ValueError("prompt must have at least one token")
-    hidden = tokens.new_empty(0)
-    for piece in tokens.split(WINDOW_SEGMENTS * model.config.segment_length, dim=1):
-        hidden, memory = model.read(piece, memory)
-    assert memory is not None
-    return hidden[:, -1], memory
+    return read_text(model, [tokens], memory, WINDOW_SEGMENTS * model.config.segment_length)
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:

@@ -10,11 +10,12 @@ from infini_ds.layout import IGNORE_INDEX, Layout
 from infini_ds.memory import MemoryState
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.decoding import extend
-from infini_ds.model.generation import WINDOW_SEGMENTS, generate
+from infini_ds.model.generation import generate
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import initialize, layer_list
 from infini_ds.model.memory import Memory
-from infini_ds.model.write_gate import WriteStats
+from infini_ds.model.reading import WINDOW_SEGMENTS
+from infini_ds.model.write_gate import WriteStats, write_penalty
 
 
 class Output(NamedTuple):
@@ -206,7 +207,7 @@ class InfiniTransformer(nn.Module):
 
     def _penalty(self, mass: Tensor, tokens: int) -> Tensor:
         """Of the sum of write weights over layers, heads and some or all of these tokens."""
-        return self.config.memory.write_penalty * mass / (tokens * self.config.kv_heads)
+        return write_penalty(self.config.memory, mass, tokens * self.config.kv_heads)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
         return self.layers[1 + self.config.num_layers](hidden)

@@ -34,7 +34,9 @@ from infini_ds.runs.checkpoint import (
     load_run,
 )
 from infini_ds.runs.weights import INDEX, SINGLE, CheckpointWeights, SafetensorsWeights
+from infini_ds.system.console import Console
 from infini_ds.system.ranges import compute_dtype, name_of
+from infini_ds.system.resources import keep_freed_memory
 
 CONFIG = "config.yaml"
 SOURCE_CONFIG = "source_config.json"
@@ -100,6 +102,19 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
         )
     model, _ = load_export(path)
     return Loaded(model, config, tokenizer, path, 0, path if path.is_dir() else path.parent, [])
+
+
+def load_for_command(path: str | Path, step: int | None, console: Console) -> Loaded:
+    """Loads the model that a command reads long texts with, and says which checkpoints it skipped.
+
+    Args:
+        path, step: see `load_model`, which raises the same errors.
+    """
+    keep_freed_memory()
+    loaded = load_model(path, step)
+    for line in loaded.skipped:
+        console.print(line, style="yellow")
+    return loaded
 
 
 def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:

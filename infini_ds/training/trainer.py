@@ -22,13 +22,13 @@ from infini_ds.guard.watchdog import Watchdog
 from infini_ds.model.flops import device_peak_flops, training_flops_per_token
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.optimizer import learning_rate_factor
+from infini_ds.model.write_gate import write_penalty
 from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
 from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.runs import failures
 from infini_ds.runs.tokenizer import keep_tokenizer
-from infini_ds.system.allocator import keep_freed_memory
-from infini_ds.system.cores import cores_at_hand
+from infini_ds.system.resources import cores_at_hand, keep_freed_memory
 from infini_ds.system.whole_file import whole_file
 from infini_ds.training import checkpoint
 from infini_ds.training.bad_steps import BadSteps, bad_documents
@@ -204,7 +204,7 @@ class Trainer:
             return {}
         shares = self.engine.written()
         shares /= tokens * self.config.model.kv_heads
-        metrics = {"train/write_penalty": memory.write_penalty * float(shares[:, 0].sum())}
+        metrics = {"train/write_penalty": write_penalty(memory, float(shares[:, 0].sum()), 1)}
         for layer, (mass, zeros) in enumerate(shares.tolist()):
             metrics[f"memory/write_mass/layer_{layer}"] = mass
             metrics[f"memory/write_zeros/layer_{layer}"] = zeros

@@ -155,12 +155,12 @@ def test_wrong_and_moving_results_are_told(part, monkeypatch):
 
     calls = iter(range(100))
 
-    def moves(q, *others):
-        out, memory = infini_attention_parallel(q, *others)
+    def moves(inputs):
+        out, memory = infini_attention_parallel(inputs)
         return out + 2**-12 * next(calls), memory
 
-    def wrong(q, *others):
-        out, memory = infini_attention_parallel(q, *others)
+    def wrong(inputs):
+        out, memory = infini_attention_parallel(inputs)
         return out * 1.1, memory
 
     monkeypatch.setenv("REPEATS", "2")

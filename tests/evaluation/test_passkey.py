@@ -16,9 +16,10 @@ from infini_ds.config import ModelConfig, PasskeyConfig
 from infini_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from infini_ds.data.tokenizer import ByteTokenizer
 from infini_ds.errors import UserError
-from infini_ds.evaluation.passkey import CALL_TOKENS, Outcome, default_samples, measure, read
+from infini_ds.evaluation.passkey import Outcome, default_samples, measure
 from infini_ds.evaluation.passkey_questions import Questions
 from infini_ds.evaluation.passkey_report import figures
+from infini_ds.model.reading import CALL_TOKENS, call_width, read_text
 from infini_ds.model.transformer import InfiniTransformer
 
 torch.set_num_threads(1)
@@ -54,7 +55,8 @@ class Oracle(nn.Module):
     def read(self, tokens, memory):
         self.calls.append(tokens.numel())
         assert tokens.shape[1] % N == 0
-        return None, tokens if memory is None else torch.cat((memory, tokens), dim=1)
+        hidden = torch.zeros(*tokens.shape, 1)
+        return hidden, tokens if memory is None else torch.cat((memory, tokens), dim=1)
 
     def generate(self, prompt, max_new_tokens, temperature, memory):
         assert temperature == 0
@@ -180,7 +182,8 @@ def test_answers_of_a_model_are_those_of_reading_all_at_once():
     model, asked = InfiniTransformer(config).eval(), questions()
     made = [asked.make(20, number, 2) for number in range(2)]
     prompts = np.stack([question.prompt for question in made])
-    memory = read(model, prompts[:, : 19 * N], lambda _: None)
+    before = torch.from_numpy(prompts[:, : 19 * N])
+    _, memory = read_text(model, [before], None, call_width(N, 2))
     written = model.generate(
         torch.tensor(prompts[:, 19 * N :].astype(np.int64)), 5, temperature=0.0, memory=memory
     )

@@ -12,10 +12,9 @@ import torch
 from infini_ds import cli
 from infini_ds.data.tokenizer import ByteTokenizer
 from infini_ds.generation import memorize
-from infini_ds.generation.absorb import absorb
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.memory import Memory
-from infini_ds.model.transformer import WINDOW_SEGMENTS
+from infini_ds.model.reading import WINDOW_SEGMENTS, call_width, read_text, read_to_last_call
 from infini_ds.system import compute_type
 from infini_ds.system.compute_type import of_processor
 from infini_ds.system.progress import ReadingProgress
@@ -53,13 +52,15 @@ def book(folder):
 
 @pytest.mark.parametrize("sizes", [[5000], [1, N, 3 * N, 4000], [100] * 30])
 @pytest.mark.parametrize("begun", [0, 7])
-def test_absorbing_in_pieces_is_reading_at_once(model, sizes, begun):
+def test_reading_in_pieces_is_reading_at_once(model, sizes, begun):
     drawn = np.random.default_rng(0)
     pieces = [drawn.integers(256, size=size, dtype=np.uint32) for size in sizes]
     before = torch.zeros(1, begun, dtype=torch.int64)
     memory = model.read(before)[1] if begun else None
     told = []
-    memory, rest = absorb(model, iter(pieces), memory, told.append)
+    rows = [torch.from_numpy(piece)[None] for piece in pieces]
+    begin = memory
+    memory, rest = read_to_last_call(model, iter(rows), begin, call_width(N), told.append)
     assert 0 < rest.shape[1] <= WINDOW_SEGMENTS * N
     assert sum(told) + rest.shape[1] == sum(sizes)
     with torch.no_grad():
@@ -68,6 +69,9 @@ def test_absorbing_in_pieces_is_reading_at_once(model, sizes, begun):
         _, expected = model.read(torch.cat((before, whole), dim=1))
     assert memory.lengths == expected.lengths
     torch.testing.assert_close(memory.kv, expected.kv, rtol=1e-4, atol=1e-4)
+    _, same = read_text(model, iter(rows), begin, call_width(N), told.append)
+    assert torch.equal(same.kv, memory.kv)
+    assert sum(told) == 2 * sum(sizes) - rest.shape[1]
 
 
 def written(capsys, *arguments) -> str:
@@ -190,7 +194,7 @@ def test_document_is_not_replaced_by_its_memory(folder, capsys):
 
 
 def test_place_that_cannot_be_written_is_told_before_reading(folder, capsys, monkeypatch):
-    monkeypatch.setattr(memorize, "absorb", lambda *_: pytest.fail("has read"))
+    monkeypatch.setattr(memorize, "read_text", lambda *_: pytest.fail("has read"))
     (folder / "lost").symlink_to(folder / "none" / "a")
     line = mistake(capsys, "memorize", folder / "run", folder / "book.txt", "-o", folder / "lost")
     assert line.endswith("lost: cannot be written (No such file or directory)")

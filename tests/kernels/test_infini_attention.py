@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention import infini_attention, segment_overlaps
+from infini_ds.kernels.infini_attention import Inputs, infini_attention, segment_overlaps
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState, delta
@@ -70,7 +70,8 @@ def compute(
     angle = torch.arange(n)[:, None] * 10.0 ** -torch.arange(DIM // 2)
     rotary = angle.cos().to(device, state), angle.sin().to(device, state)
     layout = Layout(*(part.to(device) for part in layout))
-    out, memory = function(q, k, v, w, MemoryState(kv, norm), layout, beta, rule, rotary)
+    memory = MemoryState(kv, norm)
+    out, memory = function(Inputs(q, k, v, w, memory, layout, beta, rule, rotary))
     torch.manual_seed(1)
     outputs = [out, memory.kv, memory.norm]
     upstream = [torch.randn(x.shape).bfloat16().to(x) for x in outputs]
@@ -120,10 +121,11 @@ def test_segment_sums_are_accumulated_in_fp32():
     layout = Layout(torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), n, dtype=torch.int32))
     q = torch.zeros(1, 1, n, 1, 2, dtype=torch.bfloat16)
     v = torch.full_like(q, 1 + 2**-7)
+    rotary = torch.ones(n, 1), torch.zeros(n, 1)
+    memory = MemoryState.empty(1, 1, 2)
     _, memory = infini_attention(
-        q, q, v, None, MemoryState.empty(1, 1, 2), layout, torch.zeros(1), "linear",
-        (torch.ones(n, 1), torch.zeros(n, 1)),
-    )  # fmt: skip
+        Inputs(q, q, v, None, memory, layout, torch.zeros(1), "linear", rotary)
+    )
     torch.testing.assert_close(memory.norm, torch.full((1, 1, 2), float(n)))
     torch.testing.assert_close(memory.kv, torch.full((1, 1, 2, 2), n * (1 + 2**-7)))
 
@@ -137,7 +139,7 @@ def test_inputs_without_gradient_get_none(rule):
     for chosen in (q, k, v, beta):
         chosen.requires_grad_()
         out, memory = infini_attention(
-            q, k, v, None, MemoryState(kv, norm), layout, beta, rule, rotary
+            Inputs(q, k, v, None, MemoryState(kv, norm), layout, beta, rule, rotary)
         )
         (out.sum() + memory.kv.sum() + memory.norm.sum()).backward()
         assert chosen.grad is not None
@@ -163,8 +165,9 @@ def memory_norms(function, writes: Writes) -> list[tuple[float, float]]:
         layout = Layout(torch.zeros(1, 1, dtype=torch.bool), torch.tensor([[length]]))
         before = torch.linalg.matrix_norm(memory.kv, 2).item()
         q = k[:, None]
+        beta = torch.zeros(1)
         _, memory = function(
-            q, k[:, None], v[:, None], None, memory, layout, torch.zeros(1), "delta", rotary
+            Inputs(q, k[:, None], v[:, None], None, memory, layout, beta, "delta", rotary)
         )
         valid = (torch.arange(n) < length)[:, None]
         added = (sigma(k[0, :, 0]) * valid).mT @ v[0, :, 0]

@@ -12,7 +12,7 @@ import triton
 
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
-from infini_ds.kernels.infini_attention import infini_attention
+from infini_ds.kernels.infini_attention import Inputs, infini_attention
 from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 from infini_ds.kernels.infini_attention.triton.tuning import (
@@ -76,7 +76,8 @@ def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window 
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
     with recording(generation) as calls, hooks:
-        out, final = infini_attention_triton(q, k, v, w, memory, layout, beta, rule, rotary)
+        inputs = Inputs(q, k, v, w, memory, layout, beta, rule, rotary)
+        out, final = infini_attention_triton(inputs)
         forward = len(calls)
         (out.float().sum() + final.kv.sum() + final.norm.sum()).backward()
     return (q, k, v, out), kept, calls[:forward], calls[forward:]
@@ -136,8 +137,9 @@ def test_triton_asked_for_on_a_cpu_is_refused():
     layout = make_layout("one segment", 7)
     q, k, v, kv, norm, beta = make_inputs(layout, 7, 1, False)
     rotary = torch.ones(7, 8), torch.zeros(7, 8)
+    inputs = Inputs(q, k, v, None, MemoryState(kv, norm), layout, beta, "linear", rotary)
     with pytest.raises(UserError, match=r"kernels\.backend: triton needs a CUDA device, not cpu"):
-        infini_attention(q, k, v, None, MemoryState(kv, norm), layout, beta, "linear", rotary)
+        infini_attention(inputs)
 
 
 @pytest.mark.parametrize(

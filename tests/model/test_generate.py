@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from infini_ds.model.generation import WINDOW_SEGMENTS, Sampling, sample, stream
+from infini_ds.model.generation import Sampling, sample, stream
+from infini_ds.model.reading import WINDOW_SEGMENTS
 
 N = 8
 

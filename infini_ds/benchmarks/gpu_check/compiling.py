@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 
 from infini_ds.benchmarks.gpu_check.results import Part
+from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
@@ -63,10 +64,9 @@ def compile_ahead(part: Part, case: str) -> None:
     gates = torch.float32 if form == "operation" else torch.bfloat16
     beta = torch.zeros(heads, dtype=gates, requires_grad=True)
     rotary = torch.empty(n, d // 2), torch.empty(n, d // 2)
+    memory = MemoryState.empty(1, kv_heads, d)
+    inputs = Inputs(q, k, v, None, memory, layout, beta, rule, rotary)
     with without_gpu(), mock.patch.object(op, "launch", launch):
-        out, after = op.infini_attention_triton(
-            q, k, v, None, MemoryState.empty(1, kv_heads, d), layout, beta, rule,
-            rotary,
-        )  # fmt: skip
+        out, after = op.infini_attention_triton(inputs)
         (out.float().sum() + after.kv.sum() + after.norm.sum()).backward()
     print(case, round(time.monotonic() - began, 1), "s", flush=True)

@@ -1,5 +1,6 @@
 """Infini-attention over a window of segments."""
 
 from infini_ds.kernels.infini_attention.op import infini_attention
+from infini_ds.kernels.infini_attention.reference import Inputs
 
-__all__ = ["infini_attention"]
+__all__ = ["Inputs", "infini_attention"]

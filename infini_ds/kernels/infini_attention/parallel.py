@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
+from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.local_attention import local_attention
@@ -18,18 +19,9 @@ from infini_ds.layout import Layout, valid_tokens
 from infini_ds.memory.state import MemoryState
 
 
-def infini_attention_parallel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    memory: MemoryState,
-    layout: Layout,
-    beta: Tensor,
-    rule: str,
-    rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, MemoryState]:
-    """See `infini_attention_reference`: same arguments, same results."""
+def infini_attention_parallel(inputs: Inputs) -> tuple[Tensor, MemoryState]:
+    """See `infini_attention_reference`: the same results."""
+    q, k, v, w, memory, layout, beta, rule, rotary = inputs
     a_dot = local_attention(q, k, v, rotary)
     states, final = memory_scan(k, v, w, memory, layout, rule)
     return read_and_mix(a_dot, q, states, beta), final

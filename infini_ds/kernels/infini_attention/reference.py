@@ -4,6 +4,8 @@ Munkhdalai, Faruqui, Gopal 2024, arXiv 2404.07143, section 2. Every faster path 
 one on outputs, final memory and every gradient.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,29 @@ from infini_ds.layout import Layout
 from infini_ds.memory import RULES
 from infini_ds.memory.rule import read, sigma
 from infini_ds.memory.state import MemoryState
+
+
+class Inputs(NamedTuple):
+    """One window, as every way of computing Infini-attention takes it."""
+
+    q: Tensor
+    """[batch, segments, n, heads, d], before rotary."""
+    k: Tensor
+    """[batch, segments, n, kv_heads, d], before rotary."""
+    v: Tensor
+    """[batch, segments, n, kv_heads, d]."""
+    w: Tensor | None
+    """[batch, segments, n, kv_heads], write weights in [0, 1]; None means 1."""
+    memory: MemoryState
+    """Of the segments before this window."""
+    layout: Layout
+    """Document starts and valid lengths."""
+    beta: Tensor
+    """[heads], gates of eq. (6)."""
+    rule: str
+    """A name of `memory.RULES`."""
+    rotary: tuple[Tensor, Tensor]
+    """cos and sin, each [n, d / 2]."""
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -23,32 +48,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def infini_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    memory: MemoryState,
-    layout: Layout,
-    beta: Tensor,
-    rule: str,
-    rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, MemoryState]:
+def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     """Attends inside each segment and to the memory of all earlier segments of its document.
-
-    Args:
-        q: [batch, segments, n, heads, d], before rotary.
-        k, v: [batch, segments, n, kv_heads, d], before rotary.
-        w: [batch, segments, n, kv_heads], write weights in [0, 1]; None means 1.
-        memory: of the segments before this window.
-        layout: document starts and valid lengths.
-        beta: [heads], gates of eq. (6).
-        rule: a name of `memory.RULES`.
-        rotary: cos and sin, each [n, d / 2].
 
     Returns:
         The output, [batch, segments, n, heads, d], and the memory after the window.
     """
+    q, k, v, w, memory, layout, beta, rule, rotary = inputs
     _, segments, n, heads, d = q.shape
     group = heads // k.shape[3]
     cos, sin = rotary

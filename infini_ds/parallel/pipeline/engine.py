@@ -20,7 +20,7 @@ from infini_ds.config import ModelConfig, TrainConfig
 from infini_ds.data.windows import Windows, answers_right
 from infini_ds.memory import MemoryState
 from infini_ds.model.optimizer import set_learning_rate
-from infini_ds.model.write_gate import WriteStats
+from infini_ds.model.write_gate import WriteStats, write_penalty
 from infini_ds.parallel.deepspeed.engine import CorrectedEngine
 from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
 from infini_ds.parallel.engine import (
@@ -169,9 +169,9 @@ class InfiniEngine(CorrectedEngine):
         # Reductions average over data-parallel ranks, so the sums are scaled up by their number.
         scale = Scale(
             self.dp_world_size / size.loss_weight,
-            self._model.memory.write_penalty
-            * self.dp_world_size
-            / (size.tokens * self._model.kv_heads),
+            write_penalty(
+                self._model.memory, self.dp_world_size, size.tokens * self._model.kv_heads
+            ),
         )
         schedule = train_schedule(
             self.part.stage, self.num_stages, self.micro_batches, self._train.chunks

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.errors import UserError
+from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.kernels.infini_attention.triton.attend import attend_kernel
 from infini_ds.kernels.infini_attention.triton.attend_gradient import (
     key_gradient_kernel,
@@ -34,7 +35,7 @@ from infini_ds.kernels.infini_attention.triton.scan import scan_kernel
 from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
-from infini_ds.layout import Layout, whole_weights
+from infini_ds.layout import whole_weights
 from infini_ds.memory.state import EPSILON, MemoryState
 
 LARGEST_GRID = 65535
@@ -48,18 +49,9 @@ SCAN_BLOCK = 1024
 """Numbers of a state that one program carries from segment to segment."""
 
 
-def infini_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    memory: MemoryState,
-    layout: Layout,
-    beta: Tensor,
-    rule: str,
-    rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, MemoryState]:
-    """See `infini_attention_reference`: same arguments, same results, for d of TRITON_HEAD_DIMS."""
+def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
+    """See `infini_attention_reference`: the same results, for d of TRITON_HEAD_DIMS."""
+    q, k, v, w, memory, layout, beta, rule, rotary = inputs
     n = k.shape[2]
     weight = whole_weights(layout, n, k.shape[3])
     if w is not None:

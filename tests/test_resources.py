@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from infini_ds.system.allocator import keep_freed_memory
+from infini_ds.system.resources import keep_freed_memory
 
 
 @pytest.mark.parametrize(

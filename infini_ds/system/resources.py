@@ -1,4 +1,4 @@
-"""Tunes how freed memory is kept during long work."""
+"""How many cores long work may use, and how it keeps freed memory."""
 
 import ctypes
 import os
@@ -7,6 +7,14 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_THRESHOLD_MAX = 32 * 2**20
 _NEVER = 2**31 - 1
+
+
+def cores_at_hand() -> int:
+    """Returns the number of cores this process may run on, or all if the system does not tell."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
