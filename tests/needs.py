@@ -19,18 +19,29 @@ NEEDS = {
     "tests/parallel/test_channel.py": ("ranks",),
     "tests/parallel/test_deepspeed_traps.py": ("ranks",),
     "tests/planning/test_real_memory.py": ("ranks",),
-    # Long, though in one process: they compile, interpret kernels or train.
+    # Long, though in one process: they compile, interpret kernels, import DeepSpeed or train.
     "tests/benchmarks/test_gpu_check.py::test_each_part_runs_tiny": ("long",),
     "tests/benchmarks/test_kernels_compile.py::test_kernels": ("long",),
     "tests/benchmarks/test_peer.py::test_small_comparison": ("long",),
     "tests/benchmarks/test_quality.py": ("long",),
     "tests/benchmarks/test_unfinished_products.py::test_sums_of_grouped": ("long",),
+    "tests/commands/test_cli.py::test_mistake_that_only_the_start_can_tell": ("long",),
+    "tests/commands/test_cli.py::test_output_that_nobody_reads": ("long",),
+    "tests/conversion/test_hf_contract.py::test_generate_writes_the_same_by": ("long",),
+    "tests/conversion/test_llama.py::test_round_trip": ("long",),
+    "tests/conversion/test_load_model.py": ("long",),
+    "tests/conversion/test_seed.py::test_greedy_text": ("long",),
+    "tests/conversion/test_whole_run.py": ("long",),
     "tests/evaluation/test_documents.py": ("long",),
     "tests/generation/test_commands.py::test_ten_times_the_text": ("long",),
+    "tests/kernels/test_fused.py::test_gated_and_its_gradient_are_the_same_compiled": ("long",),
     "tests/kernels/test_self_check.py": ("long",),
     "tests/kernels/test_triton.py::test_kernels_match_reference": ("long",),
     "tests/model/test_absent_device.py": ("long",),
     "tests/model/test_torch_features.py::test_compiled": ("long",),
+    "tests/planning/test_plan.py::test_shipped_configs": ("long",),
+    "tests/test_readme.py::test_python_example": ("long",),
+    "tests/training/test_monitor.py::test_a_run_goes_on_where_nothing_can_be_shown": ("long",),
 }
 """What the tests need whose identifiers begin like this, besides what they name themselves."""
 
