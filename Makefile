@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers, to which tests/conftest.py gives whole files.
+PYTEST = $(BIN)/pytest -n 2 --no-loadscope-reorder
 STEPS := 300
 SEEDS := 0
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
@@ -11,8 +13,8 @@ CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slu
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
-.PHONY: pretrain passkey test test-slow test-cluster test-toolchains cluster-packages gpu-check \
-  gpu-bundle lint format docs clean
+.PHONY: pretrain passkey check test test-all test-slow test-of-one-process test-cluster \
+  test-toolchains cluster-packages gpu-check gpu-bundle lint style types format docs clean
 
 # A real run: two processes, a two-stage pipeline. Run it again to train for STEPS more.
 pretrain: $(VENV)/installed
@@ -31,9 +33,18 @@ passkey: $(VENV)/installed
 	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
 	done
 
-# tests/conftest.py gives whole files to the two workers.
-test: $(VENV)/installed lint
-	$(BIN)/pytest -m "not slow" -n 2 --no-loadscope-reorder
+# Types are checked while tests run: both take about a minute.
+check: style
+	@$(MAKE) --no-print-directory -j2 types test-of-one-process
+
+test-of-one-process: $(VENV)/installed
+	$(PYTEST) -m "not (ranks or hosts or gpu or long or slow)"
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
@@ -61,9 +72,13 @@ gpu-check: $(if $(VENV),$(VENV)/installed)
 gpu-bundle:
 	PYTHON=$(PYTHON) bash launch/gpu_bundle.sh
 
-lint: $(VENV)/installed
+lint: style types
+
+style: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
 	$(BIN)/pyright
 
 format: $(VENV)/installed

@@ -8,6 +8,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.fault_table import pytest_terminal_summary, trial  # noqa: F401
+from tests.needs import pytest_collection_modifyitems  # noqa: F401
 
 # What a launcher would have set: a test's processes get their own.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

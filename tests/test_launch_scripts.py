@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_config import TREE
+from tests.config.test_config import TREE
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """#!/bin/sh

@@ -52,14 +52,7 @@ def write_checkpoint(
         "layout": {"pipeline": 2, "data": 1}, "store": store, **told,
     }  # fmt: skip
     (directory / "state.json").write_text(json.dumps(state))
-    files = {
-        name: {
-            "size": (directory / name).stat().st_size,
-            "sha256": sha256_of(directory / name),
-        }
-        for name in manifest.files_of(directory)
-    }
-    manifest.write(directory, files)
+    write_manifest(directory)
     return model
 
 
@@ -68,7 +61,7 @@ def write_manifest(checkpoint: Path) -> None:
     files = {
         name: {
             "size": (checkpoint / name).stat().st_size,
-            "sha256": manifest.sha256(checkpoint / name),
+            "sha256": sha256_of(checkpoint / name),
         }
         for name in manifest.files_of(checkpoint)
     }

@@ -1,8 +1,10 @@
 """Computes how long a training step takes by its schedule, as if messages took no time."""
 
+import functools
+from itertools import accumulate
 from typing import NamedTuple
 
-from infini_ds.parallel.pipeline.schedule import Backward, Forward, train_schedule
+from infini_ds.parallel.pipeline.schedule import Forward, train_schedule
 
 
 class StepTime(NamedTuple):
@@ -29,22 +31,26 @@ def step_time(
         micro_batches, chunks: see `train_schedule`.
     """
     stages = len(forward)
-    left = [list(train_schedule(stage, stages, micro_batches, chunks)) for stage in range(stages)]
-    for units in left:
-        units.reverse()
-    # A Forward and a Backward of the same unit are equal as tuples, so the type is part of the key.
-    done: dict[tuple[type, int, Forward | Backward], float] = {}
+    orders = _orders(stages, micro_batches, chunks)
+    costs = backward, forward
+    # Units of a kind have one order on all stages, so the source has sent as many as it has done.
+    done: tuple[list[list[float]], ...] = tuple([[] for _ in range(stages)] for _ in costs)
     clock = [0.0] * stages
+    left = [len(order) for order in orders]
     while any(left):
-        for stage, units in enumerate(left):
-            while units:
-                kind, unit = type(units[-1]), units[-1]
-                source, costs = (stage - 1, forward) if kind is Forward else (stage + 1, backward)
-                arrived = done.get((kind, source, unit)) if 0 <= source < stages else 0.0
-                if arrived is None:
-                    break
-                clock[stage] = max(clock[stage], arrived) + costs[stage]
-                done[kind, stage, units.pop()] = clock[stage]
+        for stage, order in enumerate(orders):
+            while left[stage]:
+                is_forward = order[-left[stage]]
+                source = stage - 1 if is_forward else stage + 1
+                own, arrived = done[is_forward][stage], 0.0
+                if 0 <= source < stages:
+                    sent = done[is_forward][source]
+                    if len(sent) == len(own):
+                        break
+                    arrived = sent[len(own)]
+                clock[stage] = max(clock[stage], arrived) + costs[is_forward][stage]
+                own.append(clock[stage])
+                left[stage] -= 1
     units = micro_batches * chunks
     busy = [units * (one + other) for one, other in zip(forward, backward, strict=True)]
     return StepTime(max(clock), busy)
@@ -52,8 +58,17 @@ def step_time(
 
 def most_units(stage: int, stages: int, micro_batches: int, chunks: int) -> int:
     """Returns the most units that a stage keeps for their backward pass at one time."""
-    kept = most = 0
-    for unit in train_schedule(stage, stages, micro_batches, chunks):
-        kept += 1 if isinstance(unit, Forward) else -1
-        most = max(most, kept)
-    return most
+    order = _orders(stages, micro_batches, chunks)[stage]
+    return max(accumulate(1 if is_forward else -1 for is_forward in order))
+
+
+@functools.lru_cache(maxsize=1)  # a plan asks for each stage, and for each kind of checkpointing
+def _orders(stages: int, micro_batches: int, chunks: int) -> list[bytes]:
+    """For each stage a byte a unit, in order: 1 if it goes forward, 0 if backward."""
+    return [
+        bytes(
+            isinstance(unit, Forward)
+            for unit in train_schedule(stage, stages, micro_batches, chunks)
+        )
+        for stage in range(stages)
+    ]

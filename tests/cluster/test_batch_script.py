@@ -8,7 +8,6 @@ from tests.cluster.conftest import LIMIT
 from tests.cluster.slurm import Job
 from tests.distributed.conftest import Run
 
-pytestmark = pytest.mark.cluster
 STAND_IN = """#!/usr/bin/env bash
 # Instead of `infini-ds`: at the first attempt to start or pretrain it does what the test says, at
 # the second it is content, and finishes.

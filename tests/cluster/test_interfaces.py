@@ -7,7 +7,6 @@ from tests.cluster.test_ssh import ROOT, launch
 from tests.distributed.conftest import SCRIPT, Run
 from tests.distributed.processes import Processes
 
-pytestmark = pytest.mark.cluster
 PORT = "29555"
 
 

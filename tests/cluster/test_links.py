@@ -8,8 +8,6 @@ from tests.cluster.conftest import LIMIT
 from tests.cluster.test_ssh import ROOT
 from tests.distributed.processes import Processes
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
 
 @pytest.mark.parametrize("rate", ["1gbit", "100mbit"])
 def test_bytes_between_hosts_are_those_of_the_formula(hosts, tmp_path, rate):

@@ -11,7 +11,6 @@ from tests.cluster.conftest import FP32, LAYOUTS, LIMIT
 from tests.cluster.slurm import Job
 from tests.distributed.conftest import Run
 
-pytestmark = pytest.mark.cluster
 LIMIT_OF_PREFLIGHT = 120
 """Seconds in which a node that does not answer ends the job."""
 LIMIT_OF_END = 30

@@ -11,7 +11,6 @@ from tests.cluster.conftest import FP32, LAYOUTS, LIMIT
 from tests.distributed.conftest import SCRIPT, Run
 from tests.distributed.processes import Processes
 
-pytestmark = pytest.mark.cluster
 ROOT = SCRIPT.parents[1]
 RANK = f"-u {SCRIPT}"
 """What the command line of a rank contains, and of nothing else."""

@@ -3,7 +3,7 @@
 import pytest
 
 from infini_ds.cluster import supervisor
-from tests.test_config import CONFIGS
+from tests.config.test_config import CONFIGS
 
 
 def test_only_the_config_is_required(capsys):

@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from infini_ds import cli
+from tests.damage import flip
 from tests.evaluation.conftest import run  # noqa: F401, a fixture
-from tests.evaluation.test_load_run import flip
 from tests.tiny_run import tiny_config, write_checkpoint
 
 

@@ -19,6 +19,7 @@ from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.errors import UserError
 from infini_ds.runs.export import load_model
 from infini_ds.runs.tokenizer import FOLDER, keep_tokenizer
+from tests.damage import flip
 from tests.data.tokenizer_files import write_byte_level
 from tests.tiny_run import tiny_config, write_checkpoint, write_manifest
 
@@ -307,9 +308,7 @@ def test_a_damaged_tokenizer_is_a_damaged_checkpoint(taken):
     config = configuration.load_resolved(Path(taken()) / "config.yaml")
     write_checkpoint(config.model_copy(update={"output_dir": "taken"}), 12)
     newest = Path("taken/checkpoints/step_00000012/tokenizer/tokenizer.model")
-    content = bytearray(newest.read_bytes())
-    content[9] ^= 1
-    newest.write_bytes(content)
+    flip(newest)
     loaded = load_model("taken")
     assert loaded.step == 9
     assert "passed over, tokenizer/tokenizer.model does not have its checksum" in loaded.skipped[0]

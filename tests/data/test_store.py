@@ -9,6 +9,7 @@ from infini_ds.data import store as store_module
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.errors import UserError
+from tests.damage import cut, flip
 
 TEXTS = ["abc", "aab", "b" * 50, "a c", "caba", "bca"]
 
@@ -96,12 +97,6 @@ def test_unigram_bits_per_byte_refuses_a_store_without_held_out_text(prepared, t
         store.unigram_bits_per_byte()
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def break_manifest(path, **change):
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | change))
@@ -138,7 +133,7 @@ DAMAGE = {
         r"held_out\.offsets\.npy: is damaged",
     ),
     "truncated": (
-        lambda path: (path / "train.tokens").write_bytes((path / "train.tokens").read_bytes()[:-2]),
+        lambda path: cut(path / "train.tokens", 2),
         r"train\.tokens: has \d+ bytes, should have",
     ),
     "file_missing": (

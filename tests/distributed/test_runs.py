@@ -16,6 +16,7 @@ import yaml
 
 from infini_ds.data.prepare import prepare
 from infini_ds.system.compute_type import fastest_type
+from tests.damage import cut, flip
 from tests.distributed.conftest import SCRIPT, Run, copied, without_checkpoints_after
 from tests.distributed.processes import Process, Processes, free_port
 
@@ -104,22 +105,13 @@ def test_curriculum_takes_in_only_the_steps_that_have_answers(tmp_path, data):
     assert len(answered) == 1
 
 
-def damage(file: Path, how: str) -> None:
-    content = bytearray(file.read_bytes())
-    if how == "flipped":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    else:
-        file.write_bytes(content[:-1])
-
-
 def test_damaged_checkpoints_are_passed_over_with_the_reason(tmp_path, data, undisturbed, trial):
     run = copied(undisturbed, tmp_path, data)
     flipped, truncated, unfinished = (run.checkpoint(step) for step in (STEPS, 15, 10))
     layer = next(flipped.glob("layer_*"))
-    damage(layer, "flipped")
+    flip(layer)
     memory = next((truncated / "memory").iterdir())
-    damage(memory, "truncated")
+    cut(memory)
     size = memory.stat().st_size
     (unfinished / "manifest.json").unlink()
 
@@ -277,7 +269,7 @@ class TestRankFailingAloneAtStart:
         [
             pytest.param(shutil.rmtree, "data.store store: not found", id="missing_store"),
             pytest.param(
-                lambda store: damage(store / "train.tokens", "flipped"),
+                lambda store: flip(store / "train.tokens"),
                 "data.store store/train.tokens: is damaged",
                 id="corrupt_store",
             ),

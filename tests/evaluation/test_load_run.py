@@ -9,15 +9,10 @@ from safetensors.torch import load_file
 
 from infini_ds.errors import UserError
 from infini_ds.runs.checkpoint import load_run
+from tests.damage import flip
 from tests.evaluation.conftest import RUNS
 
 torch.set_num_threads(1)
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("dtype", RUNS)

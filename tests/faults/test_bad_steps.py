@@ -12,8 +12,6 @@ from infini_ds.data.opening import open_data
 from infini_ds.data.store import Store, mapped, token_dtype
 from tests.faults.runs import END, START, FaultyRun
 
-pytestmark = pytest.mark.slow
-
 STEPS, SAVED, BAD = 9, 4, 6
 SETTINGS = {"train__steps": STEPS, "train__save_every": SAVED}
 LAYOUTS = [pytest.param(2, id="pipeline2"), pytest.param(1, id="data2")]

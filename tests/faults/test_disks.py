@@ -10,10 +10,7 @@ import pytest
 
 from tests.faults.runs import END, START, FaultyRun
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk"),
-]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
 
 SETTINGS = {"train__steps": 12, "train__save_every": 4}
 WORLD = 2

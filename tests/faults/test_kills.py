@@ -20,7 +20,7 @@ from infini_ds.data.store import Store
 from tests.distributed.processes import Process, Processes
 from tests.faults.runs import START, FaultyRun, end_of_others
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = pytest.mark.timeout(3600)
 
 SETTINGS = {
     "train__steps": 80, "train__save_every": 4, "train__keep_last": 3, "evaluation__every": 5,

@@ -12,8 +12,6 @@ from tests.distributed.conftest import SCRIPT
 from tests.distributed.processes import Process, Processes, free_port
 from tests.faults.runs import LIMIT, START, FaultyRun, rank_of
 
-pytestmark = pytest.mark.slow
-
 SETTINGS = {"train__steps": 60, "train__save_every": 4}
 
 

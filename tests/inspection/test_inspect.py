@@ -14,6 +14,7 @@ from infini_ds.data.prepare import prepare
 from infini_ds.inspection.weights import parameter_counts
 from infini_ds.model.layers import count_parameters
 from infini_ds.runs.checkpoint import load_run
+from tests.damage import flip
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
@@ -39,12 +40,6 @@ def inspect(capsys, *arguments, code=0):
     file = arguments[0].parent / "figures.json"
     assert cli.main(["inspect", *map(str, arguments), "--json", str(file)]) == code
     return capsys.readouterr().out, json.loads(file.read_text())
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def test_checkpoint_is_described(run, capsys):

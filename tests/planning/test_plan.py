@@ -11,7 +11,7 @@ from infini_ds.planning import report
 from infini_ds.planning.plan import alternatives, plan
 from infini_ds.planning.report import GIB
 from infini_ds.system.compute_type import of_processor
-from tests.test_config import CONFIGS
+from tests.config.test_config import CONFIGS
 
 SETTINGS = [
     "model.vocab_size=300", "model.hidden_size=64", "model.num_layers=4", "model.num_heads=2",

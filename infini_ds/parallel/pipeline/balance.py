@@ -1,7 +1,7 @@
 """Assigns blocks to stages by estimated FLOPs."""
 
 import itertools
-from functools import cache
+from functools import cache, lru_cache
 
 from infini_ds.config import ModelConfig
 from infini_ds.model.flops import forward_flops_per_token
@@ -17,19 +17,26 @@ def balance(config: ModelConfig, stages: int) -> list[int]:
     also computes the loss.
     """
     _, *blocks, _, head = forward_flops_per_token(config)
+    return list(_bounds(tuple(blocks), head, stages))
+
+
+@lru_cache(maxsize=64)  # a plan asks for the same ones for each number of chunks
+def _bounds(blocks: tuple[int, ...], head: int, stages: int) -> tuple[int, ...]:
+    """The bounds of `balance`, by the cost of each block and of the head."""
+    before = list(itertools.accumulate(blocks, initial=0))
 
     @cache
     def best(stage: int, first: int) -> tuple[int, tuple[int, ...]]:
         """Returns the highest load among the stages from this one on, and where each ends."""
         if stage == stages - 1:
-            return sum(blocks[first:]) + head, (len(blocks),)
+            return before[-1] - before[first] + head, (len(blocks),)
         choices = []
         for end in range(len(blocks) - (stages - stage - 1), first, -1):
             load, ends = best(stage + 1, end)
-            choices.append((max(load, sum(blocks[first:end])), (end, *ends)))
+            choices.append((max(load, before[end] - before[first]), (end, *ends)))
         return min(choices, key=lambda choice: choice[0])
 
-    return [0, *best(0, 0)[1]]
+    return 0, *best(0, 0)[1]
 
 
 def describe(config: ModelConfig, bounds: list[int]) -> str:

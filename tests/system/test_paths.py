@@ -16,10 +16,10 @@ from infini_ds.data.store import Store
 from infini_ds.errors import UserError
 from infini_ds.parallel.deepspeed.universal import plain_path
 from infini_ds.system.paths import as_path
-from tests.test_config import TREE
+from tests.config.test_config import TREE
 from tests.tiny_run import tiny_config, write_checkpoint
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 ODD = {
     "brackets": "layers=[1,2]",
     "bracket": "a[b",

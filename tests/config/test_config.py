@@ -12,7 +12,7 @@ from infini_ds import config as configuration
 from infini_ds.config import ModelConfig, dump, load, parse
 from infini_ds.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 TREE = {
     "output_dir": "runs/test",

@@ -19,6 +19,7 @@ from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import RunError, UserError
 from infini_ds.system import exit_code
+from tests.damage import cut, flip
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
 
@@ -110,16 +111,6 @@ def test_command_exits_with_the_code_and_no_traceback(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-2])
-
-
 # What only the start of a run can tell: (what happens to the store, overrides, message).
 RUN_MISTAKES = {
     "missing_store": (shutil.rmtree, [], "data.store {store}: not found; run `infini-ds prepare"),
@@ -132,7 +123,7 @@ RUN_MISTAKES = {
         [], "data.store {store}/train.tokens: is damaged (wrong checksum)",
     ),
     "cut_store": (
-        lambda store: cut(store / "train.tokens"),
+        lambda store: cut(store / "train.tokens", 2),
         [], "data.store {store}/train.tokens: has",
     ),
     "other_tokenizer": (

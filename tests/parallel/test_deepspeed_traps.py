@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.processes import run_ranks
-from tests.pipeline.traps_worker import KINDS
+from tests.parallel.traps_worker import KINDS
 
 WORKER = Path(__file__).with_name("traps_worker.py")
 

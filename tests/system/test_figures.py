@@ -30,7 +30,7 @@ def test_what_is_no_number_is_null(tmp_path):
 def test_full_disk_is_one_line_after_what_was_found(capsys):
     with pytest.raises(UserError, match="--json /dev/full: cannot be written"):
         write_figures("/dev/full", {"loss": 1.5})
-    quickstart = str(Path(__file__).parents[1] / "configs/quickstart.yaml")
+    quickstart = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
     arguments = ["plan", quickstart, "model.vocab_size=300", "--processes", "2"]
     assert cli.main([*arguments, "--json", "/dev/full"]) == 2
     shown = capsys.readouterr()

@@ -15,10 +15,10 @@ from infini_ds import cli
 from infini_ds.config import RunConfig, dump, load, parse, schema
 from infini_ds.config.read_yaml import read_yaml
 from infini_ds.errors import UserError
-from tests.test_config import CONFIGS, TREE, mixture_tree
+from tests.config.test_config import CONFIGS, TREE, mixture_tree
 
 SCHEMA = json.loads(schema())
-FILE = Path(__file__).parents[1] / "configs" / "schema.json"
+FILE = Path(__file__).parents[2] / "configs" / "schema.json"
 ABOUT = {"$defs", "$schema", "default", "description", "title"}
 TYPES: dict[str, Any] = {
     "array": list, "boolean": bool, "null": type(None), "number": (int, float), "object": dict,
