@@ -43,8 +43,6 @@ def start(checkout: Path, *command: str, **variables: str) -> subprocess.Complet
 
 SCRIPTS = {
     "pretrain": ("launch/pretrain.sh", "python3 -m infini_ds.cluster.supervisor"),
-    "convert_llama": ("launch/convert_llama.sh", "infini-ds convert from-llama"),
-    "export_hf": ("launch/export_hf.sh", "infini-ds convert to-hf"),
     "train": ("tokenizer/train.sh", "python3 -m infini_ds.data.train_tokenizer"),
 }
 

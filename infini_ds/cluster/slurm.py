@@ -1,11 +1,65 @@
-"""The nodes of the Slurm job that this process belongs to."""
+"""What Slurm tells of the job that this process belongs to."""
 
 import os
 import re
 import subprocess
+from dataclasses import dataclass
 
 from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
+
+LIMIT_SECONDS = 60.0
+"""Time for an answer. Slurm's own limit on a message is 10 seconds, and it tries again."""
+
+
+class SlurmError(Exception):
+    """Slurm does not do what it is asked to; the message says why in one line."""
+
+
+def scontrol(*arguments: str) -> str:
+    """The output of one of Slurm's commands.
+
+    Raises:
+        SlurmError: it fails, or does not end in time.
+    """
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, errors="replace",
+            check=True, timeout=LIMIT_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"no answer within {LIMIT_SECONDS:g} s") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise SlurmError(one_line(said)) from None
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm knows of a job; the defaults stand for a Slurm that does not tell."""
+
+    name: str = ""
+    """Such as RUNNING, CANCELLED or COMPLETING."""
+    preempted: bool = False
+    """Whether a more urgent job takes its nodes."""
+
+    @property
+    def running(self) -> bool:
+        return self.name == "RUNNING"
+
+
+def state_of_job(job: str) -> JobState:
+    """The state of a job.
+
+    Raises:
+        SlurmError: Slurm does not tell.
+    """
+    fields: dict[str, str] = {}
+    for name, value in re.findall(r"(\w+)=(\S*)", scontrol("show", "job", job)):
+        fields.setdefault(name, value)  # what the user typed, such as the command, comes later
+    preempted = fields.get("PreemptTime", "None") not in ("", "None")
+    return JobState(fields.get("JobState", ""), preempted)
 
 
 def nodes_of_job() -> dict[str, int]:
@@ -17,16 +71,13 @@ def nodes_of_job() -> dict[str, int]:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return {}
-    command = ["scontrol", "show", "hostnames", nodes]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        names = scontrol("show", "hostnames", nodes).split()
+    except SlurmError as error:
         raise UserError(
             f"environment variable SLURM_JOB_NODELIST={nodes!r}: `scontrol show hostnames` fails "
-            f"({one_line(said)}); unset it outside of a Slurm job"
+            f"({error}); unset it outside of a Slurm job"
         ) from None
-    names = done.stdout.split()
     tasks = os.environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
     counts = tasks_per_node(tasks)
     if len(counts) != len(names):

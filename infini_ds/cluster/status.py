@@ -156,11 +156,7 @@ def _state(
     directory: Path, config: RunConfig, step: int, seconds: float | None, saved: dict | None
 ) -> str:
     metrics = directory / "metrics.jsonl"
-    try:
-        reported = _object((directory / "report.json").read_bytes()).get("step")
-    except FileNotFoundError:
-        reported = None
-    if reported == config.train.steps:
+    if RunDirectory(directory).reported_step() == config.train.steps:
         return "finished"
     record = directory / failures.NAME
     if record.exists() and record.stat().st_mtime >= metrics.stat().st_mtime:

@@ -11,6 +11,7 @@ from infini_ds.data import store
 from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
+from infini_ds.runs.directory import REPORT
 from infini_ds.runs.export import Model
 
 _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
@@ -39,7 +40,7 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
     ]
     if model.checkpoint and isinstance(model.settings, RunConfig):
         parts.append("## Training\n\n" + _table(_training(model.settings, model.checkpoint)))
-        figures = _read(model.checkpoint.parent.parent / "report.json")
+        figures = _read(model.checkpoint.parent.parent / REPORT)
         if "held_out/bits_per_byte" in figures and figures["step"] == _step(model.checkpoint):
             parts.append("## Held-out text\n\n" + _table(_quality(figures)))
     return "\n\n".join(parts) + "\n"

@@ -1,12 +1,16 @@
 """Lists the checkpoints in a run's output directory and tells whether they can be used."""
 
 import enum
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from infini_ds.runs import manifest
+
+REPORT = "report.json"
+"""Figures of a finished run, in its directory."""
 
 
 class Depth(enum.IntEnum):
@@ -67,3 +71,16 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Checkpoint:
         """Returns the checkpoint of a step, whether or not it exists."""
         return Checkpoint(self.checkpoints_path / f"step_{step:08d}")
+
+    def reported_step(self) -> int:
+        """The step at which it was finished, by its report; 0 if there is no report to go by.
+
+        Raises:
+            OSError: there is one, and it cannot be read.
+        """
+        try:
+            figures = json.loads((self.path / REPORT).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return 0
+        step = figures.get("step") if isinstance(figures, dict) else None
+        return step if isinstance(step, int) else 0

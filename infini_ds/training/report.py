@@ -9,12 +9,9 @@ from rich.table import Table
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.evaluation.held_out import figure_name
-from infini_ds.runs.directory import RunDirectory
+from infini_ds.runs.directory import REPORT, RunDirectory
 from infini_ds.system.console import Console
 from infini_ds.system.whole_file import whole_file
-
-REPORT = "report.json"
-"""File in the run's directory that holds the figures of a finished run."""
 
 
 def report(

@@ -27,6 +27,7 @@ from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
 from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.runs import failures
+from infini_ds.runs.directory import REPORT
 from infini_ds.runs.tokenizer import keep_tokenizer
 from infini_ds.system.resources import cores_at_hand, keep_freed_memory
 from infini_ds.system.whole_file import whole_file
@@ -36,7 +37,7 @@ from infini_ds.training.checkpoint import Saved
 from infini_ds.training.kernel_check import find_fault
 from infini_ds.training.monitor import Monitor
 from infini_ds.training.opening import Opened, open_run
-from infini_ds.training.report import REPORT, report
+from infini_ds.training.report import report
 
 
 def pretrain(config: RunConfig) -> None:

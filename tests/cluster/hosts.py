@@ -54,6 +54,8 @@ class Host:
         """What to type on this machine to run a command on that host, as a login there would."""
         programs = f"{Path(sys.executable).parent}:{SYSTEM_PATH}"
         environment = [f"HOME={self.home}", f"PATH={programs}", "DS_ACCELERATOR=cpu"]
+        if "PYTHONPATH" in os.environ:  # a checkout that is not the one which is installed
+            environment.append(f"PYTHONPATH={os.environ['PYTHONPATH']}")
         enter = ["nsenter", "-t", str(self.pid), "-n", "-p", "-m", "-u", f"--wdns={cwd or '/'}"]
         return [*enter, "--", "env", "-i", *environment, *command]
 

@@ -16,7 +16,10 @@ if [[ $1 == preflight ]]; then
   [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || { PREFLIGHT; }
   exit 0
 fi
-save() { mkdir -p output/checkpoints/step_$1; touch output/checkpoints/step_$1/manifest.json; }
+save() {
+  local saved=output/checkpoints/step_0000000$1
+  mkdir -p $saved; touch $saved/manifest.json
+}
 wait_for_signal() { until [[ $asked ]]; do sleep 0.2; done; }
 trap asked=1 USR1 TERM
 touch output/started.$SLURM_RESTART_COUNT
@@ -120,5 +123,5 @@ def test_cancelled_it_is_not(slurm, start):
     slurm.run("scancel", job.id)
     state = job.finish(LIMIT)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), job.outputs
-    assert (job.run.output / "checkpoints" / "step_1").exists()
+    assert job.run.checkpoint(1).exists()
     assert not (job.run.output / "started.1").exists()

@@ -48,3 +48,38 @@ def test_tasks_of_other_nodes_are_an_error_that_names_the_variables(job):
 )
 def test_counts_of_tasks_are_read_as_slurm_writes_them(text, counts):
     assert slurm.tasks_per_node(text) == counts
+
+
+STATE = """JobId=7 JobName=infini_ds
+   JobState=RUNNING Reason=None Dependency=(null)
+   PreemptEligibleTime=2026-11-28T10:00:00 PreemptTime={time}
+   Command=/home/me/launch/pretrain.sbatch run.yaml JobState=TIMEOUT PreemptTime=now
+"""
+
+
+@pytest.mark.parametrize(
+    ("time", "preempted"), [("None", False), ("", False), ("2026-11-28T10:00:01", True)]
+)
+def test_state_of_a_job_is_what_slurm_says_before_what_the_user_typed(monkeypatch, time, preempted):
+    monkeypatch.setattr(slurm, "scontrol", lambda *_: STATE.format(time=time))
+    assert slurm.state_of_job("7") == slurm.JobState("RUNNING", preempted)
+
+
+def test_a_field_that_slurm_does_not_know_is_none(monkeypatch):
+    monkeypatch.setattr(slurm, "scontrol", lambda *_: " JobState=COMPLETING \n")
+    assert slurm.state_of_job("7") == slurm.JobState("COMPLETING")
+
+
+def test_slurm_that_does_not_answer_is_an_error_within_a_limit(job, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 60\n")
+    job.setattr(slurm, "LIMIT_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"SLURM_JOB_NODELIST=.* \(no answer within 0.2 s\)"):
+        slurm.nodes_of_job()
+    with pytest.raises(slurm.SlurmError, match=r"no answer within 0.2 s"):
+        slurm.state_of_job("7")
+
+
+def test_machine_without_slurm_is_an_error(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(slurm.SlurmError, match="scontrol"):
+        slurm.state_of_job("7")
