@@ -18,6 +18,7 @@ from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.backend import use_backend
 from infini_ds.model.optimizer import adamw, parameter_groups
 from infini_ds.parallel.deepspeed.config import deepspeed_config
+from infini_ds.parallel.deepspeed.operators import leave_out_shared_memory_communication
 from infini_ds.parallel.pipeline.engine import InfiniEngine
 from infini_ds.parallel.pipeline.module import InfiniPipeline
 from infini_ds.system.causes import cause, one_line, shortened
@@ -49,9 +50,7 @@ def start_distributed(timeout: float) -> None:
     logger.setLevel("WARNING")
     _check_device(int(os.environ["LOCAL_RANK"]))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # At the first start DeepSpeed would compile this communication operator for inference. That
-    # takes a minute and is guarded by a lock that a killed process never releases.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory_communication()
     try:
         comm.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),

@@ -11,11 +11,20 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import deepspeed
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.utils import cpp_extension
 
 from infini_ds.errors import UserError
 from infini_ds.system.causes import cause, one_line, shortened
+
+
+def leave_out_shared_memory_communication() -> None:
+    """Keeps DeepSpeed from compiling an operator at the first start that only inference uses.
+
+    That takes a minute and is guarded by a lock that a killed process never releases.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def build_cpu_adam() -> None:
