@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.test_config import TREE
 
 from infini_ds.cluster import batch_job
 from infini_ds.cluster.batch_job import Outcome, Verdict, after_end, before_start
 from infini_ds.cluster.slurm import JobState
 from infini_ds.errors import UserError
+from tests.config.test_config import TREE
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.sbatch"
