@@ -5,6 +5,7 @@
 A case is an export and overrides: {"init_from": "...", "train.dtype": "bf16"}.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -75,4 +76,5 @@ if __name__ == "__main__":
     rank = torch.distributed.get_rank()
     for name, case in cases.items():
         (folder / f"{name}.{rank}.json").write_text(json.dumps(start(case)))
+        gc.collect()  # before another engine is built, see layout_worker.py
     torch.distributed.destroy_process_group()

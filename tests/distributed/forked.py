@@ -3,11 +3,13 @@
 Given as globals: SCRIPT (with its arguments), LOG, ENVIRONMENT and CWD.
 """
 
+import gc
 import os
 import runpy
 import sys
 from pathlib import Path
 
+gc.freeze()  # what is imported is never garbage
 os.setsid()
 os.chdir(CWD)  # noqa: F821
 os.environ.clear()

@@ -5,6 +5,7 @@
 A case is a dict of overrides such as {"parallel.zero_stage": 1}.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -151,6 +152,9 @@ def main() -> None:
     rank = torch.distributed.get_rank()
     for name, case in cases.items():
         torch.save(train(config_of(case)), folder / f"{name}.{rank}.pt")
+        # An engine that is found to be garbage during an import makes an import itself, which
+        # Python 3.11 does not always survive (KeyError in importlib).
+        gc.collect()
     torch.distributed.destroy_process_group()
 
 

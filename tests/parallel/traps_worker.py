@@ -3,6 +3,7 @@
 Each rank writes what it saw to FOLDER/RANK.json, by name of the optimizer in use.
 """
 
+import gc
 import json
 import os
 import sys
@@ -92,7 +93,10 @@ def look(dtype: str, zero_stage: int) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     start_distributed(60)
-    seen: dict = {kind: look(*settings) for kind, settings in KINDS.items()}
+    seen: dict = {}
+    for kind, settings in KINDS.items():
+        seen[kind] = look(*settings)
+        gc.collect()  # before another engine is built, see layout_worker.py
     seen["compiled"] = sorted(os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]))
     seen["compiles_communication"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
     rank = torch.distributed.get_rank()
