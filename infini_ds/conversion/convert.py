@@ -15,7 +15,7 @@ from infini_ds.conversion.huggingface import special_tokens, write_huggingface
 from infini_ds.conversion.pairs import Move, Pair
 from infini_ds.conversion.task import Task, kind_of_tokenizer, tokenizer_for, warn, write_tokenizer
 from infini_ds.conversion.writer import Plan
-from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.runs.export import (
     CONFIG,

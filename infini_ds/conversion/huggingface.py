@@ -11,7 +11,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.conversion.llama import read_config
 from infini_ds.conversion.model_card import model_card
 from infini_ds.data.generation_settings import GENERATION, read_generation
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.runs.export import SOURCE_CONFIG, Model
 

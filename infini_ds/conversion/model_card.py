@@ -8,7 +8,7 @@ import torch
 
 from infini_ds.config import RunConfig
 from infini_ds.data import store
-from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer, Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
 from infini_ds.runs.directory import REPORT

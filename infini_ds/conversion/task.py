@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infini_ds.config import TOKENIZER_FILES, ExportConfig, ModelConfig
-from infini_ds.data.load_tokenizer import load_tokenizer
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.runs.checkpoint import tokenizer_of
 from infini_ds.runs.export import Model, copy_tokenizer, export_tokenizer, tokenizer_files

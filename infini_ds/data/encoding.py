@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 from infini_ds.data.documents import Corpus, Document, Span
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.restored import Restored, restored
 from infini_ds.data.store import stored_tokens
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 
 # Documents go to the workers in batches of about this many characters, a fraction of a second each.

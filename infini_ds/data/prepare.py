@@ -22,7 +22,6 @@ from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.generation_settings import GENERATION
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.passkey import PasskeyCorpus
 from infini_ds.data.progress import CorpusProgress
 from infini_ds.data.store import (
@@ -39,6 +38,7 @@ from infini_ds.data.store import (
     restored_share,
     token_dtype,
 )
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import cause, one_line

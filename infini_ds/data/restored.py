@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 
 _BEFORE, _SHOWN = 12, 32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from infini_ds.config import TOKENIZER_FILES
-from infini_ds.data.tokenizer import SPACE_MARK, Exact, Tokenizer
+from infini_ds.data.tokenizer_base import SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
 

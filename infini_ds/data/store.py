@@ -24,8 +24,8 @@ import numpy as np
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.data.joined import Joined
-from infini_ds.data.load_tokenizer import load_tokenizer
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.whole_file import sha256_of
 

@@ -12,7 +12,7 @@ import tokenizers
 
 from infini_ds.config import TOKENIZER_FILES
 from infini_ds.data.generation_settings import read_settings
-from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
+from infini_ds.data.tokenizer_base import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.documents import Corpus, Document
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
 from infini_ds.system.paths import argument

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from infini_ds.config import PasskeyConfig
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation import passkey_report as report
 from infini_ds.evaluation import results as outcome

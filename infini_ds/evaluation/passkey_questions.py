@@ -14,7 +14,7 @@ import numpy as np
 from infini_ds.config import PasskeyConfig
 from infini_ds.data.passkey import PasskeyDocument, Passkeys, TooShort, passkey_random
 from infini_ds.data.store import stored_tokens
-from infini_ds.data.tokenizer import ByteTokenizer, Tokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer, Tokenizer
 from infini_ds.errors import UserError
 
 _STATEMENT = re.compile(rb" The (pass key(?: of \w+)?) is (\d+)\. Remember it\. \2 is the \1\. ")

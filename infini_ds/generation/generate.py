@@ -7,7 +7,7 @@ import torch
 
 from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.generation.text import text_of
 from infini_ds.model.fingerprint import fingerprint

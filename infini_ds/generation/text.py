@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Iterable, Iterator
 
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 
 
 def text_of(tokenizer: Tokenizer, tokens: Iterable[int], stop: str = "") -> Iterator[str]:

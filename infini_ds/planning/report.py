@@ -8,8 +8,8 @@ from rich.table import Table
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.store import Store
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
 from infini_ds.planning.plan import Plan, alternatives, plan
 from infini_ds.system.compute_type import device_at_hand, fastest_type

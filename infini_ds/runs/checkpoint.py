@@ -15,9 +15,9 @@ from torch import Tensor
 
 from infini_ds import config as configuration
 from infini_ds.config import CorpusConfig, ExportConfig, RunConfig
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.mixture import Mixture
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs import manifest

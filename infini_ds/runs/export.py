@@ -21,8 +21,8 @@ from torch import Tensor
 
 from infini_ds.config import ExportConfig, ModelConfig, RunConfig, parse_export
 from infini_ds.data.generation_settings import GENERATION
-from infini_ds.data.load_tokenizer import load_tokenizer
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.checkpoint import (

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 from infini_ds.config import TOKENIZER_FILES
-from infini_ds.data.load_tokenizer import load_tokenizer
-from infini_ds.data.tokenizer import Tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.temporary import temporary_beside
 

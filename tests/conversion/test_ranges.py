@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from infini_ds import cli
 from infini_ds.config import ModelConfig
 from infini_ds.data.encoding import encode
-from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.errors import RunError, UserError
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer

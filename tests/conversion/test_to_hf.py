@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from infini_ds import cli
 from infini_ds.config import MemoryConfig, ModelConfig, RopeScaling
 from infini_ds.conversion.convert import config_text
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.export import load_export, load_model
 from tests.conversion.hf_worker import NEW_TOKENS

@@ -8,12 +8,12 @@ import yaml
 
 from infini_ds import cli
 from infini_ds import config as configuration
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
-from infini_ds.data.tokenizer import SPACE_MARK
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import SPACE_MARK
 from infini_ds.runs.export import load_model
 from infini_ds.training.start import open_start
 from tests.data.test_tokenizer import TEXTS

@@ -11,11 +11,11 @@ import yaml
 
 from infini_ds import cli
 from infini_ds import config as configuration
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
 from infini_ds.data.prepare import prepare
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.runs.export import load_model
 from infini_ds.runs.tokenizer import FOLDER, keep_tokenizer

@@ -2,9 +2,9 @@ import pytest
 
 from infini_ds.data.documents import Span
 from infini_ds.data.encoding import encode
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
-from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer
 
 
 def test_encode_stores_bos_tokens_and_eos():

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from infini_ds.data.generation_settings import GENERATION, read_generation
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from tests.data.tokenizer_files import SOURCE, write_byte_level
 

@@ -10,11 +10,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data import prepare as prepare_module
 from infini_ds.data.encoding import encode
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.prepare import prepare
 from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.store import Store, restored_share
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from tests.data.tokenizer_files import SOURCE, byte_level, sentencepiece_like
 
@@ -243,7 +243,7 @@ def test_share_must_be_one(value):
 
 
 def test_bytes_of_ids_are_those_of_decode(tmp_path, monkeypatch):
-    monkeypatch.setattr("infini_ds.data.tokenizer._IDS_AT_ONCE", 10)
+    monkeypatch.setattr("infini_ds.data.tokenizer_base._IDS_AT_ONCE", 10)
     for tokenizer in (load_tokenizer("bytes"), load_tokenizer(*_kind(tmp_path))):
         tokens = encode(tokenizer, TEXT).tokens
         assert tokenizer.bytes_of(tokens).decode() == TEXT

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from infini_ds.data.documents import Span
 from infini_ds.data.encoding import encode
-from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import UserError
 from tests.data.tokenizer_files import SOURCE, byte_level, sentencepiece_like
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
-from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.errors import UserError
 
 SOURCE = "".join(

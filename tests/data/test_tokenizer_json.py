@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from infini_ds.config import DataConfig, TokenizerConfig
-from infini_ds.data.load_tokenizer import load_tokenizer
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
-from infini_ds.data.tokenizer import PIECE_CHARACTERS, SPACE_MARK
+from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer_base import PIECE_CHARACTERS, SPACE_MARK
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.errors import UserError
 from tests.data.test_tokenizer import TEXTS

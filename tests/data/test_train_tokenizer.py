@@ -4,7 +4,7 @@ import pytest
 
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.documents import Corpus, Document
-from infini_ds.data.load_tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.train_tokenizer import main, sample_text, train_tokenizer
 
 SOURCE = "".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(500))

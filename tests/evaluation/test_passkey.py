@@ -14,7 +14,7 @@ from torch import nn
 from infini_ds import cli
 from infini_ds.config import ModelConfig, PasskeyConfig
 from infini_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
-from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation.passkey import Outcome, default_samples, measure
 from infini_ds.evaluation.passkey_questions import Questions

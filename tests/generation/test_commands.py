@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infini_ds import cli
-from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.generation import memorize
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.memory import Memory

@@ -3,7 +3,7 @@
 import pytest
 
 from infini_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
-from infini_ds.data.tokenizer import ByteTokenizer
+from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.generation.text import text_of
 
 BYTES = ByteTokenizer()
