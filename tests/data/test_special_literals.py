@@ -158,7 +158,7 @@ def test_no_space_is_put_into_a_text_that_comes_in_parts(load, name):
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_no_space_is_put_into_a_long_text(load, name, monkeypatch):
-    for module in ("tokenizer", "tokenizer_json"):
+    for module in ("tokenizer_base", "tokenizer_json"):
         monkeypatch.setattr(f"infini_ds.data.{module}.PIECE_CHARACTERS", 100)
     tokenizer = load(name)
     text = "def function(x):\n    return x▁\n" * 30
