@@ -27,10 +27,7 @@ from safetensors import SafetensorError
 from infini_ds.config import RunConfig, dump, parse
 from infini_ds.errors import RunError, UserError
 from infini_ds.guard.peers import is_lost_contact
-from infini_ds.parallel.deepspeed.universal import (
-    make_universal,
-    universal_of,
-)
+from infini_ds.parallel.deepspeed.universal import make_universal, universal_of
 from infini_ds.parallel.engine import Engine
 from infini_ds.parallel.ranks import gathered, is_first_rank, share_of, shared, world_size
 from infini_ds.runs import manifest
@@ -80,8 +77,8 @@ def _save(
         (directory / "memory").mkdir(parents=True)
     dist.barrier()
     engine.save(directory, state["step"])
-    layout = {"pipeline": engine.layout.pipeline, "data": engine.layout.data}
     if first:
+        layout = {"pipeline": engine.layout.pipeline, "data": engine.layout.data}
         copy_kept_tokenizer(directory.parent.parent, directory)
         (directory / "config.yaml").write_text(dump(config))
         (directory / "state.json").write_text(json.dumps({**state, "layout": layout}))

@@ -20,7 +20,18 @@ IMPORTED = [
 """What a forked process finds imported; it takes twelve seconds of a core."""
 
 
-class Process:
+class Logged:
+    """Whatever writes its output to a file."""
+
+    log: Path
+
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text(errors="replace")
+
+
+class Process(Logged):
     """One command in a process group of its own, with its output in a file."""
 
     def __init__(self, command: Sequence[str], log: Path, env: dict[str, str], cwd: Path | None):
@@ -41,11 +52,6 @@ class Process:
         """Exit code, or None while it runs."""
         return self._process.poll()
 
-    @property
-    def output(self) -> str:
-        """What it has written so far."""
-        return self.log.read_text(errors="replace")
-
     def send(self, number: signal.Signals) -> None:
         """Signals this process alone."""
         self._process.send_signal(number)
@@ -57,7 +63,7 @@ class Process:
         self._process.wait()
 
 
-class ForkedProcess:
+class ForkedProcess(Logged):
     """A script of Python, as `Process` is one, forked from a process that has made the imports.
 
     It is a process of its own in every other way: a session, an environment, signals, an exit code.
@@ -84,11 +90,6 @@ class ForkedProcess:
     def code(self) -> int | None:
         """Exit code, or None while it runs."""
         return self._process.exitcode
-
-    @property
-    def output(self) -> str:
-        """What it has written so far."""
-        return self.log.read_text(errors="replace")
 
     def send(self, number: signal.Signals) -> None:
         """Signals this process alone."""

@@ -19,11 +19,6 @@ class StageModule(PipelineModule):
         self.bounds = bounds
         super().__init__(layers=layers, num_stages=len(bounds) - 1, partition_method="flops")
 
-    @property
-    def block_range(self) -> range:
-        """The blocks of this stage."""
-        return range(self.bounds[self.stage_id], self.bounds[self.stage_id + 1])
-
     def placed_layers(self) -> Iterator[tuple[int, nn.Module]]:
         """Yields this stage's layers that are modules, each with its index among all layers."""
         for place, layer in enumerate(self.forward_funcs, start=self._local_start):

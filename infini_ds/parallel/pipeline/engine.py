@@ -115,7 +115,7 @@ class InfiniEngine(CorrectedEngine):
             torch.bfloat16 if train.dtype == "bf16" else torch.float32,
             self.device,
         )
-        pipelines = module.topology().get_axis_comm_lists("pipe") if self.num_stages > 1 else []
+        pipelines = module.topology().get_axis_comm_lists("pipe")
         self._hops = open_hops(pipelines, self.global_rank, train.timeout)
         policy = TRANSPORTS[transport](self.part.bounds)
         self._hand_over = HandOver(policy, wire, self._hops, self.part, train.chunks)
