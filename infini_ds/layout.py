@@ -14,39 +14,81 @@ IGNORE_INDEX = -100
 class Layout(NamedTuple):
     """Tells per lane and segment whether a document starts there, and how many tokens are valid.
 
-    The valid tokens of a segment come first and padding follows. A segment without valid tokens
-    (an idle lane of an evaluation) is all padding.
+    The first document of a segment is the only one that may go on from an earlier segment or into
+    a later one, so it alone reads the memory and is written to it. In a packed segment, whole
+    documents follow it, which begin and end inside the segment and need no memory. Padding comes
+    last. A segment without valid tokens (an idle lane of an evaluation) is all padding.
+
+    No tensor may be changed in place.
     """
 
     starts: Tensor
-    """[batch, segments] bool: whether a document starts here, so that the memory is empty."""
+    """[batch, segments] bool: whether the first document starts here, so that the memory is
+    empty."""
     lengths: Tensor
-    """[batch, segments] int32: valid tokens, 0 to segment_length; must not be changed in place."""
+    """[batch, segments] int32: tokens of the first document, 0 to segment_length."""
+    begins: Tensor | None = None
+    """[batch, segments, segment_length] int32, or None where no segment is packed: for each token,
+    the position in the segment at which its document begins (0 for the first document);
+    segment_length on padding, so the numbers never fall along a segment."""
 
 
-def valid_tokens(layout: Layout, n: int) -> Tensor:
-    """Marks the valid tokens of segments of n tokens, bool [batch, segments, n]."""
+def memory_tokens(layout: Layout, n: int) -> Tensor:
+    """Marks the tokens that read and write the memory, those of each segment's first document.
+
+    Returns:
+        bool [batch, segments, n].
+    """
     lengths = layout.lengths
     return _once(lengths, (n,), lambda: torch.arange(n, device=lengths.device) < lengths[..., None])
 
 
-def whole_weights(layout: Layout, n: int, kv_heads: int) -> Tensor:
-    """Weighs valid tokens 1 and padding 0: fp32 [batch, segments, kv_heads, n], contiguous."""
+def valid_tokens(layout: Layout, n: int) -> Tensor:
+    """Marks all tokens but padding in segments of n tokens, bool [batch, segments, n]."""
+    begins = layout.begins
+    if begins is None:
+        return memory_tokens(layout, n)
+    return _once(begins, ("valid",), lambda: begins < n)
+
+
+def document_begins(layout: Layout, n: int) -> Tensor | None:
+    """Returns `begins` with padding as documents of one token, or None if nothing is packed.
+
+    A token at position i sees the positions from begins[i] to i, and its rotary position is
+    i - begins[i].
+    """
+    begins = layout.begins
+    if begins is None:
+        return None
 
     def make() -> Tensor:
-        valid = valid_tokens(layout, n)[:, :, None]
-        return valid.float().expand(-1, -1, kv_heads, -1).contiguous()
+        return torch.minimum(begins, torch.arange(n, dtype=begins.dtype, device=begins.device))
+
+    return _once(begins, ("clamped",), make)
+
+
+def whole_weights(layout: Layout, n: int, kv_heads: int) -> Tensor:
+    """Weighs what is written to the memory 1 and the rest 0.
+
+    Returns:
+        fp32 [batch, segments, kv_heads, n], contiguous.
+    """
+
+    def make() -> Tensor:
+        written = memory_tokens(layout, n)[:, :, None]
+        return written.float().expand(-1, -1, kv_heads, -1).contiguous()
 
     return _once(layout.lengths, (n, kv_heads), make)
 
 
 _made = WeakTensorKeyDictionary()
-"""Results derived from lengths, kept as long as these live: every layer asks for the same."""
+"""Results derived from a layout's tensors, kept as long as these live, since every layer asks for
+the same."""
 
 
-def _once(lengths: Tensor, sizes: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
-    made: dict[tuple[int, ...], Tensor] = _made.setdefault(lengths, {})  # type: ignore[assignment]
-    if sizes not in made:
+def _once(source: Tensor, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    made: dict[tuple, Tensor] = _made.setdefault(source, {})  # type: ignore[assignment]
+    if key not in made:
         with torch.inference_mode(False):  # training may use the result later
-            made[sizes] = make()
-    return made[sizes]
+            made[key] = make()
+    return made[key]

@@ -15,7 +15,7 @@ from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.local_attention import local_attention
-from infini_ds.layout import Layout, valid_tokens
+from infini_ds.layout import Layout, memory_tokens
 from infini_ds.memory.state import MemoryState
 
 
@@ -41,7 +41,7 @@ def memory_scan(
         kv_heads, d]; and after the last.
     """
     n = k.shape[2]
-    weight = valid_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
+    weight = memory_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
     if w is not None:
         weight = weight * w.float()
     added = segment_sums(k, v, weight)

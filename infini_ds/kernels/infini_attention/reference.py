@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.layout import Layout
+from infini_ds.layout import Layout, document_begins, memory_tokens
 from infini_ds.memory import RULES
 from infini_ds.memory.rule import read, sigma
 from infini_ds.memory.state import MemoryState
@@ -41,10 +41,10 @@ class Inputs(NamedTuple):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021), in two halves as in Llama.
 
-    x [..., n, heads, d]; cos and sin [n, d / 2].
+    x [..., n, heads, d]; cos and sin [..., n, d / 2].
     """
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -57,28 +57,36 @@ def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
     _, segments, n, heads, d = q.shape
     group = heads // k.shape[3]
-    cos, sin = rotary
-    causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    position = torch.arange(n, device=q.device)
+    begins = document_begins(layout, n)
+    if begins is None:
+        begins = torch.zeros(1, dtype=torch.int32, device=q.device).expand(*layout.starts.shape, n)
     gate = beta.sigmoid().to(q.dtype)[:, None]  # [heads, 1]
     outputs = []
     for s in range(segments):
         memory = memory.cleared(layout.starts[:, s])
+        first = memory_tokens(layout, n)[:, s, :, None]  # [batch, n, 1], of the first document
 
+        begin = begins[:, s]  # [batch, n]
+        in_document = position - begin
+        cos, sin = (table[in_document] for table in rotary)  # [batch, n, d / 2]
         local_q = rotate(q[:, s], cos, sin)
         local_k = rotate(k[:, s], cos, sin).repeat_interleave(group, dim=2)
         local_v = v[:, s].repeat_interleave(group, dim=2)
         scores = torch.einsum("b i h d, b j h d -> b h i j", local_q, local_k) / d**0.5
-        attention = scores.masked_fill(~causal, float("-inf")).softmax(dim=-1)
+        seen = (begin[..., None] <= position) & (position <= position[:, None])  # [batch, n, n]
+        attention = scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
         a_dot = torch.einsum("b h i j, b j h d -> b i h d", attention, local_v)
 
         sigma_q = sigma(q[:, s]).to(memory.kv.dtype)
         a_mem = read(sigma_q, memory).to(q.dtype)  # eq. (3)
         written = (memory.norm.sum(-1) > 0).repeat_interleave(group, dim=1)[:, None, :, None]
         mixed = gate * a_mem + (1 - gate) * a_dot  # eq. (6)
+        if layout.begins is not None:
+            written = written & first[..., None]  # documents that are packed behind it read nothing
         outputs.append(torch.where(written, mixed, a_dot))
 
-        valid = torch.arange(n, device=q.device) < layout.lengths[:, s, None]  # [batch, n]
-        weight = valid[..., None].to(memory.kv.dtype)
+        weight = first.to(memory.kv.dtype)
         if w is not None:
             weight = weight * w[:, s].to(memory.kv.dtype)
         sigma_k = sigma(k[:, s]).to(memory.kv.dtype)
