@@ -8,13 +8,14 @@ from infini_ds.kernels.infini_attention.segment_sums import CACHED
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, which on GPUs is one kernel; elsewhere it is many that keep copies in fp32.
+    """PyTorch's norm on GPUs, where it is one kernel, and an implementation of our own elsewhere.
 
-    Computed in fp32 whatever the type of the input.
+    Elsewhere PyTorch's norm is a chain of operators that keeps fp32 copies. Both implementations
+    compute in fp32, whatever the type of the input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to the same."""
+        """Maps [..., size] to the same shape."""
         if x.is_cuda:
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
@@ -50,6 +51,6 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _parts(*tensors: Tensor):
-    """Rows of all of them, [rows, size], as many as a cache holds."""
+    """Splits all tensors into blocks of rows, [rows, size], that fit into a core's cache."""
     rows = max(1, CACHED // tensors[0].shape[-1])
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
