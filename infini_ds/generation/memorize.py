@@ -22,7 +22,7 @@ from infini_ds.system.whole_file import check_writable
 
 
 def run(path: str, step: int | None, document: str, output: str) -> None:
-    """Reads a text in RAM that does not grow with its length, and writes the model's memory of it.
+    """Reads a text of any length in bounded RAM, and writes the model's memory of it.
 
     The document begins with BOS and is left open, so that the text read next continues it. Its text
     is tokenised in pieces that end at line ends, see `TextPieces`.
@@ -64,7 +64,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         def on_read(tokens: int) -> None:
             nonlocal read
             read += tokens
-            # Reading the file is far ahead of the model, which takes many calls for a piece.
+            # The file is read far ahead of the model, which takes many calls for a piece.
             progress.update(text.done_bytes * read // encoded, tokens)
 
         width = call_width(model.config.segment_length)

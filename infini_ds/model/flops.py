@@ -1,4 +1,4 @@
-"""Counts the layers' floating-point operations, to balance stages and to tell utilisation."""
+"""Counts the layers' floating-point operations, to balance stages and to compute utilisation."""
 
 import torch
 

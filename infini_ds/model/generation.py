@@ -137,7 +137,7 @@ def _absorb_rows(model: Reader, tokens: Tensor, memory: Memory | None) -> tuple[
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """Chooses one token for each row, [batch], from fp32 logits [batch, vocab_size]."""
     temperature, top_p, top_k = sampling
-    # A temperature below fp32's normal range cannot be divided by, so decoding is greedy there.
+    # Scores cannot be divided by a temperature below fp32's normal range: decoding is greedy.
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     likeliest = logits.amax(dim=-1, keepdim=True)

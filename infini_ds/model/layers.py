@@ -45,7 +45,7 @@ def layer_list(config: ModelConfig, checkpointing: Checkpointing = "none") -> li
 def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:
     """Sets a layer's initial weights, which depend on the seed and the layer's index alone.
 
-    They are the same in whichever process the layer is built. Weights are normally distributed
+    They are the same whichever process builds the layer. Weights are normally distributed
     with deviation initializer_range, divided by sqrt(2 L) in projections that end a branch so that
     the residual stream does not grow with depth (GPT-2). Norms are 1, biases and convolutions 0.
     Write gates have a deviation of their own, and are drawn last so that all other weights are the

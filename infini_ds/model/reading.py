@@ -46,7 +46,9 @@ def read_to_last_call(
     width: int,
     on_read: Callable[[int], None] | None = None,
 ) -> tuple[Memory | None, Tensor]:
-    """Reads a text up to its last call, for which tokens remain unless the text has none at all.
+    """Reads a text except for the tokens of its last call, which are left to the caller.
+
+    At least one token is left, unless the text has none at all.
 
     Args:
         pieces: consecutive pieces of the text, at least one, [batch, any length] of any integer

@@ -34,13 +34,13 @@ class WriteGate(nn.Linear):
 
 
 def write_stats(w: Tensor, valid: Tensor) -> WriteStats:
-    """Sums up write weights [..., kv_heads] of the tokens that `valid`, bool [...], marks."""
+    """Returns statistics of write weights [..., kv_heads] where `valid`, bool [...], is set."""
     valid = valid[..., None]
     return WriteStats(w.masked_fill(~valid, 0).sum(), ((w.detach() == 0) & valid).sum().to(w.dtype))
 
 
 def write_penalty(config: MemoryConfig, mass: Mass, count: int) -> Mass:
-    """Computes the write weights' share of the loss.
+    """Computes what the write weights add to the loss.
 
     It is memory.write_penalty times the weights' mean in each layer, summed over layers.
 
