@@ -144,7 +144,7 @@ class Questions:
 
 
 def _fitted(pieces: list[np.ndarray], length: int) -> list[np.ndarray] | None:
-    """Cuts pieces to `length` tokens in all, and returns None if they have fewer.
+    """Cuts pieces to `length` tokens in all, or returns None if they have fewer.
 
     The first piece and every second one after it are filler, of which each keeps the same share;
     the pieces between them stay whole.
