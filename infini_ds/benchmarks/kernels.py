@@ -64,7 +64,10 @@ class Timers(NamedTuple):
 
 
 def run(json_path: str | None = None) -> None:
-    """Measures on the current CUDA device, prints tables, and writes their figures to `json_path`.
+    """Measures on the current CUDA device and prints tables.
+
+    Args:
+        json_path: where to write the figures as well, if anywhere.
 
     Raises:
         UserError: there is no CUDA device with bf16, or Triton is not installed.

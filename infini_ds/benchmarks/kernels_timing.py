@@ -173,4 +173,4 @@ def _results(operation: Operation, inputs: Inputs) -> list[Tensor]:
 
 
 PYTORCH: dict[str, Operation] = {"PyTorch": infini_attention_parallel, "naive PyTorch": naive}
-"""Operations beside the kernels: one with tiled local attention (SDPA), one with whole scores."""
+"""PyTorch operations to compare with: tiled local attention (SDPA), and whole score matrices."""

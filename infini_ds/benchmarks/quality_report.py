@@ -46,7 +46,7 @@ def conclusion(variants: list[dict[str, Any]], seeds: int) -> str:
     segments_only = next((one for one in variants if one["variant"] == "segments-only"), None)
     memories = [one for one in variants if one["memory"]]
     if segments_only is None or not memories:
-        return "What the memory is worth takes segments-only and a variant with memory to tell."
+        return "Judging the memory takes segments-only and a variant with memory."
     better = [one["variant"] for one in memories if _beats(one, segments_only)]
     others = [one["variant"] for one in memories if one["variant"] not in better]
     measure = "more than the seeds' spread" if seeds > 1 else "any amount (one seed has no spread)"
@@ -72,7 +72,7 @@ def table(figures: dict[str, Any]) -> Table:
         f"documents, after {figures['steps']:,} steps of {figures['batch_size']} x "
         f"{figures['window_length']:,} positions in segments of {figures['segment_length']:,}",
         caption=f"means over seeds {', '.join(map(str, figures['seeds']))}; spread: largest less "
-        "smallest; ablated: every segment reads an empty memory; gain: what it then needs more; "
+        "smallest; ablated: every segment reads an empty memory; gain: extra bits per byte then; "
         "train tokens: positions without padding",
         box=SIMPLE_HEAD,
         padding=0,
