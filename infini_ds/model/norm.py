@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.segment_sums import CACHED
+from infini_ds.kernels.launch import is_recording
 
 
 class RMSNorm(nn.RMSNorm):
@@ -52,5 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def _parts(*tensors: Tensor):
     """Splits all tensors into blocks of rows, [rows, size], that fit into a core's cache."""
-    rows = max(1, CACHED // tensors[0].shape[-1])
+    size = tensors[0].shape[-1]
+    # Tensors without data are in no cache, and a large model has thousands of blocks.
+    rows = tensors[0].numel() // size if is_recording() else max(1, CACHED // size)
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
