@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -95,18 +94,19 @@ def test_mistake_in_the_config_is_told_before_torch_is_imported(config, command)
 def told_without_torch(*arguments: str) -> None:
     """The command ends at once with code 2 and one line, and nothing heavy was imported."""
     code = (
-        f"import sys; from infini_ds.cli import main; code = main({arguments!r}); "
-        "print(code, *(name for name in ('torch', 'deepspeed') if name in sys.modules))"
+        f"import sys, time; from infini_ds.cli import main; code = main({arguments!r}); "
+        "heavy = [name for name in ('torch', 'deepspeed') if name in sys.modules]; "
+        "print(time.process_time(), code, *heavy)"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 5
-    assert done.stdout.split() == ["2"]
+    seconds, *rest = done.stdout.split()
+    assert float(seconds) < 3  # of a core: others may be using it
+    assert rest == ["2"]
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_command_exits_with_the_code_and_no_traceback(tmp_path):
-    done = run("pretrain", tmp_path / "none.yaml", limit=5)
+    done = run("pretrain", tmp_path / "none.yaml", limit=30)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
@@ -158,10 +158,10 @@ import contextlib, io, json, sys, time
 from infini_ds.cli import main
 results = {}
 for name, arguments in json.loads(sys.argv[1]).items():
-    error, began = io.StringIO(), time.monotonic()
+    error, began = io.StringIO(), time.process_time()
     with contextlib.redirect_stderr(error):
         code = main(arguments)
-    results[name] = [code, error.getvalue(), time.monotonic() - began]
+    results[name] = [code, error.getvalue(), time.process_time() - began]
 print(json.dumps(results))
 """
 
