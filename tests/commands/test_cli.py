@@ -18,6 +18,7 @@ from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import RunError, UserError
 from infini_ds.system import exit_code
+from tests import tiny
 from tests.damage import cut, flip
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
@@ -43,15 +44,17 @@ def data(tmp_path_factory) -> DataConfig:
 def config(tmp_path, data) -> Path:
     """A run on a store of its own."""
     shutil.copytree(data.store, tmp_path / "store")
-    tree = {
-        "output_dir": str(tmp_path / "output"),
-        "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": 8},
-        "data": {**data.model_dump(), "store": str(tmp_path / "store")},
-        "train": {"steps": 1, "batch_size": 1, "window_segments": 2},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(tmp_path, data)
+
+
+def write_config(folder: Path, data: DataConfig) -> Path:
+    """The config of a run whose output and store are in the folder."""
+    return tiny.write_run(
+        folder / "run.yaml",
+        output_dir=str(folder / "output"),
+        data={**data.model_dump(), "store": str(folder / "store")},
+        train={"batch_size": 1, "window_segments": 2},
+    )
 
 
 def run(*arguments, limit=60.0) -> subprocess.CompletedProcess:
@@ -176,14 +179,7 @@ def outcomes(tmp_path_factory, data):
         shutil.copytree(data.store, store)
         if spoil:
             spoil(store)
-        tree = {
-            "output_dir": str(folder / "output"),
-            "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "segment_length": 8},
-            "data": {**data.model_dump(), "store": str(store)},
-            "train": {"steps": 1, "batch_size": 1, "window_segments": 2},
-        }
-        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-        arguments[name] = ["pretrain", str(folder / "run.yaml"), *overrides]
+        arguments[name] = ["pretrain", str(write_config(folder, data)), *overrides]
     done = subprocess.run(
         [sys.executable, "-c", EACH, json.dumps(arguments)],
         capture_output=True, text=True, check=False, timeout=120,
