@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers, to which tests/conftest.py gives whole files.
-PYTEST = $(BIN)/pytest -n 2 --no-loadscope-reorder
+# Workers, to which tests/conftest.py gives whole files. Many tests wait for processes, so three keep
+# two cores busy.
+WORKERS := 3
+PYTEST = $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 STEPS := 300
 SEEDS := 0
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
@@ -33,15 +35,18 @@ passkey: $(VENV)/installed
 	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
 	done
 
-# Types are checked while tests run: both take about a minute.
+# Types are checked while tests run.
 check: style
 	@$(MAKE) --no-print-directory -j2 types test-of-one-process
 
 test-of-one-process: $(VENV)/installed
 	$(PYTEST) -m "not (ranks or hosts or gpu or long or slow)"
 
-test: lint
-	$(PYTEST) -m "not slow"
+test: style
+	@$(MAKE) --no-print-directory -j2 types test-with-ranks
+
+test-with-ranks: $(VENV)/installed
+	$(PYTEST) -m "not (hosts or slow)"
 
 test-all: lint
 	$(PYTEST)
@@ -53,9 +58,11 @@ test-slow: $(VENV)/installed
 test-toolchains: $(VENV)/installed
 	$(BIN)/python .ci/toolchains.py
 
-# Needs root: it simulates hosts and a Slurm cluster on this machine.
+# Needs root: it simulates hosts and a Slurm cluster on this machine. MARKED="not slow" leaves out
+# the dearest.
+MARKED := hosts
 test-cluster: $(VENV)/installed cluster-packages
-	$(BIN)/pytest tests/cluster
+	$(BIN)/pytest -m "$(MARKED)" tests/cluster
 
 # Installs the packages of CLUSTER that are missing.
 cluster-packages:

@@ -56,8 +56,17 @@ def needs_of(nodeid: str, fixtures: list[str]) -> set[str]:
     return {marker for markers in found for marker in markers}
 
 
+DEAR = {"hosts", "ranks", "long"}
+"""Markers of tests that take long; their files come first, so that workers end together."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by them
 def pytest_collection_modifyitems(items):
+    dear = set()
     for item in items:
-        for marker in needs_of(item.nodeid, item.fixturenames):
+        needs = needs_of(item.nodeid, item.fixturenames)
+        for marker in needs:
             item.add_marker(marker)
+        if needs & DEAR:
+            dear.add(item.path)
+    items.sort(key=lambda item: item.path not in dear)

@@ -12,20 +12,17 @@ from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs import manifest
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
 from infini_ds.system.whole_file import sha256_of
+from tests import tiny
 
 
 def tiny_config(folder: Path, **model) -> RunConfig:
     """Bytes, two layers, segments of 32, in a run at `folder`."""
-    tree = {
-        "output_dir": str(folder),
-        "model": {
-            "vocab_size": 258, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8,
-            "segment_length": 32, "initializer_range": 0.5, **model,
-        },
-        "data": {"store": str(folder / "store"), "tokenizer": {"kind": "bytes"}},
-        "train": {"steps": 9, "batch_size": 2, "dtype": "fp32"},
-    }  # fmt: skip
-    return configuration.parse(tree, "here")
+    return tiny.run_config(
+        output_dir=str(folder),
+        model={"vocab_size": 258, "segment_length": 32, "initializer_range": 0.5, **model},
+        data={"store": str(folder / "store"), "tokenizer": {"kind": "bytes"}},
+        train={"steps": 9, "batch_size": 2, "dtype": "fp32"},
+    )
 
 
 def write_checkpoint(

@@ -1,1 +1,1 @@
-"""What `infini-ds bench NAME` runs."""
+"""Benchmarks, which `infini-ds bench NAME` runs."""

@@ -1,4 +1,4 @@
-"""How long calls take on a CUDA device."""
+"""Measures how long calls take on a CUDA device."""
 
 import math
 import statistics
@@ -12,24 +12,23 @@ Call = Callable[[], Any]
 
 REPEATS = 30
 SECONDS = 10.0
-"""That one contestant gets beside its first call, which compiles: enough for REPEATS of all but the
-slowest, which are measured at least once."""
+"""Time limit for one contestant, without its first call, which compiles. It suffices for REPEATS
+calls of all but the slowest contestants, which are measured at least once."""
 PAUSE_BYTES = 2**29
-"""Written to keep the device busy: 0.2 ms at 3 TB/s, and more than any cache holds."""
+"""Size of a write that keeps the device busy: 0.2 ms at 3 TB/s, and more than any cache holds."""
 MOST_PAUSES = 500
-"""A device's queue holds about a thousand."""
+"""Limit on the writes before a call, as a device's queue holds about a thousand operations."""
 
 
 class CudaTimer:
-    """Seconds of a call on the current device: the median of some, by events.
+    """Measures the seconds of a call on the current device by events; returns the median.
 
     Args:
-        hides_host: whether the device is kept busy until the host has started all of the call: what
-            the host does for an operation is hidden in a model, where it runs ahead. Without it
-            the device waits for the host where that is slower, as in a training step of a small
-            model.
-        seconds: what all calls but the first may take together.
-        repeats: at most so many of them count.
+        hides_host: whether the device is kept busy until the host has started the whole call. In a
+            model, the host runs ahead and its work on an operation is hidden. If False, the device
+            waits wherever the host is slower, as in a training step of a small model.
+        seconds: time limit for all calls together, without the first.
+        repeats: the maximum number of calls that are measured.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class CudaTimer:
         return statistics.median(times)
 
     def once(self, call: Call) -> float:
-        """Of a single call that takes seconds, by the clock; its kernels should be compiled."""
+        """Times a single long call by the clock; its kernels should have been compiled before."""
         torch.cuda.synchronize()
         began = time.perf_counter()
         call()
@@ -56,7 +55,7 @@ class CudaTimer:
         return time.perf_counter() - began
 
     def _pauses(self, host: float) -> int:
-        """Half as long again as the host needs to start a call."""
+        """Returns how many writes take 1.5 times as long as the host needs to start a call."""
         if self._pause is None:
             self._pause = _Pause.of(torch.cuda.current_device())
         return min(MOST_PAUSES, math.ceil(1.5 * host / self._pause.seconds))
@@ -76,7 +75,7 @@ class CudaTimer:
 class _Pause(NamedTuple):
     buffer: torch.Tensor
     seconds: float
-    """That one write of it takes."""
+    """Time that one write of the buffer takes."""
 
     @classmethod
     def of(cls, device: int) -> "_Pause":
@@ -92,7 +91,7 @@ class _Pause(NamedTuple):
 
 
 def host_seconds(call: Call) -> float:
-    """What the host needs to start a call on an idle device."""
+    """Measures how long the host takes to start a call on an idle device."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     call()

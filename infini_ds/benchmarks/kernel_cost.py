@@ -1,4 +1,4 @@
-"""What a call of Infini-attention must compute and move at least, whatever kernel does it."""
+"""Computes the least that any kernel must compute and move in a call of Infini-attention."""
 
 from typing import NamedTuple
 
@@ -6,25 +6,25 @@ from infini_ds.memory import RULES
 
 
 class Cost(NamedTuple):
-    """Of one direction of one call."""
+    """Cost of one direction of one call."""
 
     flops: float
     bytes: float
 
     def floor(self, rates: "Rates") -> float:
-        """Seconds below which no kernel comes: it can compute and move at the same time."""
+        """Returns the fewest seconds a kernel can take, as it may compute and move data at once."""
         return max(self.flops / rates.flops, self.bytes / rates.bytes)
 
 
 class Rates(NamedTuple):
-    """What a device reaches, per second."""
+    """Rates that a device reaches, per second."""
 
     flops: float
     bytes: float
 
 
 class CallCost(NamedTuple):
-    """Of both directions."""
+    """Cost of both directions of one call."""
 
     forward: Cost
     backward: Cost
@@ -38,20 +38,22 @@ def call_cost(
     rule: str = "linear",
     itemsize: int = 2,
 ) -> CallCost:
-    """Of one layer, batch 1, as many key-value heads as heads.
+    """Returns the cost of one layer for batch size 1 and as many key-value heads as heads.
 
-    FLOPs, a multiply-add counting as 2, of matrix products alone. Forward, per token and head:
-    scores and their product with the values, each segment_length x head_dim, of which causality
-    leaves half; the read and the write, each head_dim x head_dim; by the delta rule what keys read
-    back, as much again. Backward is taken to be 2.5 times that. It is so for local attention, whose
-    two products become five (scores are computed again); the memory's two become four (its three,
-    five), so by the linear rule the sum is too high by 7% at segments of 512 and 2% at 2048, with
-    heads of 128.
+    FLOPs count only matrix products, and a multiply-add counts as 2. The forward pass computes, per
+    token and head: the scores and their product with the values, each segment_length x head_dim, of
+    which causality leaves half; the read and the write, each head_dim x head_dim; and, with the
+    delta rule, as much again for what the keys read back. The backward pass is taken to cost 2.5
+    times as much. This is right for local attention, whose two products become five, as scores are
+    computed again. The memory's two become four (with the delta rule, its three become five), so
+    that with the linear rule and heads of 128 the sum is too high by 7% at segments of 512 and by
+    2% at 2048.
 
-    Bytes of device memory. Forward reads q, k and v and writes the output, and the log-sum-exp of
-    each row in fp32. Backward reads q, k, v, the output, its gradient and the log-sum-exp, and
-    writes the gradients of q, k and v. The memories that the segments read are not counted: a
-    kernel that goes from segment to segment need not write them.
+    Bytes count traffic of device memory. The forward pass reads q, k and v, and writes the output
+    and the log-sum-exp of each row in fp32. The backward pass reads q, k, v, the output, its
+    gradient and the log-sum-exp, and writes the gradients of q, k and v. The memories that the
+    segments read are not counted, because a kernel that goes from segment to segment need not write
+    them.
     """
     rows = segments * segment_length * heads
     local = 2 * 2 * segment_length * head_dim / 2

@@ -1,10 +1,10 @@
-"""`infini-ds bench kernels`: what the Triton kernels of Infini-attention reach on a CUDA device.
+"""Implements `infini-ds bench kernels`: the speed of the Triton kernels on a CUDA device.
 
-First their results are compared with the specification in fp64; nothing is timed that is not right.
-Times are medians by CUDA events, without what the host needs to start an operation (see
-`cuda_timer`). The floor of a call (see `kernel_cost`) is taken at the speed that the same card
-reaches in a large matrix product and in a copy. Each contestant has a limit, and each row is
-written as soon as it is there.
+The results of the kernels are first compared with the specification in fp64; if they are wrong,
+nothing is timed. Times are medians by CUDA events and exclude the time that the host takes to start
+an operation (see `cuda_timer`). The floor of a call (see `kernel_cost`) assumes the speed that the
+same card reaches in a large matrix product and in a copy. Each contestant has a time limit, and
+each row is written as soon as it is measured.
 """
 
 import importlib.util
@@ -33,14 +33,14 @@ from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
 ERROR_LIMIT = 0.03
-"""Relative; the gradient of beta, a sum that largely cancels, is off by most."""
+"""Limit on relative errors; the largest is in the gradient of beta, a sum that largely cancels."""
 OURS = "Triton kernels"
 ONCE_TOKENS = 2**19
-"""Full attention over more of them takes seconds, and is measured once: 2e16 FLOP at 2**20."""
+"""Full attention over more tokens is measured once: it takes seconds, with 2e16 FLOP at 2**20."""
 
 
 class Sizes(NamedTuple):
-    """What is measured."""
+    """Sizes at which the benchmark measures."""
 
     segment_lengths: tuple[int, ...] = (512, 2048)
     segments: int = 16
@@ -53,21 +53,24 @@ class Sizes(NamedTuple):
 
 
 class Timers(NamedTuple):
-    """How long is measured."""
+    """Timers for the different kinds of calls."""
 
     operation: Timer
-    """Without the host's part."""
+    """Times an operation without the host's part."""
     step: Timer
-    """Of a whole model, with it."""
+    """Times a step of a whole model, with the host's part."""
     once: Timer
-    """Of what takes seconds."""
+    """Times, by a single call, whatever takes seconds."""
 
 
 def run(json_path: str | None = None) -> None:
-    """Measures on the current CUDA device, prints tables, and writes their figures as well.
+    """Measures on the current CUDA device and prints tables.
+
+    Args:
+        json_path: where to write the figures as well, if anywhere.
 
     Raises:
-        UserError: there is no CUDA device with bf16, or no Triton.
+        UserError: there is no CUDA device with bf16, or Triton is not installed.
         RunError: results are wrong.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
@@ -107,13 +110,13 @@ def measure(
     sizes: Sizes,
     save: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Every figure, in printed order; each table is printed when it is measured.
+    """Returns all figures in the order of the tables, and prints each table once it is measured.
 
     Args:
-        save: is given all figures that there are, after each row.
+        save: called after each row with all figures so far.
 
     Raises:
-        RunError: results of `ours` are not those of the specification.
+        RunError: the results of `ours` differ from those of the specification.
     """
     operations = {OURS: ours, **PYTORCH}
     figures: dict[str, Any] = {"accuracy": {}}
@@ -154,14 +157,14 @@ def _check_accuracy(accuracy: dict[str, Any]) -> None:
         f"{name} by {error:.1e} ({rule} rule)"
         for rule, errors in accuracy.items()
         for name, error in errors[OURS].items()
-        if not error <= ERROR_LIMIT  # nor is NaN
+        if not error <= ERROR_LIMIT  # NaN is wrong, too
     ]
     if wrong:
         raise RunError(f"bench kernels: wrong results, relative to their size: {', '.join(wrong)}")
 
 
 def _clocks(uuid: str) -> str:
-    """Of the card, as nvidia-smi says."""
+    """Returns the clocks and the power of the card as nvidia-smi reports them."""
     fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
     command = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:

@@ -1,10 +1,10 @@
-"""`infini-ds bench kernels --compile-only`: the Triton kernels as machine code, without a GPU.
+"""Implements `infini-ds bench kernels --compile-only`: compiles the Triton kernels without a GPU.
 
-Every start of a kernel in a forward and a backward call is recorded, and each distinct one is
-compiled for each target as Triton would at run time. A kernel breaks a rule if registers do not
-suffice and it spills to memory (a stack), if it takes more shared memory than a block can have, if
-one of its matrix products does not use the matrix instructions of its target's generation, or if,
-on Hopper, it touches registers of a product that is still running.
+Every kernel launch in a forward and a backward call is recorded, and each distinct one is compiled
+for each target as Triton would compile it at run time. A kernel breaks a rule if it spills
+registers to memory (a stack), if it takes more shared memory than a block can have, if one of its
+matrix products does not use the matrix instructions of its target's generation, or if, on Hopper,
+it touches registers of a product that is still running.
 """
 
 import importlib.util
@@ -41,23 +41,23 @@ class Target(NamedTuple):
     shared_kib: int
     """Shared memory that a block can have (CUDA C++ Programming Guide, compute capabilities)."""
     instruction: str
-    """Its matrix instruction in PTX."""
+    """Matrix instruction of this generation in PTX."""
 
 
 TARGETS = {80: Target(163, "mma.sync"), 90: Target(227, "wgmma"), 100: Target(227, "tcgen05")}
-"""By compute capability: A100; H100 and H200; B200."""
+"""Targets by compute capability: A100; H100 and H200; B200."""
 MAX_REGISTERS = 255
 HEADS = 8
 SEGMENTS = 4
 KV_HEADS = (8, 2)
-"""Without groups, and with."""
+"""One number without grouped-query attention, and one with it."""
 SEGMENT_LENGTHS = (512, 500)
-"""One that tiles divide, one that they do not."""
+"""One length that tiles divide, and one that they do not."""
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma",
 }  # fmt: skip
 VARIANTS = ("GROUP", "ROTATES", "SIZE", "REVERSE", "DELTA")
-"""Constants that tell variants of a kernel apart; tiles are tuning."""
+"""Constants that tell variants of a kernel apart; sizes of tiles do not, as they are tuning."""
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
@@ -82,18 +82,18 @@ class Source(NamedTuple):
 def run(
     json_path: str | None = None, segment_lengths: Sequence[int] = SEGMENT_LENGTHS
 ) -> list[dict[str, Any]]:
-    """Compiles, prints a table, and writes the same rows to `json_path` if one is given.
+    """Compiles the kernels, prints a table, and writes its rows to `json_path` if one is given.
 
     Args:
         json_path: where to write the rows.
-        segment_lengths: tokens of a segment.
+        segment_lengths: segment lengths in tokens.
 
     Returns:
-        One row a distinct kernel and target; `broken` has the rules that it breaks, and `ptxas`
-        the fields of the assembler.
+        One row per distinct kernel and target; `broken` lists the rules that it breaks, and
+        `ptxas` has the fields of the assembler.
 
     Raises:
-        UserError: Triton is not installed, or only interprets.
+        UserError: Triton is not installed, or is set to interpret.
         RunError: a kernel breaks a rule.
     """
     if importlib.util.find_spec("triton") is None:
@@ -119,7 +119,7 @@ def run(
 
 @cache
 def _recorded(case: Case) -> list[Any]:
-    """Starts of kernels in a forward and a backward call, bf16."""
+    """Records the kernel launches of a forward and a backward call in bf16."""
     from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
     from infini_ds.kernels.launch import recording
 
@@ -139,7 +139,7 @@ def _recorded(case: Case) -> list[Any]:
 
 
 def _source(call: Any) -> Source:
-    """Arguments are specialised as at run time: 1 is a constant, multiples of 16 are known."""
+    """Specialises arguments as at run time, where 1 is a constant and multiples of 16 are known."""
     source = Source({}, {}, {})
     for place, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
@@ -160,7 +160,7 @@ def _source(call: Any) -> Source:
 
 
 def _distinct(cases: list[Case]) -> dict[tuple[Case, int], list[Case]]:
-    """Of each distinct kernel a case and its place among the case's starts, and all its cases."""
+    """Maps each distinct kernel, as a case and an index into its launches, to all its cases."""
     places: dict[str, tuple[Case, int]] = {}
     users: dict[tuple[Case, int], list[Case]] = {}
     for case in cases:
@@ -174,7 +174,7 @@ def _distinct(cases: list[Case]) -> dict[tuple[Case, int], list[Case]]:
 
 
 def _row(case: Case, index: int, users: list[Case]) -> dict[str, Any]:
-    """Compiles one kernel: start `index` of the case, which `users` have as well."""
+    """Compiles one kernel, launch `index` of the case; all cases in `users` share it."""
     import triton
 
     call = _recorded(case)[index]
@@ -189,7 +189,7 @@ def _row(case: Case, index: int, users: list[Case]) -> dict[str, Any]:
         "triton": triton.__version__,
         "shared_limit": TARGETS[case.capability].shared_kib * 1024,
     }
-    # A compiler that crashes takes its process with it, and has said why.
+    # A compiler that crashes ends its process, after it has printed why.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryFile("w+") as messages:
@@ -210,7 +210,7 @@ def _row(case: Case, index: int, users: list[Case]) -> dict[str, Any]:
 
 
 def _compile(call: Any, capability: int, sender: Connection, messages: int) -> None:
-    """Sends what a row says of the machine code; what the compiler prints goes to `messages`."""
+    """Sends a row's figures of the machine code; the compiler's output goes to `messages`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -222,7 +222,7 @@ def _compile(call: Any, capability: int, sender: Connection, messages: int) -> N
     source, target = ASTSource(call.kernel, *_source(call)), GPUTarget("cuda", capability, 32)
     try:
         compiled = triton.compile(source, target=target, options=call.options | FUSION)
-    except Exception as error:  # of any kind: compilers have many
+    except Exception as error:  # compilers raise errors of many kinds
         sender.send(ptxas | {"broken": [f"does not compile: {error}"]})
         return
     usage = _resources(compiled.asm["cubin"])
@@ -259,18 +259,18 @@ def _broken(code: dict[str, Any], target: Target, ttir: str, ttgir: str) -> Iter
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread and bytes of memory, as the driver will read them."""
+    """Returns registers per thread and bytes of memory as the driver will read them."""
     shown = _shown(cubin, "cuobjdump", "-res-usage")
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
 
 
 def _touched(cubin: bytes) -> list[str]:
-    """See `unfinished_products`."""
+    """Lists what touches unfinished products; see `unfinished_products`."""
     return unfinished_products.touched(_shown(cubin, "nvdisasm", "-c"))
 
 
 def _shown(cubin: bytes, tool: str, option: str) -> str:
-    """What one of the tools that come with Triton shows of machine code."""
+    """Returns the output of a tool that comes with Triton for the given machine code."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -319,7 +319,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_assemblers(rows: list[dict[str, Any]]) -> None:
-    """Which there were, and what is known to be wrong with one."""
+    """Prints the assemblers that were used, with warnings about known faults."""
     targets: dict[Ptxas, list[str]] = {}
     for row in rows:
         if "ptxas" in row:

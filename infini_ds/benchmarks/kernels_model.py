@@ -1,4 +1,4 @@
-"""Training steps end to end: one block of an 8B model, and a whole model beside the peer's."""
+"""Times whole training steps: one block of an 8B model, and whole models beside the peer's."""
 
 import importlib.util
 from collections.abc import Callable
@@ -29,7 +29,7 @@ BLOCK = ModelConfig(
     intermediate_size=14336,
     segment_length=2048,
 )
-"""Sizes of Llama 3 8B."""
+"""One block with the sizes of Llama 3 8B."""
 LARGE = ModelConfig(
     vocab_size=32000,
     hidden_size=2048,
@@ -41,7 +41,7 @@ LARGE = ModelConfig(
     segment_length=2048,
     memory_rule="delta",
 )
-"""That of configs/infini_1b.yaml."""
+"""The model of configs/infini_1b.yaml."""
 PAPER = ModelConfig(
     vocab_size=32000,
     hidden_size=1024,
@@ -52,13 +52,13 @@ PAPER = ModelConfig(
     segment_length=2048,
     memory_rule="delta",
 )
-"""That of configs/infini_paper.yaml, small enough for what the peer keeps."""
+"""The model of configs/infini_paper.yaml, small enough for what the peer keeps in memory."""
 DOCUMENT_WINDOWS = 32
-"""Windows of the long document: 1,048,576 tokens of 16 segments of 2048."""
+"""Windows of the long document: with 16 segments of 2048 tokens each, 1,048,576 tokens."""
 
 
 class Models(NamedTuple):
-    """What is timed."""
+    """Configs of the models that are timed."""
 
     block: ModelConfig = BLOCK
     large: ModelConfig = LARGE
@@ -66,21 +66,20 @@ class Models(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """A training step: forward and backward, batch 1, bf16, nothing computed again."""
+    """A training step: forward and backward at batch size 1 in bf16, without checkpointing."""
 
     name: str
     config: ModelConfig
     flops: int
-    """Of a token."""
+    """FLOPs per token."""
     segments: int
     build: Callable[..., Call]
     once: bool = False
-    """Whether it takes so long that one call must do."""
+    """Whether a step takes so long that it is timed only once."""
 
 
 def contestants(models: Models, segments: int) -> list[Contestant]:
-    """Through one window, and of the large model at last through a document of many, window by
-    window."""
+    """Returns steps through one window and, last, one of the large model through many windows."""
     block, large, paper = models
     peer = peer_config(paper)
     one_block = 3 * forward_flops_per_token(block)[1]
@@ -104,7 +103,7 @@ def contestants(models: Models, segments: int) -> list[Contestant]:
 
 
 def time_step(contestant: Contestant, device: str, timer: Timer) -> dict[str, Any]:
-    """One contestant's speed."""
+    """Measures the speed of one contestant."""
     name, config, flops, segments, build, _ = contestant
     torch.manual_seed(0)
     tokens = segments * config.segment_length
@@ -119,7 +118,7 @@ def time_step(contestant: Contestant, device: str, timer: Timer) -> dict[str, An
 
 
 def peer_config(model: ModelConfig) -> ModelConfig:
-    """Our model with what the peer cannot choose: its feed-forward and its linear memory."""
+    """Returns our config with the peer's feed-forward and linear memory, which are fixed there."""
     return model.model_copy(
         update={
             "intermediate_size": int(4 * model.hidden_size * 2 / 3),

@@ -1,4 +1,4 @@
-"""Times of Infini-attention as an operation: beside its floor, other ways, and full attention."""
+"""Times Infini-attention as an operation, beside its floor, PyTorch and full attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,13 +18,13 @@ from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 
 Timer = Callable[[Call], float]
-"""Seconds that a call takes."""
+"""Measures the seconds that a call takes."""
 
 NAMES = ("out", "kv", "norm", *(f"gradient of {name}" for name in ("q", "k", "v", "beta")))
 
 
 class Shape(NamedTuple):
-    """Of a window, batch 1, as many key-value heads as heads; and the memory's rule."""
+    """A window of batch size 1 with as many key-value heads as heads, and the memory's rule."""
 
     segments: int
     segment_length: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | None:
-    """Of the call that `prepare` returns; None if memory does not suffice for either."""
+    """Times the call that `prepare` returns; None if either of the two runs out of memory."""
     try:
         return timer(prepare())
     except torch.OutOfMemoryError:
@@ -44,13 +44,13 @@ def seconds_if_it_fits(prepare: Callable[[], Call], timer: Timer) -> float | Non
 
 
 def naive(inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """The specification in the operands' type, with whole score matrices."""
+    """Runs the specification in the type of the operands, with whole score matrices."""
     cos, sin = (table.to(inputs.q.dtype) for table in inputs.rotary)
     return infini_attention_reference(inputs._replace(rotary=(cos, sin)))
 
 
 def measure_rates(device: str, timer: Timer, size: int) -> Rates:
-    """What the device reaches in a bf16 product of matrices [size, size], and in a copy of 16."""
+    """Measures a bf16 product of two matrices [size, size] and a copy of 16 such matrices."""
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     product = timer(lambda: matrix @ matrix)
     source = torch.empty(16, size, size, device=device, dtype=torch.bfloat16)
@@ -60,7 +60,7 @@ def measure_rates(device: str, timer: Timer, size: int) -> Rates:
 
 
 def measure_accuracy(operations: dict[str, Operation], shape: Shape, device: str) -> dict[str, Any]:
-    """Relative errors of results and gradients in bf16, by operation and NAMES."""
+    """Returns relative errors of results and gradients in bf16, by operation and NAMES."""
     inputs = _inputs(shape, device)
     expected = _results(infini_attention_reference, _converted(inputs, torch.float64))
     errors = {}
@@ -74,7 +74,7 @@ def measure_accuracy(operations: dict[str, Operation], shape: Shape, device: str
 def time_operation(
     name: str, operation: Operation, shape: Shape, device: str, timer: Timer, rates: Rates
 ) -> dict[str, Any]:
-    """Forward and backward of one way, in bf16."""
+    """Times the forward and the backward pass of one operation in bf16."""
     cost = call_cost(*shape)
     row: dict[str, Any] = {"operation": name, **shape._asdict()}
     for way in ("forward", "backward"):
@@ -84,7 +84,7 @@ def time_operation(
 
 
 def make_call(operation: Operation, shape: Shape, device: str, way: str) -> Call:
-    """One direction of an operation, forward or backward, in bf16."""
+    """Prepares one direction of an operation, "forward" or "backward", in bf16."""
     inputs = _inputs(shape, device)
     if way == "forward":
         return partial(operation, inputs)
@@ -96,7 +96,7 @@ def make_call(operation: Operation, shape: Shape, device: str, way: str) -> Call
 def time_full_attention(
     ours: Operation, tokens: int, shape: Shape, device: str, timer: Timer
 ) -> dict[str, Any]:
-    """Forward of ours over all tokens in segments, and of FlashAttention over as many at once."""
+    """Times forward passes: ours segment by segment, FlashAttention over all tokens at once."""
 
     def prepare_ours() -> Call:
         inputs = _inputs(shape._replace(segments=tokens // shape.segment_length), device)
@@ -128,7 +128,7 @@ def _figures(seconds: float | None, cost: Cost, rates: Rates) -> dict[str, float
 
 
 def _inputs(shape: Shape, device: str) -> Inputs:
-    """Random numbers, an empty memory."""
+    """Returns random inputs with an empty memory."""
     segments, n, heads, d, rule = shape
     torch.manual_seed(0)
     q, k, v = (
@@ -164,7 +164,7 @@ def _outputs(operation: Operation, inputs: Inputs) -> list[Tensor]:
 
 
 def _results(operation: Operation, inputs: Inputs) -> list[Tensor]:
-    """Outputs and gradients, fp64."""
+    """Returns outputs and gradients, converted to fp64."""
     outputs = _outputs(operation, inputs)
     torch.manual_seed(1)
     upstream = [torch.randn_like(x, dtype=torch.float32).to(x.dtype) for x in outputs]
@@ -173,4 +173,4 @@ def _results(operation: Operation, inputs: Inputs) -> list[Tensor]:
 
 
 PYTORCH: dict[str, Operation] = {"PyTorch": infini_attention_parallel, "naive PyTorch": naive}
-"""What the kernels are compared with: tiled local attention (SDPA), and whole score matrices."""
+"""PyTorch operations to compare with: tiled local attention (SDPA), and whole score matrices."""

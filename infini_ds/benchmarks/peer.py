@@ -1,11 +1,12 @@
-"""`infini-ds bench peer`: our training step beside that of PyPI's `infini-transformer-pytorch`.
+"""Implements `infini-ds bench peer`: our training step beside `infini-transformer-pytorch`'s.
 
-The same function on both sides: the peer's weights are copied into our model, and the losses must
-agree before anything is timed. Each contestant is a process of its own, pinned to the same core,
-and they take steps in turn, so that whatever else the machine does slows all of them alike. A step
-is a forward and a full backward pass through a window; peak memory is that of the whole process.
+Both sides compute the same function: the peer's weights are copied into our model, and the losses
+must agree before anything is timed. Each contestant is a separate process, and all are pinned to
+the same core and take steps in turn, so that whatever else the machine does slows all of them
+alike. A step is a forward and a full backward pass through a window; peak memory is that of the
+whole process.
 
-This module imports no torch itself: a process counts its parent's memory as its own peak.
+This module does not import torch, because a process counts its parent's memory in its own peak.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PEER = "infini-transformer-pytorch"
 CHECK_SEGMENTS = 2
-"""Segments of the fp32 loss that must be equal; more would add to the measured peak."""
+"""Segments over which the fp32 losses must agree; more would add to the measured peak."""
 CONTESTANTS = {"peer": PEER, "ours": "ours", "checkpointed": "ours, checkpointing blocks"}
 
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -45,20 +46,20 @@ def run(
     dtype: Dtype = "auto",
     window_tokens: int = 8192,
 ) -> list[dict[str, Any]]:
-    """Measures, prints a table, and writes the same figures to `json_path` if one is given.
+    """Measures all contestants, prints a table, and writes the same rows to `json_path` if given.
 
     Args:
         json_path: where to write the rows.
         segments: segment lengths; each must divide the window.
-        repeats: timed steps of each contestant; the median counts.
-        dtype: of weights and computation, on both sides; auto: the one that is faster here.
-        window_tokens: tokens of a step.
+        repeats: number of timed steps of each contestant, of which the median counts.
+        dtype: type of weights and computation on both sides; "auto" is the faster one here.
+        window_tokens: tokens per step.
 
     Returns:
-        One row a segment length.
+        One row per segment length.
 
     Raises:
-        UserError: the peer is not installed, or a setting is out of its range.
+        UserError: the peer is not installed, or a setting is out of range.
     """
     if importlib.util.find_spec("infini_transformer_pytorch") is None:
         raise UserError(f"bench peer: {PEER} is missing: pip install 'infini-ds[test]'")
@@ -93,7 +94,7 @@ def _measure(segment: int, repeats: int, dtype: Dtype, window_tokens: int) -> di
         apart = abs(checks["peer"] - checks["ours"])
         if apart > 1e-5 * abs(checks["peer"]):
             raise RuntimeError(f"fp32 losses differ at segment {segment}: {checks}")
-        for repeat in range(1 + repeats):  # the first step of each is not timed
+        for repeat in range(1 + repeats):  # the first step of each warms up and is not timed
             for name, (_, connection) in workers.items():
                 connection.send("step")
                 step_seconds, losses[name], peaks[name] = connection.recv()
@@ -122,9 +123,9 @@ def _measure(segment: int, repeats: int, dtype: Dtype, window_tokens: int) -> di
 def _work(
     connection: Connection, name: str, segment: int, dtype: Dtype, window_tokens: int
 ) -> None:
-    """One contestant: sends the fp32 loss of a short text, then a result for each step asked.
+    """Runs one contestant, which sends a result for each step that it is asked for.
 
-    The type comes with the loss.
+    Before that, it sends the fp32 loss of a short text, together with the type of the steps.
     """
     import torch
 
@@ -160,7 +161,7 @@ def _peer_model():
 
     torch.manual_seed(0)
     model = InfiniTransformer(num_tokens=256, dim=512, depth=4, dim_head=128, heads=8)
-    for attention, _ in model.layers:  # as built, they all but shut the memory out
+    for attention, _ in model.layers:  # their initial values all but shut the memory out
         torch.nn.init.normal_(attention.fastweight_mem.head_gates)
     return model
 

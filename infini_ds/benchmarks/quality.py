@@ -1,10 +1,11 @@
-"""`infini-ds bench quality`: what the memory is worth in language modelling, on real documents.
+"""Implements `infini-ds bench quality`: what the memory gains in language modelling.
 
-Variants of one model, see `quality_variants`, read equally many positions of the same store in
-equally many steps, and then the same held-out documents, with the memory on and ablated. Each
-variant and seed is a process of its own with one thread, as many at a time as there are cores.
+The variants of one model (see `quality_variants`) read the same number of positions of the same
+store in the same number of steps, and then the same held-out documents, with the memory on and
+ablated. Each variant and seed runs in a separate process with one thread, and as many processes run
+at the same time as there are cores.
 
-This module imports no torch itself: a mistake is told at once.
+This module does not import torch, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def run(
     """Trains and evaluates all variants, prints a table, and writes the plot and the figures.
 
     Args:
-        config: of the model, the store, the training (train.steps) and the optimizer.
+        config: settings of the model, the store, the training (train.steps) and the optimizer.
         variants: names in `quality_variants.VARIANTS`.
-        seeds: of the initial weights and of the order of documents.
+        seeds: seeds of the initial weights and of the order of documents.
         json_path: where to write the figures, if anywhere.
         plot_path: where to write the plot of bits per byte by position in the document.
 
     Returns:
-        The figures: the setup, "variants" (see `quality_report.summarize`), "conclusion".
+        The figures: the setup, "variants" (see `quality_report.summarize`) and "conclusion".
 
     Raises:
         UserError: a setting is wrong, or the store is missing or too small.
@@ -59,7 +60,7 @@ def run(
     store, _ = open_data(config)
     config = with_vocabulary(config, store)
     for name in variants:
-        open_data(variant_config(config, name, seeds[0]))  # it may have too few long segments
+        open_data(variant_config(config, name, seeds[0]))  # a store may be too small for it
     lengths = store.split("held_out").lengths
     read = held_out_plans(
         lengths, config.model.segment_length, config.train.window_segments,
@@ -110,7 +111,7 @@ def run(
 
 
 def _run_all(jobs: list[Job], progress: QualityProgress) -> list[tuple[Job, dict[str, Any]]]:
-    """The figures of all jobs, in their order."""
+    """Runs all jobs and returns each with its figures, in the order of the jobs."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(jobs))
     running: dict[Connection, tuple[Job, Any]] = {}
@@ -145,7 +146,7 @@ def _run_all(jobs: list[Job], progress: QualityProgress) -> list[tuple[Job, dict
 
 
 def _work(connection: Connection, job: Job) -> None:
-    """One process: sends how far it is, and at last its figures."""
+    """Runs one job, which sends its progress and finally its figures."""
     from infini_ds.benchmarks.quality_run import run_job
 
     connection.send(run_job(job, connection.send))

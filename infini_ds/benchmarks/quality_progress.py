@@ -1,4 +1,4 @@
-"""Progress of all runs of a comparison."""
+"""Shows the progress of all runs of a comparison."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class QualityProgress(ProgressLine):
-    """Steps, the loss of each run that is going on, tokens a second and the time left.
+    """Shows the steps, the loss of each unfinished run, tokens per second and the time left.
 
     Args:
-        runs: how many there will be.
-        steps: of each.
+        runs: total number of runs.
+        steps: number of steps of each run.
     """
 
     def __init__(self, console: Console, runs: int, steps: int):
@@ -27,7 +27,7 @@ class QualityProgress(ProgressLine):
         self._latest: dict[str, Progress] = {}
 
     def update(self, name: str, progress: Progress) -> None:
-        """The run of this name has gone on."""
+        """Reports progress of the run with this name."""
         self._latest[name] = progress
         self._tokens += progress.tokens
         share = sum(latest.share for latest in self._latest.values()) / self._runs

@@ -1,4 +1,4 @@
-"""What a comparison of variants found: figures, table, plot, and what it comes to."""
+"""Reports a comparison of variants: figures, table, plot and conclusion."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,15 +13,16 @@ from infini_ds.system.whole_file import whole_file
 
 
 def summarize(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a variant over its seeds, bits per byte, spread = largest less smallest.
+    """Summarizes a variant over its seeds, in bits per byte.
 
     Args:
-        variant: its name.
-        runs: figures of each seed, see `quality_run.run_job`.
+        variant: name of the variant.
+        runs: the figures of each seed, see `quality_run.run_job`.
 
     Returns:
-        The means and spreads with the memory on and ablated, what the ablated one needs more (these
-        three are None for a variant without memory), and the runs themselves.
+        The mean and the spread (largest minus smallest) with the memory on; both with the memory
+        ablated and the gain of the memory, which are None for a variant without memory; and the
+        runs themselves.
     """
     on = [run["held_out"]["bits_per_byte"] for run in runs]
     ablated = [run["ablated"]["bits_per_byte"] for run in runs if "ablated" in run]
@@ -41,11 +42,11 @@ def summarize(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def conclusion(variants: list[dict[str, Any]], seeds: int) -> str:
-    """Whether each memory beats `segments-only` and its own ablation by more than the spread."""
+    """Says which memories beat `segments-only` and their own ablation by more than the spread."""
     segments_only = next((one for one in variants if one["variant"] == "segments-only"), None)
     memories = [one for one in variants if one["memory"]]
     if segments_only is None or not memories:
-        return "What the memory is worth takes segments-only and a variant with memory to tell."
+        return "Judging the memory takes segments-only and a variant with memory."
     better = [one["variant"] for one in memories if _beats(one, segments_only)]
     others = [one["variant"] for one in memories if one["variant"] not in better]
     measure = "more than the seeds' spread" if seeds > 1 else "any amount (one seed has no spread)"
@@ -65,13 +66,13 @@ def _beats(memory: dict[str, Any], segments_only: dict[str, Any]) -> bool:
 
 
 def table(figures: dict[str, Any]) -> Table:
-    """A row for each variant."""
+    """Builds a table with a row for each variant."""
     result = Table(
         title=f"held-out text, {figures['held_out_tokens']:,} tokens in {figures['documents']:,} "
         f"documents, after {figures['steps']:,} steps of {figures['batch_size']} x "
         f"{figures['window_length']:,} positions in segments of {figures['segment_length']:,}",
         caption=f"means over seeds {', '.join(map(str, figures['seeds']))}; spread: largest less "
-        "smallest; ablated: every segment reads an empty memory; gain: what it then needs more; "
+        "smallest; ablated: every segment reads an empty memory; gain: extra bits per byte then; "
         "train tokens: positions without padding",
         box=SIMPLE_HEAD,
         padding=0,
@@ -94,12 +95,12 @@ def table(figures: dict[str, Any]) -> Table:
 
 
 def write_plot(figures: dict[str, Any], path: Path) -> None:
-    """Bits per byte by position in the document: a line a variant, a band over its seeds."""
+    """Plots bits per byte by position in the document: a line per variant, a band for its seeds."""
     begins = figures["bins"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for one in figures["variants"]:
-        # [bins][seeds]; a bin whose tokens stand for no text has none.
+        # [bins][seeds]; a bin whose tokens stand for no text has no value.
         columns = zip(*(_by_position(run) for run in one["runs"]), strict=True)
         points = [(place, values) for place, values in enumerate(columns) if None not in values]
         places = [place for place, _ in points]

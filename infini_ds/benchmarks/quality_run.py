@@ -1,4 +1,4 @@
-"""One variant with one seed, in a process of its own: trained, then read through held-out text."""
+"""Trains one variant with one seed, in a process of its own, and reads held-out text with it."""
 
 import math
 import time
@@ -27,36 +27,36 @@ from infini_ds.model.write_gate import write_penalty
 from infini_ds.system.resources import keep_freed_memory
 
 STEP_COST = 3
-"""Forward and backward pass through a position, in forward passes."""
+"""Cost of a forward and a backward pass through a position, in forward passes."""
 
 
 class Job(NamedTuple):
-    """What one process does."""
+    """The work of one process."""
 
     variant: str
     config: RunConfig
-    """Of the variant, with its seed and the store's vocabulary."""
+    """Config of the variant, with its seed and the store's vocabulary."""
     documents: int
-    """The first held-out documents are read, so many of them."""
+    """Number of held-out documents that are read, counting from the first."""
     bins: list[int]
     """Positions in a document at which the bins of the evaluation begin; the first is 0."""
 
 
 class Progress(NamedTuple):
-    """How far a job is."""
+    """Progress of a job."""
 
     share: float
-    """Of its work, 0 to 1."""
+    """Share of its work that is done, 0 to 1."""
     step: int
     """Training steps done."""
     loss: float
-    """Of the last one, nats a token."""
+    """Loss of the last step, in nats per token."""
     tokens: int
-    """Valid tokens read since the last report, in training or in evaluation."""
+    """Valid tokens read since the last report, in training or evaluation."""
 
 
 def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
-    """Trains and evaluates; the figures of one run, see `quality.run`."""
+    """Trains and evaluates a variant and returns the figures of this run; see `quality.run`."""
     torch.set_num_threads(1)
     keep_freed_memory()
     store, _ = open_data(job.config)
@@ -94,12 +94,12 @@ def train(
     """Trains in fp32 from the initial weights, backpropagating through each window.
 
     Args:
-        job: its config says how long and on what.
-        report: is told the loss and the valid tokens of every step.
+        job: its config gives the steps and the data.
+        report: called with the loss and the number of valid tokens of every step.
 
     Returns:
-        The model, and what the training was. A step whose gradient is not finite is skipped, and
-        the lanes' memories are emptied.
+        The model and the figures of its training. A step whose gradient is not finite is skipped,
+        and the lanes' memories are emptied.
     """
     config, began = job.config, time.perf_counter()
     store, lanes = open_data(config)
@@ -145,9 +145,9 @@ def train(
 
 
 def evaluation_plans(config: RunConfig, store: Mixture, documents: int) -> list[Plan]:
-    """A pass over the first held-out documents, each read once."""
+    """Plans one pass over the first held-out documents, each of which is read once."""
     lengths = store.split("held_out").lengths[:documents]
-    # With more lanes than this, most would wait for the one that reads the longest document.
+    # With more lanes, most of them would wait for the one that reads the longest document.
     lanes = min(config.train.batch_size, int(lengths.sum() // lengths.max()))
     n, window = config.model.segment_length, config.train.window_segments
     return held_out_plans(lengths, n, window, lanes, max_segments=0)

@@ -1,6 +1,6 @@
-"""What `infini-ds bench quality` compares: a line each.
+"""Defines the variants that `infini-ds bench quality` compares, one per line.
 
-The names are part of the help, which must not wait for pydantic.
+Their names are part of the help, which must not wait for pydantic to load.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from infini_ds.config import MemoryConfig, RunConfig
 
 WRITE_PENALTY = 0.01
-"""Of a variant with a write gate, where the config has no model.memory.write_penalty."""
+"""Penalty of a variant with a write gate if the config has no model.memory.write_penalty."""
 
 
 class Variant(NamedTuple):
-    """How a variant differs from the linear memory."""
+    """The difference between a variant and the linear memory."""
 
     changes: Callable[[RunConfig], dict[str, Any]]
-    """Settings of the model that are not the linear memory's, given the config."""
+    """Takes the config and returns the model's settings that differ from the linear memory's."""
     memory: bool = True
-    """False: every segment starts empty, in training and in evaluation."""
+    """If False, every segment starts with an empty memory, in training and in evaluation."""
 
 
 VARIANTS = {
@@ -29,13 +29,13 @@ VARIANTS = {
     "linear": Variant(lambda _: {}),
     "delta": Variant(lambda _: {"memory_rule": "delta"}),
     "linear-write-gate": Variant(lambda config: {"memory": _write_gate(config)}),
-    # What a Transformer of the window's length does.
+    # A Transformer whose context is the window.
     "full-attention": Variant(lambda config: {"segment_length": _window(config)}, memory=False),
 }
 
 
 def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
-    """The config of one run: all variants read as many positions in a step."""
+    """Returns the config of one run; all variants read the same number of positions per step."""
     from infini_ds.config import MemoryConfig
 
     linear = {"memory_rule": "linear", "memory": MemoryConfig()}

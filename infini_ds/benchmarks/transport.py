@@ -1,8 +1,8 @@
-"""What carrying the memories costs beside leaving them where they are.
+"""Compares the cost of carrying the memories along with that of leaving them where they are.
 
-Two engines in the same processes, one of each transport, make training steps in turn on the same
-windows. Bytes that a stage sends in a step, for each of its micro-batches (see pipeline.payload,
-`Wire`, for the exact sizes; each term is rounded up to 16 bytes):
+Two engines in the same processes, one for each transport, take training steps in turn on the same
+windows. For each of its micro-batches, a stage sends these bytes per step (see `Wire` in
+pipeline.payload for the exact sizes; each term is rounded up to 16 bytes):
 
     to the next stage        per chunk: batch x length x hidden_size x bytes of the dtype
                              + batch x segments x 8 for the layout
@@ -31,17 +31,17 @@ from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
 TIME_LIMIT = 900.0
-"""Seconds that the whole benchmark may take."""
+"""Time limit of the whole benchmark in seconds."""
 
 
 def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
-    """Starts the processes, or is one of them if a launcher has started this one.
+    """Starts the processes, or runs as one of them if a launcher has started this one.
 
     Args:
-        processes: pipeline stages.
-        steps: timed steps of each transport.
-        dtype: of what is computed, and of the activations that are sent; as train.dtype.
-        json_path: where to write the figures as well.
+        processes: number of pipeline stages.
+        steps: number of timed steps of each transport.
+        dtype: type of the computation and of the activations that are sent, as train.dtype.
+        json_path: where to write the figures as well, if anywhere.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         measure(steps, dtype, json_path)
@@ -61,7 +61,7 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
 
 
 def measure(steps: int, dtype: str, json_path: str | None) -> None:
-    """One process of the benchmark; the process group stays open."""
+    """Runs one process of the benchmark and leaves the process group open."""
     from infini_ds.parallel.build import build_engine, start_distributed
     from infini_ds.parallel.engine import StepSize
     from infini_ds.parallel.ranks import gathered, is_first_rank, world_size
@@ -84,7 +84,7 @@ def measure(steps: int, dtype: str, json_path: str | None) -> None:
             size = StepSize(tokens, tokens)
             engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size, 1.0)
             dist.barrier()
-            if step:  # the first one warms up
+            if step:  # the first step warms up
                 seconds[name].append(time.perf_counter() - begin)
             sent[name] = engine.sent_bytes - before
     formula = {name: engine.step_bytes() for name, engine in engines.items()}
@@ -150,7 +150,7 @@ def _config(transport: str, stages: int, dtype: str) -> RunConfig:
 
 
 def _windows(config: RunConfig, step: int) -> tuple[list[Windows], int]:
-    """The same random windows for both transports, one for each micro-batch."""
+    """Makes random windows, one per micro-batch, which are the same for both transports."""
     train, model = config.train, config.model
     length = train.window_segments * model.segment_length
     generator = torch.Generator().manual_seed(step)

@@ -1,9 +1,9 @@
-"""Machine code of sm_90 that touches registers of matrix products which are still running.
+"""Finds sm_90 machine code that touches registers of matrix products that are still running.
 
-A product (wgmma in PTX, HGMMA in machine code) runs on while its warps do other things. Until
-WARPGROUP.DEPBAR has waited for it, the registers with its first factor must not be written, and
-those of its sum neither written nor read (PTX ISA, wgmma.mma_async). The hardware checks neither:
-such code computes something wrong, or does so from time to time.
+A product (wgmma in PTX, HGMMA in machine code) keeps running while its warps do other things. Until
+WARPGROUP.DEPBAR has waited for it, the registers of its first factor must not be written, and those
+of its sum must be neither written nor read (PTX ISA, wgmma.mma_async). The hardware checks neither
+rule: code that breaks one computes wrong results, always or only sometimes.
 """
 
 import re
@@ -17,29 +17,29 @@ _LABEL = re.compile(r"\s*([\w.$]+):")
 _REGISTER = re.compile(r"(?<![\w.])R(\d+)(\.64)?")
 _PREDICATE = re.compile(r"!?U?P[T\d]")
 _READS_FIRST = {"BAR", "BRX", "CALL", "FCHK", "NANOSLEEP", "RET", "WARPSYNC"}
-"""Where the register that stands where others have their result is read."""
+"""Instructions that read the register in the place where others have their result."""
 _FACTOR = 4
-"""Registers of a thread with a product's first factor, in every type."""
+"""Registers per thread that hold a product's first factor, whatever its type."""
 
 _MOST = 8
-"""Groups of products that are told apart; of more, the oldest count as one."""
+"""Number of groups of products that are told apart; beyond it, the oldest are merged."""
 
 
 class _Instruction(NamedTuple):
     text: str
-    """With its address."""
+    """The instruction with its address."""
     parts: list[str]
-    """Of its name, between dots."""
+    """Parts of its name, which dots separate."""
     operands: list[str]
     written: int
-    """Registers as bits, here and below."""
+    """Registers that it writes, as bits; likewise below."""
     read: int
     following: list[int]
-    """Where the warp may go on."""
+    """Indices of the instructions that the warp may execute next."""
 
 
 class _Group(NamedTuple):
-    """Products that are waited for together."""
+    """Products that are waited for together; registers are bits."""
 
     complete: bool
     factors: int
@@ -47,13 +47,13 @@ class _Group(NamedTuple):
 
 
 def touched(code: str) -> list[str]:
-    """What writes a factor of an unfinished product, or touches its sum, on any way through code.
+    """Finds what writes a factor of an unfinished product, or touches its sum, on any path.
 
     Args:
-        code: of one kernel, as `nvdisasm -c` shows it.
+        code: machine code of one kernel as `nvdisasm -c` prints it.
 
     Returns:
-        An instruction with its address, and what it does, for each.
+        For each such instruction, its text with the address and what it does wrong.
 
     Raises:
         ValueError: there is no product in the code.
@@ -82,7 +82,7 @@ def _fault(instruction: _Instruction, running: tuple[_Group, ...]) -> str:
     for group in running:
         factors |= group.factors
         sums |= group.sums
-    if _is_product(instruction):  # products run one after another: a sum may be added to
+    if _is_product(instruction):  # products run in order, so that one may add to a sum
         return "reads an unfinished sum" if _factor_of(instruction) & sums else ""
     if instruction.written & factors:
         return "overwrites a factor"
@@ -101,7 +101,7 @@ def _running_after(instruction: _Instruction, running: tuple[_Group, ...]) -> tu
     group = _Group("gsb0" in instruction.operands, _factor_of(instruction), instruction.written)
     if groups and not groups[-1].complete:
         group = _both(groups.pop(), group)
-    if len(groups) == _MOST:  # as in a loop that waits for nothing
+    if len(groups) == _MOST:  # as in a loop that never waits
         groups[:2] = [_both(*groups[:2])]
     return (*groups, group)
 
@@ -119,7 +119,7 @@ def _factor_of(product: _Instruction) -> int:
 
 
 def _parse(code: str) -> tuple[list[_Instruction], list[int]]:
-    """All instructions, and the places of the first one of each section."""
+    """Returns all instructions, and the index of the first one of each section."""
     lines = []
     places: dict[str, int] = {}
     for line in code.splitlines():
@@ -149,7 +149,7 @@ def _instruction(line: re.Match[str], at: int, places: dict[str, int]) -> _Instr
 def _following(line: re.Match[str], at: int, places: dict[str, int]) -> list[int]:
     name = line["name"].split(".")[0]
     target = re.search(r"`\(([\w.$]+)\)$", line["operands"]) if name in ("BRA", "CALL") else None
-    # A branch may hang on an operand before its target, too.
+    # A branch may also depend on an operand before its target.
     goes = name in ("EXIT", "RET") or (name == "BRA" and line["operands"].startswith("`"))
     following = [] if goes and not line["predicate"] else [at + 1]
     return following + ([places[target[1]]] if target else [])
@@ -166,7 +166,7 @@ def _written(parts: list[str], operands: list[str]) -> int:
 
 
 def _width(parts: list[str]) -> int:
-    """Registers of what an instruction loads, stores or computes."""
+    """Returns the number of registers that an instruction loads, stores or computes."""
     name, *kinds = parts
     if name in ("LDSM", "STSM"):
         return int(kinds[-1]) if kinds[-1].isdigit() else 1
@@ -179,7 +179,7 @@ def _width(parts: list[str]) -> int:
 
 
 def _registers(operand: str, count: int) -> int:
-    """So many from the one that an operand names on; none if it names another thing."""
+    """Returns `count` registers from the one an operand names; none if it names no register."""
     register = re.match(r"[-|~!]*R(\d+)", operand)
     return _span(int(register[1]), count) if register else 0
 

@@ -1,11 +1,12 @@
-"""What `sbatch launch/pretrain.sbatch CONFIG` runs: a run as a Slurm job, until it is finished.
+"""Runs a training run as a Slurm job, queueing the job again until the run is finished.
 
-The script becomes this program, so that Slurm's signals to the batch script arrive here:
+It is started by `sbatch launch/pretrain.sbatch CONFIG`. The script replaces itself with this
+program, so that Slurm's signals to the batch script arrive here:
 
     python3 -m infini_ds.cluster.batch_job [--asked] CONFIG [key.path=value ...]
 
-It asks every node whether it is ready, starts the tasks, hands signals on to them, and then decides
-whether the job is queued again. `--asked` says that a signal came before this program began.
+It checks that every node is ready, starts the tasks, forwards signals to them, and then decides
+whether the job is queued again. `--asked` says that a signal arrived before this program started.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from infini_ds.system.exit_code import exit_code
 
 USAGE = "usage: sbatch launch/pretrain.sbatch CONFIG [key.path=value ...]"
 PREFLIGHT_SECONDS = 900.0
-"""Limit on the preflight, which itself limits each of its questions to the nodes."""
+"""Time limit of the preflight, which itself limits the time of each question to the nodes."""
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a job that was told to end and has obeyed."""
+"""Exit code of a job that was told to end and did."""
 _FIRST_PORT, _PORTS = 20000, 10000
-"""Where the ranks meet: a port from the job's number, so that two jobs on a node do not collide."""
+"""The ranks meet at a port that follows from the job's number, so that jobs do not collide."""
 _TASK = """
   exec >> "$0/logs/rank_$SLURM_PROCID.log" 2>&1
   local_tasks=(${SLURM_GTIDS//,/ })
@@ -38,12 +39,12 @@ _TASK = """
   export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${#local_tasks[@]}
   exec infini-ds pretrain "$@"
 """
-"""Becomes a rank. It opens the log itself, as srun takes paths for patterns; SLURM_GTIDS names the
-tasks of this node, with commas between them."""
+"""Shell script of a task, which becomes a rank. It opens the log itself, because srun would take
+the path for a pattern. SLURM_GTIDS lists the tasks of this node, separated by commas."""
 
 
 class Verdict(NamedTuple):
-    """How the job ends."""
+    """The way in which the job ends."""
 
     message: str
     code: int
@@ -51,7 +52,7 @@ class Verdict(NamedTuple):
 
 
 def before_start(ready: int, asked: bool, job: JobState) -> Verdict | None:
-    """The verdict on a job after its preflight; None if it can start.
+    """Returns the verdict on a job after its preflight; None if it can start.
 
     Args:
         ready: exit code of the preflight.
@@ -71,28 +72,29 @@ def before_start(ready: int, asked: bool, job: JobState) -> Verdict | None:
 
 
 class Outcome(NamedTuple):
-    """What is known of a run whose tasks have ended."""
+    """The outcome of a run whose tasks have ended."""
 
     code: int
-    """The exit code of srun: the highest one of the tasks."""
+    """The exit code of srun, which is the highest one of its tasks."""
     reported: int
-    """The step of the report that the run writes at its end; 0 without one."""
+    """The step in the report that a run writes at its end; 0 without one."""
     before: int
     """The step of the newest checkpoint when the tasks started; 0 without one."""
     saved: int
-    """That of the newest one now."""
+    """The step of the newest checkpoint now; 0 without one."""
     job: JobState
 
 
 def after_end(outcome: Outcome, steps: int, logs: str) -> Verdict:
-    """The verdict on a job after the end of its tasks.
+    """Returns the verdict on a job after the end of its tasks.
 
-    A run that has ended further than where it began goes on, whatever has ended it; so does one
-    that was preempted, be it before its first step. Another one would end again and again.
+    An unfinished run is queued again if it saved a new checkpoint or was preempted, even before its
+    first step, unless the job was cancelled or the config is wrong. Any other run would fail again
+    and again.
 
     Args:
-        steps: of the whole run.
-        logs: the directory of the tasks' outputs.
+        steps: number of steps of the whole run.
+        logs: the directory of the tasks' output.
     """
     code = outcome.code
     if outcome.reported >= steps:
@@ -117,7 +119,7 @@ def after_end(outcome: Outcome, steps: int, logs: str) -> Verdict:
 
 
 class Signals:
-    """SIGUSR1 and SIGTERM to the job: noted, and handed to the tasks once there are any."""
+    """Notes SIGUSR1 and SIGTERM to the job, and passes them on to the tasks as SIGUSR1."""
 
     def __init__(self, asked: bool):
         self.asked = asked
@@ -125,12 +127,12 @@ class Signals:
         numbers = (signal.SIGUSR1, signal.SIGTERM)
         for number in numbers:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # the script has held them up
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # the script has blocked them
 
     def hand_to(self, tasks: subprocess.Popen) -> None:
-        """From now on to these, which have just been started without having been asked to end."""
+        """Forwards signals to these tasks from now on, and one that came while they started."""
         self._tasks = tasks
-        if self.asked:  # while they were being started
+        if self.asked:
             tasks.send_signal(signal.SIGUSR1)
 
     def _note(self, number: int, frame: object) -> None:
@@ -140,7 +142,7 @@ class Signals:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; its exit code, which is that of srun where the tasks were started."""
+    """Runs the job and returns its exit code, which is srun's if the tasks were started."""
     if arguments is None:
         environment.use_utf8()
         arguments = sys.argv[1:]
@@ -156,15 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str], signals: Signals) -> int:
-    """Starts what the arguments name, a config and its overrides, and ends as its outcome says.
+    """Runs the config and overrides that the arguments name, and queues the job again if needed.
+
+    Returns:
+        The exit code of the job.
 
     Raises:
-        UserError: the config is wrong, or this is no job of Slurm.
+        UserError: the config is wrong, or this is not a Slurm job.
     """
     environment.forget_launcher()
     output, steps = _settings(arguments)
     job = str(_number("SLURM_JOB_ID"))
-    with contextlib.suppress(OSError):  # the preflight tells
+    with contextlib.suppress(OSError):  # the preflight reports it
         (output / "logs").mkdir(parents=True, exist_ok=True)
     _set_variables(int(job))
     ready = _preflight(arguments, job)
@@ -182,8 +187,8 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
 
 
 def _settings(arguments: Sequence[str]) -> tuple[Path, int]:
-    """The output directory and the steps of the run, whose config suits this number of tasks."""
-    from infini_ds import config as configuration  # late, as signals must be heard soon
+    """Returns the run's output directory and steps, if its config suits the number of tasks."""
+    from infini_ds import config as configuration  # late, because signals must be handled early
 
     config = configuration.load(arguments[0], list(arguments[1:]))
     config.data_parallel_size(_number("SLURM_NTASKS"))
@@ -191,7 +196,7 @@ def _settings(arguments: Sequence[str]) -> tuple[Path, int]:
 
 
 def _number(name: str) -> int:
-    """A variable that Slurm sets in a job."""
+    """Returns the number in a variable that Slurm sets in a job."""
     value = os.environ.get(name, "")
     if not value.isdecimal():
         raise UserError(
@@ -202,7 +207,7 @@ def _number(name: str) -> int:
 
 
 def _set_variables(job: int) -> None:
-    """Tells the tasks where they meet, and how many cores they have."""
+    """Sets variables that tell the tasks where to meet and how many cores they have."""
     first = next(iter(nodes_of_job()), None)
     if not first:
         raise UserError("environment variable SLURM_JOB_NODELIST: must name the nodes of the job")
@@ -213,9 +218,12 @@ def _set_variables(job: int) -> None:
 
 
 def _preflight(arguments: Sequence[str], job: str) -> int:
-    """Whether every node is ready, as an exit code. Otherwise the tasks would wait for each other.
+    """Checks that every node is ready, since tasks would wait for a node that is not.
 
-    A signal does not cut it short: what it finds is told.
+    A signal does not cut it short, so that its findings are always printed.
+
+    Returns:
+        The exit code of the preflight; 1 if it cannot run or does not end in time.
     """
     command = ["infini-ds", "preflight", "--quiet", *arguments]
     try:
@@ -228,7 +236,7 @@ def _preflight(arguments: Sequence[str], job: str) -> int:
 
 
 def _run_tasks(arguments: Sequence[str], output: Path, signals: Signals, job: str) -> Outcome:
-    """Starts the tasks and waits for their end, for which the job's time limit is the limit."""
+    """Starts the tasks and waits for them; only the time limit of the job limits the wait."""
     directory = RunDirectory(output)
     before = _newest(directory)
     _say(
@@ -253,13 +261,13 @@ def _run_tasks(arguments: Sequence[str], output: Path, signals: Signals, job: st
 
 
 def _newest(directory: RunDirectory) -> int:
-    """The step of its newest finished checkpoint, 0 without one."""
+    """Returns the step of the newest finished checkpoint; 0 without one."""
     found = directory.newest(Depth.FINISHED)
     return found.step if found else 0
 
 
 def _state(job: str) -> JobState:
-    """What Slurm knows of the job; nothing if it does not tell."""
+    """Returns the state of the job, or the defaults if Slurm does not tell it."""
     try:
         return state_of_job(job)
     except SlurmError as error:
@@ -268,7 +276,7 @@ def _state(job: str) -> JobState:
 
 
 def _say(job: str, message: str) -> None:
-    with contextlib.suppress(OSError):  # the disk may be full, and the job ends as it must
+    with contextlib.suppress(OSError):  # a full disk must not change how the job ends
         print(f"{time.strftime('%F %T')} job {job}: {message}", flush=True)
 
 

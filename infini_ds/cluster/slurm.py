@@ -1,4 +1,4 @@
-"""What Slurm tells of the job that this process belongs to."""
+"""Asks Slurm about the job that this process belongs to."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
 
 LIMIT_SECONDS = 60.0
-"""Time for an answer. Slurm's own limit on a message is 10 seconds, and it tries again."""
+"""Time limit for an answer. Slurm itself gives up on a message after 10 seconds, and retries."""
 
 
 class SlurmError(Exception):
-    """Slurm does not do what it is asked to; the message says why in one line."""
+    """Slurm cannot do what it is asked to do; the message says why in one line."""
 
 
 def scontrol(*arguments: str) -> str:
-    """The output of one of Slurm's commands.
+    """Runs scontrol with these arguments and returns its output.
 
     Raises:
-        SlurmError: it fails, or does not end in time.
+        SlurmError: the command fails, or does not end in time.
     """
     try:
         done = subprocess.run(
@@ -37,12 +37,12 @@ def scontrol(*arguments: str) -> str:
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm knows of a job; the defaults stand for a Slurm that does not tell."""
+    """The state of a job according to Slurm; the defaults are for when Slurm does not tell it."""
 
     name: str = ""
-    """Such as RUNNING, CANCELLED or COMPLETING."""
+    """Name of the state, such as RUNNING, CANCELLED or COMPLETING."""
     preempted: bool = False
-    """Whether a more urgent job takes its nodes."""
+    """Whether a more urgent job takes the nodes of this one."""
 
     @property
     def running(self) -> bool:
@@ -50,14 +50,14 @@ class JobState:
 
 
 def state_of_job(job: str) -> JobState:
-    """The state of a job.
+    """Returns the state of a job.
 
     Raises:
-        SlurmError: Slurm does not tell.
+        SlurmError: Slurm does not tell the state.
     """
     fields: dict[str, str] = {}
     for name, value in re.findall(r"(\w+)=(\S*)", scontrol("show", "job", job)):
-        fields.setdefault(name, value)  # what the user typed, such as the command, comes later
+        fields.setdefault(name, value)  # text by the user, such as the command, comes later
     preempted = fields.get("PreemptTime", "None") not in ("", "None")
     return JobState(fields.get("JobState", ""), preempted)
 

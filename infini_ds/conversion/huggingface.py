@@ -19,7 +19,7 @@ CODE = Path(__file__).with_name("hf")
 _TOKENIZER_CODE = "tokenization_infini.py"
 _TOKENIZER_CLASS = "InfiniTokenizer"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_MODEL_CODE = ("configuration_infini.py", "modeling_infini.py")
+_MODEL_CODE = ("configuration_infini.py", "layers_infini.py", "modeling_infini.py")
 
 
 def write_huggingface(

@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss and pass keys found, with its memory on and ablated."""
+"""Measures a model by held-out loss and pass-key retrieval, with its memory on and ablated."""

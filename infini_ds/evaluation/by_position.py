@@ -1,4 +1,4 @@
-"""Loss of whole documents by the position of the token in its document, on one device."""
+"""Measures, on one device, the loss of whole documents by the position of each token."""
 
 import math
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from infini_ds.system.ranges import require_finite
 
 
 class Totals(NamedTuple):
-    """Sums over the tokens of each bin of positions. All are fp64 [bins]."""
+    """Sums over the tokens of each bin of positions; all are fp64 [bins]."""
 
     loss: Tensor
-    """Nats."""
+    """In nats."""
     tokens: Tensor
     bytes: Tensor
-    """Of the text."""
+    """Bytes of text that the tokens stand for."""
 
 
 @torch.no_grad()
@@ -41,17 +41,18 @@ def read_documents(
     loss_chunk_tokens: int,
     report: Callable[[Plan], None],
 ) -> Totals:
-    """Reads documents and adds up their losses.
+    """Reads documents and sums their losses.
 
     Args:
-        model: left in evaluation mode.
-        split: with the documents.
-        plans: of one pass over them, see `held_out_plans`.
-        bins: positions in a document at which bins begin; the first is 0.
-        memory: False: every segment reads an empty memory.
-        token_bytes: [vocab_size] bytes of text each token stands for.
-        loss_chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
-        report: is told each window that has been read.
+        model: the model, which is left in evaluation mode.
+        split: holds the documents.
+        plans: one pass over the documents, see `held_out_plans`.
+        bins: the positions in a document at which bins begin; the first is 0.
+        memory: if False, every segment reads an empty memory.
+        token_bytes: [vocab_size], the bytes of text that each token stands for.
+        loss_chunk_tokens: number of tokens whose logits exist at the same time; 0 chooses one that
+            suits the device.
+        report: called with each window after it has been read.
 
     Raises:
         RunError: a loss is not finite.
@@ -78,7 +79,7 @@ def read_documents(
 
 
 def windows_of(split: Split, plan: Plan, segment_length: int, memory: bool) -> Windows:
-    """Windows of all lanes; without `memory` every segment starts a document."""
+    """Returns the windows of all lanes; without `memory`, every segment starts a document."""
     windows = read_windows(split, plan, range(len(plan.lengths)), segment_length)
     if not memory:
         windows.layout.starts.fill_(True)
@@ -91,15 +92,17 @@ def window_losses(
     memory: list[MemoryState],
     loss_chunk_tokens: int,
 ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
-    """Reads one window of all lanes, as in training.
+    """Reads one window of every lane as training does.
 
     Args:
-        memory: of each layer, before the window.
-        loss_chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
+        memory: the memory of each layer before the window.
+        loss_chunk_tokens: number of tokens whose logits exist at the same time; 0 chooses one that
+            suits the device.
 
     Returns:
-        The loss of each token, [lanes, segments x n] in nats and 0 where there is no label, the
-        memory of each layer after the window, and what each layer wrote, see `read_window`.
+        The loss of each token, [lanes, segments x n] in nats and 0 where there is no label; the
+        memory of each layer after the window; and statistics of each layer's writes, see
+        `read_window`.
     """
     device = next(model.parameters()).device
     layout = Layout(*(part.to(device) for part in windows.layout))
@@ -109,7 +112,7 @@ def window_losses(
 
 
 def position_bins(first: int, longest: int) -> list[int]:
-    """Where bins of positions begin: 0, first, 2 first, 4 first, ... as long as below `longest`."""
+    """Returns where bins of positions begin: 0, first, 2 first, 4 first, ... below `longest`."""
     bins = [0]
     while max(first, 2 * bins[-1]) < longest:
         bins.append(max(first, 2 * bins[-1]))
@@ -117,12 +120,12 @@ def position_bins(first: int, longest: int) -> list[int]:
 
 
 def bin_of(positions: Tensor, bins: list[int]) -> Tensor:
-    """Index of the bin of each position, both [tokens]."""
+    """Returns the index of the bin that each position falls into; both are [tokens]."""
     return torch.bucketize(positions, torch.tensor(bins[1:]), right=True)
 
 
 def means(totals: Totals) -> dict[str, Any]:
-    """Nats a token and bits per byte, of all tokens and of those of each bin."""
+    """Returns nats per token and bits per byte, over all tokens and over those of each bin."""
     everything = _means(*(float(part.sum()) for part in totals))
     parts = zip(*(part.tolist() for part in totals), strict=True)
     return {**everything, "by_position": [_means(*part) for part in parts]}

@@ -1,6 +1,6 @@
-"""`infini-ds evaluate`: what a model needs for documents, with its memory and without.
+"""Implements `infini-ds evaluate`: the loss on documents, with the memory on and ablated.
 
-The documents are the run's held-out ones, those of its own evaluation, or any others.
+The documents are the held-out ones that the run itself evaluates, or any others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from infini_ds.system.progress import ReadingProgress
 
 
 class _Reading(NamedTuple):
-    """How much is read at one time, at most: as much as in the run, or as much as this."""
+    """Limits on what is read at the same time: those of the run, or else these defaults."""
 
     window_segments: int = 8
     lanes: int = 8
@@ -44,15 +44,16 @@ def run(
     json_path: str | None,
     plot: str | None,
 ) -> None:
-    """Evaluates a model and reports it.
+    """Evaluates a model and reports the results.
 
     Args:
         path, step: see `load_model`.
-        documents: files as in data.files; none: the held-out split of the run's store, as much of
-            it as the run's evaluation.max_segments.
-        corpus: of a run that was trained on a mixture, whose held-out split; else empty.
-        json_path: where to write the figures as well.
-        plot: where to write the curve, by default evaluation.png of the run; of an export, here.
+        documents: files as in data.files; if empty, the held-out split of the run's store is read,
+            up to the run's evaluation.max_segments.
+        corpus: for a run trained on a mixture, the corpus whose held-out split is read; else empty.
+        json_path: where to write the figures as well, if anywhere.
+        plot: where to write the curve; by default evaluation.png in the run's directory, or in the
+            working directory for an export.
 
     Raises:
         UserError: there is no such model, there are no documents, or a file cannot be written.
@@ -110,7 +111,7 @@ def run(
 
 
 def _data_of(data: DataConfig, corpus: str) -> DataConfig:
-    """The corpus whose held-out documents are read."""
+    """Returns the settings of the corpus whose held-out documents are read."""
     if corpus not in data.corpora:
         names = ", ".join(filter(None, data.corpora))
         right = f"must be one of the run's mixture: {names}" if names else "the run has no mixture"
@@ -119,13 +120,13 @@ def _data_of(data: DataConfig, corpus: str) -> DataConfig:
 
 
 def _store_of(loaded: Loaded, data: DataConfig, corpus: str) -> Store:
-    """The store of a corpus, as the run had it."""
+    """Opens the store of a corpus and checks that the run was trained on it."""
     try:
         store = Store.open(data.store)
     except UserError as error:
         raise UserError(f"{error}, or name --documents") from None
     state = state_of(loaded.checkpoint)
-    had = state.get("stores", {"": state.get("store")})  # of an earlier version: of all together
+    had = state.get("stores", {"": state.get("store")})  # earlier versions kept one for all
     if had.get(corpus, store.fingerprint) != store.fingerprint:
         raise UserError(
             f"data.store {store.path}: is not what checkpoint {loaded.checkpoint} was trained on; "
@@ -135,9 +136,9 @@ def _store_of(loaded: Loaded, data: DataConfig, corpus: str) -> Store:
 
 
 def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
-    """Documents of files as the run's config reads them, as tokens, and what is lost of them.
+    """Reads and tokenizes files as the run's config would; also returns lines on what was lost.
 
-    Those of an export are read as by a config that says no more than where they are.
+    An export has no such config; its documents are read with default settings.
     """
     data = loaded.run.data if loaded.run else DataConfig(store="")
     settings = {"source": "files", "files": list(files), "max_documents": 0}
@@ -158,7 +159,7 @@ def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
 
 
 def _count(plans: list[Plan]) -> int:
-    """Documents that are read: the first ones."""
+    """Returns how many documents are read, counting from the first one."""
     return 1 + max(int(plan.documents.max()) for plan in plans)
 
 
@@ -170,9 +171,9 @@ def _reading(loaded: Loaded) -> _Reading:
 
 
 def _plans(lengths: np.ndarray, n: int, reading: _Reading, max_segments: int) -> list[Plan]:
-    """One pass over documents, in windows of bounded size of segments of `n` tokens."""
+    """Plans one pass over documents, in windows of a bounded number of segments of `n` tokens."""
     window = max(1, min(reading.window_segments, CALL_TOKENS // n))
-    # With more lanes than this, most would wait for the one that reads the longest document.
+    # With more lanes, most of them would wait for the one that reads the longest document.
     lanes = int(lengths.sum() // max(lengths.max(initial=0), 1))
     lanes = max(1, min(reading.lanes, lanes, CALL_TOKENS // (window * n)))
     return held_out_plans(lengths, n, window, lanes, max_segments)

@@ -1,4 +1,4 @@
-"""What an evaluation on documents found: figures, table, curve, TensorBoard."""
+"""Reports an evaluation on documents: figures, table, curve and TensorBoard scalars."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ NAMES = ("with_memory", "ablated")
 
 
 def figures(setup: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`setup` and, under each of NAMES, what `by_position.means` gives and "perplexity"."""
+    """Adds to `setup`, under each of NAMES, the result of `by_position.means` and "perplexity"."""
     return {
         **setup,
         **{
@@ -24,7 +24,7 @@ def figures(setup: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[s
 
 
 def results(figures: dict[str, Any]) -> Results:
-    """Every form of the figures."""
+    """Returns the figures in every form in which they are reported."""
     scalars = {}
     for name in NAMES:
         result = figures[name]
@@ -38,13 +38,13 @@ def results(figures: dict[str, Any]) -> Results:
 
 
 def _table(figures: dict[str, Any]) -> Table:
-    """A row for each bin of positions, and one for all tokens."""
+    """Builds a table with a row for each bin of positions and one for all tokens."""
     on, ablated = (figures[name] for name in NAMES)
     result = Table(
         title=f"{on['tokens']:,} tokens in {figures['documents']:,} documents, step "
         f"{figures['step']:,}, segments of {figures['segment_length']:,}\n"
         f"perplexity {on['perplexity']:.4f} with memory, {ablated['perplexity']:.4f} ablated",
-        caption="ablated: every segment reads an empty memory; gain: bits per byte it needs more",
+        caption="ablated: every segment reads an empty memory; gain: extra bits per byte then",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -60,7 +60,7 @@ def _table(figures: dict[str, Any]) -> Table:
 
 
 def _curve(figures: dict[str, Any]) -> Figure:
-    """Bits per byte by position in the document."""
+    """Plots bits per byte by position in the document."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for name in NAMES:

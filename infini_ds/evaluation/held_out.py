@@ -1,4 +1,4 @@
-"""Loss on held-out documents, with the memory on and with it ablated."""
+"""Measures the loss on held-out documents, with the memory on and ablated."""
 
 import math
 from typing import NamedTuple
@@ -16,30 +16,30 @@ from infini_ds.parallel.engine import Engine
 
 
 class Quality(NamedTuple):
-    """Loss over held-out tokens, each counted once."""
+    """Loss over held-out tokens, each of which counts once."""
 
     loss: float
-    """Mean over tokens, nats."""
+    """Mean over tokens, in nats."""
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """Bits over the bytes of the text: comparable between tokenizers."""
+    """Bits per byte of text, which is comparable between tokenizers."""
 
 
 class _Corpus(NamedTuple):
-    """The held-out documents of one store that are read."""
+    """The held-out documents of one store, as far as they are read."""
 
     split: Split
     plans: list[Plan]
     unigram_bits_per_byte: float
-    """Of the tokenizer's unigram baseline on them."""
+    """The result of the tokenizer's unigram baseline on them."""
 
 
 class HeldOut:
     """The run's evaluation: a finite pass over held-out documents through the pipeline."""
 
     def __init__(self, config: RunConfig, data: Mixture, engine: Engine):
-        """Plans it; needs no other rank. Stores that hold nothing out are left out.
+        """Plans the evaluation, without other ranks; stores without held-out documents are skipped.
 
         Raises:
             UserError: a document that will be read holds tokens that the tokenizer does not have.
@@ -54,13 +54,13 @@ class HeldOut:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Reads all documents, with memory and without; to be called on all ranks together.
+        """Reads all documents, with memory and without; must be called on all ranks together.
 
         Returns:
-            Figures by name: `held_out/`, `held_out_without_memory/` and `held_out_unigram/`, each
-            with bits_per_byte, the first two with loss and perplexity as well; of all corpora,
-            and, in a mixture, of each under its name, as `held_out/NAME/loss`. Empty if nothing
-            is held out.
+            Figures by name, under `held_out/`, `held_out_without_memory/` and `held_out_unigram/`:
+            each has bits_per_byte, and the first two also have loss and perplexity. They cover all
+            corpora together and, in a mixture, each one under its name, as in
+            `held_out/NAME/loss`. Empty if nothing is held out.
         """
         if not self._corpora:
             return {}
@@ -79,10 +79,10 @@ class HeldOut:
         return figures
 
     def _read(self, memory: bool) -> Tensor:
-        """Sum of losses, tokens and bytes of text of each corpus: [corpora, 3], on the CPU.
+        """Sums losses, tokens and bytes of text for each corpus: [corpora, 3], on the CPU.
 
         Args:
-            memory: False ablates it: every segment reads an empty memory.
+            memory: if False, the memory is ablated: every segment reads an empty one.
         """
         engine = self._engine
         totals = torch.zeros(len(self._corpora), 3, dtype=torch.float64, device=engine.device)
@@ -109,7 +109,7 @@ class HeldOut:
 
 
 def figure_name(title: str, corpus: str, key: str) -> str:
-    """Of a figure of a corpus, or of all of them where its name is empty."""
+    """Returns the name of a figure of one corpus, or of all together if `corpus` is empty."""
     return "/".join(filter(None, (title, corpus, key)))
 
 

@@ -1,9 +1,9 @@
 """Pass-key retrieval: does a model find digits that it read many segments ago?
 
 Documents of growing length hide digits at some depth and ask for them at the end. The model reads
-them window by window with a memory of constant size and then writes the answer, greedily; right is
-only the whole answer. With its memory ablated it sees nothing but the last segment: the level of
-guessing.
+them window by window with a memory of constant size and then generates the answer greedily; only
+the whole answer counts as right. With its memory ablated, the model sees nothing but the last
+segment, which gives the level of guessing.
 """
 
 from collections.abc import Callable
@@ -31,33 +31,34 @@ _LONGEST_TOKENS = 1 << 30
 
 
 class PasskeyOptions(NamedTuple):
-    """What is asked; None is the default."""
+    """Options of an evaluation; None stands for the default."""
 
     segments: list[int]
-    """Lengths of the documents, in segments."""
+    """Lengths of the documents in segments."""
     depths: int
-    """Parts of the room before the last segment in which the key is hidden."""
+    """Number of equal parts of the text before the last segment, over which keys are spread."""
     samples: int | None
-    """Documents of each length; by default fewer of the longer ones."""
+    """Number of documents of each length; by default, fewer of the longer ones."""
     filler: str | None
-    """As data.passkey.filler, by default that of the run's config."""
+    """As data.passkey.filler; by default, the value in the run's config."""
     keys: int | None
-    """As data.passkey.keys, by default that of the run's config."""
+    """As data.passkey.keys; by default, the value in the run's config."""
     batch: int | None
-    """Documents read together."""
+    """Number of documents that are read together."""
     seed: int
-    """Of the documents."""
+    """Seed of the documents."""
 
 
 def run(
     path: str, step: int | None, options: PasskeyOptions, json_path: str | None, plot: str | None
 ) -> None:
-    """Measures a model and reports it.
+    """Evaluates a model and reports the results.
 
     Args:
         path, step: see `load_model`.
-        json_path: where to write the figures as well.
-        plot: where to write the heat map, by default passkey.png of the run; of an export, here.
+        json_path: where to write the figures as well, if anywhere.
+        plot: where to write the heat map; by default passkey.png in the run's directory, or in the
+            working directory for an export.
 
     Raises:
         UserError: nothing can be measured with this run or these options, or a file cannot be
@@ -100,7 +101,7 @@ def run(
 
 
 def default_samples(segments: int) -> int:
-    """Documents of a length: 64, and from 512 segments on fewer, never less than 8."""
+    """Returns the number of documents of a length: 64, and above 512 segments fewer, at least 8."""
     return max(8, min(64, 32768 // segments))
 
 
@@ -112,11 +113,11 @@ def measure(
     batch: int,
     progress: PasskeyProgress,
 ) -> list[Outcome]:
-    """Asks all questions.
+    """Asks all questions and returns the outcomes.
 
     Args:
-        plan: lengths in segments, and documents of each.
-        batch: documents read together.
+        plan: pairs of a length in segments and the number of documents of that length.
+        batch: number of documents that are read together.
 
     Raises:
         UserError: the segments are too short for the keys or the question.
@@ -143,7 +144,7 @@ def _answers_right(
     memory: bool,
     on_read: Callable[[int], None],
 ) -> list[bool]:
-    """Which of some questions of one length are answered right, with or without the memory."""
+    """Returns for each question whether its answer is right; all must have the same length."""
     prompts = np.stack([question.prompt for question in asked])
     n = model.config.segment_length
     last = (prompts.shape[1] - 1) // n * n  # where the last segment begins

@@ -1,15 +1,15 @@
-"""Progress of a pass-key evaluation."""
+"""Shows the progress of a pass-key evaluation."""
 
 from infini_ds.system.console import Console
 from infini_ds.system.progress import ProgressLine, time_left
 
 
 class PasskeyProgress(ProgressLine):
-    """Documents done, tokens a second and the time left.
+    """Shows the documents done, tokens per second and the time left.
 
     Args:
-        plan: lengths in segments, and documents of each.
-        segment_length: tokens of a segment.
+        plan: pairs of a length in segments and the number of documents of that length.
+        segment_length: tokens per segment.
     """
 
     def __init__(self, console: Console, plan: list[tuple[int, int]], segment_length: int):
@@ -20,16 +20,16 @@ class PasskeyProgress(ProgressLine):
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read since the beginning over the time that has passed."""
+        """Tokens read since the start, divided by the time that has passed."""
         return self._tokens_done / self.seconds
 
     def read(self, tokens: int) -> None:
-        """So many tokens more have been read."""
+        """Reports that this many more tokens have been read."""
         self._tokens_done += tokens
         self._show()
 
     def answered(self, documents: int) -> None:
-        """So many documents more are done."""
+        """Reports that this many more documents are done."""
         self._documents_done += documents
         self._show()
 

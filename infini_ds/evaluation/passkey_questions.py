@@ -1,8 +1,9 @@
-"""Pass-key documents as tokens of any tokenizer, always whole segments of them.
+"""Makes pass-key documents for any tokenizer; each fills whole segments of its tokens.
 
-With plain bytes a document is the generator's, byte for byte. Other tokenizers get its pieces
-(filler, statements, question, answer), each encoded alone, and as much of the filler as fills the
-segments: the statements stay before the last segment, the question and the answer in it.
+With plain bytes, a document is the generator's, byte for byte. For other tokenizers, its pieces
+(filler, statements, question, answer) are encoded one by one, and the filler is cut so that the
+segments are exactly full: the statements stay before the last segment, the question and the answer
+in it.
 """
 
 import re
@@ -19,7 +20,7 @@ from infini_ds.errors import UserError
 
 _STATEMENT = re.compile(rb" The (pass key(?: of \w+)?) is (\d+)\. Remember it\. \2 is the \1\. ")
 _QUESTION = b" What is the pass key"
-# Training documents begin with another number, see `passkey_random`.
+# The seeds of training documents begin with another number, see `passkey_random`.
 _DOCUMENT, _DEPTH, _SAMPLE = 1, 2, 3
 _SAMPLE_BYTES = 8192
 
@@ -28,27 +29,27 @@ class Question(NamedTuple):
     """A document up to its answer."""
 
     prompt: np.ndarray
-    """Tokens from BOS to just before the answer, segments x segment_length - digits of them."""
+    """The segments x segment_length - digits tokens from BOS to just before the answer."""
     answer: str
-    """The digits that are right."""
+    """The correct digits."""
     answer_tokens: int
-    """Tokens of the answer, which ends in the last segment."""
+    """Number of tokens of the answer, which ends in the last segment."""
     depth: int
-    """Which of the equal parts of the room before the last segment the key is in, from 0."""
+    """Index of the part of the text before the last segment that holds the key."""
     cut: bool
-    """The statement of the key is cut by a segment's end."""
+    """Whether a segment ends within the statement of the key."""
 
 
 class Questions:
-    """Makes questions, each a function of seed, length and number.
+    """Makes questions; each depends only on seed, length and number.
 
     Args:
-        config: of the documents; segment_length is the model's, in tokens.
-        depths: parts into which the room before the last segment is divided.
-        seed: other seeds make other documents.
+        config: settings of the documents; segment_length is the model's, in tokens.
+        depths: number of equal parts into which the text before the last segment is divided.
+        seed: different seeds make different documents.
 
     Raises:
-        UserError: more keys than there are names, or text_files are unusable.
+        UserError: there are more keys than names, or text_files are unusable.
     """
 
     def __init__(self, config: PasskeyConfig, tokenizer: Tokenizer, depths: int, seed: int):
@@ -60,22 +61,22 @@ class Questions:
         if not self._plain:
             text = self._document(_SAMPLE_BYTES, passkey_random(_SAMPLE), 2, None).prompt.decode()
             bytes_per_token = len(text) / len(tokenizer.encode_array(text))
-            # Probably enough for a segment of tokens.
+            # This probably yields enough tokens for a segment.
             self._segment_bytes = round(1.25 * bytes_per_token * config.segment_length)
 
     def make(self, segments: int, number: int, samples: int) -> Question:
-        """One of `samples` questions of a length, whose depths are spread evenly.
+        """Makes one of the `samples` questions of a length, whose depths are spread evenly.
 
         Args:
             segments: length of the document with its answer, at least 2.
-            number: of the question, from 0 to samples - 1.
+            number: index of the question, from 0 to samples - 1.
 
         Raises:
             UserError: the segments are too short for the keys or the question.
         """
         try:
             return self._make(segments, number, samples)
-        except TooShort:  # which may name a setting of training documents
+        except TooShort:  # its message may name a setting of training documents
             raise UserError(
                 f"model.segment_length ({self._config.segment_length}): too short for the "
                 "statements and the question; ask with fewer --keys"
@@ -95,12 +96,12 @@ class Questions:
             question = self._encoded(document, length, segments, depth)
             if question:
                 return question
-            length += length // 2  # of this text more bytes are in a token
+            length += length // 2  # this text has more bytes per token
 
     def _document(
         self, length: int, random: np.random.Philox, segments: int, place: float | None
     ) -> PasskeyDocument:
-        """A document whose segments have `length` bytes."""
+        """Returns a document whose segments have `length` bytes."""
         if length not in self._makers:
             config = self._config.model_copy(update={"segment_length": length})
             self._makers[length] = Passkeys(config)
@@ -109,12 +110,12 @@ class Questions:
     def _encoded(
         self, document: PasskeyDocument, length: int, segments: int, depth: int
     ) -> Question | None:
-        """A document encoded piece by piece; None if it has too few tokens."""
+        """Encodes a document piece by piece; returns None if it has too few tokens."""
         n, edge = self._config.segment_length, (segments - 1) * length - 1
         question = document.prompt.rindex(_QUESTION)
         spans = [found.span() for found in _STATEMENT.finditer(document.prompt, 0, edge)]
         bounds = [0, *chain.from_iterable(spans), edge]
-        # Filler and statements by turns, filler first and last.
+        # Filler and statements alternate; the first and the last piece are filler.
         before = [self._encode(document.prompt[begin:end]) for begin, end in pairwise(bounds)]
         after = self._encode(document.prompt[edge:question])
         asked = self._encode(document.prompt[question:])
@@ -143,12 +144,13 @@ class Questions:
 
 
 def _fitted(pieces: list[np.ndarray], length: int) -> list[np.ndarray] | None:
-    """Pieces of `length` tokens in all: of every other one, from the first on, the same share.
+    """Cuts pieces to `length` tokens in all, or returns None if they have fewer.
 
-    None if they have fewer.
+    The first piece and every second one after it are filler, of which each keeps the same share;
+    the pieces between them stay whole.
 
     Raises:
-        TooShort: those in between have more alone.
+        TooShort: the pieces that stay whole have more than `length` tokens.
     """
     sizes = [len(filler) for filler in pieces[::2]]
     wanted = length - sum(map(len, pieces[1::2]))

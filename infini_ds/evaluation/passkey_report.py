@@ -1,4 +1,4 @@
-"""What a pass-key evaluation found: figures, table, heat map, TensorBoard."""
+"""Reports a pass-key evaluation: figures, table, heat map and TensorBoard scalars."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,20 +18,21 @@ class Outcome(NamedTuple):
 
     segments: int
     depth: int
-    """Which of the equal parts before the last segment the key was in, from 0."""
+    """Index of the part of the text before the last segment that held the key."""
     cut: bool
-    """A segment ended within the statement of the key."""
+    """Whether a segment ended within the statement of the key."""
     right: bool
-    """Every digit of the answer was right."""
+    """Whether every digit of the answer was right."""
     right_ablated: bool
-    """The answer was right without the memory as well."""
+    """Whether the answer was right without the memory."""
 
 
 def figures(outcomes: Sequence[Outcome], depths: int, setup: dict[str, Any]) -> dict[str, Any]:
-    """`setup` and, under "lengths", the shares of right answers, None where nothing was asked.
+    """Adds to `setup`, under "lengths", the shares of right answers; None if nothing was asked.
 
-    Each length has "segments", "samples", the share of "all", of "whole" keys, of those "cut" by a
-    segment's end and with the memory "ablated", and by_depth: share and samples of each part.
+    Each length has "segments" and "samples"; the share over "all" keys, over "whole" ones, over
+    those "cut" by the end of a segment, and with the memory "ablated"; and the share and the number
+    of samples of each depth, "by_depth" and "samples_by_depth".
     """
     lengths = []
     for segments in dict.fromkeys(outcome.segments for outcome in outcomes):
@@ -53,7 +54,7 @@ def figures(outcomes: Sequence[Outcome], depths: int, setup: dict[str, Any]) -> 
 
 
 def results(figures: dict[str, Any]) -> Results:
-    """Every form of the figures."""
+    """Returns the figures in every form in which they are reported."""
     scalars = {
         f"passkey/{name}/segments_{length['segments']}": length[name]
         for length in figures["lengths"]
@@ -65,7 +66,7 @@ def results(figures: dict[str, Any]) -> Results:
 
 
 def _table(figures: dict[str, Any]) -> Table:
-    """Percent of right answers: a row for each length, a column for each depth."""
+    """Builds a table of percentages of right answers: a row per length, a column per depth."""
     result = Table(
         title=f"pass key of {figures['digits']} digits found, percent, by depth of the key\n"
         f"step {figures['step']}, segments of {figures['segment_length']} tokens, "
@@ -86,7 +87,7 @@ def _table(figures: dict[str, Any]) -> Table:
 def _heat_map(figures: dict[str, Any]) -> Figure:
     lengths = figures["lengths"]
     names = _depth_names(figures["depths"])
-    shares = np.array([length["by_depth"] for length in lengths], dtype=float)  # None is nan
+    shares = np.array([length["by_depth"] for length in lengths], dtype=float)  # None becomes NaN
     figure = Figure(figsize=(2 + 0.6 * len(names), 1.8 + 0.5 * len(lengths)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
@@ -104,7 +105,7 @@ def _heat_map(figures: dict[str, Any]) -> Figure:
 
 
 def _depth_names(depths: int) -> list[str]:
-    """Where each part begins."""
+    """Returns a name for each part, which says where it begins."""
     return [f"{100 * depth / depths:.0f}%" for depth in range(depths)]
 
 

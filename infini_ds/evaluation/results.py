@@ -1,4 +1,4 @@
-"""Where the results of an evaluation go: known to be writable before anything is measured."""
+"""Writes the results of an evaluation to places that are checked before anything is measured."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from infini_ds.system.whole_file import check_writable, whole_file
 
 
 class Places(NamedTuple):
-    """Files of one evaluation."""
+    """Files to which one evaluation writes."""
 
     json: str | None
     plot: Path
@@ -24,14 +24,14 @@ class Places(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What was found, in every form."""
+    """The results of an evaluation in every form in which they are reported."""
 
     figures: dict[str, Any]
-    """With "step"."""
+    """They include "step"."""
     table: Table
     plot: Figure
     plot_tag: str
-    """Its name in TensorBoard."""
+    """Name of the plot in TensorBoard."""
     scalars: dict[str, float]
     """Figures by their names in TensorBoard."""
 
@@ -39,14 +39,15 @@ class Results(NamedTuple):
 def places(
     loaded: Loaded, command: str, plot_name: str, json: str | None, plot: str | None
 ) -> Places:
-    """Where the results of a command go.
+    """Returns where the results of a command go, after checking that they can be written.
 
-    An export is what one gives to others: nothing is written into it, or into a checkpoint that
-    was taken out of its run. Nor into the TensorBoard of
-    a run that is not to be written, somebody else's.
+    Nothing is written into an export, because it is meant to be given away, or into a checkpoint
+    that was taken out of its run. If the run's directory cannot be written, because it belongs to
+    somebody else, its TensorBoard is left out.
 
     Args:
-        plot_name: of the picture, in the run or else here, where `plot` names no other file.
+        plot_name: name of the plot's file, in the run's directory or else in the working directory;
+            used if `plot` names no other file.
 
     Raises:
         UserError: a file cannot be written.
@@ -58,7 +59,7 @@ def places(
 
 
 def write(results: Results, places: Places, console: Console) -> None:
-    """Prints and writes results, those first that are the hardest to lose.
+    """Prints and writes results, beginning with those whose loss would hurt most.
 
     Raises:
         RunError: the table cannot be printed.

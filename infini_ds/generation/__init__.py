@@ -1,1 +1,1 @@
-"""Text from a run's model, and documents into its memory."""
+"""The commands that write text with a run's model and read documents into its memory."""

@@ -1,4 +1,4 @@
-"""`infini-ds generate`: continues a prompt, and prints the text as it is written."""
+"""`infini-ds generate` continues a prompt and prints the text as it is generated."""
 
 from typing import NamedTuple
 
@@ -22,28 +22,28 @@ from infini_ds.system.progress import ReadingProgress
 
 
 class GenerateOptions(NamedTuple):
-    """What is asked."""
+    """The command's prompt and sampling options."""
 
     prompt: str | None
-    """The prompt itself, or None where it is in `prompt_file`."""
+    """The prompt itself, or None if it is in `prompt_file`."""
     prompt_file: str | None
-    """File of text, see `open_text`."""
+    """A text file, see `open_text`."""
     memory: str | None
-    """File of a document that the prompt goes on with."""
+    """The memory file of a document that the prompt continues."""
     max_new_tokens: int
     temperature: float
-    """0 is greedy."""
+    """0 means greedy decoding."""
     top_p: float
     top_k: int
     """0 means all."""
     seed: int | None
-    """Of the sampling; None: another one each time."""
+    """Seed of the sampling; None draws a new one each time."""
     stop: str
-    """Text before which the answer ends, beside the end of text; empty: none."""
+    """The answer ends before this text, or at the end-of-text token; empty means no such text."""
 
 
 def run(path: str, step: int | None, options: GenerateOptions) -> None:
-    """Prints the continuation on stdout, and progress on stderr.
+    """Prints the continuation to stdout and progress to stderr.
 
     Args:
         path, step: see `load_model`.
@@ -87,10 +87,10 @@ def run(path: str, step: int | None, options: GenerateOptions) -> None:
 
 
 def load_memory(path: str, model: InfiniTransformer) -> Memory:
-    """The memory of one document, on the model's device.
+    """Loads the memory of one document onto the model's device.
 
     Raises:
-        UserError: it is missing, no memory, or not one of this model.
+        UserError: the file is missing, is not a memory, or belongs to another model.
     """
     device = next(model.parameters()).device
     memory = Memory.load(path, device, fingerprint(model))
@@ -104,14 +104,15 @@ def load_memory(path: str, model: InfiniTransformer) -> Memory:
 def _tokens(
     tokenizer: Tokenizer, options: GenerateOptions, begins: bool
 ) -> tuple[np.ndarray, list[str]]:
-    """The prompt's tokens, after BOS where a document begins with it, and what is lost of it."""
+    """Returns the prompt's tokens, after BOS if a document begins with it, and lines that say what
+    the tokenizer loses of it."""
     text = options.prompt
     if text is None:
         assert options.prompt_file is not None
         text = "".join(TextPieces(options.prompt_file))
     try:
         content = text.encode()
-    except UnicodeEncodeError:  # the shell gives any bytes
+    except UnicodeEncodeError:  # the shell passes on any bytes
         raise UserError("--prompt: is not UTF-8") from None
     tokens = tokenizer.encode_array(text, begins)
     if begins:

@@ -1,4 +1,4 @@
-"""`infini-ds memorize`: reads a document of any length and keeps its memory as a file."""
+"""`infini-ds memorize` reads a document of any length and writes its memory to a file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,20 +22,20 @@ from infini_ds.system.whole_file import check_writable
 
 
 def run(path: str, step: int | None, document: str, output: str) -> None:
-    """Reads a text in memory that does not grow with it, and writes the model's memory of it.
+    """Reads a text of any length in bounded RAM, and writes the model's memory of it.
 
-    The document is open: it begins with BOS and goes on with whatever is read next. Its text is
-    tokenised in pieces that end at line ends, see `TextPieces`.
+    The document begins with BOS and is left open, so that the text read next continues it. Its text
+    is tokenised in pieces that end at line ends, see `TextPieces`.
 
     Args:
         path, step: see `load_model`.
-        document: file of text, see `open_text`.
-        output: the memory's file, replaced where it exists.
+        document: a text file, see `open_text`.
+        output: the memory file to write, which is replaced if it exists.
 
     Raises:
         UserError: there is no such model, the document is empty or cannot be read, or the output
             cannot be written.
-        RunError: what the model makes of the text is not finite.
+        RunError: what the model computes from the text is not finite.
     """
     console = Console()
     text = TextPieces(document)
@@ -64,7 +64,7 @@ def run(path: str, step: int | None, document: str, output: str) -> None:
         def on_read(tokens: int) -> None:
             nonlocal read
             read += tokens
-            # The file's bytes are far ahead of the model, which takes a piece in many calls.
+            # The file is read far ahead of the model, which takes many calls for a piece.
             progress.update(text.done_bytes * read // encoded, tokens)
 
         width = call_width(model.config.segment_length)

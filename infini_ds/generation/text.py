@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Decodes tokens to text while they are generated."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -7,10 +7,11 @@ from infini_ds.data.tokenizer_base import Tokenizer
 
 
 def text_of(tokenizer: Tokenizer, tokens: Iterable[int], stop: str = "") -> Iterator[str]:
-    """The text of tokens, a part after each that ends a character; broken UTF-8 is replaced.
+    """Yields the text of tokens in parts, each as soon as its characters are complete.
 
-    A character of several tokens (plain bytes, byte fallback) comes when its last byte does. Ends
-    before the first `stop`; what may be the beginning of one is held back until it is known.
+    A character that takes several tokens (plain bytes, byte fallback) is yielded with its last
+    byte, and broken UTF-8 is replaced. The text ends before the first `stop`; whatever may be the
+    beginning of `stop` is held back until the next tokens decide.
     """
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     held = ""
@@ -30,6 +31,6 @@ def text_of(tokenizer: Tokenizer, tokens: Iterable[int], stop: str = "") -> Iter
 
 
 def _beginning(stop: str, text: str) -> int:
-    """Characters at the end of `text` that are the beginning of `stop`, not all of it."""
+    """Counts the characters at the end of `text` that are a proper prefix of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -34,7 +34,7 @@ class Peers:
     def __init__(self):
         self.rank, self._world = dist.get_rank(), dist.get_world_size()
         self.alarm = ""
-        """What happened to another rank, once this is known; empty until then."""
+        """Says what happened to another rank once this is known; empty until then."""
         self._stopped = threading.Event()
         if self._world == 1:
             return

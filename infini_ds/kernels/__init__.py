@@ -1,1 +1,1 @@
-"""Operations: one folder each, with a plain specification beside the fast paths."""
+"""Operations, each in a folder with its plain specification and its fast implementations."""

@@ -1,8 +1,9 @@
-"""ptxas, the assembler that Triton's kernels go through: which one, and whether it is a right one.
+"""Chooses ptxas, the assembler for Triton's kernels, and knows which versions are faulty.
 
-Triton brings its own: 12.8 with 3.6 and 3.7, 13.4 for Hopper with 3.9. Those before 13.3 may reuse
-registers that an asynchronous matrix product of Hopper has not read yet, and nothing tells that
-results are wrong. pip brings a newer one as nvidia-cuda-nvcc.
+Triton ships its own: 12.8 with Triton 3.6 and 3.7, and 13.4 for Hopper with Triton 3.9. Versions
+before 13.3 may reuse registers that an asynchronous matrix product of Hopper has not read yet, so
+that results are wrong without any error. A newer version can be installed with pip as
+nvidia-cuda-nvcc.
 """
 
 import importlib.metadata
@@ -13,20 +14,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOPPER = 9
-"""Major compute capability; `launch` has it too, and needs torch."""
+"""Major compute capability, repeated from `launch`, whose import would load torch."""
 RIGHT_ON_HOPPER = (13, 3)
 PACKAGE = "nvidia-cuda-nvcc"
 REMEDY = f"pip install '{PACKAGE}>={'.'.join(map(str, RIGHT_ON_HOPPER))}'"
 
 
 class Ptxas(NamedTuple):
-    """An assembler, for one compute capability."""
+    """An assembler as it is used for one compute capability."""
 
     version: str
     origin: str
-    """Who brings it, or the variable that names it."""
+    """The package that ships it, or the environment variable that names it."""
     fault: str
-    """What it is known to do wrong there; empty: nothing."""
+    """Its known fault for that compute capability; empty if there is none."""
 
     def __str__(self) -> str:
         return f"ptxas {self.version} ({self.origin})"
@@ -38,14 +39,14 @@ class Ptxas(NamedTuple):
 
 
 def choose_ptxas(capability: int) -> Ptxas:
-    """The assembler of every kernel that this process compiles from now on.
+    """Chooses the assembler for every kernel that this process compiles from now on.
 
-    That is Triton's own; for Hopper a newer one that is installed as nvidia-cuda-nvcc; and what
-    Triton's environment variable for it names, before both. To be called before the first kernel
-    is compiled, as Triton remembers what it has found.
+    An assembler named by Triton's environment variable comes first, then for Hopper one installed
+    as nvidia-cuda-nvcc if it is newer than Triton's, then Triton's own. This must be called before
+    the first kernel is compiled, because Triton remembers the assembler it has found.
 
     Args:
-        capability: compute capability, 90 for H100.
+        capability: compute capability, such as 90 for H100.
     """
     import triton
     from triton import knobs
@@ -65,12 +66,12 @@ def choose_ptxas(capability: int) -> Ptxas:
         origin = variable
     fault = ""
     if capability // 10 == HOPPER and _numbers(version) < RIGHT_ON_HOPPER:
-        fault = "may make wrong code for Hopper, as all before 13.3, and no error tells"
+        fault = "may generate wrong code for Hopper without any error, like all before 13.3"
     return Ptxas(version, origin, fault)
 
 
 def _packaged() -> str | None:
-    """Where pip has put one that runs here."""
+    """Returns the path of an assembler installed by pip that runs here, or None."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -80,7 +81,7 @@ def _packaged() -> str | None:
 
 
 def _version(path: str) -> str:
-    """Empty if it does not run."""
+    """Returns the version of an assembler, empty if it does not run."""
     try:
         shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):

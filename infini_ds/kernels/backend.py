@@ -1,4 +1,4 @@
-"""Which kernels compute: Triton's on GPUs where they fit, PyTorch's operators everywhere else."""
+"""Chooses the kernels: Triton's on GPUs that they support, PyTorch's operators elsewhere."""
 
 import functools
 import importlib.util
@@ -18,36 +18,37 @@ from infini_ds.kernels.launch import is_recording
 Backend = Literal["auto", "torch", "triton"]
 
 TRITON_HEAD_DIMS = (64, 128)
-"""Sizes of a head that the Triton kernels are written for."""
+"""Head sizes for which the Triton kernels are written."""
 
 OLDEST_TRITON = (3, 6)
-"""Of what is tested."""
+"""The oldest version that the kernels are tested with."""
 
 _backend: Backend = "auto"
 _fault = ""
 
 
 def use_backend(backend: Backend) -> None:
-    """Chooses for the whole process, as `kernels.backend` of the config says."""
+    """Sets the backend of the whole process, as `kernels.backend` of the config says."""
     global _backend
     _backend = backend
 
 
 def distrust(fault: str) -> None:
-    """From now on the Triton kernels count as missing in this process, and nothing is compiled.
+    """Treats the Triton kernels as missing in this process from now on, and compiles nothing.
 
     Args:
-        fault: what they do wrong, to come after "triton"; empty: they are trusted again.
+        fault: the fault of the kernels, as a phrase that follows "triton"; empty to trust them
+            again.
     """
     global _fault
     _fault = fault
 
 
 def check_backend(backend: Backend, device: str, head_dim: int) -> None:
-    """Whether a backend can compute on devices of a type, before anything is computed.
+    """Checks that a backend can compute on a type of device, before anything is computed.
 
     Raises:
-        UserError: the Triton kernels are asked for and cannot.
+        UserError: the Triton kernels are asked for and cannot compute there.
     """
     missing = _fault or why_missing(device, head_dim)
     if missing and backend == "triton":
@@ -55,20 +56,20 @@ def check_backend(backend: Backend, device: str, head_dim: int) -> None:
 
 
 def compiles(x: Tensor) -> bool:
-    """Whether chains of operators on a tensor are compiled to kernels (by TorchInductor)."""
+    """Returns whether TorchInductor compiles chains of operators on a tensor to kernels."""
     return _backend != "torch" and x.is_cuda and not (_fault or _cannot_run())
 
 
 def uses_triton(q: Tensor) -> bool:
-    """Whether queries [..., d] go through the Triton kernels.
+    """Returns whether queries [..., d] go through the Triton kernels.
 
-    `auto`: on a CUDA device, in bf16, for head sizes of TRITON_HEAD_DIMS, where Triton is
-    installed; what is missing is said once.
+    With `auto` they do so on a CUDA device, in bf16, for the head sizes in TRITON_HEAD_DIMS, if
+    Triton is installed. A warning names once what is missing.
 
     Raises:
-        UserError: the Triton kernels were asked for and cannot compute this.
+        UserError: the Triton kernels are asked for and cannot compute this.
     """
-    if is_recording():  # for a GPU that is not here
+    if is_recording():  # the kernels are compiled for a GPU that need not be present
         fits = q.dtype == torch.bfloat16 and q.shape[-1] in TRITON_HEAD_DIMS
         return fits and importlib.util.find_spec("triton") is not None
     if _backend == "torch" or (
@@ -83,10 +84,9 @@ def uses_triton(q: Tensor) -> bool:
     return not missing
 
 
-@functools.cache  # it is asked in every layer
+@functools.cache  # every layer asks
 def why_missing(device: str, head_dim: int) -> str:
-    """Why there are no Triton kernels for a type of device and a size of heads; empty if there
-    are."""
+    """Returns why a type of device and a head size have no Triton kernels; empty if they have."""
     if device != "cuda":
         return f"needs a CUDA device, not {device}"
     if head_dim not in TRITON_HEAD_DIMS:
@@ -110,7 +110,7 @@ def _cannot_run() -> str:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"needs version {oldest} or newer, not {triton.__version__}"
     if torch.cuda.is_available():
-        # Before the first kernel is compiled, TorchInductor's too.
+        # This has to come before the first kernel is compiled, even one of TorchInductor's.
         major, minor = torch.cuda.get_device_capability()
         if fault := choose_ptxas(10 * major + minor).warning:
             _warn(f"kernels.backend: {fault}")
@@ -118,11 +118,11 @@ def _cannot_run() -> str:
 
 
 def _variable_in_the_way() -> str:
-    """What a variable that Triton reads keeps it from, in one line."""
+    """Returns one line on an environment variable that stops Triton; empty if none does."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off"):
         return "would interpret its kernels, as TRITON_INTERPRET says; unset it"
     assembler = os.environ.get("TRITON_PTXAS_PATH")
-    if assembler and not os.access(assembler, os.X_OK):  # Triton would take another, silently
+    if assembler and not os.access(assembler, os.X_OK):  # Triton would silently take another
         return f"finds no program at TRITON_PTXAS_PATH={assembler}; correct or unset it"
     home = os.environ.get("TRITON_HOME", os.path.expanduser("~/"))
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))

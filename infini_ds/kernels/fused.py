@@ -1,4 +1,4 @@
-"""Chains of small operators as one kernel: TorchInductor's on GPUs, PyTorch's own elsewhere."""
+"""Fuses chains of small operators into one kernel with TorchInductor on GPUs."""
 
 import functools
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from infini_ds.kernels.backend import compiles
 
 
 def fused(function: Callable[..., Tensor], elsewhere: Callable[..., Any] | None = None):
-    """The function, in few passes over memory where its first argument is on a GPU.
+    """Makes a function that takes few passes over memory if its first argument is on a GPU.
 
-    Its gradient too: what lies between is not kept, but computed again from its inputs.
+    So does its gradient, for which intermediate results are recomputed from the inputs instead of
+    being kept.
 
     Args:
-        function: of tensors, in PyTorch's operators.
-        elsewhere: computes the same where nothing is compiled; None: the function as it is.
+        function: a function of tensors, written with PyTorch's operators.
+        elsewhere: computes the same where nothing is compiled; None runs `function` as it is.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        # What this imports takes seconds. A pool of processes for so little is not worth its start,
-        # in every rank.
+        # Importing the compiler takes seconds. For so few kernels a pool of compile processes in
+        # every rank is not worth starting.
         return torch.compile(function, options={"compile_threads": 1})
 
     @functools.wraps(function)

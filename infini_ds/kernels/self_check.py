@@ -1,14 +1,14 @@
-"""Whether the Triton kernels compute on a device what PyTorch does, before anything relies on it.
+"""Checks on a device that the Triton kernels agree with PyTorch, before anything relies on them.
 
-Kernels are compiled where they run, by a Triton and an assembler that are not ours, and some
-versions of those make wrong code without any error. So each kernel that is going to be used
-computes a small window, forward and backward, twice: the results must be those of PyTorch's
-operators in fp32, and the same bit for bit both times. The sizes that kernels are compiled for are
-the model's own, so that what is compiled here is what runs later.
+Kernels are compiled where they run, by whatever Triton and assembler are installed there, and some
+versions of those generate wrong code without any error. Each kernel that will be used therefore
+computes a small window twice, forward and backward. Its results must match those of PyTorch's
+operators in fp32, and must be bit for bit the same both times. Kernels are compiled for the model's
+own sizes, so that the check runs the same code as the model does later.
 
-A fault may end the process (a compiler that aborts) or leave the device useless (an illegal
-access). Where that would cost something, as in a run of many ranks, the check is a process of its
-own, whose program this module is.
+A fault may end the process (if the compiler aborts) or leave the device unusable (after an illegal
+access). Where that would be costly, as in a run of many ranks, the check runs in a process of its
+own, which executes this module.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ from infini_ds.kernels.launch import is_recording
 from infini_ds.kernels.trial import Trial, error, make_window, results
 
 LIMIT = 1e-2
-"""Of `error`. By Triton's interpreter, at 24 to 272 tokens, roundings to bf16 (half a unit is 2e-3)
-leave 4e-3 of a result and, divided by ROW_SLACK, 3e-3 of a row. A wrong product leaves 1e-1 and
-more; one wrong number of a row of 128, 9e-2 of that row."""
+"""Largest accepted `error`. In Triton's interpreter, at 24 to 272 tokens, rounding to bf16 (half a
+unit is 2e-3) causes errors of 4e-3 in a result and, divided by ROW_SLACK, of 3e-3 in a row. A wrong
+product causes 1e-1 or more, and one wrong number in a row of 128 causes 9e-2 in that row."""
 BETA_SLACK = 3
-"""The gradient of beta is a sum over all tokens whose terms largely cancel."""
+"""Factor on LIMIT for the gradient of beta, a sum over all tokens whose terms largely cancel."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TILE = 128
-"""The largest that kernels have, in tokens."""
+"""Size of the kernels' largest tile, in tokens."""
 
 PROGRAM = __name__
-"""Of the process that checks."""
+"""Module that the checking process executes."""
 
 _PACKAGE = Path(__file__).parents[2]
 _settled = False
@@ -53,19 +53,22 @@ _settled = False
 def trial_of(
     rule: str, heads: int, kv_heads: int, head_dim: int, segment_length: int, dtype: str
 ) -> Trial:
-    """A window for which the kernels are compiled as for these sizes (Triton knows multiples of 16
-    from other numbers): of two whole tiles and the beginning of a third."""
+    """Makes a trial for which Triton compiles the same kernels as for these sizes.
+
+    Its segments have two whole tiles and the beginning of a third, and a length that is a
+    multiple of 16 if segment_length is one, because Triton specialises kernels for such numbers.
+    """
     n = 2 * TILE + 16 + (segment_length % 16 > 0)
     return Trial(rule, heads, kv_heads, head_dim, n, dtype)
 
 
 def limit_of(name: str) -> float:
-    """Of the `error` of a result."""
+    """Returns the largest accepted `error` of a result by its name."""
     return LIMIT * (BETA_SLACK if name == "gradient of beta" else 1)
 
 
 def find_fault(trial: Trial, device: torch.device | str, gradients: bool = True) -> str:
-    """What the kernels do wrong, to come after "triton"; empty if nothing."""
+    """Describes the kernels' fault as a phrase that follows "triton"; empty if there is none."""
     window = make_window(trial)
     arguments = (trial, window, device)
     expected = results(infini_attention_parallel, *arguments, torch.float32, gradients=gradients)
@@ -85,18 +88,19 @@ def find_fault(trial: Trial, device: torch.device | str, gradients: bool = True)
             for name in expected:
                 if not torch.equal(first[name], second[name]):
                     return f"does not compute the same {name} twice on this device"
-    except Exception as fault:  # of any kind: compilers and devices have many
+    except Exception as fault:  # compilers and devices fail in many ways
         return f"fails on this device ({_first_line(fault)})"
     return ""
 
 
 def find_fault_apart(trial: Trial, device: torch.device | str, limit: float) -> str:
-    """The same in a process of its own; the kernels stay in Triton's cache.
+    """Runs `find_fault` in a process of its own, which leaves the kernels in Triton's cache.
 
-    Before this process uses the device: some allow one process alone.
+    This must be called before the calling process uses the device, because some devices admit only
+    one process.
 
     Args:
-        limit: seconds for it, half of train.timeout.
+        limit: time limit in seconds, half of train.timeout.
     """
     command = [sys.executable, "-m", PROGRAM, str(device), *map(str, trial), f"{limit:g}"]
     path = os.pathsep.join((str(_PACKAGE), os.environ.get("PYTHONPATH", "")))
@@ -116,14 +120,13 @@ def find_fault_apart(trial: Trial, device: torch.device | str, limit: float) -> 
 
 
 def check(q: Tensor, kv_heads: int, rule: str) -> None:
-    """Before the kernels are used for the first time on a device: those that are wrong count as
-    missing from then on.
+    """Checks the kernels before their first use on a device, and distrusts them if they are wrong.
 
     Args:
-        q: [batch, segments, n, heads, d], as they are going to be computed.
+        q: [batch, segments, n, heads, d], the queries that the kernels are about to receive.
 
     Raises:
-        RunError: nothing can use the device any more.
+        RunError: the kernels left the device unusable.
     """
     if is_recording():
         return
@@ -138,7 +141,7 @@ def check(q: Tensor, kv_heads: int, rule: str) -> None:
 
 
 def settle() -> None:
-    """It is known of all devices of a run what to do: nothing is checked any more."""
+    """Ends all checking in this process, once it is decided what each device of a run uses."""
     global _settled
     _settled = True
 
@@ -153,12 +156,12 @@ def _choose_assembler(device: torch.device | str) -> None:
 
 @functools.cache
 def _fault_here(trial: Trial, device: torch.device, gradients: bool) -> str:
-    # A thread of its own has no part in what this one does: checkpointing's hooks, autocast.
+    # A thread of its own is free of this one's state, such as checkpointing's hooks and autocast.
     with ThreadPoolExecutor(1) as pool:
         fault = pool.submit(find_fault, trial, device, gradients).result()
     try:
         torch.cuda.synchronize(device)
-    except Exception:  # an illegal access is told again by whatever uses the device
+    except Exception:  # after an illegal access, every use of the device raises
         raise RunError(
             f"kernels.backend: triton {fault}, and nothing can use it any more; start again with "
             "kernels.backend=torch, or on the CPU with CUDA_VISIBLE_DEVICES= before the command"
@@ -168,7 +171,7 @@ def _fault_here(trial: Trial, device: torch.device, gradients: bool) -> str:
 
 @contextlib.contextmanager
 def unwritten_memory_is_nan() -> Iterator[None]:
-    """Inside it new tensors are filled with NaN, so that what nobody writes is told."""
+    """Fills new tensors with NaN, so that the check finds numbers that no kernel writes."""
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -188,13 +191,13 @@ def _ending(code: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what `find_fault` says as JSON, in the last line; nothing where there are no kernels.
+    """Prints the result of `find_fault` as JSON in the last line; empty if there are no kernels.
 
     Args:
-        arguments: the device, a Trial's fields, and after how many seconds to end at the latest.
+        arguments: the device, a Trial's fields, and a time limit in seconds.
     """
     device, rule, *sizes, dtype, limit = arguments
-    signal.alarm(int(float(limit)) + 1)  # of whoever started it there may be nothing left
+    signal.alarm(int(float(limit)) + 1)  # the process that started this one may be gone
     heads, kv_heads, head_dim, n = map(int, sizes)
     trial = Trial(rule, heads, kv_heads, head_dim, n, dtype)
     fault = ""

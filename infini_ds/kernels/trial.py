@@ -1,4 +1,4 @@
-"""A small window with all that Infini-attention can meet in it, to compare ways of computing it."""
+"""A small window with every case of Infini-attention, to compare ways of computing it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from infini_ds.layout import Layout
 from infini_ds.memory.state import MemoryState
 
 Operation = Callable[[Inputs], tuple[Tensor, MemoryState]]
-"""A way to compute Infini-attention, as `infini_attention_reference` is one."""
+"""A way to compute Infini-attention, such as `infini_attention_reference`."""
 
 OUTPUTS = ("output", "memory", "norm of the memory")
 GRADIENTS = tuple(
@@ -19,13 +19,13 @@ GRADIENTS = tuple(
     for name in ("q", "k", "v", "the write weights", "the memory", "its norm", "beta")
 )
 STORED_TOKENS = 64
-"""Of the documents that go on from an earlier window."""
+"""Tokens already stored of the documents that continue from an earlier window."""
 ROW_SLACK = 8.0
-"""One row may be off by so many times what all of them together may."""
+"""A single row's relative error may be this many times that of all rows together."""
 
 
 class Trial(NamedTuple):
-    """Sizes of the window, and the type that the kernels are for: bf16 or fp32."""
+    """The sizes of the window, and the kernels' type, bf16 or fp32."""
 
     rule: str
     heads: int
@@ -36,10 +36,10 @@ class Trial(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Numbers that bf16 can hold, but for the memory; batch 2, 3 segments."""
+    """Three segments of two lanes; all numbers but the memory's are exact in bf16."""
 
     qkv: Tensor
-    """[batch, segments, n, heads + 2 kv_heads, d]: one projection, sliced as in a model."""
+    """[batch, segments, n, heads + 2 kv_heads, d], one projection, sliced as in a model."""
     w: Tensor
     memory: MemoryState
     beta: Tensor
@@ -48,7 +48,7 @@ class Window(NamedTuple):
 
 
 def make_window(trial: Trial) -> Window:
-    """The same numbers every time, whatever other random numbers are drawn."""
+    """Makes the same numbers every time, independently of PyTorch's global generator."""
     _, heads, kv_heads, d, n, _ = trial
     random = torch.Generator().manual_seed(n)
 
@@ -64,7 +64,11 @@ def make_window(trial: Trial) -> Window:
 
 
 def make_layout(n: int, device: torch.device | str) -> Layout:
-    """Carried and empty memories, a document that starts inside, padding, no tokens at all."""
+    """Makes a layout that covers every case.
+
+    It has carried and empty memories, a document that starts inside the window, padding, and a
+    segment without tokens.
+    """
     starts = torch.tensor([[False, False, True], [True, False, False]])
     lengths = torch.tensor([[n, n, -(-n // 3)], [-(-n // 2), n, 0]], dtype=torch.int32)
     return Layout(starts.to(device), lengths.to(device))
@@ -79,11 +83,11 @@ def results(
     state: torch.dtype = torch.float32,
     gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """OUTPUTS, and GRADIENTS if wanted, on the device.
+    """Computes OUTPUTS, and GRADIENTS if wanted, on the device.
 
     Args:
-        dtype: of queries, keys, values and beta.
-        state: of memories, write weights and rotary tables.
+        dtype: type of queries, keys, values and beta.
+        state: type of memories, write weights and rotary tables.
     """
     rule, heads, kv_heads, d, n, _ = trial
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
@@ -106,10 +110,11 @@ def results(
 
 
 def error(expected: Tensor, actual: Tensor) -> float:
-    """How far off, as a share of the expected size; infinite for what is not finite.
+    """Computes the relative error of a result, infinite if a number is not finite.
 
-    Of all rows together, or of the worst one by ROW_SLACK, whichever is more: one wrong row hides
-    among thousands that are right. A small row counts as large as one is on average.
+    It is the error of all rows together, or that of the worst row divided by ROW_SLACK if that is
+    larger, since one wrong row would be hidden by thousands of right ones. A row smaller than the
+    average is measured against the average size.
     """
     wanted = expected.double()
     off = (actual.double() - wanted).norm(dim=-1)
@@ -118,4 +123,4 @@ def error(expected: Tensor, actual: Tensor) -> float:
     worst = (off / torch.maximum(size, mean).clamp(min=1e-30)).max() / ROW_SLACK
     whole = off.norm() / size.norm().clamp(min=1e-30)
     share = torch.maximum(whole, worst).item()
-    return share if share < float("inf") else float("inf")  # nor is NaN below it
+    return share if share < float("inf") else float("inf")  # NaN becomes infinite too

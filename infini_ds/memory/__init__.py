@@ -1,4 +1,4 @@
-"""The compressive memory: the state handed on along a document, and the rules that change it."""
+"""The compressive memory, a state passed on along a document, and the rules that change it."""
 
 from infini_ds.memory.delta import Delta
 from infini_ds.memory.linear import Linear
@@ -6,6 +6,6 @@ from infini_ds.memory.rule import MemoryRule
 from infini_ds.memory.state import MemoryState
 
 RULES: dict[str, MemoryRule] = {rule.name: rule for rule in (Linear(), Delta())}
-"""The rules by their names in model.memory_rule."""
+"""The memory rules by their names in model.memory_rule."""
 
 __all__ = ["RULES", "MemoryRule", "MemoryState"]

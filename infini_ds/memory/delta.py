@@ -27,15 +27,15 @@ class Delta(MemoryRule):
 
 @torch.no_grad()
 def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
-    """Guards the delta rule: a factor on what is subtracted, which is 1 wherever eq. (5) is stable.
+    """Computes c, the factor on what eq. (5) subtracts that keeps the delta rule stable.
 
-    A segment multiplies the stored M by I - c G, where G, the sum of w sigma(k)^T sigma(k) /
-    (sigma(k) z), is symmetric and positive semi-definite. M cannot grow by this as long as the
-    largest eigenvalue of c G is at most 2. G has no negative entry, so by Collatz and Wielandt that
-    eigenvalue is at most max(G x / x) for any positive x. We start from x = z, for which G z is
-    the norm that the segment adds, and tighten the bound by two power steps. Where the bound
-    exceeds 2 (a segment that writes more than about twice what is stored, as after a short first
-    segment), c brings it down to 2. Gradients treat the factor as a constant.
+    c is 1 wherever eq. (5) is stable by itself. A segment multiplies the stored M by I - c G, where
+    G, the sum of w sigma(k)^T sigma(k) / (sigma(k) z), is symmetric and positive semi-definite.
+    This cannot make M grow while the largest eigenvalue of c G is at most 2. G has no negative
+    entry, so by Collatz and Wielandt that eigenvalue is at most max(G x / x) for any positive x. We
+    start from x = z, for which G z is the norm that the segment adds, and tighten the bound by two
+    power steps. Where the bound exceeds 2 (a segment that writes more than about twice what is
+    stored, as after a short first segment), c brings it down to 2. Gradients treat c as a constant.
 
     Args:
         overlap: [..., d, d], G.

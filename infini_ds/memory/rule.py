@@ -20,7 +20,7 @@ class MemoryRule(ABC):
     name: ClassVar[str]
     """Value of model.memory_rule that selects the rule."""
     reads_of_a_key: ClassVar[int]
-    """How often a key reads the memory before it is written, to count operations."""
+    """Number of times that writing a key reads the memory, for counting operations."""
 
     @abstractmethod
     def write(
@@ -37,7 +37,7 @@ class MemoryRule(ABC):
 
 
 def sigma(x: Tensor) -> Tensor:
-    """Maps queries and keys to features: elu + 1, always positive."""
+    """Maps queries and keys to features by elu + 1, which is always positive."""
     return torch.nn.functional.elu(x) + 1
 
 
@@ -45,7 +45,7 @@ def read(sigma_q: Tensor, memory: MemoryState) -> Tensor:
     """Reads the memory for some queries, eq. (3).
 
     Args:
-        sigma_q: [batch, n, heads, d], features; the queries of a group read one memory.
+        sigma_q: [batch, n, heads, d], features of the queries; those of a group read one memory.
 
     Returns:
         [batch, n, heads, d].

@@ -1,4 +1,4 @@
-"""The compressive memory of one layer, which is handed on along a document."""
+"""The compressive memory of one layer, which is passed on along a document."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,9 +11,9 @@ EPSILON = 1e-10
 
 
 class MemoryState(NamedTuple):
-    """The state that one layer has stored of each lane's document, in fp32.
+    """The memory that one layer has of each lane's document, in fp32.
 
-    Code that hands memories on (lanes, stages, files, windows) treats them as tensors whose first
+    Code that passes memories on (lanes, stages, files, windows) treats them as tensors whose first
     dimension is the batch; only memory rules and kernels know what they mean.
     """
 

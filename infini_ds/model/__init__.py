@@ -1,1 +1,1 @@
-"""The Infini-Transformer on one device: no DeepSpeed, no ranks."""
+"""The Infini-Transformer on one device, without DeepSpeed or ranks."""

@@ -1,4 +1,4 @@
-"""The attention layer: projections around Infini-attention."""
+"""The attention layer, which puts projections around Infini-attention."""
 
 import functools
 from collections.abc import Callable
@@ -27,27 +27,27 @@ Method = TypeVar("Method", bound=Callable)
 
 
 def _not_compiled(method: Method) -> Method:
-    """torch.compile leaves it as it is: the code that it makes of products of unknown sizes fails
-    (torch 2.13), and around it there is enough to compile."""
+    """Excludes a method from torch.compile, which generates failing code for matrix products of
+    unknown sizes (torch 2.13). The code around the method is still compiled."""
 
     @functools.wraps(method)
     def call(*args):
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(method)(*args)  # its import takes a second
+            return torch.compiler.disable(method)(*args)  # importing it takes a second
         return method(*args)
 
     return call  # type: ignore[return-value]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """The memory is computed in fp32, whatever the projections are."""
+    """Turns autocast off, because the memory is computed in fp32 whatever the projections use."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 class InfiniAttention(nn.Module):
-    """Local attention inside a segment and a read of the memory of all earlier ones."""
+    """Attends locally inside each segment and reads the memory of all earlier segments."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,11 +73,17 @@ class InfiniAttention(nn.Module):
     def forward(
         self, hidden: Tensor, layout: Layout, memory: MemoryState
     ) -> tuple[Tensor, MemoryState, WriteStats | None]:
-        """Whole segments at once.
+        """Processes whole segments at once.
 
-        hidden [batch, segments x n, hidden_size], where n is segment_length, or anything shorter
-        for a single segment. Returns the same shape, the memory after the last segment, and
-        statistics of what was written, None without a write gate.
+        Args:
+            hidden: [batch, segments x n, hidden_size], where n is segment_length, or anything
+                shorter for a single segment.
+            layout: document starts and valid lengths.
+            memory: the memory before the first segment.
+
+        Returns:
+            The output in the shape of `hidden`, the memory after the last segment, and statistics
+            of what was written, None without a write gate.
         """
         hidden = rearrange(hidden, "b (s n) c -> b s n c", s=layout.starts.shape[1])
         n = hidden.shape[2]
@@ -107,18 +113,18 @@ class InfiniAttention(nn.Module):
         positions: Tensor,
         used: int,
     ) -> tuple[Tensor, OpenSegment, WriteStats | None]:
-        """A few more tokens of a segment that is not full yet; nothing is written to the memory.
+        """Adds a few tokens to a segment that is not full yet, without writing to the memory.
 
         Args:
             hidden: [batch, t, hidden_size].
-            memory: as it was before the segment.
-            segment: what was read of it so far.
+            memory: the memory before the segment.
+            segment: the tokens of the segment that were read earlier.
             positions: [batch, t], places of the new tokens in the segment.
-            used: how far the fullest row's segment is filled with them.
+            used: length of the fullest row's segment, including the new tokens.
 
         Returns:
-            The output, the segment with the new tokens in place, and statistics of what will be
-            written of them, None without a write gate.
+            The output, the segment with the new tokens in place, and statistics of how much of
+            them will be written, None without a write gate.
         """
         keys, values, weights, tail = segment
         qkv = self._project(hidden)
@@ -161,13 +167,13 @@ class InfiniAttention(nn.Module):
             return memory_scan(keys, values, w, memory, layout, self.config.memory_rule)[1]
 
     def _project(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] to [..., heads + 2 kv_heads, d]."""
+        """Projects [..., hidden_size] to [..., heads + 2 kv_heads, d]."""
         return self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """Queries [..., heads, d], keys and values [..., kv_heads, d].
+        """Returns queries [..., heads, d], keys and values [..., kv_heads, d].
 
-        With qk_norm queries and keys are normalised, for the memory as for local attention.
+        With qk_norm, queries and keys are normalised both for the memory and for local attention.
         """
         heads, kv_heads = self.config.num_heads, self.config.kv_heads
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)
@@ -175,6 +181,6 @@ class InfiniAttention(nn.Module):
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].device != device:
-            with torch.inference_mode(False):  # training may use it later
+            with torch.inference_mode(False):  # training may use the table later
                 self._rotary = rotary_table(self.config, device)
         return self._rotary

@@ -1,4 +1,4 @@
-"""One Transformer block: a pure function of hidden states, layout and memory."""
+"""One Transformer block, a pure function of hidden states, layout and memory."""
 
 from typing import Literal, get_args
 
@@ -20,8 +20,8 @@ Checkpointing = Literal["none", "attention", "block"]
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream.
 
-    It keeps nothing between calls, so computing it again gives the same result: a memory stored
-    in the layer would have moved on by then, and would be written twice.
+    A block keeps no state between calls, so that recomputing it gives the same result. A memory
+    stored in the layer would already have moved on by then, and would be written twice.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: Checkpointing = "none"):
@@ -40,8 +40,8 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, layout: Layout, memory: MemoryState
     ) -> tuple[Tensor, MemoryState, WriteStats | None]:
-        """[batch, segments x n, hidden_size] to the same, the memory after the last segment, and
-        statistics of what was written, None without a write gate."""
+        """Maps [batch, segments x n, hidden_size] to the same shape. Also returns the memory after
+        the last segment, and statistics of what was written, None without a write gate."""
         if self.activation_checkpointing == "block" and self.training:
             return _checkpoint(self._forward, hidden, layout, memory)
         return self._forward(hidden, layout, memory)
@@ -54,7 +54,7 @@ class Block(nn.Module):
         positions: Tensor,
         used: int,
     ) -> tuple[Tensor, OpenSegment, WriteStats | None]:
-        """A few more tokens of an open segment, see InfiniAttention.extend."""
+        """Adds a few tokens to an open segment, see `InfiniAttention.extend`."""
         attended, segment, stats = self.self_attn.extend(
             self.input_layernorm(hidden), memory, segment, positions, used
         )
@@ -75,5 +75,5 @@ class Block(nn.Module):
 
 
 def _checkpoint(function, *args):
-    # Nothing draws random numbers, so their state need not be kept.
+    # No layer draws random numbers, so the generator's state need not be kept.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

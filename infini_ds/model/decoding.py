@@ -1,4 +1,4 @@
-"""Reading a few tokens at a time through consecutive blocks: one device's, or one stage's."""
+"""Reads a few tokens at a time through consecutive blocks, those of a device or of a stage."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +17,12 @@ def extend(
     """Reads tokens that fit into the open segment of every row, and compresses full segments.
 
     Args:
-        blocks: as many as `memory` has layers.
-        hidden: [batch, t, hidden_size], before the first of them.
+        blocks: one for each layer of `memory`.
+        hidden: [batch, t, hidden_size], the input of the first block.
 
     Returns:
-        Hidden states after the last block, the memory after the tokens, and statistics of what
-        each layer writes of them, empty without write gates.
+        Hidden states after the last block, the memory after the tokens, and statistics of how much
+        of them each layer writes, empty without write gates.
     """
     t = hidden.shape[1]
     start = torch.tensor(memory.lengths, device=hidden.device)
@@ -39,7 +39,7 @@ def extend(
 
 
 def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
-    """Compresses the open segments that are full."""
+    """Compresses those open segments that are full."""
     full = [length == memory.keys.shape[2] for length in memory.lengths]
     if not any(full):
         return memory
@@ -51,6 +51,6 @@ def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
     lengths = tuple(
         0 if is_full else length for is_full, length in zip(full, memory.lengths, strict=True)
     )
-    # The next segment's first tokens have none before them.
+    # The first tokens of the next segment have no predecessors.
     tail = memory.tail.masked_fill(chosen[:, None, None, None], 0)
     return replace(memory.with_layers(layers), tail=tail, lengths=lengths)

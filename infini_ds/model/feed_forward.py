@@ -1,4 +1,4 @@
-"""The gated feed-forward: SwiGLU or GEGLU (Shazeer 2020)."""
+"""The gated feed-forward layer, SwiGLU or GEGLU (Shazeer 2020)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,10 @@ from infini_ds.kernels.fused import fused
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)); gate and up are one product.
+    """Computes down(act(gate(x)) * up(x)), with gate and up as one matrix product.
 
-    Of what is between the products only gate and up are kept: the rest is cheap to compute again.
+    Between the products only gate and up are kept for the backward pass, because the rest is cheap
+    to recompute.
     """
 
     def __init__(self, config: ModelConfig):
@@ -23,16 +24,16 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[batch, length, hidden_size] to the same."""
+        """Maps [batch, length, hidden_size] to the same shape."""
         gate_up = self.gate_up_proj(hidden)
         weight, bias = self.down_proj.weight, self.down_proj.bias
-        weight = weight.to(gate_up.dtype)  # another one under autocast
+        weight = weight.to(gate_up.dtype)  # differs under autocast
         bias = None if bias is None else bias.to(gate_up.dtype)
         return _Down.apply(gate_up, weight, bias, self.hidden_act)  # type: ignore[return-value]
 
 
 class _Down(torch.autograd.Function):
-    """F.linear(gated(gate_up), weight, bias), keeping gate_up and weight."""
+    """Computes F.linear(gated(gate_up), weight, bias), and keeps only gate_up and weight."""
 
     @staticmethod
     def forward(ctx, gate_up, weight, bias, hidden_act):
@@ -55,7 +56,7 @@ class _Down(torch.autograd.Function):
 
 @fused
 def gated(gate_up: Tensor, hidden_act: str) -> Tensor:
-    """act(gate) * up, of gate and up side by side [..., 2 size] and the activation's name."""
+    """Computes act(gate) * up, where gate_up [..., 2 size] holds gate and up side by side."""
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[hidden_act](gate).mul_(up)
 
@@ -76,7 +77,7 @@ def _gated_gradient_in_place(gradient: Tensor, gate_up: Tensor, hidden_act: str)
 
 
 gated_gradient = fused(_gated_gradient, elsewhere=_gated_gradient_in_place)
-"""Of gate and up, from the gradient of `gated` [..., size]."""
+"""Computes the gradient of gate_up from the gradient of the result of `gated`, [..., size]."""
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 _DERIVATIVES = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}

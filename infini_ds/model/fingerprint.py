@@ -1,4 +1,4 @@
-"""What tells one model from another: a checksum of its shape and weights."""
+"""A checksum of a model's settings and weights, which identifies the model."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ from infini_ds.model.transformer import InfiniTransformer
 
 
 def fingerprint(model: InfiniTransformer) -> str:
-    """sha256 over the settings that are not the defaults, and every parameter in its dtype.
+    """Computes sha256 over all non-default settings and over every parameter in its dtype.
 
-    The same for one model whatever its files, its device and the layout it was trained in.
+    The result does not depend on the model's files, its device or the layout of its training.
     """
     digest = hashlib.sha256(model.config.model_dump_json(exclude_defaults=True).encode())
     for name, parameter in sorted(model.named_parameters()):

@@ -1,4 +1,4 @@
-"""Floating-point operations of the layers: for balancing stages and for utilisation."""
+"""Counts the layers' floating-point operations, to balance stages and to compute utilisation."""
 
 import torch
 
@@ -10,17 +10,18 @@ PEAK_BF16_FLOPS = {
     "B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
     "A100": 312e12, "L40S": 362e12,
 }  # fmt: skip
-"""Dense bf16 FLOP/s by a part of the device's name, the first that fits, from the vendor's data
-sheets."""
+"""Dense bf16 FLOP/s from the vendor's data sheets. Each key is a part of the device's name, and the
+first key that matches counts."""
 
 
 def forward_flops_per_token(config: ModelConfig) -> list[int]:
-    """Of each layer of `layer_list` plus the head, for one token; a multiply-add counts as 2.
+    """Counts the operations for one token in each layer of `layer_list`, then in the head.
 
-    Attention is causal inside a segment: a token meets (n + 1) / 2 keys on average. The memory
-    costs a read (d x d per query head) and a write (d x d per key-value head), and the delta
-    rule one more read per key-value head. A write gate is a small projection, a short convolution
-    a few multiply-adds per channel of queries, keys and values.
+    A multiply-add counts as 2. Attention is causal inside a segment, so a token meets (n + 1) / 2
+    keys on average. The memory costs a read (d x d per query head) and a write (d x d per
+    key-value head), and the delta rule adds one read per key-value head. A write gate is a small
+    projection, and a short convolution takes a few multiply-adds per channel of queries, keys and
+    values.
     """
     hidden, d, n = config.hidden_size, config.head_dim, config.segment_length
     heads, kv_heads = config.num_heads, config.kv_heads
@@ -37,12 +38,12 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
 
 
 def training_flops_per_token(config: ModelConfig) -> int:
-    """Forward and backward, without what is computed again: three times the forward."""
+    """Counts forward and backward as three times the forward pass, without recomputation."""
     return 3 * sum(forward_flops_per_token(config))
 
 
 def device_peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Peak of dense matrix products, FLOP/s; None where it is not known."""
+    """Returns the device's peak FLOP/s in dense matrix products, or None if it is not known."""
     if device.type != "cuda" or dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)

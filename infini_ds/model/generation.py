@@ -1,4 +1,4 @@
-"""Writing text: bounded memory whatever the length of prompt and answer."""
+"""Generates text in bounded memory, however long the prompt and the answer are."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from infini_ds.system.ranges import require_finite
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen."""
+    """Settings for choosing the next token."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 means greedy decoding."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that together reach this probability."""
+    """Only the likeliest tokens that together reach this probability are sampled."""
     top_k: int = 0
-    """Sample among this many likeliest tokens; 0 means all."""
+    """Only this many of the likeliest tokens are sampled; 0 means all."""
 
     def check(self) -> None:
         """Raises ValueError if a setting is out of its range."""
@@ -46,16 +46,16 @@ def generate(
 ) -> Tensor:
     """Continues each prompt.
 
-    The prompt is absorbed segment by segment; the key-value cache never holds more than one
-    segment, and the memory takes in each segment as it fills.
+    The prompt is read segment by segment. The key-value cache never holds more than one segment,
+    and each full segment is written into the memory.
 
     Args:
-        prompt: [batch, length], or one [length] tensor a row when lengths differ.
-        max_new_tokens: at most this many tokens are added.
+        prompt: [batch, length], or one [length] tensor for each row if lengths differ.
+        max_new_tokens: the largest number of tokens to add.
         temperature, top_p, top_k: see `Sampling`.
-        stop_token: a row that wrote it, or one of them, is finished; the rest of it is filled with
-            it, or with the first.
-        memory: of a document that the prompt goes on with.
+        stop_token: one or several tokens, each of which ends a row. The rest of the row is filled
+            with the (first) stop token.
+        memory: the memory of a document that the prompt continues.
         generator: source of the random numbers.
 
     Returns:
@@ -80,7 +80,7 @@ def stream(
     memory: Memory | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Like `generate`, but gives each new column [batch] as it is written."""
+    """Works like `generate`, but yields each new column [batch] as soon as it is chosen."""
     sampling.check()
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -117,7 +117,8 @@ def _several(stop_token: int | Sequence[int] | None) -> list[int]:
 def _absorb(
     model: Reader, prompt: Tensor | Sequence[Tensor], memory: Memory | None
 ) -> tuple[Tensor, Memory]:
-    """Hidden state of each row's last token, [batch, hidden_size], and the memory after it."""
+    """Reads the prompt. Returns the hidden state of each row's last token, [batch, hidden_size],
+    and the memory after it."""
     if isinstance(prompt, Tensor):
         return _absorb_rows(model, prompt, memory)
     if memory is not None:
@@ -134,9 +135,9 @@ def _absorb_rows(model: Reader, tokens: Tensor, memory: Memory | None) -> tuple[
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """Chooses one token a row, [batch], from fp32 logits [batch, vocab_size]."""
+    """Chooses one token for each row, [batch], from fp32 logits [batch, vocab_size]."""
     temperature, top_p, top_k = sampling
-    # So cold that the numbers end, it is greedy.
+    # Scores cannot be divided by a temperature below fp32's normal range: decoding is greedy.
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     likeliest = logits.amax(dim=-1, keepdim=True)

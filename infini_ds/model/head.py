@@ -1,4 +1,4 @@
-"""The output head, and the loss that never holds the logits of a whole window."""
+"""The output head, and a loss that never holds the logits of a whole window."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,13 @@ from infini_ds.kernels.fused import fused
 from infini_ds.layout import IGNORE_INDEX
 
 _GPU_LOGITS = 2**28
-"""Of a chunk: half a GiB in bf16. With few a GPU waits for the host, which starts each chunk."""
+"""Logits of a chunk on a GPU, half a GiB in bf16. With smaller chunks the GPU would wait for the
+host, which has to launch each of them."""
 _CPU_TOKENS = 1024
 
 
 class Head(nn.Module):
-    """Projection to the vocabulary, with a weight of its own."""
+    """Projects to the vocabulary with a weight that is not shared with the embedding."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -23,21 +24,21 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[batch, length, hidden_size] to logits [batch, length, vocab_size]."""
+        """Maps [batch, length, hidden_size] to logits [batch, length, vocab_size]."""
         return F.linear(hidden, self.weight, self.bias)
 
 
 def token_losses(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int
 ) -> Tensor:
-    """Cross-entropy of each token, fp32, 0 where the label is IGNORE_INDEX.
+    """Computes each token's cross-entropy in fp32, which is 0 where the label is IGNORE_INDEX.
 
     Args:
         hidden: [batch, length, hidden_size].
-        weight, bias: of the head.
+        weight, bias: parameters of the head.
         labels: [batch, length].
-        chunk_tokens: tokens whose logits exist at one time, see `loss_chunk`; they are computed
-            again in the backward pass when there is more than one chunk.
+        chunk_tokens: number of tokens whose logits exist at the same time, see `loss_chunk`. If
+            there is more than one chunk, the backward pass recomputes the logits.
 
     Returns:
         [batch, length].
@@ -60,7 +61,7 @@ def token_losses(
 
 
 def loss_chunk(tokens: int, vocab_size: int, device: str) -> int:
-    """Tokens of a chunk of the loss: what was asked for, or if 0, what suits a type of device."""
+    """Returns the tokens in a chunk of the loss: `tokens`, or if 0, what suits the device type."""
     return tokens or (_CPU_TOKENS if device == "cpu" else max(1, _GPU_LOGITS // vocab_size))
 
 
@@ -70,5 +71,6 @@ def _chunk_losses(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 @fused
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of logits [rows, vocab_size] and targets [rows]: [rows], fp32, 0 for IGNORE_INDEX."""
+    """Maps logits [rows, vocab_size] and targets [rows] to fp32 losses [rows], 0 for
+    IGNORE_INDEX."""
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -1,4 +1,4 @@
-"""The ordered list of layers from which one process and the pipeline build the same model."""
+"""The ordered list of layers from which a single process and the pipeline build the same model."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from infini_ds.model.write_gate import INITIAL_DEVIATION
 
 
 class Embedding(nn.Embedding):
-    """Token embedding; its weight is also the head's when embeddings are tied."""
+    """The token embedding, which shares its weight with the head if embeddings are tied."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.vocab_size, config.hidden_size)
@@ -28,14 +28,14 @@ class FinalNorm(RMSNorm):
 
 
 class Layer(NamedTuple):
-    """How to build one layer: its class and its arguments."""
+    """The class and the arguments from which one layer is built."""
 
     module: type[nn.Module]
     args: tuple
 
 
 def layer_list(config: ModelConfig, checkpointing: Checkpointing = "none") -> list[Layer]:
-    """Embedding, blocks, final norm, and the head unless it is the embedding itself."""
+    """Lists the embedding, blocks, final norm, and the head unless it is tied to the embedding."""
     blocks = [Layer(Block, (config, checkpointing))] * config.num_layers
     layers = [Layer(Embedding, (config,)), *blocks, Layer(FinalNorm, (config,))]
     return layers if config.tie_embeddings else [*layers, Layer(Head, (config,))]
@@ -43,17 +43,19 @@ def layer_list(config: ModelConfig, checkpointing: Checkpointing = "none") -> li
 
 @torch.no_grad()
 def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:
-    """Initial weights as a function of seed and place alone, whichever process builds the layer.
+    """Sets a layer's initial weights, which depend on the seed and the layer's index alone.
 
-    Normal with initializer_range; projections that end a branch are divided by sqrt(2 L) so that
+    They are the same whichever process builds the layer. Weights are normally distributed
+    with deviation initializer_range, divided by sqrt(2 L) in projections that end a branch so that
     the residual stream does not grow with depth (GPT-2). Norms are 1, biases and convolutions 0.
-    Write gates have a deviation of their own, and are drawn last: all else is as without them.
+    Write gates have a deviation of their own, and are drawn last so that all other weights are the
+    same as without them.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     gates_last = sorted(layer.named_parameters(), key=lambda item: _is_write_gate(item[0]))
     for name, parameter in gates_last:
         if parameter.dim() < 2 or name.endswith("short_conv.weight"):
-            continue  # norms, biases, gates and convolutions are set where they are made
+            continue  # the constructors set norms, biases, gates and convolutions
         ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
         scale = math.sqrt(2 * config.num_layers) if ends_branch else 1.0
         deviation = INITIAL_DEVIATION if _is_write_gate(name) else config.initializer_range / scale
@@ -70,7 +72,7 @@ def _is_write_gate(name: str) -> bool:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the whole model, counted without making them."""
+    """Counts the parameters of the whole model without allocating them."""
     with torch.device("meta"):
         layers = [layer.module(*layer.args) for layer in layer_list(config)]
     return sum(parameter.numel() for layer in layers for parameter in layer.parameters())

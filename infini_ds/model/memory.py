@@ -1,4 +1,4 @@
-"""A document's memory across calls: compressive memories, and the segment still open."""
+"""A document's memory between calls: its compressive memories and its open segment."""
 
 import json
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ FORMAT = "infini_ds.memory.2"
 
 
 class OpenSegment(NamedTuple):
-    """What one layer keeps of the segment that is not full yet; see `Memory`."""
+    """The part of a `Memory` in which one layer keeps the segment that is not full yet."""
 
     keys: Tensor
     """[batch, segment_length, kv_heads, d]"""
@@ -35,29 +35,29 @@ class OpenSegment(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Memory:
-    """What a model keeps of the documents it has read so far, a fixed size whatever their length.
+    """The state of a model after the documents it has read, of one size whatever their length.
 
-    Reading goes on exactly where it stopped, at any token: whole segments are compressed into
-    `kv` and `norm`, and the keys and values of the segment that is not full yet are kept as
-    they are, never more than one segment of them. Tensors of options that are off are empty.
+    Reading can stop at any token and continue exactly there. Full segments are compressed into
+    `kv` and `norm`, and the keys and values of the open segment, which is not full yet, are kept
+    as they are. Tensors of options that are off are empty.
     """
 
     kv: Tensor
-    """[layers, batch, kv_heads, d, d] fp32: the compressive memories."""
+    """[layers, batch, kv_heads, d, d] fp32, the compressive memories."""
     norm: Tensor
-    """[layers, batch, kv_heads, d] fp32: their normalisers."""
+    """[layers, batch, kv_heads, d] fp32, their normalisers."""
     keys: Tensor
-    """[layers, batch, segment_length, kv_heads, d]: keys of the open segment, before rotary."""
+    """[layers, batch, segment_length, kv_heads, d], keys of the open segment, before rotary."""
     values: Tensor
-    """[layers, batch, segment_length, kv_heads, d]: values of the open segment."""
+    """[layers, batch, segment_length, kv_heads, d], values of the open segment."""
     weights: Tensor
-    """[layers, batch, segment_length, kv_heads] fp32: how much of each token will be written;
-    the last size is 0 without memory.write_gate."""
+    """[layers, batch, segment_length, kv_heads] fp32, the weights with which the open segment's
+    tokens will be written; the last size is 0 without memory.write_gate."""
     tail: Tensor
-    """[layers, batch, TAPS, heads + 2 kv_heads, d]: queries, keys and values of the open segment's
-    last tokens, before the convolution; none without memory.short_conv."""
+    """[layers, batch, TAPS, heads + 2 kv_heads, d], queries, keys and values of the open segment's
+    last tokens before the convolution; the third size is 0 without memory.short_conv."""
     lengths: tuple[int, ...]
-    """Tokens in the open segment of each row."""
+    """Number of tokens in the open segment of each row."""
 
     @classmethod
     def empty(
@@ -67,7 +67,7 @@ class Memory:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "Memory":
-        """The memory of documents of which nothing was read yet."""
+        """Makes the memory of documents of which nothing has been read yet."""
         tensors = {
             name: torch.zeros(
                 shape, device=device, dtype=dtype if name in _COMPUTED else torch.float32
@@ -78,35 +78,37 @@ class Memory:
 
     @property
     def batch(self) -> int:
-        """Number of documents."""
+        """The number of documents."""
         return len(self.lengths)
 
     def layers(self) -> list[MemoryState]:
-        """The compressive memory of each layer."""
+        """Returns the compressive memory of each layer."""
         return MemoryState(self.kv, self.norm).unstack()
 
     def with_layers(self, layers: list[MemoryState]) -> "Memory":
-        """The same open segment with other compressive memories."""
+        """Returns a copy with other compressive memories and the same open segments."""
         return replace(self, **MemoryState.stack(layers)._asdict())
 
     def segments(self) -> list[OpenSegment]:
-        """The open segment of each layer."""
+        """Returns the open segment of each layer."""
         parts = (self.keys, self.values, self.weights, self.tail)
         return [OpenSegment(*tensors) for tensors in zip(*parts, strict=True)]
 
     def with_segments(self, segments: list[OpenSegment], lengths: tuple[int, ...]) -> "Memory":
-        """The same compressive memories with other open segments."""
+        """Returns a copy with other open segments and the same compressive memories."""
         keys, values, weights, tail = map(torch.stack, zip(*segments, strict=True))
         return replace(self, keys=keys, values=values, weights=weights, tail=tail, lengths=lengths)
 
     def detach(self) -> "Memory":
-        """Cuts the gradient."""
+        """Returns a copy through which no gradient flows."""
         return self._map(Tensor.detach)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Memory":
-        """Moves every tensor; `dtype` is of the open segment, the compressive memory stays fp32.
+        """Moves every tensor to a device, and the open segment's computed tensors to `dtype`.
+
+        The compressive memories and the write weights stay in fp32.
 
         Raises:
             UserError: a number is beyond the range of `dtype`.
@@ -119,7 +121,7 @@ class Memory:
 
     @classmethod
     def concatenate(cls, memories: list["Memory"]) -> "Memory":
-        """One memory whose batch is that of all of them, in order."""
+        """Concatenates memories along the batch, in order."""
         tensors = {
             name: torch.cat([getattr(memory, name) for memory in memories], dim=1)
             for name in _TENSORS
@@ -128,12 +130,13 @@ class Memory:
         return cls(**tensors, lengths=lengths)
 
     def save(self, path: str | Path, fingerprint: str | None = None) -> None:
-        """Writes one safetensors file; only the used part of the open segment is stored.
+        """Writes one safetensors file, which appears whole or not at all.
 
-        The file appears whole or not at all.
+        Only the used part of the open segments is stored.
 
         Args:
-            fingerprint: of the model that read the documents, see `model.fingerprint`.
+            path: the file to write.
+            fingerprint: fingerprint of the model that read the documents, see `model.fingerprint`.
 
         Raises:
             UserError: the file cannot be written.
@@ -159,10 +162,13 @@ class Memory:
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,
     ) -> "Memory":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Args:
-            fingerprint: of the model that is to go on with it; a file saved without one is taken.
+            path: the file to read.
+            device: where the tensors are put.
+            fingerprint: fingerprint of the model that will use the memory; a file saved without
+                a fingerprint is accepted.
 
         Raises:
             UserError: the file is missing, is not a memory, is another model's, or holds numbers
@@ -199,7 +205,7 @@ class Memory:
             RuntimeError,
             TypeError,
             ValueError,
-        ):  # or no memory for so long a segment
+        ):  # RuntimeError also if so long a segment cannot be allocated
             raise UserError(f"memory {path}: is damaged; read the document again") from None
         for name, tensor in tensors.items():
             check_finite(tensor, f"memory {path}: {name}")
@@ -246,15 +252,15 @@ class Memory:
 
 
 _TENSORS = ("kv", "norm", "keys", "values", "weights", "tail")
-_BY_TOKEN = ("keys", "values", "weights")  # only the open segment's tokens are of use
-_COMPUTED = ("keys", "values", "tail")  # in the compute dtype
+_BY_TOKEN = ("keys", "values", "weights")  # only the open segment's tokens are used
+_COMPUTED = ("keys", "values", "tail")  # stored in the compute dtype
 
 
 def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, ...]:
-    """The lengths that a file tells, if it is as `save` writes it.
+    """Returns the lengths stored in a file, after checking that `save` could have written it.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not.
+        KeyError, TypeError, ValueError: `save` cannot have written it.
     """
     lengths = json.loads(metadata["lengths"])
     if set(tensors) != set(_TENSORS) or not all(type(length) is int for length in lengths):
@@ -278,7 +284,7 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
 
 
 def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a memory's tensors."""
+    """Returns the shapes of a memory's tensors by name."""
     layers, n, d = config.num_layers, config.segment_length, config.head_dim
     heads, kv_heads = config.num_heads, config.kv_heads
     states = MemoryState.specs(kv_heads, d)

@@ -5,16 +5,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.segment_sums import CACHED
+from infini_ds.kernels.launch import is_recording
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, which on GPUs is one kernel; elsewhere it is many that keep copies in fp32.
+    """PyTorch's norm on GPUs, where it is one kernel, and an implementation of our own elsewhere.
 
-    Computed in fp32 whatever the type of the input.
+    Elsewhere PyTorch's norm is a chain of operators that keeps fp32 copies. Both implementations
+    compute in fp32, whatever the type of the input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to the same."""
+        """Maps [..., size] to the same shape."""
         if x.is_cuda:
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
@@ -50,6 +52,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _parts(*tensors: Tensor):
-    """Rows of all of them, [rows, size], as many as a cache holds."""
-    rows = max(1, CACHED // tensors[0].shape[-1])
+    """Splits all tensors into blocks of rows, [rows, size], that fit into a core's cache."""
+    size = tensors[0].shape[-1]
+    # Tensors without data are in no cache, and a large model has thousands of blocks.
+    rows = tensors[0].numel() // size if is_recording() else max(1, CACHED // size)
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)

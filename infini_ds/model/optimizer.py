@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate of a step."""
+"""AdamW's parameter groups, and the learning rate of each step."""
 
 import math
 from collections.abc import Iterable
@@ -16,12 +16,13 @@ def parameter_groups(
     config: OptimizerConfig,
     embedding: Tensor | None = None,
 ) -> list[dict]:
-    """Groups with their own decay and learning rate; empty ones are left out.
+    """Sorts parameters into groups, each with its own decay and learning rate.
 
-    `weights`: matrices, with decay. `no_decay`: norms, biases, the embedding, write gates and
-    short convolutions. `gates`: the memory gates (beta), without decay and with a learning rate of
-    their own. A stage without attention has no gates: DeepSpeed drops empty groups, and whatever
-    was matched by position would be mixed up, so a group is known by its name.
+    `weights` has the matrices, with decay. `no_decay` has norms, biases, the embedding, write gates
+    and short convolutions. `gates` has the memory gates (beta), without decay and with a learning
+    rate of their own. Empty groups are left out, as DeepSpeed would drop them. A stage without
+    attention has no `gates`, so that positions differ between stages: each group has a name by
+    which it is found.
     """
     members: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "gates": []}
     for name, parameter in named_parameters:
@@ -46,14 +47,14 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the groups; a step is one pass over the states, with no copies of them."""
+    """Makes AdamW over the groups, fused so that a step passes over the states without copies."""
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step (from 0), relative to the peak.
+    """Returns the learning rate of a step, counted from 0, relative to the peak.
 
-    A function of the step alone, so that resuming needs no scheduler state.
+    It depends on the step alone, so that resuming needs no scheduler state.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

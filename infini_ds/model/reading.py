@@ -1,4 +1,4 @@
-"""Texts of any length, read into a memory in calls of bounded size."""
+"""Reads texts of any length into a memory, in calls of bounded size."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -11,13 +11,13 @@ from infini_ds.model.memory import Memory
 from infini_ds.system.ranges import Weighted, require_finite
 
 WINDOW_SEGMENTS = 16
-"""Whole segments that a call reads at once; longer texts are read window by window."""
+"""Number of full segments read at once; longer texts are read window by window."""
 CALL_TOKENS = 16384
-"""Tokens that the commands read in one call, unless one segment of the batch has more."""
+"""Number of tokens that commands read in one call, unless one segment of the batch has more."""
 
 
 class Reader(Weighted, Protocol):
-    """A model that reads on from a memory: InfiniTransformer, or what stands in for it."""
+    """A model that can continue from a memory: InfiniTransformer, or a stand-in for it."""
 
     config: ModelConfig
     training: bool
@@ -30,7 +30,10 @@ class Reader(Weighted, Protocol):
 
 
 def call_width(segment_length: int, batch: int = 1) -> int:
-    """Tokens a row that a call of a command reads: whole segments, about CALL_TOKENS together."""
+    """Returns how many tokens of each row a command reads in one call.
+
+    They are whole segments, and about CALL_TOKENS tokens over all rows.
+    """
     segments = CALL_TOKENS // (batch * segment_length)
     return segment_length * max(1, min(WINDOW_SEGMENTS, segments))
 
@@ -43,17 +46,19 @@ def read_to_last_call(
     width: int,
     on_read: Callable[[int], None] | None = None,
 ) -> tuple[Memory | None, Tensor]:
-    """Reads a text but for its last call, which is never empty unless there are no tokens at all.
+    """Reads a text except for the tokens of its last call, which are left to the caller.
+
+    At least one token is left, unless the text has none at all.
 
     Args:
-        pieces: of the text, one after another, [batch, any length] of any type of integers; at
-            least one.
-        memory: of documents that the text goes on with.
-        width: tokens a row that a call reads.
-        on_read: called with the number of tokens just read, of all rows together.
+        pieces: consecutive pieces of the text, at least one, [batch, any length] of any integer
+            type.
+        memory: the memory of documents that the text continues.
+        width: number of tokens of each row that a call reads.
+        on_read: called with the number of tokens just read, summed over all rows.
 
     Raises:
-        RunError: what the model makes of the text is not finite.
+        RunError: what the model computes from the text is not finite.
 
     Returns:
         The memory, and the tokens still to be read, [batch, up to width] on the model's device.
@@ -80,11 +85,11 @@ def read_text(
     width: int,
     on_read: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Memory]:
-    """Reads a whole text; its arguments and errors are those of `read_to_last_call`.
+    """Reads a whole text, with the arguments and errors of `read_to_last_call`.
 
     Returns:
-        The hidden states of each row's last token, [batch, hidden_size], which are not checked,
-        and the memory after the text.
+        The hidden states of each row's last token, [batch, hidden_size], which are not checked for
+        finiteness, and the memory after the text.
     """
     memory, rest = read_to_last_call(model, pieces, memory, width, on_read)
     hidden, memory = model.read(rest, memory)

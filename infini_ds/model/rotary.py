@@ -1,4 +1,4 @@
-"""Rotary frequencies (Su et al. 2021), with the scalings that pretrained models ask for."""
+"""Rotary frequencies (Su et al. 2021), with the scalings that pretrained models use."""
 
 import math
 
@@ -9,7 +9,7 @@ from infini_ds.config import ModelConfig, RopeScaling
 
 
 def rotary_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position of a segment, each [segment_length, head_dim / 2], fp32."""
+    """Returns cos and sin for each position of a segment, [segment_length, head_dim / 2] fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling:
@@ -22,7 +22,7 @@ def rotary_table(config: ModelConfig, device: torch.device | str) -> tuple[Tenso
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    # Llama 3.1: low frequencies are divided by the factor, high ones kept, a blend in between.
+    # Llama 3.1 divides low frequencies by the factor, keeps high ones, and blends in between.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)

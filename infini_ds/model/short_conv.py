@@ -1,31 +1,35 @@
-"""A causal convolution over the tokens just before, one filter a channel."""
+"""A causal convolution over the preceding tokens, with one filter for each channel."""
 
 import torch
 from torch import Tensor, nn
 
 TAPS = 4
-"""Earlier tokens that each token sees.
+"""Number of earlier tokens that each token sees.
 
-With 3, the usual number, the last two of a pass key's five digits see nothing but digits: keys with
-a digit twice were now and then answered with these two wrong."""
+With 3, the usual number, the last two of a pass key's five digits see nothing but digits. Models
+then sometimes got these two wrong in keys that repeat a digit."""
 
 
 class ShortConv(nn.Module):
-    """x_t + sum over i of c_i x_(t - i), c_i of each channel; the identity at the start."""
+    """Computes x_t + sum over i of c_i x_(t - i), with filters c_i for each channel.
+
+    All c_i are 0 initially, so that the layer starts as the identity.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, TAPS))
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Consecutive tokens of one segment.
+        """Convolves consecutive tokens of one segment.
 
         Args:
             x: [..., t, heads, d], heads x d channels.
-            before: [..., TAPS, heads, d], the tokens just before, zeros where there are none.
+            before: [..., TAPS, heads, d], the preceding tokens, zeros where there are none.
 
         Returns:
-            The same shape as x, and the last TAPS tokens as they were, for those that follow.
+            The output in the shape of x, and the last TAPS input tokens, which are `before` for the
+            tokens that follow.
         """
         seen = torch.cat((before, x), dim=-3)
         taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [TAPS, heads, d]

@@ -19,22 +19,22 @@ from infini_ds.model.write_gate import WriteStats, write_penalty
 
 
 class Output(NamedTuple):
-    """What a call returns."""
+    """The result of a call of the model."""
 
     logits: Tensor
     """[batch, length, vocab_size]"""
     memory: Memory
-    """Everything read so far, for the next call."""
+    """The memory of everything read so far, for the next call."""
 
 
 class InfiniTransformer(nn.Module):
-    """A causal language model whose context is unbounded and whose memory is not.
+    """A causal language model with unbounded context and bounded memory.
 
     Example:
         model = InfiniTransformer(ModelConfig(vocab_size=256, hidden_size=512, num_layers=8,
                                               num_heads=8, head_dim=128, segment_length=512))
         out = model(tokens)
-        out = model(next_tokens, memory=out.memory)  # goes on where the document stopped
+        out = model(next_tokens, memory=out.memory)  # continues the document
         loss = model.loss(tokens)
 
     Raises:
@@ -56,13 +56,13 @@ class InfiniTransformer(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The Transformer blocks."""
+        """The model's Transformer blocks, in order."""
         return self.layers[1 : 1 + self.config.num_layers]  # type: ignore[return-value]
 
     def forward(self, tokens: Tensor, memory: Memory | None = None) -> Output:
-        """Reads tokens [batch, any length] after what `memory` has read already.
+        """Reads tokens [batch, any length] that continue the documents in `memory`.
 
-        Reading in one call or in several gives the same logits and memory, wherever it is cut.
+        Logits and memory are the same whether a text is read in one call or cut at any token.
 
         Raises:
             ValueError: the memory does not fit the model or the batch.
@@ -71,12 +71,13 @@ class InfiniTransformer(nn.Module):
         return Output(self.logits(hidden), memory)
 
     def read(self, tokens: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """Like calling the model, up to the final norm: hidden states [batch, length, hidden]."""
+        """Works like `forward`, but returns the hidden states after the final norm,
+        [batch, length, hidden_size], in place of logits."""
         hidden, memory, _ = self._read(tokens, memory)
         return hidden, memory
 
     def _read(self, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Memory, Tensor]:
-        """What `read` returns, and the sum of all write weights, 0 without write gates."""
+        """Returns what `read` does, and the sum of all write weights, 0 without write gates."""
         memory = self._memory(tokens, memory)
         n = self.config.segment_length
         parts = []
@@ -103,12 +104,12 @@ class InfiniTransformer(nn.Module):
     def read_window(
         self, tokens: Tensor, layout: Layout, memory: list[MemoryState]
     ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
-        """A window of whole segments, as in training.
+        """Reads a window of whole segments, as in training.
 
         Args:
             tokens: [batch, segments x n].
             layout: document starts and valid lengths.
-            memory: of each layer, before the window.
+            memory: each layer's memory before the window.
 
         Returns:
             Hidden states after the final norm, the memory of each layer after the window, and
@@ -128,7 +129,7 @@ class InfiniTransformer(nn.Module):
         return torch.nn.functional.linear(hidden, *self.head())
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the output head."""
+        """Returns the weight and the bias of the output head."""
         if self.config.tie_embeddings:
             return self.layers[0].weight, None  # type: ignore[return-value]
         return self.layers[-1].weight, self.layers[-1].bias  # type: ignore[return-value]
@@ -140,19 +141,21 @@ class InfiniTransformer(nn.Module):
         chunk_tokens: int = 0,
         memory: Memory | None = None,
     ) -> Tensor:
-        """Mean next-token loss of whole documents, backpropagated through all of their memory.
+        """Computes the mean next-token loss of whole documents.
 
-        With memory.write_penalty, that times the sum over layers of the mean write weight is added.
+        Its gradient flows through all of their memory. If memory.write_penalty is set, the loss
+        includes the penalty times the sum over layers of the mean write weight.
 
         Args:
             tokens: [batch, length].
-            labels: [batch, length - 1], what follows each token but the last; tokens[:, 1:] by
-                default. IGNORE_INDEX (-100) where no loss is wanted.
-            chunk_tokens: tokens whose logits exist at one time; 0: as suits the device.
-            memory: of documents that the tokens go on with.
+            labels: [batch, length - 1], the successor of each token but the last, tokens[:, 1:] by
+                default; IGNORE_INDEX (-100) where no loss is wanted.
+            chunk_tokens: number of tokens whose logits exist at the same time; 0 chooses what suits
+                the device.
+            memory: the memory of documents that the tokens continue.
 
         Raises:
-            ValueError: shapes that do not fit each other.
+            ValueError: the shapes do not fit each other.
         """
         labels = _labels(tokens, labels)
         hidden, _, mass = self._read(tokens[:, :-1], memory)
@@ -166,21 +169,22 @@ class InfiniTransformer(nn.Module):
         labels: Tensor | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """Loss and accumulated gradients of documents of any length, in bounded memory.
+        """Accumulates gradients of documents of any length, in bounded memory.
 
-        Reads window by window, backpropagating inside each; the compressive memory goes on
-        from one to the next without a gradient. Gradients are those of the mean loss.
+        Documents are read window by window, and each window is backpropagated on its own. The
+        compressive memory passes from one window to the next without a gradient. Gradients are
+        those of the mean loss.
 
         Args:
             tokens: [batch, length].
-            window_segments: how far gradients flow back through the memory.
+            window_segments: length of a window, across which gradients flow through the memory.
             labels, memory: as in `loss`; the memory gets no gradient.
 
         Returns:
-            The loss, as in `loss`, detached.
+            The same loss as `loss`, detached.
 
         Raises:
-            ValueError: shapes that do not fit each other, or no window.
+            ValueError: the shapes do not fit each other, or window_segments is below 1.
         """
         if window_segments < 1:
             raise ValueError(f"window_segments ({window_segments}) must be at least 1")
@@ -206,7 +210,8 @@ class InfiniTransformer(nn.Module):
         return token_losses(hidden, *self.head(), labels, chunk_tokens).sum()
 
     def _penalty(self, mass: Tensor, tokens: int) -> Tensor:
-        """Of the sum of write weights over layers, heads and some or all of these tokens."""
+        """Computes the write penalty from `mass`, the sum of write weights over layers, heads and
+        some or all of the step's tokens."""
         return write_penalty(self.config.memory, mass, tokens * self.config.kv_heads)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
@@ -223,7 +228,7 @@ class InfiniTransformer(nn.Module):
 
 
 def _labels(tokens: Tensor, labels: Tensor | None) -> Tensor:
-    """What follows each token but the last."""
+    """Returns the label of each token but the last, by default the token that follows it."""
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens must be [batch, length] of at least 2, have shape {tuple(tokens.shape)}"
@@ -238,7 +243,7 @@ def _labels(tokens: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def full_layout(batch: int, segments: int, n: int, device: torch.device) -> Layout:
-    """Segments without padding in which no document starts."""
+    """Makes the layout of segments without padding in which no document starts."""
     return Layout(
         torch.zeros(batch, segments, dtype=torch.bool, device=device),
         torch.full((batch, segments), n, dtype=torch.int32, device=device),

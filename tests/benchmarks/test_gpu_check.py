@@ -46,13 +46,20 @@ def test_a_step_fails_with_one_of_its_commands_after_all_have_run(check, tmp_pat
     assert f"exit {code:3d}" in (tmp_path / "summary.txt").read_text()
 
 
-def test_commands_run_at_once_as_many_as_are_asked_for(check):
-    began = time.monotonic()
-    assert check.run("pair", 30, [python("import time; time.sleep(1)")] * 2, at_once=2)
-    assert time.monotonic() - began < 1.9
-    began = time.monotonic()
-    assert check.run("single", 30, [python("import time; time.sleep(0.4)")] * 2)
-    assert time.monotonic() - began >= 0.8
+def test_commands_run_at_once_as_many_as_are_asked_for(check, tmp_path):
+    def begin_and_end(name: str) -> list[float]:
+        return [float(word) for word in (tmp_path / name).read_text().split()]
+
+    def commands(seconds: float) -> list[list[str]]:
+        code = "import time; print(time.monotonic()); time.sleep({}); print(time.monotonic())"
+        script = f"import sys; sys.stdout = open({{!r}}, 'w'); {code.format(seconds)}"
+        return [python(script.format(str(tmp_path / name))) for name in ("one", "other")]
+
+    assert check.run("pair", 30, commands(1), at_once=2)
+    (one, ended), (other, other_ended) = map(begin_and_end, ("one", "other"))
+    assert max(one, other) < min(ended, other_ended)
+    assert check.run("single", 30, commands(0.1))
+    assert begin_and_end("one")[1] < begin_and_end("other")[0]
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["asked", "killed"])

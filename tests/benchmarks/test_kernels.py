@@ -11,11 +11,11 @@ from infini_ds import config as configuration
 from infini_ds.benchmarks import kernels, kernels_model
 from infini_ds.benchmarks.kernel_cost import Rates
 from infini_ds.benchmarks.kernels_timing import Shape, time_operation
-from infini_ds.config import ModelConfig
 from infini_ds.errors import RunError
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+from tests import tiny
 
-SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "segment_length": 8}
+SMALL = {"num_layers": 1, "segment_length": 8}
 SIZES = kernels.Sizes(
     segment_lengths=(8, 16),
     segments=2,
@@ -24,9 +24,9 @@ SIZES = kernels.Sizes(
     accuracy=(Shape(3, 16, 2, 8), Shape(3, 16, 2, 8, "delta")),
     full_tokens=(32, 64),
     models=kernels_model.Models(
-        ModelConfig(**SMALL),
-        ModelConfig(**SMALL, vocab_size=40, memory_rule="delta"),
-        ModelConfig(**SMALL, vocab_size=32),
+        tiny.model_config(**SMALL),
+        tiny.model_config(**SMALL, vocab_size=40, memory_rule="delta"),
+        tiny.model_config(**SMALL, vocab_size=32),
     ),
     matrix=4,
 )

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-import yaml
 
 from infini_ds import cli
 from infini_ds import config as configuration
@@ -17,6 +16,7 @@ from infini_ds.config import RunConfig
 from infini_ds.data.opening import open_data
 from infini_ds.data.prepare import prepare
 from infini_ds.evaluation.by_position import position_bins
+from tests import tiny
 
 STEPS, LANES, SEGMENTS, SEGMENT = 2, 2, 4, 8
 BINS = position_bins(SEGMENT, 200)
@@ -29,23 +29,19 @@ def path(tmp_path_factory):
     drawn = random.Random(0)
     texts = ["".join(drawn.choices("abc ", k=drawn.randint(1, 200))) for _ in range(60)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    tree = {
-        "output_dir": str(folder / "output"),
-        "model": {
-            "hidden_size": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8,
-            "segment_length": SEGMENT,
-        },
-        "data": {
+    path = tiny.write_run(
+        folder / "run.yaml",
+        output_dir=str(folder / "output"),
+        model={"segment_length": SEGMENT},
+        data={
             "source": "files", "files": [str(folder / "corpus.jsonl")],
             "store": str(folder / "store"), "held_out_fraction": 0.3,
             "tokenizer": {"kind": "bytes"},
         },
-        "train": {"steps": STEPS, "batch_size": LANES, "window_segments": SEGMENTS},
-        "optimizer": {"warmup_steps": 1},
-        "evaluation": {"max_segments": 60},
-    }  # fmt: skip
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
+        train={"steps": STEPS, "batch_size": LANES, "window_segments": SEGMENTS},
+        optimizer={"warmup_steps": 1},
+        evaluation={"max_segments": 60},
+    )  # fmt: skip
     prepare(configuration.load(path).data, workers=1)
     return path
 

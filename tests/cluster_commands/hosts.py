@@ -4,10 +4,9 @@ import os
 import stat
 from pathlib import Path
 
-import yaml
-
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
+from tests import tiny
 
 # The program runs the command in the host's own directory, if it has one.
 SSH = """#!/bin/sh
@@ -94,10 +93,9 @@ def write_run(folder: Path, text: str = "one document of a few words\n") -> None
         prepare(data, workers=1)
     finally:
         os.chdir(here)
-    tree = {
-        "output_dir": "output",
-        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "segment_length": 8},
-        "data": data.model_dump(),
-        "train": {"steps": 1, "batch_size": 2, "window_segments": 2},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    tiny.write_run(
+        folder / "run.yaml",
+        output_dir="output",
+        data=data.model_dump(),
+        train={"batch_size": 2, "window_segments": 2},
+    )

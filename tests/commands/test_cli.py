@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import RunError, UserError
 from infini_ds.system import exit_code
+from tests import tiny
 from tests.damage import cut, flip
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
@@ -44,15 +44,17 @@ def data(tmp_path_factory) -> DataConfig:
 def config(tmp_path, data) -> Path:
     """A run on a store of its own."""
     shutil.copytree(data.store, tmp_path / "store")
-    tree = {
-        "output_dir": str(tmp_path / "output"),
-        "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": 8},
-        "data": {**data.model_dump(), "store": str(tmp_path / "store")},
-        "train": {"steps": 1, "batch_size": 1, "window_segments": 2},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(tmp_path, data)
+
+
+def write_config(folder: Path, data: DataConfig) -> Path:
+    """The config of a run whose output and store are in the folder."""
+    return tiny.write_run(
+        folder / "run.yaml",
+        output_dir=str(folder / "output"),
+        data={**data.model_dump(), "store": str(folder / "store")},
+        train={"batch_size": 1, "window_segments": 2},
+    )
 
 
 def run(*arguments, limit=60.0) -> subprocess.CompletedProcess:
@@ -95,18 +97,19 @@ def test_mistake_in_the_config_is_told_before_torch_is_imported(config, command)
 def told_without_torch(*arguments: str) -> None:
     """The command ends at once with code 2 and one line, and nothing heavy was imported."""
     code = (
-        f"import sys; from infini_ds.cli import main; code = main({arguments!r}); "
-        "print(code, *(name for name in ('torch', 'deepspeed') if name in sys.modules))"
+        f"import sys, time; from infini_ds.cli import main; code = main({arguments!r}); "
+        "heavy = [name for name in ('torch', 'deepspeed') if name in sys.modules]; "
+        "print(time.process_time(), code, *heavy)"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 5
-    assert done.stdout.split() == ["2"]
+    seconds, *rest = done.stdout.split()
+    assert float(seconds) < 3  # of a core: others may be using it
+    assert rest == ["2"]
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_command_exits_with_the_code_and_no_traceback(tmp_path):
-    done = run("pretrain", tmp_path / "none.yaml", limit=5)
+    done = run("pretrain", tmp_path / "none.yaml", limit=30)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
@@ -158,10 +161,10 @@ import contextlib, io, json, sys, time
 from infini_ds.cli import main
 results = {}
 for name, arguments in json.loads(sys.argv[1]).items():
-    error, began = io.StringIO(), time.monotonic()
+    error, began = io.StringIO(), time.process_time()
     with contextlib.redirect_stderr(error):
         code = main(arguments)
-    results[name] = [code, error.getvalue(), time.monotonic() - began]
+    results[name] = [code, error.getvalue(), time.process_time() - began]
 print(json.dumps(results))
 """
 
@@ -176,14 +179,7 @@ def outcomes(tmp_path_factory, data):
         shutil.copytree(data.store, store)
         if spoil:
             spoil(store)
-        tree = {
-            "output_dir": str(folder / "output"),
-            "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "segment_length": 8},
-            "data": {**data.model_dump(), "store": str(store)},
-            "train": {"steps": 1, "batch_size": 1, "window_segments": 2},
-        }
-        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-        arguments[name] = ["pretrain", str(folder / "run.yaml"), *overrides]
+        arguments[name] = ["pretrain", str(write_config(folder, data)), *overrides]
     done = subprocess.run(
         [sys.executable, "-c", EACH, json.dumps(arguments)],
         capture_output=True, text=True, check=False, timeout=120,

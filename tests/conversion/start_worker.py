@@ -13,34 +13,28 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from infini_ds.config import RunConfig, parse
+from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.parallel.build import build_engine, start_distributed
 from infini_ds.parallel.engine import StepSize
 from infini_ds.runs.export import open_model
 from infini_ds.training.start import load_start
+from tests import tiny
 from tests.distributed.layout_worker import LANES, SEGMENTS, STEPS, cut, windows_of
 
 
 def config_of(case: dict) -> RunConfig:
     """A run with the export's model."""
     export = open_model(Path(case["init_from"]))
-    tree: dict = {
-        "output_dir": "unused",
-        "model": export.config.model_dump(),
-        "data": {"store": "unused"},
-        "train": {
+    return tiny.run_config(
+        model=export.config.model_dump(),
+        train={
             "steps": STEPS, "batch_size": LANES, "window_segments": SEGMENTS, "dtype": "fp32",
             "timeout": 600.0,
         },
-        "optimizer": {"learning_rate": 1e-3, "eps": 1e-5, "warmup_steps": 2},
-        "parallel": {},
-    }  # fmt: skip
-    for name, value in case.items():
-        section, _, key = name.partition(".")
-        if key:
-            tree[section][key] = value
-    return parse(tree, "of a case")
+        optimizer={"learning_rate": 1e-3, "eps": 1e-5, "warmup_steps": 2},
+        **{name.replace(".", "__"): value for name, value in case.items() if "." in name},
+    )  # fmt: skip
 
 
 def start(case: dict) -> dict:

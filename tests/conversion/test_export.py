@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from infini_ds import cli
-from infini_ds.config import ModelConfig
 from infini_ds.conversion import convert
 from infini_ds.conversion.writer import Plan
 from infini_ds.errors import UserError
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.checkpoint import load_run
 from infini_ds.runs.export import load_export, load_model, open_model
+from tests import tiny
 from tests.evaluation.conftest import RUNS
 from tests.tiny_run import write_manifest
 
@@ -110,9 +110,9 @@ def test_shards_of_several_ranks_are_put_together(saved, tmp_path):
 
 def make_export(directory: Path) -> Path:
     """A model of the dtypes bf16 and fp32 mixed, with tensors of odd sizes."""
-    config = ModelConfig(
-        vocab_size=11, hidden_size=5, num_layers=2, num_heads=3, head_dim=2, intermediate_size=7,
-    )  # fmt: skip
+    config = tiny.model_config(
+        vocab_size=11, hidden_size=5, num_heads=3, head_dim=2, intermediate_size=7
+    )
     model = InfiniTransformer(config)
     directory.mkdir()
     state = {

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infini_ds import cli
-from infini_ds.config import ModelConfig
 from infini_ds.conversion.seed import check_config, to_seed
 from infini_ds.errors import UserError
 from infini_ds.runs.export import load_export
+from tests import tiny
 
 seed_library = pytest.importorskip("infini_transformer_pytorch")
 
@@ -57,10 +57,7 @@ def test_round_trip_keeps_every_bit(settings, suffix, wrapped, tmp_path, capsys)
 
 
 def test_norms_of_queries_and_keys_are_refused():
-    config = ModelConfig(
-        hidden_size=8, num_layers=1, num_heads=1, hidden_act="gelu", mlp_bias=True, head_bias=True,
-        qk_norm=True,
-    )  # fmt: skip
+    config = tiny.model_config(hidden_act="gelu", mlp_bias=True, head_bias=True, qk_norm=True)
     with pytest.raises(UserError, match=r"here: model.qk_norm \(True\) must be False for the seed"):
         check_config(config, "here")
 

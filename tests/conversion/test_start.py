@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from infini_ds import cli
 from infini_ds import config as configuration
-from infini_ds.config import DataConfig, ModelConfig
+from infini_ds.config import DataConfig
 from infini_ds.conversion.convert import config_text
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import with_vocabulary
@@ -20,6 +20,7 @@ from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.export import load_export
 from infini_ds.training.start import open_start
+from tests import tiny
 from tests.distributed.conftest import Run, data  # noqa: F401, a fixture
 from tests.distributed.layout_worker import LENGTH, windows_of
 from tests.distributed.processes import start_ranks
@@ -72,10 +73,7 @@ def run_from(export: Path, folder: Path, data: DataConfig, **settings) -> Run:  
 
 
 def test_what_the_config_leaves_out_is_the_exports(tmp_path):
-    model = ModelConfig(
-        vocab_size=BYTES_AND_SPECIAL, hidden_size=32, num_layers=2, num_heads=2,
-        memory=configuration.MemoryConfig(write_gate=True),
-    )  # fmt: skip
+    model = tiny.model_config(vocab_size=BYTES_AND_SPECIAL, memory={"write_gate": True})
     (tmp_path / "config.yaml").write_text(config_text(model, "sentencepiece"))
     run = {"output_dir": "o", "init_from": str(tmp_path), "data": {"store": "s"}}
     path = tmp_path / "run.yaml"
@@ -130,7 +128,7 @@ def test_vocabulary_and_tokenizer_are_those_of_the_store(export, tmp_path, data)
     store = Mixture.open(data)
     made = {}
     for name, vocabulary in (("larger", 300), ("same", 258)):
-        model = ModelConfig(vocab_size=vocabulary, hidden_size=8, num_layers=1, num_heads=1)
+        model = tiny.model_config(vocab_size=vocabulary)
         made[name] = tmp_path / name
         made[name].mkdir()
         save_file(InfiniTransformer(model).state_dict(), made[name] / "model.safetensors")

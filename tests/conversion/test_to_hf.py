@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infini_ds import cli
-from infini_ds.config import MemoryConfig, ModelConfig, RopeScaling
+from infini_ds.config import MemoryConfig, RopeScaling
 from infini_ds.conversion.convert import config_text
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.export import load_export, load_model
+from tests import tiny
 from tests.conversion.hf_worker import NEW_TOKENS
 from tests.tiny_run import tiny_config, write_checkpoint
 
@@ -46,9 +47,9 @@ SHARDED = ("biased", "tied")
 
 def make_export(directory: Path, sentencepiece: Path | None, **settings) -> None:
     """Weights all of which matter: the write gates are spread from closed to open."""
-    config = ModelConfig(
-        vocab_size=330, hidden_size=32, num_layers=2, num_heads=4, head_dim=8, segment_length=N,
-        intermediate_size=48, initializer_range=0.3, **settings,
+    config = tiny.model_config(
+        vocab_size=330, hidden_size=32, num_heads=4, segment_length=N, intermediate_size=48,
+        initializer_range=0.3, **settings,
     )  # fmt: skip
     model = InfiniTransformer(config)
     generator = torch.Generator().manual_seed(4)

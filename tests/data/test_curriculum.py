@@ -4,12 +4,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infini_ds.config import CurriculumConfig, parse
+from infini_ds.config import CurriculumConfig
 from infini_ds.data.curriculum import CurriculumLanes
 from infini_ds.data.lanes import Lanes
 from infini_ds.data.opening import open_data
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import UserError
+from tests import tiny
 
 N, K, BATCH = 8, 8, 3
 COUNTS = {2: 20, 4: 15, 8: 10}
@@ -209,24 +210,16 @@ def test_curriculum_lanes_refuse_a_length_without_documents():
 
 def test_open_data_gives_the_lanes_of_a_curriculum(tmp_path):
     passkey = {"segment_length": 128, "segments": [2, 4], "documents": 20}
-    config = parse(
-        {
-            "output_dir": str(tmp_path / "run"),
-            "model": {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "segment_length": 128},
-            "data": {
-                "source": "passkey",
-                "store": str(tmp_path / "store"),
-                "tokenizer": {"kind": "bytes"},
-                "passkey": passkey,
-            },
-            "train": {
-                "steps": 1,
-                "batch_size": 2,
-                "window_segments": 4,
-                "curriculum": {"segments": [2, 4]},
-            },
+    config = tiny.run_config(
+        output_dir=str(tmp_path / "run"),
+        model={"segment_length": 128},
+        data={
+            "source": "passkey",
+            "store": str(tmp_path / "store"),
+            "tokenizer": {"kind": "bytes"},
+            "passkey": passkey,
         },
-        "of a test",
+        train={"batch_size": 2, "window_segments": 4, "curriculum": {"segments": [2, 4]}},
     )
     prepare(config.data, workers=1)
     store, lanes = open_data(config)
@@ -243,26 +236,18 @@ def test_open_data_gives_the_lanes_of_a_curriculum(tmp_path):
 )
 def test_open_data_refuses_a_curriculum_without_answers(tmp_path, record):
     (tmp_path / "a.jsonl").write_text((json.dumps(record) + "\n") * 4)
-    config = parse(
-        {
-            "output_dir": str(tmp_path / "run"),
-            "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": 16},
-            "data": {
-                "source": "files",
-                "files": [str(tmp_path / "a.jsonl")],
-                "weighted_field": "turns" if "turns" in record else "",
-                "held_out_fraction": 0.0,
-                "store": str(tmp_path / "store"),
-                "tokenizer": {"kind": "bytes"},
-            },
-            "train": {
-                "steps": 1,
-                "batch_size": 1,
-                "window_segments": 2,
-                "curriculum": {"segments": [2]},
-            },
+    config = tiny.run_config(
+        output_dir=str(tmp_path / "run"),
+        model={"segment_length": 16},
+        data={
+            "source": "files",
+            "files": [str(tmp_path / "a.jsonl")],
+            "weighted_field": "turns" if "turns" in record else "",
+            "held_out_fraction": 0.0,
+            "store": str(tmp_path / "store"),
+            "tokenizer": {"kind": "bytes"},
         },
-        "of a test",
+        train={"window_segments": 2, "curriculum": {"segments": [2]}},
     )
     prepare(config.data, workers=1)
     says = r"^train\.curriculum: data\.store .* has no answers, which are text of a weight above 1"

@@ -201,9 +201,9 @@ def test_lanes_read_a_document_of_ten_million_tokens():
 
 def test_seek_over_a_million_documents_is_fast():
     lanes = Lanes(np.random.default_rng(0).integers(2, 30_000, 1_000_000), 512, 16, 1024, 1)
-    began = time.perf_counter()
+    began = time.process_time()
     lanes.seek(lanes.total_segments // (1024 * 16))
-    assert time.perf_counter() - began < 10  # about 0.7 s on an idle core
+    assert time.process_time() - began < 10  # about 0.7 s on an idle core
     assert 0.999 < lanes.epoch <= 1
 
 

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from infini_ds.config import DataConfig, RunConfig, parse
+from infini_ds.config import DataConfig, RunConfig
 from infini_ds.data.lanes import Lanes
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
 from infini_ds.data.prepare import prepare
 from infini_ds.data.windows import read_windows, total_weight
 from infini_ds.errors import UserError
+from tests import tiny
 
 SEGMENT = 16
 
@@ -41,13 +42,11 @@ def config_of(folder, **changes) -> RunConfig:
         mixture[name] |= settings
     for corpus in mixture.values():
         corpus.setdefault("held_out_fraction", 0.2)
-    tree = {
-        "output_dir": "unused",
-        "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": SEGMENT},
-        "data": {"tokenizer": {"kind": "bytes"}, "mixture": mixture},
-        "train": {"steps": 1, "batch_size": 4, "window_segments": 2},
-    }
-    return parse(tree, "of a test")
+    return tiny.run_config(
+        model={"segment_length": SEGMENT},
+        data={"store": "", "tokenizer": {"kind": "bytes"}, "mixture": mixture},
+        train={"batch_size": 4, "window_segments": 2},
+    )
 
 
 def test_documents_are_those_of_the_stores_one_after_another(folder):

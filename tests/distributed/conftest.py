@@ -10,6 +10,7 @@ import yaml
 
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
+from tests import tiny
 from tests.distributed.processes import Processes, start_ranks
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain.sh"
@@ -24,11 +25,11 @@ class Run:
         self.folder = folder
         self.config = folder / "run.yaml"
         self._launches = 0
-        tree = {
+        own = {
             "output_dir": str(folder / "output"),
             "model": {
-                "hidden_size": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16,
-                "segment_length": 16, "memory_rule": "delta", "initializer_range": 0.1,
+                "hidden_size": 32, "head_dim": 16, "segment_length": 16, "memory_rule": "delta",
+                "initializer_range": 0.1,
                 "memory": {"write_gate": True, "write_penalty": 0.1, "short_conv": True},
             },
             "data": data.model_dump(),
@@ -40,10 +41,8 @@ class Run:
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3},
             "evaluation": {"every": 0, "max_segments": 8, "sample_tokens": 0},
         }  # fmt: skip
-        for name, value in settings.items():
-            section, _, key = name.rpartition("__")
-            (tree.setdefault(section, {}) if section else tree)[key] = value
-        self.output = Path(str(tree["output_dir"]))
+        tree = tiny.run_tree(**(own | settings))
+        self.output = Path(tree["output_dir"])
         self.config.write_text(yaml.safe_dump(tree))
 
     def script(self, *overrides: str) -> list[str]:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch.distributed import distributed_c10d
 
-from infini_ds.config import RunConfig, parse
+from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.layout import IGNORE_INDEX, Layout
 from infini_ds.model.optimizer import learning_rate_factor
+from tests import tiny
 
 STEPS = 5
 LANES = 4
@@ -34,28 +35,22 @@ def spread_write_gates(patch: pytest.MonkeyPatch) -> None:
 
 def config_of(case: dict) -> RunConfig:
     """A model just large enough for four stages, whose predictions are spread out."""
-    tree: dict = {
-        "output_dir": "unused",
-        "seed": 3,
-        "model": {
+    return tiny.run_config(
+        seed=3,
+        model={
             "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 4, "num_heads": 4,
-            "head_dim": 8, "segment_length": LENGTH, "initializer_range": 0.2, "gate_init": 0.5,
+            "segment_length": LENGTH, "initializer_range": 0.2, "gate_init": 0.5,
         },
-        "data": {"store": "unused"},
-        "train": {
+        train={
             "steps": 20, "batch_size": LANES, "window_segments": SEGMENTS, "dtype": "fp32",
             "loss_chunk_tokens": 13, "timeout": 60.0,
         },
-        "optimizer": {
+        optimizer={
             "learning_rate": 1e-3, "eps": 1e-5, "warmup_steps": 2, "gradient_clipping": 0.5,
             "gate_learning_rate_multiplier": 3.0,
         },
-        "parallel": {},
-    }  # fmt: skip
-    for name, value in case.items():
-        section, _, key = name.partition(".")
-        tree[section][key] = value
-    return parse(tree, "of a layout")
+        **{name.replace(".", "__"): value for name, value in case.items()},
+    )  # fmt: skip
 
 
 def windows_of(step: int) -> tuple[Windows, int]:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+
+from tests import tiny
 
 WORKER = Path(__file__).with_name("run_worker.py")
 WRITING = {"write_gate": True, "short_conv": True}
@@ -23,16 +24,14 @@ def saved(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for dtype, model in RUNS.items():
         folders[dtype] = folder = tmp_path_factory.mktemp(dtype)
-        tree = {
-            "output_dir": str(folder / "output"),
-            "model": {
-                "vocab_size": 258, "hidden_size": 32, "num_layers": 2, "num_heads": 2,
-                "head_dim": 16, "segment_length": 64, **model,
-            },
-            "data": {"store": "unused", "tokenizer": {"kind": "bytes"}},
-            "train": {"steps": 2, "batch_size": 1, "dtype": dtype},
-        }  # fmt: skip
-        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+        sizes = {"vocab_size": 258, "hidden_size": 32, "head_dim": 16, "segment_length": 64}
+        tiny.write_run(
+            folder / "run.yaml",
+            output_dir=str(folder / "output"),
+            model={**sizes, **model},
+            data={"tokenizer": {"kind": "bytes"}},
+            train={"steps": 2, "dtype": dtype},
+        )
     configs = [str(folder / "run.yaml") for folder in folders.values()]
     done = subprocess.run(
         [sys.executable, str(WORKER), *configs], capture_output=True, text=True, check=False,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_ds import cli
@@ -19,6 +18,7 @@ from infini_ds.data import store as store_module
 from infini_ds.data.opening import open_data
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
+from tests import tiny
 
 torch.set_num_threads(1)
 
@@ -33,25 +33,19 @@ def trained(tmp_path_factory) -> Path:
     drawn = random.Random(0)
     texts = ["".join(drawn.choices("abc é", k=drawn.randint(1, 300))) for _ in range(60)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    tree = {
-        "output_dir": str(folder / "run"),
-        "model": {
-            "hidden_size": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8,
-            "segment_length": SEGMENT, "initializer_range": 0.3, "memory_rule": "delta",
-        },
-        "data": {
+    path = tiny.write_run(
+        folder / "run.yaml",
+        output_dir=str(folder / "run"),
+        model={"segment_length": SEGMENT, "initializer_range": 0.3, "memory_rule": "delta"},
+        data={
             "source": "files", "files": [str(folder / "corpus.jsonl")],
             "store": str(folder / "store"), "held_out_fraction": 0.3,
             "tokenizer": {"kind": "bytes"},
         },
-        "train": {
-            "steps": 2, "batch_size": 3, "window_segments": 4, "dtype": "fp32", "threads": 1,
-        },
-        "optimizer": {"warmup_steps": 1},
-        "evaluation": {"max_segments": 120, "sample_tokens": 0},
-    }  # fmt: skip
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
+        train={"steps": 2, "batch_size": 3, "window_segments": 4, "dtype": "fp32", "threads": 1},
+        optimizer={"warmup_steps": 1},
+        evaluation={"max_segments": 120, "sample_tokens": 0},
+    )  # fmt: skip
     prepare(configuration.load(path).data, workers=1)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True, check=False,

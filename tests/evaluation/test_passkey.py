@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from infini_ds import cli
-from infini_ds.config import ModelConfig, PasskeyConfig
+from infini_ds.config import PasskeyConfig
 from infini_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.errors import UserError
@@ -21,6 +21,7 @@ from infini_ds.evaluation.passkey_questions import Questions
 from infini_ds.evaluation.passkey_report import figures
 from infini_ds.model.reading import CALL_TOKENS, call_width, read_text
 from infini_ds.model.transformer import InfiniTransformer
+from tests import tiny
 
 torch.set_num_threads(1)
 
@@ -175,10 +176,7 @@ def test_tokens_of_a_call_are_bounded_whatever_the_length(batch):
 
 
 def test_answers_of_a_model_are_those_of_reading_all_at_once():
-    config = ModelConfig(
-        vocab_size=258, hidden_size=16, num_layers=2, num_heads=2, head_dim=8, segment_length=N,
-        initializer_range=0.5,
-    )  # fmt: skip
+    config = tiny.model_config(vocab_size=258, segment_length=N, initializer_range=0.5)
     model, asked = InfiniTransformer(config).eval(), questions()
     made = [asked.make(20, number, 2) for number in range(2)]
     prompts = np.stack([question.prompt for question in made])

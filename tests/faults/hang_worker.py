@@ -1,4 +1,4 @@
-"""python hang_worker.py MODE OUTPUT: one rank under a watchdog with a limit of a second."""
+"""python hang_worker.py MODE CONFIG: one rank under a watchdog."""
 
 import ctypes
 import os
@@ -16,15 +16,9 @@ def hang(keep_the_lock: bool) -> None:
 
 
 def main() -> None:
-    mode, output = sys.argv[1:]
-    tree = {
-        "output_dir": output,
-        "model": {"num_layers": 1, "hidden_size": 8, "num_heads": 1},
-        "data": {"store": "unused"},
-        "train": {"steps": 1, "batch_size": 1, "hang_timeout": 1.0, "timeout": 4.0},
-    }
+    mode, config = sys.argv[1:]
     start_distributed(60)
-    watchdog = Watchdog(configuration.parse(tree, "here"))
+    watchdog = Watchdog(configuration.load(config))
     time.sleep(2)  # before the first step nothing is too slow
     watchdog.step_done(3)
     for _ in range(5):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.distributed.processes import Process, Processes, free_port
 from tests.faults.runs import START, FaultyRun, end_of_others, rank_of
 
@@ -14,10 +15,18 @@ WORKER = Path(__file__).with_name("hang_worker.py")
 HANG = 6.0
 
 
+def worker(mode: str, folder: Path) -> Processes:
+    """One rank under a watchdog whose limit is a second."""
+    config = tiny.write_run(
+        folder / "run.yaml", output_dir=str(folder), train__hang_timeout=1.0, train__timeout=4.0
+    )
+    command = [sys.executable, str(WORKER), mode, str(config)]
+    return Processes([Process(command, folder / "log", {}, None)])
+
+
 @pytest.mark.parametrize("mode", ["sleeps", "sleeps_patiently", "keeps_the_lock"])
 def test_process_that_hangs_writes_its_stacks_and_ends(tmp_path, mode):
-    command = [sys.executable, str(WORKER), mode, str(tmp_path)]
-    with Processes([Process(command, tmp_path / "log", {}, None)]) as processes:
+    with worker(mode, tmp_path) as processes:
         assert processes.wait(START) == [1]
         output = processes.all[0].output
     if mode == "keeps_the_lock":  # no line of Python can run: the stacks go to the output
@@ -34,8 +43,7 @@ def test_process_that_hangs_writes_its_stacks_and_ends(tmp_path, mode):
 
 
 def test_limit_counts_from_the_first_step_and_from_each_progress(tmp_path):
-    command = [sys.executable, str(WORKER), "works", str(tmp_path)]
-    with Processes([Process(command, tmp_path / "log", {}, None)]) as processes:
+    with worker("works", tmp_path) as processes:
         assert processes.wait(START) == [0], processes.outputs()
     assert not (tmp_path / "stacks").exists()
 

@@ -14,9 +14,9 @@ import time
 
 import psutil
 import pytest
-import yaml
 
 from infini_ds.data.store import Store
+from tests import tiny
 from tests.distributed.processes import Process, Processes
 from tests.faults.runs import START, FaultyRun, end_of_others
 
@@ -98,17 +98,14 @@ def corpus(tmp_path):
             file.write(" ".join(draw.choices(words, k=400)) + "\n\n\n")
 
     def config(store: str):
-        path = tmp_path / f"{store}.yaml"
-        tree = {
-            "output_dir": str(tmp_path / "unused"),
-            "model": {"num_layers": 1, "hidden_size": 8, "num_heads": 1},
-            "data": {
+        path = tiny.write_run(
+            tmp_path / f"{store}.yaml",
+            output_dir=str(tmp_path / "unused"),
+            data={
                 "source": "files", "files": [str(text)], "store": str(tmp_path / store),
                 "document_separator": "\n\n\n", "tokenizer": {"kind": "bytes"},
             },
-            "train": {"steps": 1, "batch_size": 1},
-        }  # fmt: skip
-        path.write_text(yaml.safe_dump(tree))
+        )  # fmt: skip
         command = [sys.executable, "-m", "infini_ds.cli", "prepare", str(path)]
         return command, tmp_path / store
 

@@ -12,6 +12,7 @@ import pytest
 
 from infini_ds.cluster import supervisor
 from infini_ds.runs import failures
+from tests import tiny
 from tests.distributed.conftest import SCRIPT
 from tests.distributed.processes import Process, Processes
 
@@ -137,12 +138,7 @@ def test_leaves_no_process_behind(tmp_path):
 @pytest.fixture
 def script(tmp_path):
     """Runs launch/pretrain.sh with bash and a `deepspeed` that shows how it was called."""
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        f"output_dir: {tmp_path / 'output'}\n"
-        "model: {num_layers: 1, hidden_size: 8, num_heads: 1}\n"
-        "data: {store: none}\ntrain: {steps: 1, batch_size: 1}\n"
-    )
+    config = tiny.write_run(tmp_path / "run.yaml", output_dir=str(tmp_path / "output"))
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "deepspeed").write_text('#!/bin/sh\necho "deepspeed $@"\n')

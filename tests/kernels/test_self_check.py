@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from infini_ds import config as configuration
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels import backend, self_check
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
@@ -18,6 +17,7 @@ from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.kernels.launch import HOPPER, recording
 from infini_ds.kernels.trial import Trial
 from infini_ds.training import kernel_check
+from tests import tiny
 from tests.kernels.test_triton import OnGpu
 
 ROOT = Path(__file__).parents[2]
@@ -178,16 +178,14 @@ def test_a_device_that_is_lost_ends_the_command(monkeypatch):
 
 
 def _config(backend="auto", dtype="auto", head_dim=64):
-    model = {
-        "hidden_size": 256, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": head_dim, "memory_rule": "delta", "segment_length": 40,
-    }  # fmt: skip
-    tree = {
-        "output_dir": "x", "model": model, "kernels": {"backend": backend},
-        "data": {"store": "x", "tokenizer": {"kind": "bytes"}},
-        "train": {"steps": 1, "batch_size": 1, "dtype": dtype, "timeout": 80.0},
-    }  # fmt: skip
-    return configuration.parse(tree, "here")
+    return tiny.run_config(
+        model={
+            "num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim, "segment_length": 40,
+            "memory_rule": "delta",
+        },
+        train={"dtype": dtype, "timeout": 80.0},
+        kernels={"backend": backend},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

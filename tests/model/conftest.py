@@ -8,18 +8,12 @@ import torch
 from infini_ds.config import ModelConfig
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.transformer import InfiniTransformer
+from tests import tiny
 
 torch.set_num_threads(1)  # the models are too small for more
 
-MODEL = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    segment_length=8,
-    initializer_range=0.3,
+MODEL = tiny.model_config(
+    vocab_size=61, hidden_size=32, num_heads=4, num_kv_heads=2, initializer_range=0.3
 )
 
 

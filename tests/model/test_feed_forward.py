@@ -4,16 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infini_ds.config import ModelConfig
 from infini_ds.model.feed_forward import FeedForward
+from tests import tiny
 
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 
 def make(**options) -> FeedForward:
-    sizes = {"hidden_size": 24, "num_layers": 1, "num_heads": 1, "intermediate_size": 40}
     torch.manual_seed(0)
-    layer = FeedForward(ModelConfig.model_validate({**sizes, **options}))
+    layer = FeedForward(tiny.model_config(hidden_size=24, intermediate_size=40, **options))
     for parameter in layer.parameters():
         parameter.data.copy_(parameter.detach().bfloat16())
     return layer

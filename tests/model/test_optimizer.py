@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from infini_ds import InfiniTransformer, ModelConfig
+from infini_ds import InfiniTransformer
 from infini_ds.config import OptimizerConfig
 from infini_ds.model.optimizer import (
     adamw,
@@ -11,6 +11,7 @@ from infini_ds.model.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
+from tests import tiny
 
 CONFIG = OptimizerConfig(
     learning_rate=2e-3, weight_decay=0.3, gate_learning_rate_multiplier=5.0, beta1=0.8, eps=1e-6
@@ -18,11 +19,10 @@ CONFIG = OptimizerConfig(
 
 
 def model(**changes) -> InfiniTransformer:
-    sizes = {
-        "vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_dim": 4,
-        "segment_length": 4, "attention_bias": True, "mlp_bias": True, "qk_norm": True,
-    }  # fmt: skip
-    return InfiniTransformer(ModelConfig(**(sizes | changes)))
+    config = tiny.model_config(
+        vocab_size=11, num_layers=2, attention_bias=True, mlp_bias=True, qk_norm=True, **changes
+    )
+    return InfiniTransformer(config)
 
 
 def groups_of(module: InfiniTransformer) -> dict[str, dict]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from infini_ds.config import ModelConfig, RopeScaling
+from infini_ds.config import RopeScaling
 from infini_ds.model.rotary import rotary_table
+from tests import tiny
 
 SCALINGS = {
     "none": None,
@@ -25,10 +26,9 @@ def test_rotary_table_equals_transformers(name):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     scaling = SCALINGS[name]
-    config = ModelConfig(
-        hidden_size=64, num_layers=1, num_heads=1, head_dim=64, segment_length=512,
-        rope_theta=500000.0, rope_scaling=scaling,
-    )  # fmt: skip
+    config = tiny.model_config(
+        head_dim=64, segment_length=512, rope_theta=500000.0, rope_scaling=scaling
+    )
     settings = {
         "hidden_size": 64,
         "num_attention_heads": 1,

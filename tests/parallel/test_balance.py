@@ -2,16 +2,15 @@ import itertools
 
 import pytest
 
-from infini_ds.config import ModelConfig
 from infini_ds.model.flops import forward_flops_per_token
 from infini_ds.parallel.pipeline.balance import balance, describe
+from tests import tiny
 
 
 def model(num_layers, vocab_size):
-    return ModelConfig(
-        vocab_size=vocab_size, hidden_size=64, num_layers=num_layers, num_heads=2, head_dim=32,
-        segment_length=64,
-    )  # fmt: skip
+    return tiny.model_config(
+        vocab_size=vocab_size, hidden_size=64, num_layers=num_layers, head_dim=32, segment_length=64
+    )
 
 
 def loads(config, bounds):

@@ -8,21 +8,19 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import engine as pipe_engine
 
-from infini_ds.config import RunConfig, parse
+from infini_ds.config import RunConfig
 from infini_ds.parallel.deepspeed.config import deepspeed_config
+from tests import tiny
 
 
 def run_config(**sections) -> RunConfig:
-    tree: dict[str, Any] = {
-        "output_dir": "unused",
-        "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 2},
-        "data": {"store": "unused"},
-        "train": {"steps": 1, "batch_size": 12, "micro_batch_size": 2, "dtype": "bf16"},
-        "parallel": {"zero_stage": 1},
-    }
-    for name, settings in sections.items():
-        tree[name] = tree.get(name, {}) | settings
-    return parse(tree, "of a test")
+    return tiny.run_config(
+        train__batch_size=12,
+        train__micro_batch_size=2,
+        train__dtype="bf16",
+        parallel__zero_stage=1,
+        **sections,
+    )
 
 
 def parsed(tree: dict) -> dict:

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from infini_ds.config import ModelConfig
 from infini_ds.memory import MemoryState
 from infini_ds.parallel.lane_memory import LaneMemory
+from tests import tiny
 
-CONFIG = ModelConfig(vocab_size=7, hidden_size=8, num_layers=4, num_heads=2, head_dim=4)
+CONFIG = tiny.model_config(num_layers=4, num_heads=2, head_dim=4)
 LANES = 2
 
 

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 import torch
 
-from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.parallel.pipeline.payload import Payload, Wire
+from tests import tiny
 
 CPU = torch.device("cpu")
 # Odd sizes, so that parts do not end where the next may begin.
@@ -22,7 +22,7 @@ SHAPES = {
 def wire(shape, dtype):
     sizes: dict[str, Any] = dict(SHAPES[shape])
     batch, segments = sizes.pop("batch"), sizes.pop("segments")
-    config = ModelConfig(vocab_size=7, num_layers=5, num_heads=6, num_kv_heads=3, **sizes)
+    config = tiny.model_config(num_layers=5, num_heads=6, num_kv_heads=3, **sizes)
     return Wire(config, batch, segments, dtype, CPU)
 
 

@@ -8,6 +8,7 @@ from infini_ds.memory import MemoryState
 from infini_ds.model.block import Block
 from infini_ds.model.transformer import full_layout
 from infini_ds.planning.activations import Unit, block_bytes
+from tests import tiny
 
 OPTIONS = {
     "plain": {},
@@ -19,8 +20,8 @@ OPTIONS = {
 
 
 def model_of(**options) -> ModelConfig:
-    sizes = {"hidden_size": 96, "num_layers": 1, "num_heads": 2, "head_dim": 40}
-    return ModelConfig.model_validate({**sizes, "segment_length": 48, **options})
+    sizes = {"hidden_size": 96, "num_heads": 2, "head_dim": 40, "segment_length": 48}
+    return tiny.model_config(**(sizes | options))
 
 
 def really_kept(model, unit, checkpointing) -> int:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from infini_ds.config import ModelConfig, RunConfig, parse
+from infini_ds.config import RunConfig
 from infini_ds.model.layers import layer_list
 from infini_ds.planning.estimate import checkpoint_bytes, layer_parameters, process_bytes
+from tests import tiny
 
 OPTIONS = [
     {},
@@ -18,11 +19,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "default")
 def test_parameters_are_those_of_the_modules(options):
-    tree = {
-        "vocab_size": 301, "hidden_size": 24, "num_layers": 3, "num_heads": 4, "head_dim": 10,
-        **options,
-    }  # fmt: skip
-    config = ModelConfig.model_validate(tree)
+    config = tiny.model_config(
+        vocab_size=301, hidden_size=24, num_layers=3, num_heads=4, head_dim=10, **options
+    )
     with torch.device("meta"):
         layers = [layer.module(*layer.args) for layer in layer_list(config)]
     counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
@@ -30,18 +29,15 @@ def test_parameters_are_those_of_the_modules(options):
 
 
 def run_config(**settings) -> RunConfig:
-    tree = {
-        "output_dir": "output",
-        "model": {
-            "vocab_size": 300, "hidden_size": 16, "num_layers": 4, "num_heads": 2, "head_dim": 8,
+    """Four blocks, with segments so long that the head does not count in balancing the stages."""
+    return tiny.run_config(
+        model={
+            "vocab_size": 300, "num_layers": 4, "num_heads": 2, "head_dim": 8,
+            "segment_length": 2048,
         },
-        "data": {"store": "store"},
-        "train": {"steps": 1, "batch_size": 8, "dtype": "fp32"},
-    }  # fmt: skip
-    for name, value in settings.items():
-        section, _, key = name.partition("__")
-        tree.setdefault(section, {})[key] = value
-    return parse(tree, "here")
+        train={"batch_size": 8, "dtype": "fp32"},
+        **settings,
+    )  # fmt: skip
 
 
 MEMORY = 4 * 2 * (8 * 8 + 8)  # of a lane in a layer

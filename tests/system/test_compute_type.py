@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
-from infini_ds.config import ModelConfig
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.system import compute_type
 from infini_ds.system.compute_type import fastest_type, of_processor, place
 from infini_ds.system.console import Console
+from tests import tiny
 
 AVX2 = "fpu sse4_1 sse4_2 avx f16c fma avx2 bmi2"
 AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512cd"
@@ -133,7 +133,7 @@ def test_a_model_to_read_computes_in_the_faster_type(
     monkeypatch.setattr(compute_type, "device_at_hand", lambda: torch.device("cpu"))
     memory = type("Memory", (), {"available": available})
     monkeypatch.setattr(compute_type.psutil, "virtual_memory", lambda: memory)
-    model = InfiniTransformer(ModelConfig(vocab_size=8, hidden_size=32, num_layers=1, num_heads=2))
+    model = InfiniTransformer(tiny.model_config(vocab_size=8))
     model.to(stored)
     before = [weight.float() for weight in model.parameters()]
     console = Console()

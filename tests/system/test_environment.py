@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from infini_ds import cli
 from infini_ds.guard.signals import StopRequest
 from infini_ds.system import environment, exit_code
+from tests import tiny
 
 COMMAND = Path(sys.executable).with_name("infini-ds")
 MEETING = {
@@ -25,15 +25,10 @@ def config(tmp_path, monkeypatch) -> Path:
     for name in VARIABLES:
         monkeypatch.setenv(name, "")  # so that what is set or removed in a test goes after it
         monkeypatch.delenv(name)
-    tree = {
-        "output_dir": "runs/é",
-        "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": 8},
-        "data": {"store": str(tmp_path / "none")},
-        "train": {"steps": 1, "batch_size": 2, "window_segments": 2},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-    return path
+    return tiny.write_run(
+        tmp_path / "run.yaml", output_dir="runs/é", data={"store": str(tmp_path / "none")},
+        train={"batch_size": 2, "window_segments": 2},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

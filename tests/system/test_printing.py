@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from rich.table import Table
 
 from infini_ds import cli
@@ -14,6 +13,7 @@ from infini_ds import config as configuration
 from infini_ds.cluster import preflight
 from infini_ds.cluster.findings import Finding
 from infini_ds.system.console import Console
+from tests import tiny
 from tests.tiny_run import tiny_config, write_checkpoint
 
 STRANGE = "[bold]run[/bold] [a-z1]*.txt x[/y] :smile:"
@@ -93,11 +93,7 @@ def test_commands_print_names_as_they_are(run, tmp_path, monkeypatch, capsys, co
     monkeypatch.setenv("COLUMNS", "300")
     Path("corpus.txt").write_text("one document of a few words\n" * 20)
     data = {"source": "files", "files": ["corpus.txt"], "tokenizer": {"kind": "bytes"}}
-    tree = {
-        "output_dir": "output", "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1},
-        "data": {**data, "store": "store"}, "train": {"steps": 1, "batch_size": 1},
-    }  # fmt: skip
-    Path("run.yaml").write_text(yaml.safe_dump(tree))
+    tiny.write_run(Path("run.yaml"), output_dir="output", data={**data, "store": "store"})
     Path("run").symlink_to(run)
     Path(name).parent.mkdir(exist_ok=True)
     if command.startswith(("status", "inspect")):

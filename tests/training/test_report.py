@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from infini_ds.config import parse
 from infini_ds.system.console import Console
 from infini_ds.training.report import report
+from tests import tiny
 
 QUALITY = {
     "held_out/loss": 1.1,
@@ -26,15 +26,7 @@ def write(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(quality, sample="", counts=None) -> tuple[str, dict]:
-        config = parse(
-            {
-                "output_dir": str(tmp_path),
-                "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1},
-                "data": {"store": "unused"},
-                "train": {"steps": 70, "batch_size": 1},
-            },
-            "of a test",
-        )
+        config = tiny.run_config(output_dir=str(tmp_path), train={"steps": 70})
         report(config, 70, counts or COUNTS, quality, sample, Console())
         return capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
 

@@ -1,4 +1,4 @@
-"""Training runs through DeepSpeed: one rank, its resumption, and two ranks on one GPU."""
+"""Makes training runs through DeepSpeed: one rank, its resumption, and two ranks on one GPU."""
 
 import json
 import socket

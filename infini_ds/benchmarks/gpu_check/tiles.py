@@ -31,7 +31,7 @@ CANDIDATES = {
 """Rows, columns, warps and stages to try beside those in tuning.py.
 
 With Triton 3.6 for Hopper, all compile without spills except the last two of key_gradient (40 and
-72 bytes). `sums` is limited to one stage: its code with more overwrites registers of unfinished
+72 bytes). `sums` is limited to one stage: with more, its code overwrites registers of unfinished
 products.
 """
 BY_ROWS = ("attend", "query_gradient", "read_gradient", "write_gradient")

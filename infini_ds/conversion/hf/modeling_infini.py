@@ -1,17 +1,5 @@
-"""An Infini-Transformer (arXiv 2404.07143) for transformers, in one file.
+"""An Infini-Transformer (arXiv 2404.07143) for transformers; its layers are in layers_infini.py."""
 
-Each layer attends inside a segment and reads a compressive memory of all earlier segments, so the
-state kept of a text does not grow with it. Shapes: b batch, t tokens, h heads, g key-value heads,
-d width of a head.
-
-    M, z        memory and its normaliser, [b, g, d, d] and [b, g, d]; sums and reads are fp32 too
-    sigma(x)    elu(x) + 1
-    read        sigma(q) M / (sigma(q) z), mixed with local attention by sigmoid(beta) of the head
-    linear      M + sigma(k)^T v
-    delta       M + sigma(k)^T (v - sigma(k) M / (sigma(k) z))
-"""
-
-import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,38 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
 from .configuration_infini import InfiniConfig
+from .layers_infini import InfiniBlock, LayerState, ShortConv
 
-TAPS = 4  # number of tokens a short convolution looks back
-EPSILON = 1e-10  # smallest denominator of a read
 # Arguments of `generate` meant for the model; they are passed on, and refused there if unknown.
 _ASKED = ("use_cache", "logits_to_keep", "position_ids", *TransformersKwargs.__optional_keys__)
 
 # This table of names tells the Trainer to shift labels when it smooths them, and pipelines that
 # they can take the model.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(InfiniConfig.model_type, "InfiniForCausalLM")
-
-
-@dataclass
-class LayerState:
-    """The state of one layer, its memory and the unfinished segment: tensors or None."""
-
-    kv: Any = None  # M
-    norm: Any = None  # z
-    keys: Any = None  # [b, tokens so far, g, d], before rotary
-    values: Any = None
-    weights: Any = None  # [b, tokens so far, g], how much of each will be written
-    tail: Any = None  # [b, TAPS, h + 2 g, d], the last tokens before the convolution
-
-    def select(self, rows: Tensor) -> None:
-        for name, tensor in vars(self).items():
-            if tensor is not None:
-                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
 
 @dataclass
@@ -83,177 +52,6 @@ class InfiniCache:
 
     def crop(self, *args, **kwargs) -> None:
         raise NotImplementedError("an InfiniCache cannot be cropped: what was read stays read")
-
-
-class InfiniAttention(nn.Module):
-    def __init__(self, config: InfiniConfig):
-        super().__init__()
-        self.config = config
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        channels = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=config.attention_bias)
-        self.o_proj = nn.Linear(
-            self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias
-        )
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.beta = nn.Parameter(torch.zeros(self.heads))
-        self.short_conv = self.write_gate = None
-        if config.short_conv:
-            self.short_conv = ShortConv(channels)
-        if config.write_gate:
-            self.write_gate = nn.Linear(config.hidden_size, self.kv_heads)
-
-    def forward(self, hidden: Tensor, state: LayerState, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Reads tokens [b, t, hidden_size] that continue an open segment without exceeding it."""
-        batch, t = hidden.shape[:2]
-        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        if self.short_conv is not None:
-            qkv, state.tail = self.short_conv(qkv, state.tail)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        w = hidden.new_ones(batch, t, self.kv_heads, dtype=torch.float32)
-        if self.write_gate is not None:
-            w = F.hardsigmoid(self.write_gate(hidden).float())
-        keys, values = _append(state.keys, k), _append(state.values, v)
-        state.keys, state.values, state.weights = keys, values, _append(state.weights, w)
-        out = self._local(q, keys, values, rotary)
-        if state.norm is not None:
-            out = self._mixed(out, q, state.kv, state.norm)
-        if keys.shape[1] == self.config.segment_length:
-            with _in_fp32(keys.device):
-                self._write(state)
-        return self.o_proj(out.flatten(2))
-
-    def _local(self, q: Tensor, keys: Tensor, values: Tensor, rotary) -> Tensor:
-        used = keys.shape[1]
-        begin = used - q.shape[1]
-        cos, sin = (table[:used, None].to(q.dtype) for table in rotary)
-        q = _rotate(q, cos[begin:], sin[begin:]).transpose(1, 2)
-        k = _rotate(keys, cos, sin).transpose(1, 2)
-        v = values.transpose(1, 2)
-        group = self.heads // self.kv_heads
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        if begin == 0:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            causal = torch.ones(used, used, dtype=torch.bool, device=q.device).tril()[begin:]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
-        return out.transpose(1, 2)  # [b, t, h, d]
-
-    def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor) -> Tensor:
-        grouped = q.unflatten(2, (self.kv_heads, -1))  # [b, t, g, queries of a group, d]
-        sigma_q = F.elu(grouped.float()) + 1
-        with _in_fp32(q.device):  # the memory's sums exceed the range of fp16
-            denominator = torch.einsum("btgqd,bgd->btgq", sigma_q, norm).clamp(min=EPSILON)
-            read = torch.einsum("btgqd,bgde->btgqe", sigma_q, kv)
-        read = (read / denominator[..., None]).to(q.dtype).flatten(2, 3)
-        written = (norm.sum(-1) > 0).repeat_interleave(self.heads // self.kv_heads, dim=1)
-        gate = (self.beta.float().sigmoid() * written)[:, None, :, None].to(q.dtype)
-        return gate * read + (1 - gate) * local
-
-    def _write(self, state: LayerState) -> None:
-        """Compresses the open segment, which is full, into the memory."""
-        sigma_k = F.elu(state.keys.float()).transpose(1, 2) + 1  # [b, g, n, d]
-        weighted_k = sigma_k * state.weights.transpose(1, 2)[..., None]
-        values = state.values.float().transpose(1, 2)
-        added = weighted_k.sum(dim=2)
-        if state.norm is None:
-            state.kv, state.norm = weighted_k.mT @ values, added
-        else:
-            if self.config.memory_rule == "delta":
-                denominator = (sigma_k @ state.norm[..., None]).clamp(min=EPSILON)
-                damping = _damping(sigma_k, weighted_k, state.norm, added, denominator)
-                values = values - damping[..., None, None] * (sigma_k @ state.kv / denominator)
-            state.kv, state.norm = state.kv + weighted_k.mT @ values, state.norm + added
-        state.keys = state.values = state.weights = state.tail = None
-
-
-@torch.no_grad()
-def _damping(sigma_k, weighted_k, norm, added, denominator) -> Tensor:
-    """Returns [b, g]: the share of what is read back that may be subtracted without growth.
-
-    A segment multiplies M by I - c G, where G, the sum of w sigma(k)^T sigma(k) / (sigma(k) z), has
-    no negative entry. Its largest eigenvalue is thus at most max(G x / x) for any positive x, and c
-    brings that bound down to 2 where it is larger, as after a short first segment.
-    """
-    x = added
-    for _ in range(2):
-        previous, x = x, (weighted_k.mT @ (sigma_k @ x[..., None] / denominator))[..., 0]
-    bound = (x / previous.clamp(min=EPSILON)).amax(dim=-1)
-    damping = (2 / bound.clamp(min=EPSILON)).clamp(max=1)
-    return torch.where(norm.sum(-1) > 0, damping, torch.zeros_like(damping))
-
-
-def _in_fp32(device: torch.device):
-    """Switches autocast off for the memory, which is fp32 whatever the rest is computed in."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _append(before: Tensor | None, new: Tensor) -> Tensor:
-    return new if before is None else torch.cat((before, new), dim=1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class ShortConv(nn.Module):
-    """Computes x_t + sum over i of c_i x_(t - i), with c_i per channel, within a segment."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, TAPS))
-
-    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        if before is None:
-            before = x.new_zeros(x.shape[0], TAPS, *x.shape[2:])
-        seen = torch.cat((before, x), dim=1)
-        taps = self.weight.mT.unflatten(1, x.shape[2:])
-        out = x
-        for back, tap in enumerate(taps, start=1):
-            out = torch.addcmul(out, tap, seen.narrow(1, TAPS - back, x.shape[1]))
-        return out, seen[:, -TAPS:]
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: InfiniConfig):
-        super().__init__()
-        self.act = {"silu": F.silu, "gelu": F.gelu}[config.hidden_act]
-        size, bias = config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * size, bias=bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
-
-
-class InfiniBlock(GradientCheckpointingLayer):
-    def __init__(self, config: InfiniConfig):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = InfiniAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FeedForward(config)
-
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, *before: Tensor | None) -> tuple:
-        """Returns hidden states and the fields of a new LayerState; the given one stays unchanged.
-
-        This way the block can be recomputed in the backward pass. All tensors are separate
-        arguments, as re-entrant checkpointing requires.
-        """
-        state = LayerState(*before)
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), state, (cos, sin))
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return (hidden, *vars(state).values())
 
 
 class InfiniForCausalLM(PreTrainedModel, GenerationMixin):

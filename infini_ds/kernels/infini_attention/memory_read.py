@@ -1,7 +1,7 @@
-"""The read of the memory and its mix with local attention, as one operation.
+"""Reads the memory and mixes the result with local attention, as one operation.
 
-Kept for the backward pass are queries, local output and memories, which exist anyway; feature
-maps and reads are computed again.
+For the backward pass only queries, local output and memories are kept, which exist anyway. Feature
+maps and reads are recomputed.
 """
 
 import torch
@@ -15,11 +15,12 @@ from infini_ds.system.ranges import compute_dtype
 
 
 def read_and_mix(a_dot: Tensor, q: Tensor, states: MemoryState, beta: Tensor) -> Tensor:
-    """eq. (3) and (6), and A_dot alone where the memory is empty.
+    """Computes eq. (3) and (6), and returns A_dot alone where the memory is empty.
 
     Args:
-        a_dot, q: [batch, segments, n, heads, d]; queries of a group read one memory.
-        states: before each segment, kv [batch, segments, kv_heads, d, d] and norm.
+        a_dot, q: [batch, segments, n, heads, d]; the queries of a group read one memory.
+        states: the memory before each segment, kv [batch, segments, kv_heads, d, d] and norm
+            [batch, segments, kv_heads, d].
         beta: [heads].
 
     Returns:
@@ -59,7 +60,7 @@ class _ReadAndMix(torch.autograd.Function):
             read = _Read(part, q, kv, norm, gate)
             d_out = read.rows(gradient).to(read.dtype)  # [s, h, g, n, d]
             share = read.gate / read.denominator  # [s, h, g, n, 1]
-            d_sigma = (d_out @ read.kv.mT).float()  # of the numerator alone, times share below
+            d_sigma = (d_out @ read.kv.mT).float()  # of the numerator alone; share is applied below
             along_read = (d_sigma * read.sigma_q).sum(dim=-1, keepdim=True) / read.denominator
             along_local = (d_out * read.rows(a_dot)).sum(dim=(-2, -1), dtype=torch.float32)
             read.per_head(d_gate).copy_(along_read.sum(dim=(-2, -1)) - along_local)
@@ -74,7 +75,7 @@ class _ReadAndMix(torch.autograd.Function):
 
 
 class _Read:
-    """What eq. (3) needs of one part: key-value heads h, each with its g query heads."""
+    """Operands of eq. (3) for one part, with key-value heads h and g query heads for each."""
 
     def __init__(self, part: Part, q: Tensor, kv: Tensor, norm: Tensor, gate: Tensor):
         self.part = part
@@ -87,12 +88,12 @@ class _Read:
         self.denominator.clamp_(min=EPSILON)
 
     def rows(self, x: Tensor) -> Tensor:
-        """A view of x [segments, n, heads, d], [s, h, g, n, d]."""
+        """Views this part of x [segments, n, heads, d] as [s, h, g, n, d]."""
         own = x.unflatten(2, (-1, self.group))[self.part.segments, :, self.part.heads]
         return rearrange(own, "s n h g d -> s h g n d")
 
     def per_head(self, x: Tensor) -> Tensor:
-        """A view of x [segments, heads], [s, h, g]."""
+        """Views this part of x [segments, heads] as [s, h, g]."""
         return x.unflatten(1, (-1, self.group))[self.part]
 
 

@@ -1,4 +1,4 @@
-"""Chooses how Infini-attention is computed."""
+"""Chooses the implementation of Infini-attention."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from infini_ds.memory import RULES, MemoryState
 
 
 def infini_attention(inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """See `infini_attention_reference`: the same results."""
+    """Computes the results of `infini_attention_reference` by the fastest way available."""
     if inputs.rule not in RULES:
         raise ValueError(f"rule ({inputs.rule}) must be one of {', '.join(RULES)}")
     compute = infini_attention_parallel
@@ -18,7 +18,7 @@ def infini_attention(inputs: Inputs) -> tuple[Tensor, MemoryState]:
 
         check(inputs.q, inputs.k.shape[3], inputs.rule)
     if uses_triton(inputs.q):
-        # Triton cannot be imported everywhere.
+        # Triton is not installed everywhere.
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 
         compute = infini_attention_triton

@@ -1,9 +1,9 @@
-"""Infini-attention with all segments of a window at once, in PyTorch.
+"""Infini-attention over all segments of a window at once, in PyTorch.
 
-What a segment writes depends only on its own keys and values (linear rule), so the sums of all
-segments are one batched product, the memories that segments read are an exclusive scan over those
-sums, and all reads are one batched product again. The delta rule goes from segment to segment, over
-matrices [d, d] alone. Memories are fp32 whatever the compute type.
+By the linear rule, what a segment writes depends only on its own keys and values. The sums of all
+segments are therefore one batched product, the memories that segments read are an exclusive scan
+over those sums, and all reads are another batched product. The delta rule has to go from segment to
+segment, but only over matrices [d, d]. Memories are fp32 whatever the compute type.
 """
 
 import torch
@@ -20,7 +20,7 @@ from infini_ds.memory.state import MemoryState
 
 
 def infini_attention_parallel(inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """See `infini_attention_reference`: the same results."""
+    """Computes the results of `infini_attention_reference` for all segments at once."""
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
     a_dot = local_attention(q, k, v, rotary)
     states, final = memory_scan(k, v, w, memory, layout, rule)
@@ -30,15 +30,15 @@ def infini_attention_parallel(inputs: Inputs) -> tuple[Tensor, MemoryState]:
 def memory_scan(
     k: Tensor, v: Tensor, w: Tensor | None, memory: MemoryState, layout: Layout, rule: str
 ) -> tuple[MemoryState, MemoryState]:
-    """The memory that each segment reads, and the one after the window.
+    """Computes the memory that each segment reads, and the memory after the window.
 
     Args:
         k, v: [batch, segments, n, kv_heads, d].
         w: [batch, segments, n, kv_heads] or None.
 
     Returns:
-        Before each segment: kv [batch, segments, kv_heads, d, d], norm [batch, segments,
-        kv_heads, d]; and after the last.
+        The memory before each segment, kv [batch, segments, kv_heads, d, d] and norm [batch,
+        segments, kv_heads, d], and the memory after the last one.
     """
     n = k.shape[2]
     weight = memory_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
@@ -55,18 +55,23 @@ def memory_scan(
 
 
 def scan(added: Tensor, incoming: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Exclusive scan over segments that restarts where documents do, eq. (4).
+    """Scans over segments exclusively, eq. (4), and restarts where a document starts.
 
-    A product with a matrix of zeros and ones: exact, so nothing of one document is left in
-    another's memory, as there would be by subtracting cumulative sums.
+    The scan is a product with a matrix of zeros and ones. Differences of cumulative sums would
+    leave rounding errors of one document in the memory of the next.
 
-    added [batch, segments, ...]; incoming [batch, ...]; returned are what each segment reads, and
-    what is left after the last.
+    Args:
+        added: [batch, segments, ...], what each segment adds.
+        incoming: [batch, ...], the state before the window.
+
+    Returns:
+        The state that each segment reads, and the state after the last segment.
     """
     segments = starts.shape[1]
     document = F.pad(starts, (1, 1)).cumsum(1)  # [batch, segments + 2]
-    document[:, -1] = document[:, -2]  # the memory after the window is of its last document
-    source, reader = document[:, :-1], document[:, 1:]  # incoming, then each segment; each, final
+    document[:, -1] = document[:, -2]  # the final memory is the last document's
+    # Sources are the incoming state and the segments; readers are the segments and the final state.
+    source, reader = document[:, :-1], document[:, 1:]
     before = torch.ones(segments + 1, segments + 1, dtype=torch.bool, device=starts.device).tril()
     same = (reader[:, :, None] == source[:, None, :]) & before
     terms = torch.cat((incoming[:, None], added), dim=1)  # [batch, segments + 1, ...]
@@ -77,7 +82,7 @@ def scan(added: Tensor, incoming: Tensor, starts: Tensor) -> tuple[Tensor, Tenso
 def walk(
     added: Tensor, overlaps: Tensor, incoming: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for eq. (5), of which each segment also takes away `overlaps` of what it finds."""
+    """Works like `scan` for eq. (5), where each segment also subtracts `overlaps` @ the state."""
     kv = incoming
     before = []
     for s in range(starts.shape[1]):

@@ -1,7 +1,7 @@
-"""The specification of Infini-attention: segment by segment, scores written out, no tricks.
+"""The specification of Infini-attention, segment by segment and with explicit scores.
 
-Munkhdalai, Faruqui, Gopal 2024, arXiv 2404.07143, section 2. Every faster path agrees with this
-one on outputs, final memory and every gradient.
+It follows section 2 of Munkhdalai, Faruqui, Gopal 2024, arXiv 2404.07143. Every faster path agrees
+with it in outputs, final memory and all gradients.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from infini_ds.memory.state import MemoryState
 
 
 class Inputs(NamedTuple):
-    """One window, as every way of computing Infini-attention takes it."""
+    """One window, the argument of every implementation of Infini-attention."""
 
     q: Tensor
     """[batch, segments, n, heads, d], before rotary."""
@@ -27,21 +27,21 @@ class Inputs(NamedTuple):
     w: Tensor | None
     """[batch, segments, n, kv_heads], write weights in [0, 1]; None means 1."""
     memory: MemoryState
-    """Of the segments before this window."""
+    """The memory before the window."""
     layout: Layout
     """Document starts and valid lengths."""
     beta: Tensor
-    """[heads], gates of eq. (6)."""
+    """[heads], the gates of eq. (6)."""
     rule: str
-    """A name of `memory.RULES`."""
+    """Name of the memory rule, a key of `memory.RULES`."""
     rotary: tuple[Tensor, Tensor]
     """cos and sin, each [n, d / 2]."""
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021), in two halves as in Llama.
+    """Applies rotary positions (Su et al. 2021) to two halves of each head, as in Llama.
 
-    x [..., n, heads, d]; cos and sin [..., n, d / 2].
+    x is [..., n, heads, d]; cos and sin are [..., n, d / 2].
     """
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]

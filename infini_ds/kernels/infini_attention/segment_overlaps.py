@@ -1,12 +1,12 @@
-"""The delta rule, eq. (5), as one matrix a segment, so that no scan goes through tokens.
+"""The delta rule, eq. (5), as one matrix per segment, so that no scan goes through tokens.
 
 With z the norm before the segment and damping as in `delta_damping`, eq. (5) is
 
     M' = M + (w sigma(k))^T v - O M,   O = damping x sum of w sigma(k)^T sigma(k) / (sigma(k) z)
 
-O, the overlap of what a segment writes with its own reads, is symmetric and depends on nothing
-that the rule computes: all segments' are one batched product, and the walk from segment to
-segment is over matrices [d, d] alone.
+O, the overlap of a segment's writes with its own reads, is symmetric and does not depend on M. The
+overlaps of all segments are therefore one batched product, and only matrices [d, d] are left for
+the walk from segment to segment.
 """
 
 import torch
@@ -20,13 +20,14 @@ from infini_ds.system.ranges import compute_dtype
 
 
 def segment_overlaps(k: Tensor, weight: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:
-    """O of each segment, in fp32, with a backward pass that keeps only keys and norms.
+    """Computes O of each segment in fp32, keeping no more than its inputs for the backward pass.
 
     Args:
         k: [batch, segments, n, kv_heads, d].
         weight: [batch, segments, n, kv_heads] fp32, 0 on padding.
-        norm: before each segment, [batch, segments, kv_heads, d].
-        added_norm: by each segment; it gets no gradient.
+        norm: [batch, segments, kv_heads, d], the norm before each segment.
+        added_norm: [batch, segments, kv_heads, d], what each segment adds to the norm; it gets no
+            gradient.
 
     Returns:
         [batch, segments, kv_heads, d, d].
@@ -74,7 +75,7 @@ class _SegmentOverlaps(torch.autograd.Function):
 
 
 class _Keys:
-    """What overlaps need of one part: segments s, heads h, tokens n."""
+    """Operands of the overlaps for one part, with segments s, heads h and tokens n."""
 
     def __init__(self, part: Part, k: Tensor, weight: Tensor, norm: Tensor):
         self.sigma_k = sigma(rows_of(k, part))  # [s, h, n, d]

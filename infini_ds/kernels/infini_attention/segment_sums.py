@@ -1,4 +1,4 @@
-"""What each segment adds to the memory, with a backward pass that keeps only keys and values."""
+"""Computes what each segment adds to the memory, keeping only keys, values and write weights."""
 
 import math
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from infini_ds.memory.state import MemoryState
 from infini_ds.system.ranges import compute_dtype
 
 CACHED = 2**16
-"""Numbers worked on together: some fp32 copies of them fit into a core's own cache (1 MiB)."""
+"""How many numbers to process at a time; a few fp32 copies fit into a core's own cache (1 MiB)."""
 
 
 def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> MemoryState:
-    """Sums over the tokens of each segment, eq. (4), in fp32.
+    """Sums eq. (4) over the tokens of each segment, in fp32.
 
     Args:
         k, v: [batch, segments, n, kv_heads, d].
@@ -32,14 +32,14 @@ def segment_sums(k: Tensor, v: Tensor, weight: Tensor) -> MemoryState:
 
 
 class Part(NamedTuple):
-    """Segments (batch and segments flattened) and key-value heads that are worked on together."""
+    """The segments (flattened with the batch) and key-value heads that are processed together."""
 
     segments: slice
     heads: slice
 
 
 def parts(segments: int, n: int, kv_heads: int, d: int, device: torch.device) -> list[Part]:
-    """All at once, but on a CPU about as much of one head as its own cache holds."""
+    """Splits the work: on a CPU into parts of one head that fit its cache, elsewhere not at all."""
     if device.type != "cpu":
         return [Part(slice(0, segments), slice(0, kv_heads))]
     step = max(1, CACHED // (n * d))
@@ -51,14 +51,14 @@ def parts(segments: int, n: int, kv_heads: int, d: int, device: torch.device) ->
 
 
 def rows_of(x: Tensor, part: Part) -> Tensor:
-    """A view of one part of x [segments, n, heads, d], [s, h, n, d]."""
+    """Views one part of x [segments, n, heads, d] as [s, h, n, d]."""
     return rearrange(x[part.segments, :, part.heads], "s n h d -> s h n d")
 
 
 def sigma(x: Tensor) -> Tensor:
-    """The feature map of the memory, elu + 1, in fp32; its derivative is min(sigma(x), 1).
+    """Computes the memory's feature map, elu + 1, in fp32. Its derivative is min(sigma(x), 1).
 
-    By powers of two: on a CPU in half the time of PyTorch's elu. Not for use under autograd.
+    Powers of two take half the time of PyTorch's elu on a CPU. Do not use this under autograd.
     """
     x = x.float()
     return (x * math.log2(math.e)).clamp_(max=0).exp2_().add_(x.clamp(min=0))

@@ -1,12 +1,12 @@
-"""Local attention for training on a CPU: one thread, one key-value head of one segment at a time.
+"""Local attention for training on a CPU with one thread.
 
-PyTorch's own multiplies pieces too small for the core's matrix units. Here tiles of scores are as
-large as stays in the core's cache. More threads than one have too little to do in each product, so
-there PyTorch's own is used.
+It processes one key-value head of one segment at a time. PyTorch's own attention multiplies pieces
+too small for the core's matrix units, whereas tiles of scores here are as large as the core's cache
+allows. With several threads each product has too little work, so PyTorch's own is used there.
 
-Scores are in powers of two, which are quicker to take than powers of e: the factor
-log2(e) / sqrt(d) is in the queries, which are rounded once, after it. The rows of a group's queries
-are in order of position, [n x group, d], so that one product serves all heads of the group.
+Weights are powers of two, which are faster to compute than powers of e. The factor
+log2(e) / sqrt(d) is applied to the queries, which are rounded once, after it. The rows of a group's
+queries are in order of position, [n x group, d], so that one product serves all heads of the group.
 """
 
 import math
@@ -18,15 +18,15 @@ from torch.autograd.function import once_differentiable
 from infini_ds.kernels.local_attention.rotary import rotated
 
 FORWARD_TILE = 128
-"""Positions whose scores, fp32, exist at one time."""
+"""Number of positions whose scores, in fp32, exist at the same time."""
 BACKWARD_TILE = 256
-"""Keys whose scores, of the operands' type, exist at one time."""
+"""Number of keys whose scores, in the operands' type, exist at the same time."""
 TERMS = 2
-"""Numbers of the operands' type whose sum stands for one fp32 number."""
+"""How many numbers of the operands' type are summed to represent one fp32 number."""
 
 
 def local_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `local_attention`."""
+    """Computes `local_attention` on a CPU with one thread."""
     return _LocalAttention.apply(q, k, v, cos, sin)  # type: ignore[return-value]
 
 
@@ -60,20 +60,23 @@ class _LocalAttention(torch.autograd.Function):
 
 
 def _heads(k: Tensor):
-    """Batch, segment and key-value head of each piece of work."""
+    """Lists batch index, segment and key-value head of each piece of work."""
     return [
         (b, s, h) for b in range(k.shape[0]) for s in range(k.shape[1]) for h in range(k.shape[3])
     ]
 
 
 def _own(x: Tensor, at: tuple[int, int, int], kv_heads: int) -> Tensor:
-    """A view of the heads of one piece of work, [n, group or 1, d]."""
+    """Views the heads of one piece of work, [n, group or 1, d]."""
     group = x.shape[3] // kv_heads
     return x[at[0], at[1], :, at[2] * group : (at[2] + 1) * group]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q [n, group, d], k and v [n, 1, d]; fills out, returns log2 of the sums [n x group]."""
+    """Fills `out` from q [n, group, d], k and v [n, 1, d].
+
+    Returns log2 of each row's sum of weights, [n x group].
+    """
     n, group, d = q.shape
     scale = d**-0.5 * math.log2(math.e)
     queries = rotated(q.float(), cos * scale, sin * scale).to(q.dtype).float().flatten(0, 1)
@@ -106,15 +109,15 @@ def _backward(
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [n, group, d], k and v [n, 1, d].
+    """Computes the gradients of q [n, group, d], k and v [n, 1, d].
 
-    Scores are computed again by tiles of keys against the queries that see them, transposed, and
-    rounded to the operands' type. What they lose by it grows with their size, so they come out of
-    the product small: less the logarithm of the row's sum, as more terms of the product, and plus
-    half of log2 of the keys in the row, so that an even row and a sharp one lose alike and no more
-    than the rounding of the weights. The gradient's rows are divided by the same power of two.
-    The mean that is subtracted from a weight's gradient is in the product too: where attention is
-    sharp, what is left is a small difference of large numbers.
+    Scores are recomputed for a tile of keys against the queries that see them, transposed and
+    rounded to the operands' type. The rounding error grows with a score's size, so the product
+    itself keeps scores small: additional terms subtract the logarithm of the row's sum, and add
+    half of log2 of the number of keys in the row. Flat and sharp rows then lose equally little, no
+    more than by the rounding of the weights. The gradient's rows are divided by the same power of
+    two. The mean that is subtracted from a weight's gradient is a term of the product as well,
+    because the result is a small difference of large numbers where attention is sharp.
     """
     n, group, d = q.shape
     scale = d**-0.5 * math.log2(math.e)
@@ -148,7 +151,10 @@ def _backward(
 
 
 def _with_terms(x: Tensor, extra: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of x [n, group, d] and the terms of extra [n x group], for a product `_with_ones`."""
+    """Appends the terms of extra [n x group] to the rows of x [n, group, d].
+
+    A product with rows from `_with_ones` adds them up.
+    """
     rows, d = len(extra), x.shape[-1]
     out = torch.empty(rows, d + TERMS, dtype=dtype)
     out[:, :d] = x.flatten(0, 1)
@@ -159,7 +165,7 @@ def _with_terms(x: Tensor, extra: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of x [n, 1, d] with ones where the other factor has its terms."""
+    """Appends ones to the rows of x [n, 1, d] where the other factor has its terms."""
     n, _, d = x.shape
     out = torch.ones(n, d + TERMS, dtype=dtype)
     out[:, :d] = x[:, 0]

@@ -1,4 +1,4 @@
-"""Chooses how local attention is computed."""
+"""Chooses the implementation of local attention."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from infini_ds.kernels.local_attention.cpu import local_attention_cpu
 from infini_ds.kernels.local_attention.rotary import rotate
 
 LONG = 512
-"""Segments from which on the tiled CPU path is the faster one; below it has too many pieces."""
+"""Segment length from which the tiled CPU path is faster; shorter segments are too many pieces."""
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Causal softmax attention inside each segment, never with a whole score matrix.
+    """Computes causal softmax attention inside each segment, without a whole score matrix.
 
     Args:
         q: [batch, segments, n, heads, d], before rotary.

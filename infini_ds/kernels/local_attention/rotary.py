@@ -6,12 +6,18 @@ from torch.autograd.function import once_differentiable
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in two halves; x [..., n, heads, d]; cos and sin [..., n, d / 2]."""
+    """Applies rotary positions to two halves of each head.
+
+    x is [..., n, heads, d]; cos and sin are [..., n, d / 2].
+    """
     return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same without a gradient; cos and sin [..., n, heads or 1, d / 2], of x's type."""
+    """Works like `rotate`, but without a gradient.
+
+    cos and sin are [..., n, heads or 1, d / 2], in x's type.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)

@@ -1,1 +1,1 @@
-"""Infini-attention by Triton kernels."""
+"""Infini-attention with Triton kernels."""

@@ -15,7 +15,7 @@ from infini_ds.kernels.infini_attention.triton.tiles import (
 
 @triton.jit
 def gate_of(beta, head, norm):
-    """The memory's share of a head: 0 where nothing is stored, that is where norm [D] is zero."""
+    """Returns the memory's share in a head, 0 if nothing is stored, that is if norm [D] is zero."""
     gate = tl.sigmoid(tl.load(beta + head).to(tl.float32))
     return tl.where(tl.sum(norm, axis=0) > 0, gate, 0.0)
 
@@ -38,10 +38,10 @@ def attend_to_keys(
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Softmax attention as it is summed up over keys first to last (Dao 2023, FlashAttention-2).
+    """Accumulates softmax attention over keys first to last (Dao 2023, FlashAttention-2).
 
-    On the diagonal a query sees the keys up to its own place; before it, all of them.
-    Returns the highest score, the sum of weights, and the values mixed by them, of each row.
+    On the diagonal a query sees the keys up to its own position, and before the diagonal all keys.
+    Returns each row's highest score, sum of weights, and weighted sum of values.
     """
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -91,12 +91,14 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per BLOCK_M queries of one head of one segment, the longest ones first.
+    """Computes attention, with one program per BLOCK_M queries of one head of one segment.
+
+    Programs with the most keys come first.
 
     q [segments, n, heads, D]; rotated_k [segments, kv_heads, n, D]; v [segments, n, kv_heads, D];
     kv, norm: the memories that the segments read; out [segments, n, heads, D]; log_sum
     [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are. `scale` is
-    log2(e) / sqrt(D): scores are in powers of two.
+    log2(e) / sqrt(D), because weights are powers of two.
     """
     tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -130,7 +132,7 @@ def attend_kernel(
         True, D, BLOCK_N,
     )  # fmt: skip
 
-    # The read, by parts of the features, so that few registers are taken beside `mixed`.
+    # The memory is read by parts of the features, to need few registers besides those of `mixed`.
     mixed = mixed * ((1 - gate) / total)[:, None]
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)

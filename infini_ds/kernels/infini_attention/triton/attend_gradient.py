@@ -1,7 +1,7 @@
-"""Gradients of local attention, from scores computed again (Dao 2023, FlashAttention-2).
+"""Gradients of local attention from recomputed scores (Dao 2023, FlashAttention-2).
 
-They are turned back from rotary positions and added to what the memory's read and write left in
-dq, dk and dv. `along` is the (1 - g) D_loc of `memory_gradient`.
+After the rotary positions are undone, they are added to the gradients of the memory's read and
+write in dq, dk and dv. `along` is the (1 - g) D_loc of `memory_gradient`.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
@@ -38,9 +38,10 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per BLOCK_M queries of one head of one segment, the longest ones first.
+    """Adds to dq, with one program per BLOCK_M queries of one head of one segment.
 
-    Shapes as in `attend_kernel` and `read_gradient_kernel`.
+    Programs with the most keys come first. Shapes are as in `attend_kernel` and
+    `read_gradient_kernel`.
     """
     tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -95,7 +96,7 @@ def gradient_of_queries(
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds what keys first to last give to the rotated queries, times sqrt(D)."""
+    """Adds the part of keys first to last in the rotated queries' gradient, times sqrt(D)."""
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
@@ -137,10 +138,11 @@ def key_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per BLOCK_N keys of one key-value head of one segment, the longest ones first.
+    """Adds to dk and dv, with one program per BLOCK_N keys of one key-value head of one segment.
 
-    Shapes as in `attend_kernel`, `read_gradient_kernel` and `write_gradient_kernel`. Two
-    accumulators leave few registers: one loop, and nothing in it that another place can do.
+    Programs with the most queries come first. Shapes are as in `attend_kernel`,
+    `read_gradient_kernel` and `write_gradient_kernel`. Two accumulators leave few registers, so
+    there is a single loop, which does nothing that can be done elsewhere.
     """
     first = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
@@ -191,10 +193,10 @@ def gradient_of_keys(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Adds what queries from the first on give to rotated keys, times sqrt(D), and to values.
+    """Adds the part of queries from `first` on in the gradients of rotated keys and of values.
 
-    Scores are transposed, [keys, queries]. Tiles of queries are whole ones, beginning with that of
-    the first, so that none reaches beyond the padded rows.
+    The keys' gradient is times sqrt(D). Scores are transposed, [keys, queries]. Tiles of queries
+    begin at multiples of BLOCK_M, so that none reaches beyond the padded rows.
     """
     for start in range(first // BLOCK_M * BLOCK_M, n, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)

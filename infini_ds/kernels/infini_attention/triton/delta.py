@@ -1,8 +1,8 @@
-"""The delta rule, eq. (5), as one matrix a segment, see `segment_overlaps`; and its gradient.
+"""The delta rule, eq. (5), as one matrix per segment, see `segment_overlaps`, and its gradient.
 
-Of all segments the overlaps are summed up at once; then a walk from segment to segment goes over
-matrices alone. Each column of a memory depends on the same column of what is written, so the walk
-shares the columns out among programs. Products of states are in PRECISION, of fp32 operands.
+The overlaps of all segments are summed at once, and the walk from segment to segment then needs
+only matrices. Each column of a memory depends on the same column of what is written, so the walk
+divides the columns among programs. Products of states have fp32 operands and use PRECISION.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
@@ -14,7 +14,7 @@ from infini_ds.kernels.infini_attention.triton.tiles import load_rows, load_stat
 
 @triton.jit
 def reciprocal_read(sigma_k, norm, EPSILON: tl.constexpr):
-    """1 / (sigma(k) z) of each row; 0 where nothing is stored."""
+    """Computes 1 / (sigma(k) z) of each row, 0 where nothing is stored."""
     read = tl.maximum(tl.sum(sigma_k * norm[None, :], axis=1), EPSILON)
     return tl.where(tl.sum(norm, axis=0) > 0, 1 / read, 0.0)
 
@@ -34,10 +34,10 @@ def overlap_kernel(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """O / damping of one key-value head and segment; zero where nothing is stored.
+    """Computes O / damping of one key-value head and segment, zero where nothing is stored.
 
-    k [segments, n, kv_heads, D]; weight [segments, kv_heads, n]; norm, before the segment
-    [segments, kv_heads, D]; overlaps [segments, kv_heads, D, D]. All but k in fp32.
+    k [segments, n, kv_heads, D]; weight [segments, kv_heads, n]; norm [segments, kv_heads, D], the
+    norm before each segment; overlaps [segments, kv_heads, D, D]. All but k are fp32.
     """
     kv_head = tl.program_id(0)
     segment = tl.program_id(1).to(tl.int64)
@@ -58,7 +58,7 @@ def overlap_kernel(
 
 @triton.jit
 def damping_kernel(overlaps, added_norm, damping, kv_heads, EPSILON: tl.constexpr, D: tl.constexpr):
-    """The guard, see `delta_damping`, of one key-value head and segment.
+    """Computes the damping of one key-value head and segment, see `delta_damping`.
 
     overlaps [segments, kv_heads, D, D]; added_norm [segments, kv_heads, D]; damping
     [segments, kv_heads].
@@ -86,9 +86,9 @@ def delta_kernel(
     D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """kv in place, from what each segment writes to what it finds, and `final` from `incoming`.
+    """Replaces in kv what each segment writes by what it finds, and computes `final`.
 
-    One program per part of the columns, and per lane and key-value head.
+    There is one program per part of the columns, lane and key-value head.
 
     overlaps, kv [batch x segments, kv_heads, D, D]; damping [batch x segments, kv_heads]; starts
     [batch x segments] bytes; incoming, final [batch, kv_heads, D, D].
@@ -124,8 +124,8 @@ def delta_gradient_kernel(
     D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The walk back: d_kv in place, from the gradient of what each segment found to that of the
-    memory after it, and d_incoming from d_final. Shapes as in `delta_kernel`."""
+    """Walks back: replaces in d_kv the gradient of what each segment found by that of the memory
+    after it, and computes d_incoming. Shapes are as in `delta_kernel`."""
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     lane = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(1) % kv_heads
@@ -163,12 +163,14 @@ def overlap_gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """`both`, the gradient of O / damping and its transpose, of one key-value head and segment,
-    and added to d_norm what the norm before the segment gets through the overlap.
+    """Computes `both`, the gradient of O / damping plus its transpose.
 
-    k, weight, norm as in `overlap_kernel`; damping [segments, kv_heads]; kv, before the segment,
-    and d_kv, of the memory after it [segments, kv_heads, D, D]; both the same, in k's type; d_norm
-    [segments, kv_heads, D].
+    There is one program per key-value head and segment. It also adds to d_norm the gradient that
+    the norm before the segment gets through the overlap.
+
+    k, weight, norm as in `overlap_kernel`; damping [segments, kv_heads]; kv [segments, kv_heads, D,
+    D], the memory before each segment; d_kv of the same shape, the gradient of the memory after it;
+    `both` of the same shape, in k's type; d_norm [segments, kv_heads, D].
     """
     kv_head = tl.program_id(0)
     segment = tl.program_id(1).to(tl.int64)
@@ -199,7 +201,7 @@ def overlap_gradient_kernel(
 
 @triton.jit
 def gradient_of_read(sigma_k, d_sigma, weight, norm, EPSILON: tl.constexpr):
-    """Gradients of the weight and of sigma(k) z of each row, from d_sigma, sigma(k) `both`."""
+    """Returns the gradients of each row's weight and sigma(k) z from d_sigma = sigma(k) `both`."""
     reciprocal = reciprocal_read(sigma_k, norm, EPSILON)
     d_weight = tl.sum(d_sigma * sigma_k, axis=1) * reciprocal / 2
     return d_weight, -d_weight * weight * reciprocal

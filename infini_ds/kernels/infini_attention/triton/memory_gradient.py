@@ -1,8 +1,8 @@
 """Gradients of the memory's read and write, token by token.
 
-They are put into dq, dk and dv, where the gradients of local attention are added to them. With g
-the gate, D_mem = dO A_mem and D_loc = dO A_dot summed over a row: (1 - g) D_loc is dO O - g D_mem,
-so nothing is ever divided by 1 - g.
+They are stored in dq, dk and dv, to which the gradients of local attention are added later. With g
+the gate, and the products D_mem = dO A_mem, D_loc = dO A_dot and dO O summed over each row,
+(1 - g) D_loc is computed as dO O - g D_mem, so that nothing is ever divided by 1 - g.
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
@@ -48,15 +48,14 @@ def read_gradient_kernel(
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """The read's part of dq, and what the kernels after it need of each query.
+    """Computes the read's part of dq, and numbers of each query that later kernels need.
 
-    One program per BLOCK_ROWS queries of one head of one segment.
+    There is one program per BLOCK_ROWS queries of one head of one segment.
 
     q, out, d_out, dq [segments, n, heads, D], all but q contiguous; kv, norm: the memories that
-    the segments read; rotated_q [segments, heads, n, D]; per query, fp32,
-    `along` [segments, heads, padded_n], (1 - g) D_loc, and [segments, heads, n] `share`,
-    g / (sigma(q) z), `d_denominator`, the gradient of sigma(q) z, and d_beta, its part of the
-    gradient of beta.
+    the segments read; rotated_q [segments, heads, n, D]. For each query in fp32: `along` [segments,
+    heads, padded_n] is (1 - g) D_loc; and, all [segments, heads, n], `share` is g / (sigma(q) z),
+    `d_denominator` is the gradient of sigma(q) z, and d_beta is its part of the gradient of beta.
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -124,16 +123,16 @@ def write_gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The write's part of dk and dv, and d_weight.
+    """Computes the write's part of dk and dv, and d_weight.
 
-    One program per BLOCK_ROWS keys of one key-value head of one segment, that goes through the
-    memory's columns BLOCK_V at a time. What was written:
-    kv += (weight sigma(k))^T v, norm += sum of weight sigma(k); by the delta rule kv -= O kv too.
+    One program per BLOCK_ROWS keys of one key-value head of one segment goes through the memory's
+    columns BLOCK_V at a time. The write is kv += (weight sigma(k))^T v and
+    norm += sum of weight sigma(k), and the delta rule also subtracts O kv from kv.
 
     k, v, dk, dv [segments, n, kv_heads, D], the last two contiguous; weight, d_weight
-    [segments, kv_heads, n] fp32; d_kv, d_norm: gradients of the memory after each segment; for
-    the delta rule the norm before it, and `both` of `overlap_gradient_kernel`; rotated_k
-    [segments, kv_heads, n, D].
+    [segments, kv_heads, n] fp32; d_kv, d_norm: the gradients of the memory after each segment;
+    rotated_k [segments, kv_heads, n, D]. The delta rule also reads the norm before each segment,
+    and `both` from `overlap_gradient_kernel`.
     """
     kv_head = tl.program_id(1)
     segment = tl.program_id(2).to(tl.int64)

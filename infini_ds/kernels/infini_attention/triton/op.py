@@ -1,8 +1,9 @@
-"""Infini-attention by Triton kernels: one operation, forward and backward.
+"""Infini-attention with Triton kernels, as one operation with its backward pass.
 
-Neither scores, nor sigma(q), sigma(k), nor A_mem are ever written to device memory, and the
+Scores, sigma(q), sigma(k) and A_mem are never written to device memory. For the backward pass the
 operation keeps only its inputs, its output with the log-sum-exp of each row, and the memory that
-each segment reads. Rotated keys, and in the backward pass rotated queries, exist while it runs.
+each segment reads. Rotated keys, and in the backward pass rotated queries, exist only while it
+runs.
 """
 
 import math
@@ -39,18 +40,18 @@ from infini_ds.layout import whole_weights
 from infini_ds.memory.state import EPSILON, MemoryState
 
 LARGEST_GRID = 65535
-"""Of CUDA, in the dimension that segments take."""
+"""CUDA's limit on the grid dimension that runs over segments."""
 
 ROW_PADDING = 128
-"""Figures of each row are kept for a multiple of the largest tile, so that they load unmasked."""
+"""Numbers per row are padded to a multiple of the largest tile, so that they load unmasked."""
 READ_FEATURES = 32
-"""Features of a query that are read with at a time."""
+"""Number of a query's features that read the memory at a time."""
 SCAN_BLOCK = 1024
-"""Numbers of a state that one program carries from segment to segment."""
+"""How many numbers of a state one program carries from segment to segment."""
 
 
 def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """See `infini_attention_reference`: the same results, for d of TRITON_HEAD_DIMS."""
+    """Computes the results of `infini_attention_reference`, for head sizes in TRITON_HEAD_DIMS."""
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
     n = k.shape[2]
     weight = whole_weights(layout, n, k.shape[3])
@@ -83,18 +84,18 @@ class _InfiniAttention(torch.autograd.Function):
 
 
 class _States(NamedTuple):
-    """What segments read; batch and segments are flattened here and below."""
+    """The memories that segments read; batch and segments are flattened here and below."""
 
     kv: Tensor
     """[segments, kv_heads, d, d] fp32."""
     norm: Tensor
     """[segments, kv_heads, d] fp32."""
     damping: Tensor
-    """[segments, kv_heads] fp32: of the delta rule, see `delta_damping`; empty without it."""
+    """[segments, kv_heads] fp32, see `delta_damping`; empty unless the rule is delta."""
 
 
 class _Window:
-    """The kernels' starts on one window's inputs."""
+    """Launches the kernels on the inputs of one window."""
 
     def __init__(self, q, k, v, weight, beta, starts, rule, cos, sin):
         self.batch, self.segments, self.n, self.heads, self.d = q.shape
@@ -119,8 +120,8 @@ class _Window:
         self.scale = math.log2(math.e) / math.sqrt(self.d)
 
     def write(self, incoming: MemoryState) -> tuple[_States, MemoryState, Tensor]:
-        """The memory before each segment, the one after the window, and the keys with rotary
-        positions, [segments, kv_heads, n, d]."""
+        """Returns the memory before each segment, the memory after the window, and the keys with
+        rotary positions, [segments, kv_heads, n, d]."""
         rotated_k = self.k.new_empty(self.rows, self.kv_heads, self.n, self.d)
         kv, norm = self._sums(self.k, self.v, self.weight, self.weight, rotated_k)
         incoming = MemoryState(*(x.contiguous() for x in incoming))
@@ -145,12 +146,12 @@ class _Window:
         return _States(kv, norm, damping), MemoryState(final_kv, final_norm), rotated_k
 
     def attend(self, states: _States, rotated_k: Tensor) -> tuple[Tensor, Tensor]:
-        """The output [batch, segments, n, heads, d], and the log-sum-exp of each row of scores."""
+        """Returns the output [batch, segments, n, heads, d] and the scores' log-sum-exp by row."""
         out = torch.empty(
             self.batch, self.segments, self.n, self.heads, self.d,
             dtype=self.q.dtype, device=self.q.device,
         )  # fmt: skip
-        # A row that is not there weighs nothing: exp2 of minus infinity.
+        # Infinity gives padded rows the weight exp2(-inf) = 0.
         log_sum = torch.full((self.rows, self.heads, self.padded_n), math.inf, device=self.q.device)
         size = self._tiles("attend")
         launch(
@@ -167,7 +168,7 @@ class _Window:
     def backward(
         self, states: _States, out: Tensor, log_sum: Tensor, d_out: Tensor, d_final: MemoryState
     ) -> tuple[Tensor, ...]:
-        """Gradients of q, k, v, weight, the incoming kv and norm, and beta."""
+        """Returns the gradients of q, k, v, weight, the incoming kv and norm, and beta."""
         rotated_q = self.q.new_empty(self.rows, self.heads, self.n, self.d)
         along = torch.zeros_like(log_sum)
         share, d_denominator, d_beta = (
@@ -229,8 +230,8 @@ class _Window:
     def _scan_back(
         self, states: _States, d_kv: Tensor, d_norm: Tensor, d_final: MemoryState, both: Tensor
     ) -> tuple[MemoryState, MemoryState]:
-        """Gradients of the memory after each segment, from those of the memory before each and
-        of the final one; and of the incoming memory. By the delta rule, `both` too."""
+        """Computes gradients of the memory after each segment and of the incoming memory, from
+        those of the memory before each segment and after the last. The delta rule fills `both`."""
         if self.rule == "linear":
             d_incoming_kv = self._scan(d_kv, d_final.kv, reverse=True)
         else:
@@ -251,7 +252,7 @@ class _Window:
         return MemoryState(d_kv, d_norm), MemoryState(d_incoming_kv, d_incoming_norm)
 
     def _overlaps(self, norm: Tensor) -> Tensor:
-        """See `overlap_kernel`."""
+        """Launches `overlap_kernel`."""
         overlaps = torch.empty(self.rows, self.kv_heads, self.d, self.d, device=norm.device)
         size = self._tiles("overlap")
         launch(
@@ -262,7 +263,7 @@ class _Window:
         return overlaps
 
     def _walk(self, name: str, kernel: Any, **tensors: Tensor) -> None:
-        """Starts `delta_kernel` or `delta_gradient_kernel`."""
+        """Launches `delta_kernel` or `delta_gradient_kernel`."""
         size = self._tiles(name)
         launch(
             kernel, (self.d // size.columns, self.batch * self.kv_heads), size.options,
@@ -279,8 +280,10 @@ class _Window:
         norm_weight: Tensor,
         rotated: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(weight sigma(x))^T y, and the sum of norm_weight sigma(x), of each key-value head; puts
-        x with rotary positions into `rotated`."""
+        """Returns (weight sigma(x))^T y and the sum of norm_weight sigma(x), by key-value head.
+
+        If `rotated` is given, it receives x with rotary positions.
+        """
         kv = torch.empty(self.rows, self.kv_heads, self.d, self.d, device=x.device)
         norm = torch.empty(self.rows, self.kv_heads, self.d, device=x.device)
         size = self._tiles("sums")
@@ -295,7 +298,7 @@ class _Window:
         return kv, norm
 
     def _scan(self, x: Tensor, incoming: Tensor, reverse: bool = False) -> Tensor:
-        """See `scan_kernel`: x in place, the final state is returned."""
+        """Launches `scan_kernel`, which changes x in place, and returns the final state."""
         final = torch.empty_like(incoming)
         size = x[0, 0].numel()
         launch(
@@ -313,7 +316,7 @@ class _Window:
 
 
 def _rows_in_place(x: Tensor) -> Tensor:
-    """[batch, segments, n, heads, d] as [segments, n, heads, d] without a copy if it can be."""
+    """Flattens batch and segments of [batch, segments, n, heads, d], without a copy if possible."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, segments = x.shape[:2]
     in_place = batch == 1 or x.stride(0) == segments * x.stride(1)
@@ -321,5 +324,5 @@ def _rows_in_place(x: Tensor) -> Tensor:
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:
-    """Of x [segments, n, heads, d], as the kernels call them."""
+    """Returns the strides of x [segments, n, heads, d] under the kernels' names for them."""
     return dict(zip((f"{name}_segment", f"{name}_row", f"{name}_head"), x.stride(), strict=False))

@@ -1,4 +1,4 @@
-"""Scans over the segments of a window, in fp32, that start anew where documents do."""
+"""Scans in fp32 over the segments of a window, restarting where a document starts."""
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 import triton
@@ -17,10 +17,10 @@ def scan_kernel(
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """In place, from what each segment adds to what each segment finds, eq. (4).
+    """Replaces in x what each segment adds by what each segment finds, eq. (4).
 
-    In reverse, from the gradient of what each segment found to that of what it added.
-    One program per part of a state and per lane and key-value head.
+    In reverse, it replaces the gradient of what each segment found by that of what it added.
+    There is one program per part of a state, lane and key-value head.
 
     x [batch, segments, kv_heads, SIZE]; incoming, final [batch, kv_heads, SIZE]; all fp32;
     starts [batch, segments] bytes. In reverse, `incoming` is the gradient of the final state and

@@ -1,4 +1,4 @@
-"""Sums over the tokens of each segment: what a segment writes, and gradients of what was read."""
+"""Sums over a segment's tokens: what the segment writes, or the gradient of the memory it read."""
 
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 import triton
@@ -38,14 +38,14 @@ def sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """kv = (weight sigma(x))^T y and norm = sum of norm_weight sigma(x), fp32.
+    """Computes kv = (weight sigma(x))^T y and norm = sum of norm_weight sigma(x), in fp32.
 
-    One program per part of the columns of y, key-value head and segment; it goes through the rows
-    of all GROUP heads of its key-value head.
+    One program per part of the columns of y, key-value head and segment goes through the rows of
+    all GROUP heads of its key-value head.
 
     x, y [segments, n, kv_heads GROUP, D]; weight, norm_weight [segments, kv_heads GROUP, n] fp32;
-    kv [segments, kv_heads, D, D]; norm [segments, kv_heads, D]. If it ROTATES, x with rotary
-    positions as well, since it has been read: rotated [segments, kv_heads GROUP, n, D].
+    kv [segments, kv_heads, D, D]; norm [segments, kv_heads, D]. If ROTATES is set, x with rotary
+    positions is stored too, since x is read anyway, in rotated [segments, kv_heads GROUP, n, D].
     """
     part = tl.program_id(0)
     kv_head = tl.program_id(1)

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of each kernel on each generation of GPUs.
 
-All were chosen so that nothing spills (`infini-ds bench kernels --compile-only` shows it); which
-of those is the fastest takes a GPU to tell.
+All are chosen so that no registers spill, which `infini-ds bench kernels --compile-only` shows.
+Finding the fastest of such choices requires a GPU.
 """
 
 from typing import NamedTuple
@@ -10,27 +10,28 @@ from infini_ds.kernels.launch import AMPERE, BLACKWELL, HOPPER, RTX_BLACKWELL
 
 
 class Tiles(NamedTuple):
-    """Of one kernel."""
+    """The tile sizes and launch options of one kernel."""
 
     rows: int
-    """Queries, or tokens of a sum."""
+    """Number of queries, or of tokens in a sum."""
     columns: int
-    """Keys, or columns of a memory."""
+    """Number of keys, or of columns of a memory."""
     num_warps: int
     num_stages: int
 
     @property
     def options(self) -> dict[str, int]:
-        """How to start the kernel."""
+        """The options with which Triton launches the kernel."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
-    """Of a kernel by its name, for head size d and operands of `itemsize` bytes.
+    """Returns a kernel's tiles by its name, for head size d and operands of `itemsize` bytes.
 
-    Generations that are not in the table take what the nearest older one has; RTX_BLACKWELL has the
-    matrix instructions of AMPERE and 99 KiB of shared memory, and takes AMPERE's, of which some
-    kernels may then spill a little. fp32 is there to be exact, not to be fast: small tiles.
+    A generation that is not in the table takes the tiles of the nearest older one. RTX_BLACKWELL
+    has AMPERE's matrix instructions and 99 KiB of shared memory, and takes AMPERE's tiles, with
+    which some kernels may spill a few registers. Tiles for fp32 are small, because fp32 is meant to
+    be exact rather than fast.
     """
     if itemsize == 4:
         return Tiles(32, 32, 4, 1)
@@ -66,15 +67,15 @@ _TILES = {
         HOPPER: Tiles(32, 128, 8, 2),
         BLACKWELL: Tiles(128, 64, 8, 1),
     },
-    # Of more stages Triton 3.6 and 3.7 make code for Hopper that writes the next weighted rows into
-    # registers which products still read, where heads are grouped.
+    # With more stages, where heads are grouped, Triton 3.6 and 3.7 generate code for Hopper that
+    # writes the next weighted rows into registers that products still read.
     ("sums", 64): {
         AMPERE: Tiles(32, 64, 4, 3),
         HOPPER: Tiles(64, 64, 4, 1),
         BLACKWELL: Tiles(64, 64, 4, 2),
     },
     ("sums", 128): {AMPERE: Tiles(64, 128, 8, 2), HOPPER: Tiles(64, 128, 8, 1)},
-    # The compiler of Triton 3.6 crashes on more stages for Blackwell.
+    # With more stages, Triton 3.6's compiler crashes for Blackwell.
     ("overlap", 64): {AMPERE: Tiles(64, 64, 4, 2), BLACKWELL: Tiles(64, 64, 4, 1)},
     ("overlap", 128): {AMPERE: Tiles(64, 128, 8, 2), BLACKWELL: Tiles(64, 128, 8, 1)},
     ("delta", 64): {AMPERE: Tiles(64, 32, 4, 1)},
