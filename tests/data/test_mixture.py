@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def config_of(folder, **changes) -> RunConfig:
+def config_of(folder, packing=True, **changes) -> RunConfig:
     mixture = {
         "text": {"source": "files", "files": [f"{folder}/*.txt"], "store": f"{folder}/text"},
         "chat": {
@@ -44,7 +44,7 @@ def config_of(folder, **changes) -> RunConfig:
     tree = {
         "output_dir": "unused",
         "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "segment_length": SEGMENT},
-        "data": {"tokenizer": {"kind": "bytes"}, "mixture": mixture},
+        "data": {"tokenizer": {"kind": "bytes"}, "mixture": mixture, "packing": packing},
         "train": {"steps": 1, "batch_size": 4, "window_segments": 2},
     }
     return parse(tree, "of a test")
@@ -86,8 +86,10 @@ def test_windows_hold_tokens_and_weights_of_both_stores(folder):
     assert seen == {True, False}
 
 
-def test_lanes_read_tokens_in_proportion_to_the_weights(folder):
-    data, lanes = open_data(config_of(folder))
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+def test_lanes_read_tokens_in_proportion_to_the_weights(folder, packing, monkeypatch):
+    monkeypatch.setattr("infini_ds.data.packing.BLOCK", 64)  # a few in what is read here
+    data, lanes = open_data(config_of(folder, packing))
     assert isinstance(lanes, Lanes)
     first = len(data.stores["chat"].split("train").lengths)
     tokens = np.zeros(2)
@@ -95,13 +97,16 @@ def test_lanes_read_tokens_in_proportion_to_the_weights(folder):
         plan = lanes.next_plan()
         for own in (0, 1):
             tokens[own] += plan.lengths[(plan.documents >= first) == own].sum()
+            if plan.guests is not None:
+                tokens[own] += plan.guests.lengths[(plan.guests.documents >= first) == own].sum()
     assert tokens[0] / tokens[1] == pytest.approx(2, rel=0.02)
     passes = tokens / [(store.split("train").lengths - 1).sum() for store in data.stores.values()]
     assert lanes.corpus_epochs == pytest.approx(passes, rel=0.02)
 
 
-def test_lanes_seek_and_go_on_as_they_step(folder):
-    config = config_of(folder)
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+def test_lanes_seek_and_go_on_as_they_step(folder, packing):
+    config = config_of(folder, packing)
     (_, stepped), (_, sought) = open_data(config), open_data(config)
     assert isinstance(sought, Lanes)
     for step in range(60):
@@ -111,7 +116,9 @@ def test_lanes_seek_and_go_on_as_they_step(folder):
         resumed.load_state(state)
         plans = [lanes.next_plan() for lanes in (stepped, sought, resumed)]
         for plan in plans[1:]:
-            assert all(np.array_equal(a, b) for a, b in zip(plan, plans[0], strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(plan[:4], plans[0][:4], strict=True))
+            guests = [each.guests or () for each in (plan, plans[0])]
+            assert all(np.array_equal(a, b) for a, b in zip(*guests, strict=True))
 
 
 def test_fingerprint_is_that_of_names_and_contents(folder):
