@@ -32,6 +32,10 @@ class Layout(NamedTuple):
     the position in the segment at which its document begins (0 for the first document);
     segment_length on padding, so the numbers never fall along a segment."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Layout":
+        """Applies a function to each tensor that is there."""
+        return Layout(*(None if part is None else change(part) for part in self))  # type: ignore
+
 
 def memory_tokens(layout: Layout, n: int) -> Tensor:
     """Marks the tokens that read and write the memory, those of each segment's first document.

@@ -43,7 +43,9 @@ def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
     model = config.model.model_copy(update=changes)
     segments = _window(config) // model.segment_length
     train = config.train.model_copy(update={"window_segments": segments})
-    return config.model_copy(update={"model": model, "train": train, "seed": seed})
+    # Packing would give each variant its own order of documents, as segments differ in length.
+    data = config.data.model_copy(update={"packing": False})
+    return config.model_copy(update={"model": model, "data": data, "train": train, "seed": seed})
 
 
 def _window(config: RunConfig) -> int:

@@ -137,6 +137,8 @@ class DataConfig(CorpusConfig):
         default={}, json_schema_extra={"propertyNames": {"pattern": f"^{_CORPUS_NAME}$"}}
     )
     """Several corpora by name, instead of a single one. They share the tokenizer."""
+    packing: bool = True
+    """Fill the free ends of segments with whole short documents. Not used with a curriculum."""
 
     @property
     def corpora(self) -> dict[str, "DataConfig"]:

@@ -74,6 +74,12 @@ class RunConfig(Settings):
             raise ValueError("train.curriculum must be left out with data.mixture")
         return self
 
+    @property
+    def packed(self) -> bool:
+        """Whether segments are packed in training; never with a curriculum, whose documents fill
+        windows as they are."""
+        return self.data.packing and self.train.curriculum is None
+
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel degree for this many processes.
 

@@ -26,6 +26,7 @@ class CurriculumLanes:
     Attributes:
         step: number of steps planned so far.
         level: index of the current length in `config.segments`.
+        packing: False, as documents fill windows as they are.
 
     Args:
         lengths: [documents] stored tokens of each document, including BOS and EOS.
@@ -37,6 +38,8 @@ class CurriculumLanes:
     Raises:
         UserError: the corpus has no document of one of the lengths.
     """
+
+    packing = False
 
     def __init__(
         self,

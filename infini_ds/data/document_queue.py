@@ -25,6 +25,14 @@ class Queue(ABC):
     def load_state(self, state: Any) -> None:
         """Continues from where `state` was taken."""
 
+    def as_saved(self, state: Any) -> "Queue":
+        """Returns a queue that goes on as the saved one would have, whatever this one's settings.
+
+        It may be this queue; if not, this one is left as it was.
+        """
+        self.load_state(state)
+        return self
+
     def take(self, count: int) -> np.ndarray:
         """Takes the next `count` indices: int64 [count]."""
         parts = [np.empty(0, dtype=np.int64)]
@@ -34,6 +42,10 @@ class Queue(ABC):
             count -= len(part)
             parts.append(part)
         return np.concatenate(parts)
+
+    def take_block(self, count: int) -> np.ndarray:
+        """Takes the next `count` indices, or fewer if an epoch of the only corpus ends before."""
+        return self.take(count)
 
 
 class DocumentQueue(Queue):
@@ -67,6 +79,11 @@ class DocumentQueue(Queue):
 
     def advance(self, indices: np.ndarray) -> None:
         self.next += len(indices)
+
+    def take_block(self, count: int) -> np.ndarray:
+        block = self.rest()[:count]
+        self.advance(block)
+        return block
 
     def state(self) -> list[int]:
         return [self.epoch, self.next]

@@ -28,6 +28,7 @@ class MixedQueue(Queue):
     def __init__(self, sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int):
         self._sizes = sizes
         self._weights = list(weights)
+        self._seed = seed
         self._queues = [DocumentQueue(len(size), seed) for size in sizes]
         self._first = np.cumsum([0, *map(len, sizes)])  # index of each corpus's first document
         self._tokens = [0] * len(sizes)  # tokens taken from each corpus
@@ -36,10 +37,18 @@ class MixedQueue(Queue):
     @property
     def epochs(self) -> list[float]:
         """Passes over each corpus so far, counted in documents taken."""
+        return self.epochs_without(np.empty(0, dtype=np.int64))
+
+    def epochs_without(self, indices: np.ndarray) -> list[float]:
+        """Returns the passes over each corpus so far as if `indices` had not been taken."""
+        left = np.bincount(self._corpora(indices), minlength=len(self._sizes)).tolist()
         return [
-            queue.epoch + queue.next / len(size)
-            for queue, size in zip(self._queues, self._sizes, strict=True)
+            queue.epoch + (queue.next - count) / len(size)
+            for queue, size, count in zip(self._queues, self._sizes, left, strict=True)
         ]
+
+    def _corpora(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first, indices, side="right") - 1
 
     def rest(self) -> np.ndarray:
         if not len(self._planned):
@@ -65,7 +74,7 @@ class MixedQueue(Queue):
 
     def advance(self, indices: np.ndarray) -> None:
         self._planned = self._planned[len(indices) :]
-        corpora = np.searchsorted(self._first, indices, side="right") - 1
+        corpora = self._corpora(indices)
         for corpus, queue in enumerate(self._queues):
             own = indices[corpora == corpus] - self._first[corpus]
             queue.advance(own)
@@ -85,3 +94,11 @@ class MixedQueue(Queue):
             queue.load_state(place)
         same = self._weights == state["weights"]
         self._tokens = list(state["tokens"]) if same else [0] * len(self._tokens)
+
+    def as_saved(self, state: dict[str, Any]) -> "MixedQueue":
+        if self._weights == state["weights"]:
+            former = self
+        else:
+            former = MixedQueue(self._sizes, state["weights"], self._seed)
+        former.load_state(state)
+        return former

@@ -29,7 +29,7 @@ def open_data(config: RunConfig) -> tuple[Mixture, Lanes | CurriculumLanes]:
                 "weight above 1; remove it, or prepare a store with data.weighted_field"
             )
         return data, CurriculumLanes(*settings, config.train.curriculum)
-    return data, Lanes(*settings, data.shares)
+    return data, Lanes(*settings, data.shares, config.packed)
 
 
 def with_vocabulary(config: RunConfig, data: Mixture) -> RunConfig:

@@ -11,7 +11,6 @@ from torch import Tensor
 from infini_ds.data.lanes import Plan
 from infini_ds.data.store import Split
 from infini_ds.data.windows import Windows, read_windows
-from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
@@ -105,7 +104,7 @@ def window_losses(
         `read_window`.
     """
     device = next(model.parameters()).device
-    layout = Layout(*(part.to(device) for part in windows.layout))
+    layout = windows.layout.map(lambda part: part.to(device))
     tokens, labels = windows.tokens.to(device), windows.labels.to(device)
     hidden, memory, writes = model.read_window(tokens, layout, memory)
     return token_losses(hidden, *model.head(), labels, loss_chunk_tokens), memory, writes

@@ -136,5 +136,6 @@ def build_engine(
             optimizer = adamw(groups, config.optimizer)
         tree = deepspeed_config(config, data, universal)
         return InfiniEngine(
-            module, optimizer, tree, config.train, config.parallel.memory_transport, on_progress
-        )
+            module, optimizer, tree, config.train, config.parallel.memory_transport, config.packed,
+            on_progress,
+        )  # fmt: skip

@@ -97,7 +97,7 @@ def plan(config: RunConfig, processes: int) -> Plan:
     time = step_time(forward, backward, micro_batches, chunks)
     whole = time.step * stages
     transport = TRANSPORTS[config.parallel.memory_transport](tuple(bounds))
-    wire = Wire(model, unit.batch, segments, unit.dtype, torch.device("cpu"))
+    wire = Wire(model, unit.batch, segments, unit.dtype, torch.device("cpu"), config.packed)
     kept = block_bytes(model, unit, train.activation_checkpointing)
     made_again = block_bytes(model, unit, "none") - kept
     hidden = tokens * model.hidden_size * unit.dtype.itemsize

@@ -61,4 +61,9 @@ class BadSteps:
 
 def bad_documents(bad_lanes: Tensor, plan: Plan) -> list[int]:
     """Returns the documents that the marked lanes read in a step."""
-    return np.unique(plan.documents[bad_lanes.cpu().numpy() > 0]).tolist()
+    bad = bad_lanes.cpu().numpy() > 0
+    documents = plan.documents[bad].reshape(-1)
+    if plan.guests is not None:
+        guests = plan.guests.documents[bad[plan.guests.segments // plan.documents.shape[1]]]
+        documents = np.concatenate((documents, guests))
+    return np.unique(documents).tolist()

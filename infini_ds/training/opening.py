@@ -88,6 +88,8 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
                     "prepare it as it was, or choose another output_dir"
                 )
             lanes.load_state(state["lanes"])
+            config, told = _with_packing_of(lanes, config)
+            remarks += told
         load_from = checkpoint.source(found, state, config)
         saved = Saved(found, load_from, state)
     elif config.init_from:
@@ -100,3 +102,14 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
         with together():
             load_start(engine.own_parameters(), start)
     return Opened(config, data, lanes, engine, saved, why_dtype, passed_over + remarks, locked)
+
+
+def _with_packing_of(
+    lanes: Lanes | CurriculumLanes, config: RunConfig
+) -> tuple[RunConfig, list[str]]:
+    """Turns packing off if the lanes go on from a state without it, and remarks on that."""
+    if lanes.packing == config.packed:
+        return config, []
+    data = config.data.model_copy(update={"packing": False})
+    remark = "data.packing: the run began without packing and goes on without it"
+    return config.model_copy(update={"data": data}), [remark]

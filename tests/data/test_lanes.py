@@ -27,7 +27,9 @@ def corpus(request):
 
 def walk(plans):
     """Per lane, the (document, offset, length, start) of each segment in order of time."""
-    columns = [np.concatenate(arrays, axis=1) for arrays in zip(*plans, strict=True)]
+    columns = [
+        np.concatenate(arrays, axis=1) for arrays in zip(*(p[:4] for p in plans), strict=True)
+    ]
     return [
         list(zip(*(column[lane].tolist() for column in columns), strict=True))
         for lane in range(len(columns[0]))
@@ -46,7 +48,9 @@ def visits(segments):
 
 def taken_in_order(plans):
     """Documents in the order in which lanes took them from the queue."""
-    documents, _, _, starts = (np.concatenate(a, axis=1) for a in zip(*plans, strict=True))
+    documents, _, _, starts = (
+        np.concatenate(arrays, axis=1) for arrays in zip(*(p[:4] for p in plans), strict=True)
+    )
     return documents.T[starts.T].tolist()
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def config_of(folder, **changes) -> RunConfig:
+def config_of(folder, packing=True, **changes) -> RunConfig:
     mixture = {
         "text": {"source": "files", "files": [f"{folder}/*.txt"], "store": f"{folder}/text"},
         "chat": {
@@ -42,10 +42,9 @@ def config_of(folder, **changes) -> RunConfig:
         mixture[name] |= settings
     for corpus in mixture.values():
         corpus.setdefault("held_out_fraction", 0.2)
+    data = {"store": "", "tokenizer": {"kind": "bytes"}, "mixture": mixture, "packing": packing}
     return tiny.run_config(
-        model={"segment_length": SEGMENT},
-        data={"store": "", "tokenizer": {"kind": "bytes"}, "mixture": mixture},
-        train={"batch_size": 4, "window_segments": 2},
+        model={"segment_length": SEGMENT}, data=data, train={"batch_size": 4, "window_segments": 2}
     )
 
 
@@ -85,8 +84,10 @@ def test_windows_hold_tokens_and_weights_of_both_stores(folder):
     assert seen == {True, False}
 
 
-def test_lanes_read_tokens_in_proportion_to_the_weights(folder):
-    data, lanes = open_data(config_of(folder))
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+def test_lanes_read_tokens_in_proportion_to_the_weights(folder, packing, monkeypatch):
+    monkeypatch.setattr("infini_ds.data.packing.BLOCK", 64)  # a few in what is read here
+    data, lanes = open_data(config_of(folder, packing))
     assert isinstance(lanes, Lanes)
     first = len(data.stores["chat"].split("train").lengths)
     tokens = np.zeros(2)
@@ -94,13 +95,16 @@ def test_lanes_read_tokens_in_proportion_to_the_weights(folder):
         plan = lanes.next_plan()
         for own in (0, 1):
             tokens[own] += plan.lengths[(plan.documents >= first) == own].sum()
+            if plan.guests is not None:
+                tokens[own] += plan.guests.lengths[(plan.guests.documents >= first) == own].sum()
     assert tokens[0] / tokens[1] == pytest.approx(2, rel=0.02)
     passes = tokens / [(store.split("train").lengths - 1).sum() for store in data.stores.values()]
     assert lanes.corpus_epochs == pytest.approx(passes, rel=0.02)
 
 
-def test_lanes_seek_and_go_on_as_they_step(folder):
-    config = config_of(folder)
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+def test_lanes_seek_and_go_on_as_they_step(folder, packing):
+    config = config_of(folder, packing)
     (_, stepped), (_, sought) = open_data(config), open_data(config)
     assert isinstance(sought, Lanes)
     for step in range(60):
@@ -110,7 +114,9 @@ def test_lanes_seek_and_go_on_as_they_step(folder):
         resumed.load_state(state)
         plans = [lanes.next_plan() for lanes in (stepped, sought, resumed)]
         for plan in plans[1:]:
-            assert all(np.array_equal(a, b) for a, b in zip(plan, plans[0], strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(plan[:4], plans[0][:4], strict=True))
+            guests = [each.guests or () for each in (plan, plans[0])]
+            assert all(np.array_equal(a, b) for a, b in zip(*guests, strict=True))
 
 
 def test_fingerprint_is_that_of_names_and_contents(folder):

@@ -30,6 +30,7 @@ def test_read_windows_label_of_a_segments_last_token_is_in_the_next(split):
     assert labels.tolist() == [[305, 306, 307, 308, 309, 310, 311, 312, 101, -100, -100, -100]]
     assert layout.starts.tolist() == [[False, False, True]]
     assert layout.lengths.tolist() == [[4, 4, 1]]
+    assert layout.begins is None
     assert weights.tolist() == [[1.0] * 9 + [0.0] * 3]
     assert weights.dtype == torch.float32
     assert (tokens.dtype, labels.dtype) == (torch.int64, torch.int64)
@@ -71,6 +72,84 @@ def test_read_windows_of_some_lanes_are_rows_of_all(split, lanes):
     assert torch.equal(some.weights, every.weights[rows])
     assert torch.equal(some.layout.starts, every.layout.starts[rows])
     assert torch.equal(some.layout.lengths, every.layout.lengths[rows])
+
+
+def packed_lanes(split):
+    """Lanes of segments of 16 tokens, into which several of the documents fit."""
+    return Lanes(split.lengths, 16, 1, 3, 0, packing=True)
+
+
+def expected_of_segment(plan, lane, column, lengths, n, weighted):
+    """Tokens, labels, weights and beginnings of one segment, as the fixtures make them."""
+    tokens, labels, weights, begins = [0] * n, [-100] * n, [0.0] * n, [n] * n
+    where = (lane, column)
+    parts = [(0, *(int(part[where]) for part in plan[:3]))]
+    segment = lane * plan.documents.shape[1] + column
+    for own, begin, document, length in zip(*plan.guests, strict=True):
+        if own == segment:
+            assert length == lengths[document] - 1
+            parts.append((int(begin), int(document), 0, int(length)))
+    for begin, document, offset, length in parts:
+        for i in range(length):
+            at, token = begin + i, 100 * document + offset + i
+            assert begins[at] == n  # nothing lies there yet
+            tokens[at], labels[at], begins[at] = token, token + 1, begin
+            weights[at] = token + 1.0 if weighted else 1.0
+    return tokens, labels, weights, begins
+
+
+@pytest.mark.parametrize("lanes", [slice(None), slice(1, 3), range(2, 0, -1)], ids=str)
+@pytest.mark.parametrize("name", ["split", "weighted"])
+def test_read_windows_of_packed_segments(request, name, lanes):
+    split, n = request.getfixturevalue(name), 16
+    planned = Lanes(split.lengths, n, 2, 2, 0, packing=True) if lanes == slice(None) else (
+        packed_lanes(split)
+    )  # fmt: skip
+    guests = 0
+    for _ in range(20):
+        plan = planned.next_plan()
+        assert plan.guests is not None
+        guests += len(plan.guests.documents)
+        windows = read_windows(split, plan, lanes, n)
+        assert windows.layout.begins is not None
+        assert windows.layout.begins.dtype == torch.int32
+        found = (
+            windows.tokens, windows.labels, windows.weights, windows.layout.begins.flatten(1),
+        )  # fmt: skip
+        batch, segments = plan.documents.shape
+        for row, lane in enumerate(range(batch)[lanes] if isinstance(lanes, slice) else lanes):
+            for column in range(segments):
+                expected = expected_of_segment(
+                    plan, lane, column, split.lengths, n, name == "weighted"
+                )
+                own = slice(column * n, (column + 1) * n)
+                assert tuple(part[row, own].tolist() for part in found) == expected
+        if lanes == slice(None):
+            assert total_weight(split, plan) == float(windows.weights.sum())
+            assert plan.num_tokens == int((windows.labels >= 0).sum())
+    assert guests > 20
+
+
+def test_packed_windows_have_beginnings_even_where_nothing_is_packed(split):
+    plan = Lanes(np.full(6, 17), 16, 1, 3, 0, packing=True).next_plan()
+    assert plan.guests is not None
+    assert not len(plan.guests.documents)
+    split = Split(split.data, np.arange(7))
+    begins = read_windows(split, plan, slice(None), 16).layout.begins
+    assert begins is not None
+    assert begins.tolist() == [[[0] * 16]] * 3
+
+
+def test_chunks_and_copies_of_packed_windows_are_their_parts(split):
+    plan = Lanes(split.lengths, 16, 2, 2, 0, packing=True).next_plan()
+    windows = read_windows(split, plan, slice(None), 16).to(torch.device("cpu"))
+    for index in range(2):
+        part = windows.chunk(2, index)
+        assert torch.equal(part.tokens, windows.tokens[:, 16 * index : 16 * (index + 1)])
+        assert part.layout.begins is not None
+        assert windows.layout.begins is not None
+        assert torch.equal(part.layout.begins, windows.layout.begins[:, index : index + 1])
+        assert torch.equal(part.layout.lengths, windows.layout.lengths[:, index : index + 1])
 
 
 @pytest.fixture

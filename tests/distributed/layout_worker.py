@@ -41,6 +41,7 @@ def config_of(case: dict) -> RunConfig:
             "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 4, "num_heads": 4,
             "segment_length": LENGTH, "initializer_range": 0.2, "gate_init": 0.5,
         },
+        data={"packing": False},
         train={
             "steps": 20, "batch_size": LANES, "window_segments": SEGMENTS, "dtype": "fp32",
             "loss_chunk_tokens": 13, "timeout": 60.0,
@@ -73,7 +74,7 @@ def windows_of(step: int) -> tuple[Windows, int]:
 def cut(windows: Windows, lanes: range) -> Windows:
     """Some lanes of a batch of windows."""
     part = slice(lanes.start, lanes.stop)
-    layout = Layout(*(tensor[part] for tensor in windows.layout))
+    layout = windows.layout.map(lambda tensor: tensor[part])
     return Windows(windows.tokens[part], windows.labels[part], layout, windows.weights[part])
 
 

@@ -19,11 +19,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-def wire(shape, dtype):
+def wire(shape, dtype, packed):
     sizes: dict[str, Any] = dict(SHAPES[shape])
     batch, segments = sizes.pop("batch"), sizes.pop("segments")
     config = tiny.model_config(num_layers=5, num_heads=6, num_kv_heads=3, **sizes)
-    return Wire(config, batch, segments, dtype, CPU)
+    return Wire(config, batch, segments, dtype, CPU, packed)
 
 
 def memories(wire, blocks):
@@ -37,15 +37,20 @@ def payload(wire, blocks):
     hidden = torch.randn(wire.hidden_shape).to(wire.dtype)
     shape = (wire.batch, wire.segments)
     starts = torch.rand(shape) < 0.5
-    lengths = torch.randint(0, wire.config.segment_length + 1, shape, dtype=torch.int32)
-    return Payload(hidden, Layout(starts, lengths), memories(wire, blocks))
+    n = wire.config.segment_length
+    lengths = torch.randint(0, n + 1, shape, dtype=torch.int32)
+    begins = torch.randint(0, n + 1, (*shape, n), dtype=torch.int32) if wire.packed else None
+    return Payload(hidden, Layout(starts, lengths, begins), memories(wire, blocks))
 
 
 def up(size):
     return (size + 15) // 16 * 16
 
 
-@pytest.fixture(params=itertools.product(SHAPES, (torch.float32, torch.bfloat16)), ids=str)
+KINDS = itertools.product(SHAPES, (torch.float32, torch.bfloat16), (False, True))
+
+
+@pytest.fixture(params=KINDS, ids=str)
 def any_wire(request):
     torch.manual_seed(0)
     return wire(*request.param)
@@ -58,7 +63,7 @@ def test_unpack_gives_back_exactly_what_was_packed(any_wire, blocks):
     assert list(received.memories) == blocks
     for before, after in (
         (sent.hidden, received.hidden),
-        *zip(sent.layout, received.layout, strict=True),
+        *zip(sent.layout[: 2 + any_wire.packed], received.layout, strict=False),
         *(
             pair
             for block in blocks
@@ -85,6 +90,7 @@ def test_message_has_the_bytes_of_the_formula(any_wire, count):
     width = 2 if any_wire.dtype == torch.bfloat16 else 4
     hidden = up(batch * length * config.hidden_size * width)
     layout = up(batch * segments * 2 * 4)
+    layout += up(batch * length * 4) if any_wire.packed else 0
     kv, norm = up(count * batch * 3 * d * d * 4), up(count * batch * 3 * d * 4)
     message = any_wire.pack(payload(any_wire, range(count)))
     assert message.dtype == torch.uint8
@@ -102,6 +108,13 @@ def test_return_message_is_the_memories_of_all_layers(any_wire):
     for block in blocks:
         assert torch.equal(received[block].kv, sent[block].kv)
         assert torch.equal(received[block].norm, sent[block].norm)
+
+
+def test_pack_refuses_a_layout_that_does_not_say_where_packed_documents_begin():
+    packed = wire("odd", torch.float32, True)
+    sent = payload(packed, [])
+    with pytest.raises(ValueError, match="shorter"):
+        packed.pack(sent._replace(layout=sent.layout._replace(begins=None)))
 
 
 def test_pack_refuses_another_dtype_than_the_wire_s(any_wire):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from infini_ds.config import TrainConfig
-from infini_ds.data.lanes import Plan
+from infini_ds.data.lanes import Guests, Plan
 from infini_ds.errors import RunError
 from infini_ds.training.bad_steps import BadSteps, bad_documents
 
@@ -53,3 +53,14 @@ def test_documents_of_bad_lanes_are_named_once():
     plan = Plan(documents, documents * 0, documents * 0 + 1, documents < 0)
     assert bad_documents(torch.tensor([0.0, 1.0, 2.0]), plan) == [2, 9]
     assert bad_documents(torch.zeros(3), plan) == []
+
+
+def test_guests_of_bad_lanes_are_named_too():
+    documents = np.array([[4, 4], [9, 2], [9, 9]])
+    segments, guests = np.array([1, 2, 5]), np.array([7, 8, 3])
+    plan = Plan(
+        documents, documents * 0, documents * 0 + 1, documents < 0,
+        Guests(segments, segments, guests, segments),
+    )  # fmt: skip
+    assert bad_documents(torch.tensor([0.0, 1.0, 0.0]), plan) == [2, 8, 9]
+    assert bad_documents(torch.tensor([1.0, 0.0, 1.0]), plan) == [3, 4, 7, 9]

@@ -83,6 +83,7 @@ class InfiniEngine(CorrectedEngine):
     Args:
         tree: DeepSpeed's config; see `deepspeed_config`.
         transport: the setting parallel.memory_transport.
+        packed: whether the segments of training are packed.
         on_progress: called with a description of each piece of work when it is done.
     """
 
@@ -95,6 +96,7 @@ class InfiniEngine(CorrectedEngine):
         tree: dict,
         train: TrainConfig,
         transport: str,
+        packed: bool,
         on_progress: Callable[[str], None],
     ):
         super().__init__(module, optimizer, tree, train.timeout)
@@ -108,13 +110,9 @@ class InfiniEngine(CorrectedEngine):
             train.micro_batch_size,
             tuple(module.bounds),
         )
-        wire = Wire(
-            self._model,
-            train.micro_batch_size,
-            train.window_segments // train.chunks,
-            torch.bfloat16 if train.dtype == "bf16" else torch.float32,
-            self.device,
-        )
+        segments = train.window_segments // train.chunks
+        dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
+        wire = Wire(self._model, train.micro_batch_size, segments, dtype, self.device, packed)
         pipelines = module.topology().get_axis_comm_lists("pipe")
         self._hops = open_hops(pipelines, self.global_rank, train.timeout)
         policy = TRANSPORTS[transport](self.part.bounds)
@@ -340,7 +338,7 @@ class InfiniEngine(CorrectedEngine):
             cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
             inputs, layout = cut.tokens, cut.layout
         else:
-            payload = self._hand_over.receive(chunk)
+            payload = self._hand_over.receive(chunk, training)
             inputs, layout = payload.hidden.requires_grad_(training), payload.layout
             passing.update(payload.memories)
 
@@ -363,7 +361,7 @@ class InfiniEngine(CorrectedEngine):
             output = losses.sum()
             self._loss_sum += output.detach()
         else:
-            self._hand_over.send(Payload(output, layout, passing), chunk)
+            self._hand_over.send(Payload(output, layout, passing), chunk, training)
         if training:
             flat_in = [tensor for layer in memory for tensor in layer]
             flat_out = [tensor for layer in after for tensor in layer]

@@ -1,5 +1,7 @@
 """Passes chunks, gradients and memories from one stage to another."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,14 @@ class HandOver:
     """One stage's messages: chosen by a transport, packed in a wire format, sent over its hops.
 
     Args:
+        wire: the format of training. Windows of an evaluation are never packed, so the messages of
+            an evaluation have none of what belongs to packing.
         chunks: number of chunks in a window.
     """
 
     def __init__(self, transport: MemoryTransport, wire: Wire, hops: Hops, part: Part, chunks: int):
         self._transport, self._wire, self._hops = transport, wire, hops
+        self._evaluation_wire = replace(wire, packed=False)
         self._part, self._chunks = part, chunks
         self._returns = transport.returns and not part.is_alone
         self._returning: dict[int, Tensor] = {}
@@ -33,17 +38,19 @@ class HandOver:
         part = self._part
         return self._transport.step_bytes(self._wire, part.stage, part.micro_batches, self._chunks)
 
-    def send(self, payload: Payload, chunk: int) -> None:
+    def send(self, payload: Payload, chunk: int, training: bool) -> None:
         """Sends a chunk to the next stage, with the memories that travel with it."""
         riding = self._riding(self._part.stage, chunk)
         memories = {block: payload.memories[block].map(Tensor.detach) for block in riding}
-        self._hops.to_next.send(self._wire.pack(payload._replace(memories=memories)))
+        wire = self._wire if training else self._evaluation_wire
+        self._hops.to_next.send(wire.pack(payload._replace(memories=memories)))
 
-    def receive(self, chunk: int) -> Payload:
+    def receive(self, chunk: int, training: bool) -> Payload:
         """Receives what the previous stage sent with `send`."""
         riding = self._riding(self._part.stage - 1, chunk)
-        message = self._hops.from_previous.receive(self._wire.payload_bytes(len(riding)))
-        return self._wire.unpack(message, riding)
+        wire = self._wire if training else self._evaluation_wire
+        message = self._hops.from_previous.receive(wire.payload_bytes(len(riding)))
+        return wire.unpack(message, riding)
 
     def send_gradient(self, gradient: Tensor) -> None:
         """Sends the gradient of what was received back to the previous stage."""

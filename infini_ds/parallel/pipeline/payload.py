@@ -31,10 +31,11 @@ class Wire:
     """The format of the messages between two stages, the same for every chunk.
 
     Bytes of a forward hop: batch x length x hidden_size x (2 in bf16, 4 in fp32), plus batch x
-    segments x 2 x 4 for the layout, plus batch x kv_heads x (head_dim + 1) x head_dim x 4 for each
-    travelling memory; hidden states, layout, all kv and all norms are each rounded up to 16 bytes.
-    A backward hop consists of the first term alone, the gradient of the hidden states. The return
-    from the last stage to the first consists of the memories of all layers.
+    segments x 2 x 4 for the layout and, if segments are packed, batch x length x 4 for where each
+    token's document begins, plus batch x kv_heads x (head_dim + 1) x head_dim x 4 for each
+    travelling memory; hidden states, layout, beginnings, all kv and all norms are each rounded up
+    to 16 bytes. A backward hop consists of the first term alone, the gradient of the hidden states.
+    The return from the last stage to the first consists of the memories of all layers.
     """
 
     config: ModelConfig
@@ -45,6 +46,8 @@ class Wire:
     dtype: torch.dtype
     """Type of hidden states and their gradients."""
     device: torch.device
+    packed: bool = False
+    """Whether segments are packed, so that each layout has `begins`."""
 
     @property
     def hidden_shape(self) -> tuple[int, int, int]:
@@ -66,16 +69,19 @@ class Wire:
 
     def pack(self, payload: Payload) -> Tensor:
         """Packs a payload into one uint8 message."""
-        layout = torch.stack((payload.layout.starts.int(), payload.layout.lengths), dim=-1)
-        parts = [payload.hidden.detach(), layout, *self._stack(payload.memories)]
+        starts, lengths, begins = payload.layout
+        parts = [payload.hidden.detach(), torch.stack((starts.int(), lengths), dim=-1)]
+        parts += [] if begins is None else [begins]
+        parts += self._stack(payload.memories)
         return self._write(parts, [*self._head_parts(), *self._memory_parts(len(payload.memories))])
 
     def unpack(self, message: Tensor, blocks: list[int]) -> Payload:
         """Unpacks what `pack` packed; `blocks` are those whose memories travel with it."""
         parts = [*self._head_parts(), *self._memory_parts(len(blocks))]
-        hidden, layout, *memories = self._read(message, parts)
-        layout = Layout(layout[..., 0].bool(), layout[..., 1].contiguous())
-        return Payload(hidden, layout, self._unstack(memories, blocks))
+        hidden, layout, *others = self._read(message, parts)
+        begins = others.pop(0) if self.packed else None
+        layout = Layout(layout[..., 0].bool(), layout[..., 1].contiguous(), begins)
+        return Payload(hidden, layout, self._unstack(others, blocks))
 
     def pack_memories(self, memories: dict[int, MemoryState]) -> Tensor:
         """Packs the message that returns from the last stage to the first."""
@@ -86,7 +92,11 @@ class Wire:
         return self._unstack(self._read(message, self._memory_parts(len(blocks))), blocks)
 
     def _head_parts(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [(self.hidden_shape, self.dtype), ((self.batch, self.segments, 2), torch.int32)]
+        segments = (self.batch, self.segments)
+        parts = [(self.hidden_shape, self.dtype), ((*segments, 2), torch.int32)]
+        if self.packed:
+            parts.append(((*segments, self.config.segment_length), torch.int32))
+        return parts
 
     def _memory_parts(self, memories: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if not memories:
