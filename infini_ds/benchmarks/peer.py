@@ -129,7 +129,7 @@ def _work(
     """
     import torch
 
-    from infini_ds.system.compute_type import fastest_type
+    from infini_ds.system.compute_type import DTYPES, fastest_type
 
     if dtype == "auto":
         dtype = fastest_type(torch.device("cpu")).dtype
@@ -141,7 +141,7 @@ def _work(
     with torch.no_grad():
         loss = loss_of(tokens[:, : CHECK_SEGMENTS * segment + 1], False).item()
     connection.send((loss, dtype))
-    model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    model.to(DTYPES[dtype])
     while True:
         try:
             connection.recv()

@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     """Adds this command to the parser."""
     parser = commands.add_parser("bench", help="measure alternatives side by side")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for add_name in (_add_peer, _add_transport, _add_kernels, _add_quality):
+    for add_name in (_add_peer, _add_transport, _add_packing, _add_kernels, _add_quality):
         add_name(names)
 
 
@@ -59,6 +59,26 @@ def _transport(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import transport
 
     transport.run(options.processes, options.steps, options.dtype, options.json)
+
+
+def _add_packing(names: Commands) -> None:
+    parser = command(names, "packing", "useful tokens and their speed, packed and not", _packing)
+    parser.add_argument(
+        "--segment-length", type=int, action=Checked, check=at_least(1), default=2048,
+        help="tokens per segment",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, action=Checked, check=at_least(1), default=10,
+        help="number of timed steps, packed and not",
+    )  # fmt: skip
+    _add_dtype(parser)
+    add_json(parser)
+
+
+def _packing(options: argparse.Namespace) -> None:
+    from infini_ds.benchmarks import packing
+
+    packing.run(options.segment_length, options.steps, options.dtype, options.json)
 
 
 def _add_kernels(names: Commands) -> None:

@@ -80,6 +80,12 @@ class RunConfig(Settings):
         windows as they are."""
         return self.data.packing and self.train.curriculum is None
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step if none of its positions were padding."""
+        train = self.train
+        return train.batch_size * train.window_segments * self.model.segment_length
+
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel degree for this many processes.
 

@@ -35,11 +35,10 @@ from infini_ds.runs.weights import (
     SafetensorsWeights,
     Weights,
 )
+from infini_ds.system.compute_type import DTYPES
 from infini_ds.system.console import Console
 from infini_ds.system.progress import BytesBar
 from infini_ds.system.ranges import narrowed
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def to_safetensors(task: Task, dtype: str | None = None, step: int | None = None) -> None:

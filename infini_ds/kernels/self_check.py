@@ -32,6 +32,7 @@ from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
 from infini_ds.kernels.launch import is_recording
 from infini_ds.kernels.trial import Trial, error, make_window, results
+from infini_ds.system.compute_type import DTYPES
 
 LIMIT = 1e-2
 """Largest accepted `error`. In Triton's interpreter, at 24 to 272 tokens, rounding to bf16 (half a
@@ -39,7 +40,6 @@ unit is 2e-3) causes errors of 4e-3 in a result and, divided by ROW_SLACK, of 3e
 product causes 1e-1 or more, and one wrong number in a row of 128 causes 9e-2 in that row."""
 BETA_SLACK = 3
 """Factor on LIMIT for the gradient of beta, a sum over all tokens whose terms largely cancel."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TILE = 128
 """Size of the kernels' largest tile, in tokens."""
 

@@ -21,8 +21,8 @@ from infini_ds.parallel.pipeline.transport import TRANSPORTS
 from infini_ds.planning.activations import Unit, block_bytes
 from infini_ds.planning.estimate import StageNeeds, layer_parameters, stage_needs
 from infini_ds.planning.schedule_time import most_units, step_time
+from infini_ds.system.compute_type import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LOGIT_BYTES = 16
 """Bytes of one logit and its gradient in the loss: as computed, in fp32, log-softmax, and back."""
 
@@ -114,7 +114,6 @@ def plan(config: RunConfig, processes: int) -> Plan:
         sent = transport.step_bytes(wire, stage, micro_batches, chunks)
         waiting = 1 - time.busy[stage] / time.step
         made.append(StagePlan(first, end - 1, needs, units, activations, temporary, sent, waiting))
-    read = train.batch_size * train.window_segments * model.segment_length
     return Plan(
         data,
         micro_batches,
@@ -122,8 +121,8 @@ def plan(config: RunConfig, processes: int) -> Plan:
         train.activation_checkpointing,
         sum(layer_parameters(model)),
         made,
-        read,
-        read * training_flops_per_token(model),
+        config.step_tokens,
+        config.step_tokens * training_flops_per_token(model),
         time.bubble,
         micro_batches * chunks * sum(again) / whole,
     )

@@ -8,6 +8,8 @@ from rich.table import Table
 
 from infini_ds import config as configuration
 from infini_ds.config import RunConfig
+from infini_ds.data.mixture import Mixture
+from infini_ds.data.packing import useful_share
 from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
@@ -48,6 +50,12 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     chosen, others = plan(config, devices.count), alternatives(config, devices.count)
     console = Console(must_be_read=True)
     _print_plan(chosen, config, devices, console)
+    useful = _useful_tokens(config)
+    if useful:
+        console.print(
+            f"useful tokens, which are not padding: {useful['packed']:.1%} with data.packing, "
+            f"{useful['unpacked']:.1%} without"
+        )
     if asked.train.dtype == "auto":
         console.print(
             f"train.dtype is auto: {fastest.dtype} here, since {fastest.why}; "
@@ -57,6 +65,7 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     figures = {
         "processes": devices.count,
         "config": config.model_dump(),
+        "useful_tokens": useful,
         "plan": _figures(chosen, devices),
         "alternatives": [_figures(other, devices) for other in others],
     }
@@ -113,6 +122,19 @@ def _vocab_size(config: RunConfig) -> int:
     raise UserError(
         "plan: the vocabulary is not known before `infini-ds prepare`; add model.vocab_size=NUMBER"
     )
+
+
+def _useful_tokens(config: RunConfig) -> dict[str, float]:
+    """Returns which share of the positions holds tokens; empty before `infini-ds prepare`."""
+    stores = (Path(corpus.store) for corpus in config.data.corpora.values())
+    if config.train.curriculum or not all(store.exists() for store in stores):
+        return {}
+    data = Mixture.open(config.data)
+    lengths, n = data.split("train").lengths, config.model.segment_length
+    return {
+        name: useful_share(lengths, n, packing, data.shares, config.seed)
+        for name, packing in (("packed", True), ("unpacked", False))
+    }
 
 
 def _times(plan: Plan, devices: Devices) -> tuple[float, float]:

@@ -11,6 +11,9 @@ from torch import nn
 
 from infini_ds.system.console import Console
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""The types of computation by their names in settings."""
+
 _BEFORE_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core"}
 _BEFORE_BF16 |= {"avx512_core_vnni"}
 _BEFORE_AMX = {"avx512_core_bf16", "avx512_core_fp16", "avx10_1_512", "avx10_2_512"}

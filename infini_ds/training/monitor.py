@@ -90,7 +90,8 @@ class Monitor:
         left = self._seconds_left(step, now)
         line = (
             f"step {step}/{self._steps}  loss {metrics['train/loss']:.4f}  "
-            f"{metrics['speed/tokens_per_second']:,.0f} tokens/s  {_duration(left)} left"
+            f"{metrics['speed/tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['speed/useful_tokens']:.0%} useful  {_duration(left)} left"
         )
         if metrics["train/skipped_steps"]:
             line += f"  {metrics['train/skipped_steps']:.0f} steps skipped"

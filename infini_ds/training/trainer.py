@@ -188,12 +188,13 @@ class Trainer:
             "train/tokens": self.tokens,
             **self._epochs(),
             "speed/tokens_per_second": speed,
+            "speed/useful_tokens": size.tokens / self.config.step_tokens,
             "seconds/step": elapsed,
             **{f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()},
             **{f"learning_rate/{name}": rate for name, rate in result.learning_rates.items()},
         }
         peak = device_peak_flops(self.engine.device, config.train.dtype)
-        if peak:
+        if peak:  # only useful tokens count as work, not padding
             flops = training_flops_per_token(config.model) * speed
             metrics["speed/model_flops_utilisation"] = flops / (peak * world_size())
         return metrics

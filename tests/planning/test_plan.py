@@ -11,6 +11,7 @@ from infini_ds.planning import report
 from infini_ds.planning.plan import alternatives, plan
 from infini_ds.planning.report import GIB
 from infini_ds.system.compute_type import of_processor
+from tests import tiny
 from tests.config.test_config import CONFIGS
 
 SETTINGS = [
@@ -122,6 +123,28 @@ def test_command_prints_tables_and_writes_figures(tmp_path, capsys):
     assert own["step_seconds"] == pytest.approx(own["flops"] / (4 * 2e12 * own["efficiency"]))
     assert max(stage["device_bytes"] for stage in own["stages"]) == own["device_bytes"]
     assert figures["alternatives"]
+
+
+def test_useful_tokens_are_those_of_the_store(tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": "x" * 40}) + "\n" for _ in range(90)))
+    path = tiny.write_run(
+        tmp_path / "run.yaml",
+        model__segment_length=128,
+        data={
+            "source": "files", "files": [str(corpus)], "store": str(tmp_path / "store"),
+            "held_out_fraction": 0.0, "tokenizer": {"kind": "bytes"},
+        },
+    )  # fmt: skip
+    plan = ["plan", str(path), "--processes", "1", "--json", str(tmp_path / "plan.json")]
+    assert cli.main(plan) == 0
+    assert "useful" not in capsys.readouterr().out
+    assert cli.main(["prepare", str(path)]) == 0
+    assert cli.main(plan) == 0
+    line = "useful tokens, which are not padding: 96.1% with data.packing, 32.0% without"
+    assert line in " ".join(capsys.readouterr().out.split())
+    figures = json.loads((tmp_path / "plan.json").read_text())["useful_tokens"]
+    assert figures == {"packed": 3 * 41 / 128, "unpacked": 41 / 128}
 
 
 def test_too_little_memory_is_one_line_with_code_1(capsys):

@@ -17,6 +17,7 @@ def metrics(loss=1.5, skipped=0, rollbacks=0):
         "train/skipped_steps": skipped,
         "train/rollbacks": rollbacks,
         "speed/tokens_per_second": 1234.5,
+        "speed/useful_tokens": 0.98,
         "learning_rate/gates": 1e-3,
     }
 
@@ -216,7 +217,7 @@ def test_time_left_is_that_of_the_steps_after_going_back(tmp_path, capsys, clock
 def test_line_shows_step_loss_speed_and_skipped_steps(tmp_path, capsys):
     run(tmp_path, 0, [10], skipped=3, rollbacks=2)
     line = capsys.readouterr().out
-    parts = ["step 10/10", "loss 1.5000", "1,234 tokens/s", "left", "3 steps skipped"]
+    parts = ["step 10/10", "loss 1.5000", "1,234 tokens/s", "98% useful", "left", "3 steps skipped"]
     for part in (*parts, "2 rollbacks"):
         assert part in line
 
