@@ -54,8 +54,11 @@ def config_of(case: dict) -> RunConfig:
     )  # fmt: skip
 
 
-def windows_of(step: int) -> tuple[Windows, int]:
-    """Windows of all lanes, with padding and documents that start inside, and their tokens."""
+def windows_of(step: int, packed: bool = False) -> tuple[Windows, int]:
+    """Windows of all lanes, with padding and documents that start inside, and their tokens.
+
+    If they are packed, free ends hold whole documents of two tokens and of one.
+    """
     generator = torch.Generator().manual_seed(step)
     shape = (LANES, SEGMENTS)
     tokens = torch.randint(VOCABULARY, (LANES, SEGMENTS * LENGTH), generator=generator)
@@ -66,9 +69,18 @@ def windows_of(step: int) -> tuple[Windows, int]:
     short = torch.rand(shape, generator=generator) < 0.3
     lengths = torch.randint(1, LENGTH + 1, shape, generator=generator)
     lengths = torch.where(short, lengths, LENGTH).int()
-    valid = (torch.arange(LENGTH) < lengths[..., None]).reshape(tokens.shape)
+    positions = torch.arange(LENGTH, dtype=torch.int32)
+    valid = positions < lengths[..., None]
+    layout = Layout(starts, lengths)
+    if packed:
+        behind = positions - lengths[..., None]
+        valid = behind < 3
+        begins = torch.where(behind < 2, lengths[..., None], lengths[..., None] + 2)
+        begins = torch.where(behind < 0, 0, begins).masked_fill(~valid, LENGTH)
+        layout = Layout(starts, lengths, begins.int())
+    valid = valid.reshape(tokens.shape)
     labels = labels.masked_fill(~valid, IGNORE_INDEX)
-    return Windows(tokens, labels, Layout(starts, lengths), valid.float()), int(valid.sum())
+    return Windows(tokens, labels, layout, valid.float()), int(valid.sum())
 
 
 def cut(windows: Windows, lanes: range) -> Windows:
@@ -107,7 +119,7 @@ def train(config: RunConfig) -> dict:
     if result["optimizer"] == "BF16_Optimizer":
         engine.reduce_gradients = reduce_and_look
     for step in range(STEPS):
-        windows, count = windows_of(step)
+        windows, count = windows_of(step, config.packed)
 
         def read(micro_batch: int, windows: Windows = windows) -> Windows:
             return cut(windows, engine.lanes_of(micro_batch))

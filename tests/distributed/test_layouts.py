@@ -158,7 +158,23 @@ NORMALISED = {
         },
     ),
 }  # fmt: skip
-FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED
+PACKED = {
+    f"packed-pipeline{pipeline}-data{data}-{transport}-{rule}": (
+        pipeline * data,
+        {
+            **WRITING,
+            "data.packing": True,
+            "parallel.pipeline_stages": pipeline,
+            "parallel.memory_transport": transport,
+            "model.memory_rule": rule,
+            "model.num_kv_heads": 2,
+        },
+    )
+    for pipeline, data, transport, rule in [
+        (2, 1, "carried", "delta"), (1, 2, "resident", "linear"), (2, 2, "resident", "delta"),
+    ]
+}  # fmt: skip
+FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 SLOW_CASES = sampled(LAYOUTS, 12)
 
@@ -214,7 +230,7 @@ def reference(settings: str) -> dict:
     memory = [MemoryState.empty(*shape) for _ in range(config.model.num_layers)]
     losses, norms, writes = [], [], []
     for step in range(STEPS):
-        windows, count = windows_of(step)
+        windows, count = windows_of(step, config.packed)
         hidden, memory, stats = model.read_window(windows.tokens, windows.layout, memory)
         memory = [MemoryState(*(tensor.detach() for tensor in layer)) for layer in memory]
         loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
@@ -238,7 +254,7 @@ def reference(settings: str) -> dict:
 
 def expected_of(case: dict) -> dict:
     """What the reference gives with those of a case's settings that are not of the layout."""
-    kept = ("model.", "optimizer.")
+    kept = ("model.", "optimizer.", "data.")
     return reference(json.dumps({name: case[name] for name in case if name.startswith(kept)}))
 
 
