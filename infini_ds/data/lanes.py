@@ -273,7 +273,7 @@ class Lanes:
             "segments": (self._slot - self._starts).tolist(),
         }
         if self.packing:
-            # Copies, since next_plan replaces the lists of lanes.
+            # A copy, since next_plan puts new lists in the place of those of its lanes.
             state |= {"packing": True, "tokens": self._tokens, "guests": [*self._guests]}
         return state
 
@@ -323,6 +323,7 @@ def _replay(heap: list[int], durations: list[int], limit: int) -> list[int]:
 
 
 _ABSENT = {"packing": False}
+"""What it means that a state lacks an entry, where that is not None."""
 
 
 def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -330,7 +331,7 @@ def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
 
     Raises:
         UserError: the saved state belongs to another batch size, seed, segment length, corpus or
-            curriculum, or one of the two is packed.
+            curriculum, or only one of the two is packed.
     """
     for name, setting in (
         ("curriculum", "train.curriculum.segments"),
@@ -341,7 +342,6 @@ def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
         ("num_documents", "data.store: documents"),
         ("num_tokens", "data.store: tokens"),
     ):
-        # States without a curriculum or packing lack these entries.
         have, had = (state.get(name, _ABSENT.get(name)) for state in (mine, saved))
         if have != had:
             raise UserError(
