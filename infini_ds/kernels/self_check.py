@@ -193,10 +193,10 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: the device, a Trial's fields, and after how many seconds to end at the latest.
     """
-    device, rule, *sizes, dtype, limit = arguments
+    device, rule, *sizes, dtype, packed, limit = arguments
     signal.alarm(int(float(limit)) + 1)  # of whoever started it there may be nothing left
     heads, kv_heads, head_dim, n = map(int, sizes)
-    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype)
+    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype, packed == str(True))
     fault = ""
     if not backend.why_missing(torch.device(device).type, trial.head_dim):
         _choose_assembler(device)
