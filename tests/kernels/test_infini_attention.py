@@ -69,7 +69,7 @@ def compute(
     n = q.shape[2]
     angle = torch.arange(n)[:, None] * 10.0 ** -torch.arange(DIM // 2)
     rotary = angle.cos().to(device, state), angle.sin().to(device, state)
-    layout = Layout(*(part.to(device) for part in layout))
+    layout = layout.map(lambda part: part.to(device))
     memory = MemoryState(kv, norm)
     out, memory = function(Inputs(q, k, v, w, memory, layout, beta, rule, rotary))
     torch.manual_seed(1)
