@@ -7,20 +7,15 @@ there PyTorch's own is used.
 Scores are in powers of two, which are quicker to take than powers of e: the factor
 log2(e) / sqrt(d) is in the queries, which are rounded once, after it. The rows of a group's queries
 are in order of position, [n x group, d], so that one product serves all heads of the group.
-
-A packed segment is worked on by runs of rows, as if each were a segment of its own.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.local_attention.rotary import rotated
-from infini_ds.kernels.local_attention.runs import Run, runs_of, unseen
 
 FORWARD_TILE = 128
 """Positions whose scores, fp32, exist at one time."""
@@ -30,27 +25,22 @@ TERMS = 2
 """Numbers of the operands' type whose sum stands for one fp32 number."""
 
 
-def local_attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, begins: Tensor | None = None
-) -> Tensor:
+def local_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `local_attention`."""
-    runs = None if begins is None else runs_of(begins)
-    return _LocalAttention.apply(q, k, v, cos, sin, runs)  # type: ignore[return-value]
+    return _LocalAttention.apply(q, k, v, cos, sin)  # type: ignore[return-value]
 
 
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, runs):
+    def forward(ctx, q, k, v, cos, sin):
         n, kv_heads = k.shape[2:4]
-        group = q.shape[3] // kv_heads
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         out = torch.empty(q.shape, dtype=q.dtype)
-        log_sum = torch.empty(*k.shape[:2], kv_heads, n * group)
-        for at, run in _work(k, runs):
-            own = (_own(x, at, kv_heads)[run.rows] for x in (q, k, v, out))
-            log_sum[at][_grouped(run.rows, group)] = _forward(*own, cos, sin, run.begins)
+        log_sum = torch.empty(*k.shape[:2], kv_heads, n * (q.shape[3] // kv_heads))
+        for at in _heads(k):
+            own_q, own_k, own_v, own_out = (_own(x, at, kv_heads) for x in (q, k, v, out))
+            log_sum[at] = _forward(own_q, own_k, own_v, own_out, cos, sin)
         ctx.save_for_backward(q, k, v, out, log_sum, cos, sin)
-        ctx.runs = runs
         return out
 
     @staticmethod
@@ -58,25 +48,22 @@ class _LocalAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         q, k, v, out, log_sum, cos, sin = ctx.saved_tensors
         kv_heads = k.shape[3]
-        group = q.shape[3] // kv_heads
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        for at, run in _work(k, ctx.runs):
-            own = (_own(x, at, kv_heads)[run.rows] for x in (q, k, v, out, gradient))
-            own_log_sum = log_sum[at][_grouped(run.rows, group)]
-            values = _backward(*own, own_log_sum, cos, sin, run.begins)
+        for at in _heads(k):
+            own_q, own_k, own_v, own_out, own_gradient = (
+                _own(x, at, kv_heads) for x in (q, k, v, out, gradient)
+            )
+            values = _backward(own_q, own_k, own_v, own_out, own_gradient, log_sum[at], cos, sin)
             for result, value in zip((dq, dk, dv), values, strict=True):
-                _own(result, at, kv_heads)[run.rows].copy_(value)
-        return dq, dk, dv, None, None, None
+                _own(result, at, kv_heads).copy_(value)
+        return dq, dk, dv, None, None
 
 
-def _work(k: Tensor, runs: list[list[Run]] | None) -> Iterator[tuple[tuple[int, int, int], Run]]:
-    """Batch, segment and key-value head of each piece of work, and its rows."""
-    batch, segments, n, kv_heads = k.shape[:4]
-    runs = runs or [[Run(0, n, None)]] * (batch * segments)
-    for (b, s), own in zip(itertools.product(range(batch), range(segments)), runs, strict=True):
-        for h in range(kv_heads):
-            for run in own:
-                yield (b, s, h), run
+def _heads(k: Tensor):
+    """Batch, segment and key-value head of each piece of work."""
+    return [
+        (b, s, h) for b in range(k.shape[0]) for s in range(k.shape[1]) for h in range(k.shape[3])
+    ]
 
 
 def _own(x: Tensor, at: tuple[int, int, int], kv_heads: int) -> Tensor:
@@ -85,35 +72,18 @@ def _own(x: Tensor, at: tuple[int, int, int], kv_heads: int) -> Tensor:
     return x[at[0], at[1], :, at[2] * group : (at[2] + 1) * group]
 
 
-def _grouped(rows: slice, group: int) -> slice:
-    """The same rows where each has the queries of its group beside each other."""
-    return slice(rows.start * group, rows.stop * group)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    begins: Tensor | None,
-) -> Tensor:
-    """q [n, group, d], k and v [n, 1, d]; fills out, returns log2 of the sums [n x group].
-
-    With `begins` of several documents, int64 [n], all of them are one tile.
-    """
+def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q [n, group, d], k and v [n, 1, d]; fills out, returns log2 of the sums [n x group]."""
     n, group, d = q.shape
-    cos, sin = _tables(cos, sin, n, begins)
-    size = FORWARD_TILE if begins is None else n
     scale = d**-0.5 * math.log2(math.e)
     queries = rotated(q.float(), cos * scale, sin * scale).to(q.dtype).float().flatten(0, 1)
     keys = rotated(k.float(), cos, sin).to(k.dtype).float().flatten(0, 1)
     values = v[:, 0].contiguous()
     log_sum = torch.empty(n * group)
-    future = unseen(size, begins).repeat_interleave(group, dim=0)
-    for start in range(0, n, size):
-        end = min(start + size, n)
+    future = torch.full((FORWARD_TILE, FORWARD_TILE), float("-inf")).triu(1)
+    future = future.repeat_interleave(group, dim=0)
+    for start in range(0, n, FORWARD_TILE):
+        end = min(start + FORWARD_TILE, n)
         rows = slice(start * group, end * group)
         scores = queries[rows] @ keys[:end].T
         scores[:, start:] += future[: len(scores), : end - start]
@@ -135,9 +105,8 @@ def _backward(
     log_sum: Tensor,
     cos: Tensor,
     sin: Tensor,
-    begins: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [n, group, d], k and v [n, 1, d]; `begins` as in `_forward`.
+    """Gradients of q [n, group, d], k and v [n, 1, d].
 
     Scores are computed again by tiles of keys against the queries that see them, transposed, and
     rounded to the operands' type. What they lose by it grows with their size, so they come out of
@@ -148,11 +117,8 @@ def _backward(
     sharp, what is left is a small difference of large numbers.
     """
     n, group, d = q.shape
-    cos, sin = _tables(cos, sin, n, begins)
-    size = BACKWARD_TILE if begins is None else n
     scale = d**-0.5 * math.log2(math.e)
-    seen = torch.arange(1, n + 1) if begins is None else torch.arange(1, n + 1) - begins
-    shift = (seen.log2() / 2).round()[:, None].expand(n, group)
+    shift = (torch.arange(1, n + 1).log2() / 2).round()[:, None].expand(n, group)
     gradient = gradient.float() * torch.exp2(-shift)[..., None]
     mean = (out.float() * gradient).sum(dim=-1)
     queries = _with_terms(
@@ -161,12 +127,12 @@ def _backward(
     gradients = _with_terms(gradient, -mean.flatten(), q.dtype)
     keys = _with_ones(rotated(k.float(), cos, sin), k.dtype)
     values = _with_ones(v, v.dtype)
-    future = unseen(size, begins).T.to(q.dtype)  # [keys, queries]
-    future = future.repeat_interleave(group, dim=1)
+    future = torch.full((BACKWARD_TILE, BACKWARD_TILE), float("-inf"), dtype=q.dtype).tril(-1)
+    future = future.repeat_interleave(group, dim=1)  # [keys, queries]
     dq = torch.zeros(n * group, d)
     dk, dv = torch.empty(n, d, dtype=k.dtype), torch.empty(n, d, dtype=v.dtype)
-    for start in range(0, n, size):
-        end = min(start + size, n)
+    for start in range(0, n, BACKWARD_TILE):
+        end = min(start + BACKWARD_TILE, n)
         tile, rows = slice(start, end), slice(start * group, None)
         diagonal = slice(0, (end - start) * group)
         weights = keys[tile] @ queries[rows].T  # [keys, queries]
@@ -179,14 +145,6 @@ def _backward(
     dq = rotated(dq.view(n, group, d), cos * d**-0.5, sin * -(d**-0.5))
     dk = rotated(dk.float().unsqueeze(1), cos * math.log(2), sin * -math.log(2))
     return dq, dk, dv.unsqueeze(1)
-
-
-def _tables(cos: Tensor, sin: Tensor, n: int, begins: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rotary tables of n rows, whose positions restart where documents begin."""
-    if begins is None:
-        return cos[:n], sin[:n]
-    position = torch.arange(n) - begins
-    return cos[position], sin[position]
 
 
 def _with_terms(x: Tensor, extra: Tensor, dtype: torch.dtype) -> Tensor:

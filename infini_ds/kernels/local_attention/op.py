@@ -39,48 +39,70 @@ def local_attention(
     Returns:
         [batch, segments, n, heads, d].
     """
-    if q.is_cpu and torch.get_num_threads() == 1 and q.shape[2] >= LONG:
-        return local_attention_cpu(q, k, v, *rotary, begins)
+    n = q.shape[2]
+    if begins is None or all(own[0].is_whole(n) for own in runs_of(begins)):
+        if q.is_cpu and torch.get_num_threads() == 1 and n >= LONG:
+            return local_attention_cpu(q, k, v, *rotary)
+        return _attend(q, k, v, rotary)
+    if n > MASKED:
+        return _by_runs(q, k, v, rotary, runs_of(begins))
+    return _attend(q, k, v, rotary, positions_of(begins), _mask(begins, q.dtype))
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attends by PyTorch's own operator, with what a mask adds to scores.
+
+    Args:
+        positions: rotary positions, [batch, segments, n]; None: those in the segment.
+        mask: [batch x segments, 1, n, n]; None: a row sees itself and those before it.
+    """
     group = q.shape[3] // k.shape[3]
-    positions = None if begins is None else positions_of(begins)
     q, k = rotate(q, *rotary, positions), rotate(k, *rotary, positions)
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=3) for x in (k, v))
-    if begins is not None and q.shape[2] > MASKED:
-        return _by_runs(q, k, v, runs_of(begins))
-    mask = None if begins is None else _mask(begins, q.dtype)
     batch = q.shape[0]
     q, k, v = (rearrange(x, "b s n h d -> (b s) h n d") for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     return rearrange(out, "(b s) h n d -> b s n h d", b=batch)
 
 
-def _mask(begins: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Returns what is added to scores, [batch x segments, 1, n, n]; None if nothing is packed."""
+def _mask(begins: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to scores, [batch x segments, 1, n, n]."""
 
-    def make() -> Tensor | None:
-        if not begins.any():
-            return None
-        n = begins.shape[-1]
-        own = torch.minimum(begins, torch.arange(n, device=begins.device)).flatten(0, 1)
-        return unseen(n, own).to(begins.device, dtype)[:, None]
+    def make() -> Tensor:
+        own = torch.minimum(begins, torch.arange(begins.shape[-1], device=begins.device))
+        return unseen(own.flatten(0, 1)).to(dtype)[:, None]
 
     return made_once(begins, ("mask", dtype), make)
 
 
-def _by_runs(q: Tensor, k: Tensor, v: Tensor, runs: list[list[Run]]) -> Tensor:
-    """Attention of each run by itself, q, k and v [b, s, n, h, d]."""
+def _by_runs(
+    q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], runs: list[list[Run]]
+) -> Tensor:
+    """Attends inside each run as inside a segment of its own."""
     calls = _calls(runs, q.shape[2])
     sizes = [count * rows for count, rows, _ in calls]
+    split = (x.flatten(0, 2).split(sizes) for x in (q, k, v))
     outputs = []
-    for (count, _, begins), *own in zip(
-        calls, *(x.flatten(0, 2).split(sizes) for x in (q, k, v)), strict=True
-    ):
-        mask = None if begins is None else unseen(len(begins), begins).to(q)
-        own = (rearrange(x, "(c n) h d -> c h n d", c=count) for x in own)
-        out = F.scaled_dot_product_attention(*own, mask, is_causal=mask is None)
-        outputs.append(rearrange(out, "c h n d -> (c n) h d"))
-    return torch.cat(outputs).view(q.shape)
+    for (count, rows, begins), *rest in zip(calls, *split, strict=True):
+        own = [x.view(1, count, rows, *x.shape[1:]) for x in rest]
+        tables = rotary[0][:rows], rotary[1][:rows]
+        if begins is None:
+            out = local_attention(*own, tables)
+        else:
+            begins = begins.to(q.device)
+            mask = unseen(begins).to(q.dtype)[None, None]
+            positions = torch.arange(rows, device=q.device) - begins
+            out = _attend(*own, tables, positions[None, None], mask)
+        outputs.append(out.flatten(0, 2))
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view(q.shape)
 
 
 def _calls(runs: list[list[Run]], n: int) -> list[tuple[int, int, Tensor | None]]:

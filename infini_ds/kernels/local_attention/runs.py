@@ -22,10 +22,6 @@ class Run(NamedTuple):
     begins: Tensor | None
     """Of several documents: for each row, where in the run its document begins, int64 [rows]."""
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.end)
-
     def is_whole(self, n: int) -> bool:
         """Whether it is the only document of a segment of n tokens."""
         return self.end - self.start == n and self.begins is None
@@ -40,11 +36,10 @@ def runs_of(begins: Tensor) -> list[list[Run]]:
 
     def make() -> list[list[Run]]:
         n = begins.shape[-1]
-        flat = begins.flatten(0, 1).cpu()
-        opens = flat == torch.arange(n)
+        place = torch.arange(n)
         return [
-            _with_begins(_bounds(first.nonzero().flatten().tolist(), int((own < n).sum()), n), own)
-            for own, first in zip(flat, opens, strict=True)
+            _runs(own, _bounds((own == place).nonzero()[:, 0].tolist(), int((own < n).sum()), n))
+            for own in begins.flatten(0, 1).cpu()
         ]
 
     return made_once(begins, ("runs",), make)
@@ -60,21 +55,18 @@ def positions_of(begins: Tensor) -> Tensor:
     return made_once(begins, ("positions",), make)
 
 
-def unseen(size: int, begins: Tensor | None) -> Tensor:
+def unseen(begins: Tensor) -> Tensor:
     """Returns what is added to scores: -inf where a row does not see a column, and else 0.
 
     Args:
-        begins: where the document of each row begins, [..., size]; None: all are of one.
+        begins: where the document of each row begins, [..., n].
 
     Returns:
-        [..., size, size], on the CPU without `begins`, else on the device of these.
+        fp32 [..., n, n].
     """
-    device = None if begins is None else begins.device
-    future = torch.full((size, size), float("-inf"), device=device).triu(1)
-    if begins is None:
-        return future
-    other = torch.arange(size, device=device) < begins[..., None]
-    return future.masked_fill(other, float("-inf"))
+    place = torch.arange(begins.shape[-1], device=begins.device)
+    seen = (begins[..., None] <= place) & (place <= place[:, None])
+    return torch.where(seen, 0.0, float("-inf"))
 
 
 def _bounds(firsts: list[int], valid: int, n: int) -> list[tuple[int, int, bool]]:
@@ -99,9 +91,9 @@ def _bounds(firsts: list[int], valid: int, n: int) -> list[tuple[int, int, bool]
     return bounds + [(start, min(start + TOGETHER, n), True) for start in padding]
 
 
-def _with_begins(bounds: list[tuple[int, int, bool]], begins: Tensor) -> list[Run]:
-    clamped = torch.minimum(begins, torch.arange(len(begins)))
+def _runs(begins: Tensor, bounds: list[tuple[int, int, bool]]) -> list[Run]:
+    own = torch.minimum(begins, torch.arange(len(begins)))  # padding
     return [
-        Run(start, end, (clamped[start:end] - start).long() if several else None)
+        Run(start, end, (own[start:end] - start).long() if several else None)
         for start, end, several in bounds
     ]
