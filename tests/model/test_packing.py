@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
+from infini_ds.kernels.local_attention import runs
 from infini_ds.kernels.trial import begins_of
 from infini_ds.layout import Layout, valid_tokens
 from infini_ds.memory import MemoryState
@@ -277,3 +278,27 @@ def test_no_gradient_of_a_document_reaches_another(make_model, rule, n):
             others[pieces[0].lane] = not carried
             assert not x[others].any()
             assert x[~others].any() == carried
+
+
+@pytest.mark.parametrize("checkpointing", ["attention", "block"])
+def test_packed_segments_are_computed_again_alike(make_model, rule, checkpointing):
+    n = 300
+    results = []
+    for how in ("none", checkpointing):
+        model = make_model(how, memory_rule=rule, memory=WRITING, segment_length=n)
+        found = read(model, packed_window(n)[0], 1)
+        results.append([found.loss, *(x for part in gradients(found, model) for x in part)])
+    for want, have in zip(*results, strict=True):
+        assert torch.equal(want, have)
+
+
+def test_what_is_made_of_a_layout_is_made_once(make_model, monkeypatch):
+    """Not once in every layer."""
+    made = []
+    bounds = runs._bounds
+    monkeypatch.setattr(runs, "_bounds", lambda *args: made.append(1) or bounds(*args))
+    n = 300
+    model = make_model(memory=WRITING, segment_length=n)
+    window, _ = packed_window(n)
+    read(model, window, 1).loss.backward()
+    assert len(made) == window.layout.starts.numel()
