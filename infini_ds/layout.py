@@ -1,11 +1,13 @@
 """Describes where documents begin and padding ends in a batch of windows."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+Made = TypeVar("Made")
 
 IGNORE_INDEX = -100
 """Label of a position that has no loss, as in PyTorch's cross-entropy."""
@@ -44,7 +46,9 @@ def memory_tokens(layout: Layout, n: int) -> Tensor:
         bool [batch, segments, n].
     """
     lengths = layout.lengths
-    return _once(lengths, (n,), lambda: torch.arange(n, device=lengths.device) < lengths[..., None])
+    return made_once(
+        lengths, (n,), lambda: torch.arange(n, device=lengths.device) < lengths[..., None]
+    )
 
 
 def valid_tokens(layout: Layout, n: int) -> Tensor:
@@ -52,7 +56,7 @@ def valid_tokens(layout: Layout, n: int) -> Tensor:
     begins = layout.begins
     if begins is None:
         return memory_tokens(layout, n)
-    return _once(begins, ("valid",), lambda: begins < n)
+    return made_once(begins, ("valid",), lambda: begins < n)
 
 
 def document_begins(layout: Layout, n: int) -> Tensor | None:
@@ -68,7 +72,7 @@ def document_begins(layout: Layout, n: int) -> Tensor | None:
     def make() -> Tensor:
         return torch.minimum(begins, torch.arange(n, dtype=begins.dtype, device=begins.device))
 
-    return _once(begins, ("clamped",), make)
+    return made_once(begins, ("clamped",), make)
 
 
 def whole_weights(layout: Layout, n: int, kv_heads: int) -> Tensor:
@@ -82,16 +86,22 @@ def whole_weights(layout: Layout, n: int, kv_heads: int) -> Tensor:
         written = memory_tokens(layout, n)[:, :, None]
         return written.float().expand(-1, -1, kv_heads, -1).contiguous()
 
-    return _once(layout.lengths, (n, kv_heads), make)
+    return made_once(layout.lengths, (n, kv_heads), make)
 
 
 _made = WeakTensorKeyDictionary()
-"""Results derived from a layout's tensors, kept as long as these live, since every layer asks for
-the same."""
+"""Results derived from a layout's tensors, kept as long as these live."""
 
 
-def _once(source: Tensor, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-    made: dict[tuple, Tensor] = _made.setdefault(source, {})  # type: ignore[assignment]
+def made_once(source: Tensor, key: tuple, make: Callable[[], Made]) -> Made:
+    """Keeps what is made of a layout's tensor as long as it lives, since every layer asks for it.
+
+    Args:
+        source: one of the layout's tensors, or what was made of one.
+        key: name and arguments of what is made.
+        make: makes it, without holding on to `source`.
+    """
+    made: dict[tuple, Made] = _made.setdefault(source, {})  # type: ignore[assignment]
     if key not in made:
         with torch.inference_mode(False):  # training may use the result later
             made[key] = make()

@@ -3,7 +3,14 @@ import weakref
 
 import torch
 
-from infini_ds.layout import Layout, valid_tokens, whole_weights
+from infini_ds.layout import (
+    Layout,
+    document_begins,
+    made_once,
+    memory_tokens,
+    valid_tokens,
+    whole_weights,
+)
 
 
 def layout_of(*lengths: int) -> Layout:
@@ -14,6 +21,49 @@ def layout_of(*lengths: int) -> Layout:
 def test_valid_tokens_come_first():
     valid = valid_tokens(layout_of(3, 0, 1), 3)
     assert valid.tolist() == [[[True] * 3, [False] * 3, [True, False, False]]]
+
+
+def packed() -> Layout:
+    """A document of 2 tokens, one of 1, one of 2, and padding; and a segment without guests."""
+    begins = torch.tensor([[[0, 0, 2, 3, 3, 6], [0, 0, 0, 6, 6, 6]]], dtype=torch.int32)
+    return layout_of(2, 3)._replace(begins=begins)
+
+
+def test_only_the_first_document_of_a_packed_segment_uses_the_memory():
+    layout = packed()
+    first = [[[True] * 2 + [False] * 4, [True] * 3 + [False] * 3]]
+    assert memory_tokens(layout, 6).tolist() == first
+    assert whole_weights(layout, 6, 1)[:, :, 0].bool().tolist() == first
+    assert valid_tokens(layout, 6).tolist() == [[[True] * 5 + [False], [True] * 3 + [False] * 3]]
+
+
+def test_padding_counts_as_documents_of_one_token():
+    layout = packed()
+    begins = document_begins(layout, 6)
+    assert begins is not None
+    assert begins.tolist() == [[[0, 0, 2, 3, 3, 5], [0, 0, 0, 3, 4, 5]]]
+    assert document_begins(layout, 6) is begins
+    assert document_begins(layout_of(2, 3), 6) is None
+
+
+def test_a_layout_is_mapped_part_by_part():
+    parts = packed().map(lambda part: part[:, 1:])
+    assert [part.shape[1] for part in parts if part is not None] == [1, 1, 1]
+    assert layout_of(2, 3).map(torch.clone).begins is None
+
+
+def test_anything_is_made_once_of_a_tensor():
+    made = []
+    source, other = torch.zeros(1), torch.zeros(1)
+
+    def make() -> list[int]:
+        made.append(1)
+        return [len(made)]
+
+    results = [made_once(source, ("list",), make), made_once(source, ("list",), make)]
+    assert results[0] is results[1]
+    assert made_once(other, ("list",), make) == [2]
+    assert made_once(source, ("another",), make) == [3]
 
 
 def test_weights_are_those_of_the_tokens_for_every_head():

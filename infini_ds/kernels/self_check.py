@@ -196,10 +196,10 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: the device, a Trial's fields, and a time limit in seconds.
     """
-    device, rule, *sizes, dtype, limit = arguments
+    device, rule, *sizes, dtype, packed, limit = arguments
     signal.alarm(int(float(limit)) + 1)  # the process that started this one may be gone
     heads, kv_heads, head_dim, n = map(int, sizes)
-    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype)
+    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype, packed == str(True))
     fault = ""
     if not backend.why_missing(torch.device(device).type, trial.head_dim):
         _choose_assembler(device)

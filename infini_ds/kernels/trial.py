@@ -33,6 +33,8 @@ class Trial(NamedTuple):
     head_dim: int
     segment_length: int
     dtype: str = "bf16"
+    packed: bool = False
+    """Whether whole documents follow the first one of some segments."""
 
 
 class Window(NamedTuple):
@@ -49,7 +51,7 @@ class Window(NamedTuple):
 
 def make_window(trial: Trial) -> Window:
     """Makes the same numbers every time, independently of PyTorch's global generator."""
-    _, heads, kv_heads, d, n, _ = trial
+    _, heads, kv_heads, d, n, *_ = trial
     random = torch.Generator().manual_seed(n)
 
     def normal(*shape: int) -> Tensor:
@@ -63,15 +65,36 @@ def make_window(trial: Trial) -> Window:
     return Window(qkv, w, memory, normal(heads), upstream)
 
 
-def make_layout(n: int, device: torch.device | str) -> Layout:
+def make_layout(n: int, device: torch.device | str, packed: bool = False) -> Layout:
     """Makes a layout that covers every case.
 
     It has carried and empty memories, a document that starts inside the window, padding, and a
-    segment without tokens.
+    segment without tokens. If packed, it also has documents behind the first: of one token, of
+    many, from a tile's edge, before padding, and up to the segment's end.
     """
+    third, half = -(-n // 3), -(-n // 2)
     starts = torch.tensor([[False, False, True], [True, False, False]])
-    lengths = torch.tensor([[n, n, -(-n // 3)], [-(-n // 2), n, 0]], dtype=torch.int32)
-    return Layout(starts.to(device), lengths.to(device))
+    lengths = torch.tensor([[n, n, third], [half, n, 0]], dtype=torch.int32)
+    if not packed:
+        return Layout(starts.to(device), lengths.to(device))
+    lengths[0, 1] = n - third
+    edge = 8 * n // 17  # 128 of 272, where kernels have a tile's edge
+    ends = [
+        [[n], [n - third, n - third + 1, n - n // 8, n], [third, third + 1, edge, n - n // 8]],
+        [[half, n], [n], []],
+    ]
+    begins = torch.stack([torch.stack([begins_of(n, own) for own in lane]) for lane in ends])
+    return Layout(starts.to(device), lengths.to(device), begins.to(device))
+
+
+def begins_of(n: int, ends: list[int]) -> Tensor:
+    """Layout.begins of one segment, int32 [n], whose documents end at these positions."""
+    begins = torch.full((n,), n, dtype=torch.int32)
+    first = 0
+    for end in ends:
+        begins[first:end] = first
+        first = end
+    return begins
 
 
 def results(
@@ -89,7 +112,7 @@ def results(
         dtype: type of queries, keys, values and beta.
         state: type of memories, write weights and rotary tables.
     """
-    rule, heads, kv_heads, d, n, _ = trial
+    rule, heads, kv_heads, d, n, *_ = trial
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         kinds = (dtype, state, state, state, dtype)
         tensors = (window.qkv, window.w, *window.memory, window.beta)
@@ -100,7 +123,7 @@ def results(
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=3)
         angles = torch.arange(n)[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
         rotary = angles.cos().to(device, state), angles.sin().to(device, state)
-        memory, layout = MemoryState(kv, norm), make_layout(n, device)
+        memory, layout = MemoryState(kv, norm), make_layout(n, device, trial.packed)
         out, after = operation(Inputs(q, k, v, w, memory, layout, beta, rule, rotary))
         found = [out, *after]
         if gradients:

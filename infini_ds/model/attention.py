@@ -73,7 +73,7 @@ class InfiniAttention(nn.Module):
     def forward(
         self, hidden: Tensor, layout: Layout, memory: MemoryState
     ) -> tuple[Tensor, MemoryState, WriteStats | None]:
-        """Processes whole segments at once.
+        """Processes whole segments at once, which may be packed.
 
         Args:
             hidden: [batch, segments x n, hidden_size], where n is segment_length, or anything
@@ -89,8 +89,7 @@ class InfiniAttention(nn.Module):
         n = hidden.shape[2]
         qkv = self._project(hidden)
         if self.short_conv is not None:
-            nothing = qkv.new_zeros(*qkv.shape[:2], TAPS, *qkv.shape[3:])
-            qkv, _ = self.short_conv(qkv, nothing)
+            qkv = self._convolved(self.short_conv, qkv, layout)
         q, k, v = self._split(qkv)
         w, stats = None, None
         if self.write_gate is not None:
@@ -169,6 +168,14 @@ class InfiniAttention(nn.Module):
     def _project(self, hidden: Tensor) -> Tensor:
         """Projects [..., hidden_size] to [..., heads + 2 kv_heads, d]."""
         return self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
+
+    @staticmethod
+    def _convolved(short_conv: ShortConv, qkv: Tensor, layout: Layout) -> Tensor:
+        """Whole segments [batch, segments, n, heads + 2 kv_heads, d]."""
+        if layout.begins is not None:
+            return short_conv.packed(qkv, layout.begins)
+        nothing = qkv.new_zeros(*qkv.shape[:2], TAPS, *qkv.shape[3:])
+        return short_conv(qkv, nothing)[0]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Returns queries [..., heads, d], keys and values [..., kv_heads, d].

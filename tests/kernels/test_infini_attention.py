@@ -8,6 +8,8 @@ from torch import Tensor
 
 from infini_ds.kernels.infini_attention import Inputs, infini_attention, segment_overlaps
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
+from infini_ds.kernels.local_attention import op
+from infini_ds.kernels.trial import Trial, error, make_window, results
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState, delta
 from infini_ds.memory.delta import delta_damping
@@ -104,6 +106,27 @@ def test_infini_attention_matches_reference(rule, group, gated, n, layout_name, 
             # A sum over all tokens whose terms largely cancel, in bf16 more than they round.
             slack = 3 if name == "gradient of beta" else 1
             assert error_ratio(want, have) <= slack * limit, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("n", [24, 272])
+@pytest.mark.parametrize(
+    ("masked", "long"), [(512, 512), (8, 512), (8, 16)], ids=["mask", "runs", "tiles"]
+)
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_packed_segments_match_reference(rule, masked, long, n, precision, monkeypatch):
+    monkeypatch.setattr(op, "MASKED", masked)
+    monkeypatch.setattr(op, "LONG", long)
+    trial = Trial(rule, 6, 2, DIM, n, precision, packed=True)
+    window = make_window(trial)
+    expected = results(
+        infini_attention_reference, trial, window, "cpu", torch.float64, torch.float64
+    )
+    dtype, limit = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 8e-3)}[precision]
+    actual = results(infini_attention, trial, window, "cpu", dtype)
+    for name, want in expected.items():
+        slack = 3 if name == "gradient of beta" else 1
+        assert error(want, actual[name]) <= slack * limit, name
 
 
 def test_memory_stays_fp32_in_bf16_computation():

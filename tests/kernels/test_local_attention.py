@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from infini_ds.kernels.local_attention import cpu, op
+from infini_ds.kernels.local_attention import cpu, op, runs
 from infini_ds.kernels.local_attention.cpu import local_attention_cpu
+from infini_ds.kernels.trial import begins_of
 
 DIM = 16
 
@@ -101,3 +102,108 @@ def test_long_attention_never_holds_a_score_matrix():
     with Sizes():
         local_attention_cpu(q, k, v, torch.ones(n, 8), torch.zeros(n, 8)).sum().backward()
     assert max(sizes) <= cpu.BACKWARD_TILE * n
+
+
+def begins_of_lengths(n: int, *segments: list[int]) -> torch.Tensor:
+    """Layout.begins [1, segments, n] of documents of these lengths, one behind the other."""
+    ends = [torch.tensor(lengths).cumsum(0).tolist() for lengths in segments]
+    return torch.stack([begins_of(n, own) for own in ends])[None]
+
+
+LENGTHS = [
+    [64], [63, 1], [1] * 64, [1, 62, 1], [20, 20], [3, 3, 30, 3, 3], [31, 1, 32], [32, 1, 31], [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_runs_hold_whole_documents_and_all_rows(lengths, monkeypatch):
+    monkeypatch.setattr(runs, "SHORT", 10)
+    monkeypatch.setattr(runs, "TOGETHER", 20)
+    begins = begins_of_lengths(64, lengths)
+    (found,) = runs.runs_of(begins)
+    own = torch.minimum(begins[0, 0], torch.arange(64))
+    place = 0
+    for run in found:
+        assert run.start == place < run.end
+        place = run.end
+        firsts = own[run.start : run.end].unique()
+        assert firsts[0] == run.start
+        if run.begins is None:
+            assert len(firsts) == 1
+        else:
+            assert run.end - run.start <= 20
+            assert torch.equal(run.begins, own[run.start : run.end] - run.start)
+    assert place == 64
+    documents = sorted({*own.tolist()})
+    long = [first for first in documents if (own == first).sum() >= 10]
+    assert long == [run.start for run in found if run.end - run.start >= 10 and run.begins is None]
+
+
+def attend(function, inputs, begins, **changes):
+    """Outputs and gradients of packed segments."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setattr(op, name, value)
+        return compute(
+            lambda q, k, v, cos, sin: function(q, k, v, (cos, sin), begins),
+            inputs, torch.float32, torch.float32,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("masked", "long"), [(64, 512), (8, 512), (8, 8)])
+def test_documents_of_a_segment_attend_as_if_alone(group, masked, long):
+    """With rotary positions of their own."""
+    n = 96
+    inputs = make_inputs(n, group)
+    begins = begins_of_lengths(n, [70, 26], [5, 67, 20]).expand(2, 2, n).contiguous()
+    packed = attend(op.local_attention, inputs, begins, MASKED=masked, LONG=long)[0]
+    for s, first, end in ((0, 0, 70), (0, 70, 96), (1, 0, 5), (1, 5, 72), (1, 72, 92)):
+        own = [x.detach()[:, s : s + 1, first:end] for x in inputs[:3]]
+        own += [x[: end - first] for x in inputs[3:]]
+        alone = compute(written_out, own, torch.float64, torch.float64)[0]
+        torch.testing.assert_close(packed[:, s : s + 1, first:end], alone.float())
+
+
+def test_segments_of_one_document_are_one_call(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return attention(*args, **kwargs)
+
+    attention = op.F.scaled_dot_product_attention
+    monkeypatch.setattr(op.F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(op, "MASKED", 8)
+    q = torch.randn(2, 3, 96, 2, DIM)
+    rotary = torch.ones(96, DIM // 2), torch.zeros(96, DIM // 2)
+    whole, packed = [96], [70, 26]
+    begins = begins_of_lengths(96, whole, whole, packed, whole, whole, whole).view(2, 3, 96)
+    op.local_attention(q, q, q, rotary, begins)
+    assert calls == [(2, 2, 96, DIM), (1, 2, 70, DIM), (1, 2, 26, DIM), (3, 2, 96, DIM)]
+    calls.clear()
+    nothing = op.local_attention(q, q, q, rotary, torch.zeros_like(begins))
+    assert torch.equal(nothing, op.local_attention(q, q, q, rotary))
+    assert calls == [(6, 2, 96, DIM)] * 2
+
+
+@pytest.mark.parametrize("long", [512, 4096])
+def test_packed_attention_never_holds_more_scores_than_documents_have(long, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    n, sizes = 1024, []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,))
+                         if isinstance(x, torch.Tensor))  # fmt: skip
+            return out
+
+    monkeypatch.setattr(op, "LONG", long)
+    begins = begins_of_lengths(n, [100] * 9 + [1] * 124)
+    q, k, v = (torch.randn(1, 1, n, 1, DIM, requires_grad=True) for _ in range(3))
+    rotary = torch.ones(n, DIM // 2), torch.zeros(n, DIM // 2)
+    with Sizes():
+        op.local_attention(q, k, v, rotary, begins).sum().backward()
+    assert max(sizes) <= max(128**2, n * (DIM + cpu.TERMS))

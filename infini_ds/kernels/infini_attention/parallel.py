@@ -22,9 +22,9 @@ from infini_ds.memory.state import MemoryState
 def infini_attention_parallel(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     """Computes the results of `infini_attention_reference` for all segments at once."""
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
-    a_dot = local_attention(q, k, v, rotary)
+    a_dot = local_attention(q, k, v, rotary, layout.begins)
     states, final = memory_scan(k, v, w, memory, layout, rule)
-    return read_and_mix(a_dot, q, states, beta), final
+    return read_and_mix(a_dot, q, states, beta, layout), final
 
 
 def memory_scan(

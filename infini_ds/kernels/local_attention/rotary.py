@@ -5,12 +5,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
     """Applies rotary positions to two halves of each head.
 
-    x is [..., n, heads, d]; cos and sin are [..., n, d / 2].
+    Args:
+        x: [..., n, heads, d].
+        cos, sin: [..., n, d / 2], or [n, d / 2] if there are positions.
+        positions: [..., n], the row of the tables for each token; None if rows and tokens agree.
     """
-    return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
+    return _Rotate.apply(x, cos, sin, positions)  # type: ignore[return-value]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,13 +31,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, positions):
         cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in (cos, sin))
-        ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin)
+        ctx.save_for_backward(cos, sin, positions)
+        return rotated(x, *_placed(cos, sin, positions))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        cos, sin = ctx.saved_tensors
-        return rotated(gradient, cos, -sin), None, None
+        cos, sin = _placed(*ctx.saved_tensors)
+        return rotated(gradient, cos, -sin), None, None, None
+
+
+def _placed(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (cos, sin) if positions is None else (cos[positions], sin[positions])
