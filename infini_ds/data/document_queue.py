@@ -44,7 +44,7 @@ class Queue(ABC):
         return np.concatenate(parts)
 
     def take_block(self, count: int) -> np.ndarray:
-        """Takes the next `count` indices, or fewer if an epoch of the only corpus ends before."""
+        """Takes the next `count` indices, or fewer where an epoch has fewer."""
         return self.take(count)
 
 
@@ -81,6 +81,7 @@ class DocumentQueue(Queue):
         self.next += len(indices)
 
     def take_block(self, count: int) -> np.ndarray:
+        """Takes the next `count` indices, or what is left of this epoch if that is fewer."""
         block = self.rest()[:count]
         self.advance(block)
         return block

@@ -55,6 +55,10 @@ class MixedQueue(Queue):
             self._planned = self._plan()
         return self._planned
 
+    def take_block(self, count: int) -> np.ndarray:
+        """Takes the next `count` indices, or as many as there are documents if that is fewer."""
+        return self.take(min(count, int(self._first[-1])))
+
     def _plan(self) -> np.ndarray:
         """Orders the next documents, as far as is certain before one corpus ends its epoch."""
         documents, clocks, ends = [], [], []
