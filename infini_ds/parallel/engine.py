@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from infini_ds.data.windows import Windows
 from infini_ds.parallel.lane_memory import LaneMemory
 
-Reader = Callable[[int], Windows]
+WindowsOf = Callable[[int], Windows]
 """Returns this rank's windows of a micro-batch; called where tokens or labels are needed."""
 
 NOT_FINITE = "the loss or the gradient was not finite"
@@ -101,7 +101,7 @@ class Engine(Protocol):
         ...
 
     def train_step(
-        self, read: Reader, size: StepSize, rate_factor: float, stop: bool = False
+        self, read: WindowsOf, size: StepSize, rate_factor: float, stop: bool = False
     ) -> StepResult:
         """Runs forward, backward and the optimizer step on one window of every lane.
 
@@ -127,7 +127,7 @@ class Engine(Protocol):
         """Returns the memories of lanes that have read nothing, for `evaluate_window`."""
         ...
 
-    def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
+    def evaluate_window(self, read: WindowsOf, memories: LaneMemory) -> Tensor:
         """Sums this rank's losses on one window of every lane, in fp64; see `all_sum`."""
         ...
 

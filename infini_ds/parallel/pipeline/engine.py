@@ -27,9 +27,9 @@ from infini_ds.parallel.engine import (
     CORRUPT,
     NOT_FINITE,
     EngineLayout,
-    Reader,
     StepResult,
     StepSize,
+    WindowsOf,
 )
 from infini_ds.parallel.lane_memory import LaneMemory
 from infini_ds.parallel.part import Part
@@ -153,7 +153,7 @@ class InfiniEngine(CorrectedEngine):
         return self.part.lanes_of(micro_batch)
 
     def train_step(
-        self, read: Reader, size: StepSize, rate_factor: float, stop: bool = False
+        self, read: WindowsOf, size: StepSize, rate_factor: float, stop: bool = False
     ) -> StepResult:
         """See `Engine`."""
         begin = time.perf_counter()
@@ -205,7 +205,7 @@ class InfiniEngine(CorrectedEngine):
         self._clear_lanes(starts)
 
     @torch.no_grad()
-    def evaluate_window(self, read: Reader, memories: LaneMemory) -> Tensor:
+    def evaluate_window(self, read: WindowsOf, memories: LaneMemory) -> Tensor:
         """Sums this rank's losses on one window of every lane; 0 before the last stage."""
         self.module.eval()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -298,7 +298,7 @@ class InfiniEngine(CorrectedEngine):
     def _run(
         self,
         schedule: Iterable[Forward | Backward],
-        read: Reader,
+        read: WindowsOf,
         memories: LaneMemory,
         scale: Scale | None,
     ) -> None:
@@ -323,7 +323,9 @@ class InfiniEngine(CorrectedEngine):
                 self._hand_over.take_back(micro_batch, memories)
         self._hops.flush()
 
-    def _forward(self, unit: Forward, read: Reader, memories: LaneMemory, training: bool) -> None:
+    def _forward(
+        self, unit: Forward, read: WindowsOf, memories: LaneMemory, training: bool
+    ) -> None:
         micro_batch, chunk = unit
         first, last = chunk == 0, chunk == self._train.chunks - 1
         if first:
