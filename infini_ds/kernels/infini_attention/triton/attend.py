@@ -165,7 +165,10 @@ def attend_kernel(
 
     # The read, by parts of the features, so that few registers are taken beside `mixed`.
     mixed = mixed * ((1 - gate) / total)[:, None]
-    for start in range(0, D, BLOCK_D):
+    features_read = D
+    if PACKED:  # none behind the first document
+        features_read = tl.where(first < tl.load(lengths + segment), D, 0)
+    for start in range(0, features_read, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         own_queries = tl.load(
             own_q + rows[:, None] * q_row + features[None, :], mask=inside[:, None], other=0.0
