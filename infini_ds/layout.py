@@ -75,6 +75,23 @@ def document_begins(layout: Layout, n: int) -> Tensor | None:
     return made_once(begins, ("clamped",), make)
 
 
+def document_ends(layout: Layout, n: int) -> Tensor | None:
+    """Returns the position after each token's document, with padding as in `document_begins`.
+
+    Returns:
+        int32 [batch, segments, n], or None if nothing is packed. Never falls along a segment.
+    """
+    begins = document_begins(layout, n)
+    if begins is None:
+        return None
+
+    def make() -> Tensor:
+        # Of numbers that never fall: how many are at most a token's own.
+        return torch.searchsorted(begins, begins, right=True, out_int32=True)
+
+    return made_once(begins, ("ends",), make)
+
+
 def whole_weights(layout: Layout, n: int, kv_heads: int) -> Tensor:
     """Weighs what is written to the memory 1 and the rest 0.
 

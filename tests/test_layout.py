@@ -6,6 +6,7 @@ import torch
 from infini_ds.layout import (
     Layout,
     document_begins,
+    document_ends,
     made_once,
     memory_tokens,
     valid_tokens,
@@ -44,6 +45,16 @@ def test_padding_counts_as_documents_of_one_token():
     assert begins.tolist() == [[[0, 0, 2, 3, 3, 5], [0, 0, 0, 3, 4, 5]]]
     assert document_begins(layout, 6) is begins
     assert document_begins(layout_of(2, 3), 6) is None
+
+
+def test_ends_of_documents():
+    layout = packed()
+    ends = document_ends(layout, 6)
+    assert ends is not None
+    assert ends.dtype == torch.int32
+    assert ends.tolist() == [[[2, 2, 3, 5, 5, 6], [3, 3, 3, 4, 5, 6]]]
+    assert document_ends(layout, 6) is ends
+    assert document_ends(layout_of(2, 3), 6) is None
 
 
 def test_a_layout_is_mapped_part_by_part():

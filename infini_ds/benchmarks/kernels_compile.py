@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
@@ -53,12 +53,16 @@ KV_HEADS = (8, 2)
 """One number without grouped-query attention, and one with it."""
 SEGMENT_LENGTHS = (512, 500)
 """One length that tiles divide, and one that they do not."""
+PACKED = tuple(product(TRITON_HEAD_DIMS, TARGETS))
+"""Head dimension and target of the kernels that are compiled for packed segments too."""
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma",
 }  # fmt: skip
 VARIANTS = ("GROUP", "ROTATES", "SIZE", "REVERSE", "DELTA")
 """Constants that tell variants of a kernel apart; sizes of tiles do not, as they are tuning."""
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -69,6 +73,7 @@ class Case(NamedTuple):
     kv_heads: int
     segment_length: int
     capability: int
+    packed: bool = False
 
 
 class Source(NamedTuple):
@@ -80,13 +85,16 @@ class Source(NamedTuple):
 
 
 def run(
-    json_path: str | None = None, segment_lengths: Sequence[int] = SEGMENT_LENGTHS
+    json_path: str | None = None,
+    segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+    packed: Collection[tuple[int, int]] = PACKED,
 ) -> list[dict[str, Any]]:
     """Compiles the kernels, prints a table, and writes its rows to `json_path` if one is given.
 
     Args:
         json_path: where to write the rows.
         segment_lengths: segment lengths in tokens.
+        packed: head dimensions and targets that are compiled for packed segments too, see PACKED.
 
     Returns:
         One row per distinct kernel and target; `broken` lists the rules that it breaks, and
@@ -102,6 +110,9 @@ def run(
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
     grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, segment_lengths, TARGETS)
     cases = [Case(*case) for case in grid]
+    cases += [
+        case._replace(packed=True) for case in cases if (case.head_dim, case.capability) in packed
+    ]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -123,12 +134,14 @@ def _recorded(case: Case) -> list[Any]:
     from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
     from infini_ds.kernels.launch import recording
 
-    d, rule, kv_heads, n, capability = case
+    d, rule, kv_heads, n, capability, packed = case
     widths = (HEADS, kv_heads, kv_heads)
     qkv = torch.empty(1, SEGMENTS, n, sum(widths), d, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = qkv.split(widths, dim=3)
     memory = MemoryState.empty(1, kv_heads, d)
-    layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), torch.full((1, SEGMENTS), n))
+    lengths = torch.full((1, SEGMENTS), n, dtype=torch.int32)
+    begins = torch.zeros(1, SEGMENTS, n, dtype=torch.int32) if packed else None
+    layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), lengths, begins)
     beta = torch.zeros(HEADS, requires_grad=True)
     table = torch.empty(n, d // 2)
     with recording(capability // 10) as calls:
@@ -139,7 +152,7 @@ def _recorded(case: Case) -> list[Any]:
 
 
 def _source(call: Any) -> Source:
-    """Specialises arguments as at run time, where 1 is a constant and multiples of 16 are known."""
+    """Specialises arguments as at run time: 1 and None are constants, multiples of 16 are known."""
     source = Source({}, {}, {})
     for place, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
@@ -149,7 +162,7 @@ def _source(call: Any) -> Source:
             kind, divisible = TYPES[value.dtype], value.data_ptr() % 16 == 0
         elif not parameter.is_constexpr and isinstance(value, float):
             kind = "fp32"
-        elif not parameter.is_constexpr and value != 1:
+        elif not parameter.is_constexpr and value is not None and value != 1:
             kind, divisible = "i32", value % 16 == 0
         source.signature[parameter.name] = kind
         if kind == "constexpr":
@@ -282,7 +295,8 @@ def _shown(cubin: bytes, tool: str, option: str) -> str:
 
 def _variant(row: dict[str, Any]) -> str:
     constants = row["constants"]
-    return " ".join(f"{name}={constants[name]}" for name in VARIANTS if name in constants)
+    told = [f"{name}={constants[name]}" for name in VARIANTS if name in constants]
+    return " ".join((*told, *["packed"] * constants.get("PACKED", False)))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

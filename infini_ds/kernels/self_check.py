@@ -51,7 +51,13 @@ _settled = False
 
 
 def trial_of(
-    rule: str, heads: int, kv_heads: int, head_dim: int, segment_length: int, dtype: str
+    rule: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    segment_length: int,
+    dtype: str,
+    packed: bool = False,
 ) -> Trial:
     """Makes a trial for which Triton compiles the same kernels as for these sizes.
 
@@ -59,7 +65,7 @@ def trial_of(
     multiple of 16 if segment_length is one, because Triton specialises kernels for such numbers.
     """
     n = 2 * TILE + 16 + (segment_length % 16 > 0)
-    return Trial(rule, heads, kv_heads, head_dim, n, dtype)
+    return Trial(rule, heads, kv_heads, head_dim, n, dtype, packed)
 
 
 def limit_of(name: str) -> float:
@@ -71,6 +77,7 @@ def find_fault(trial: Trial, device: torch.device | str, gradients: bool = True)
     """Describes the kernels' fault as a phrase that follows "triton"; empty if there is none."""
     window = make_window(trial)
     arguments = (trial, window, device)
+    where = f"{' in packed segments' if trial.packed else ''} on this device"
     expected = results(infini_attention_parallel, *arguments, torch.float32, gradients=gradients)
     try:
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
@@ -83,19 +90,20 @@ def find_fault(trial: Trial, device: torch.device | str, gradients: bool = True)
             for name, wanted in expected.items():
                 off = error(wanted, first[name])
                 if off > limit_of(name):
-                    return f"computes the {name} wrongly on this device, by {off:.1e} of its size"
+                    return f"computes the {name} wrongly{where}, by {off:.1e} of its size"
             second = compute()
             for name in expected:
                 if not torch.equal(first[name], second[name]):
-                    return f"does not compute the same {name} twice on this device"
+                    return f"does not compute the same {name} twice{where}"
     except Exception as fault:  # compilers and devices fail in many ways
-        return f"fails on this device ({_first_line(fault)})"
+        return f"fails{where} ({_first_line(fault)})"
     return ""
 
 
 def find_fault_apart(trial: Trial, device: torch.device | str, limit: float) -> str:
     """Runs `find_fault` in a process of its own, which leaves the kernels in Triton's cache.
 
+    A packed trial is made without packing too, since a run that packs does not in its evaluations.
     This must be called before the calling process uses the device, because some devices admit only
     one process.
 
@@ -119,7 +127,7 @@ def find_fault_apart(trial: Trial, device: torch.device | str, limit: float) -> 
     return f"ends its process on this device ({ending})"
 
 
-def check(q: Tensor, kv_heads: int, rule: str) -> None:
+def check(q: Tensor, kv_heads: int, rule: str, packed: bool = False) -> None:
     """Checks the kernels before their first use on a device, and distrusts them if they are wrong.
 
     Args:
@@ -134,7 +142,7 @@ def check(q: Tensor, kv_heads: int, rule: str) -> None:
     if _settled or torch.cuda.is_current_stream_capturing():
         return
     dtype = "fp32" if q.dtype == torch.float32 else "bf16"
-    trial = trial_of(rule, q.shape[3], kv_heads, q.shape[4], q.shape[2], dtype)
+    trial = trial_of(rule, q.shape[3], kv_heads, q.shape[4], q.shape[2], dtype, packed)
     fault = _fault_here(trial, q.device, torch.is_grad_enabled())
     if fault:
         backend.distrust(fault)
@@ -203,7 +211,8 @@ def main(arguments: list[str]) -> None:
     fault = ""
     if not backend.why_missing(torch.device(device).type, trial.head_dim):
         _choose_assembler(device)
-        fault = find_fault(trial, device)
+        trials = [trial._replace(packed=False), trial] if trial.packed else [trial]
+        fault = next(filter(None, (find_fault(each, device) for each in trials)), "")
     print(json.dumps(fault), flush=True)
 
 

@@ -15,6 +15,10 @@ from infini_ds.benchmarks.kernels_compile import INSTRUCTIONS, TARGETS
 
 DOTLESS = {"scan", "damping"}
 """Kernels without a matrix product."""
+OF_PACKED = {
+    "sums", "attend", "read_gradient", "write_gradient", "query_gradient", "key_gradient",
+}  # fmt: skip
+"""Kernels that tell packed segments from others."""
 
 
 def compiled(tmp_path, arguments: str) -> list[dict]:
@@ -59,10 +63,17 @@ def check_coverage(rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} == kernels
     groups = {row["constants"]["GROUP"] for row in rows if row["kernel"] == "key_gradient"}
     assert groups == {1, 4}
+    packed = {
+        (row["kernel"], row["head_dim"], row["target"])
+        for row in rows
+        if row["constants"].get("PACKED")
+    }
+    assert packed >= set(product(OF_PACKED, (128,), ("sm_90",)))
+    assert {kernel for kernel, *_ in packed} == OF_PACKED
 
 
 def test_kernels_keep_the_rules_on_every_target(tmp_path):
-    rows = compiled(tmp_path, "(500,)")
+    rows = compiled(tmp_path, "(500,), [(128, 90)]")
     check(rows)
     check_coverage(rows)
 

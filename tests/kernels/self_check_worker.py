@@ -20,6 +20,7 @@ from infini_ds.kernels.infini_attention.triton import op, tuning
 from infini_ds.kernels.trial import Trial
 
 LINEAR, DELTA = Trial("linear", 2, 1, 64, 12), Trial("delta", 2, 1, 64, 12)
+PACKED = LINEAR._replace(packed=True)
 _interpreted = op.launch
 _known: dict[tuple, list[torch.Tensor]] = {}
 
@@ -134,6 +135,14 @@ PLANTS = {
     ),
     "gradient through another document": (
         DELTA, True, before("delta_gradient_kernel", "starts", torch.zeros_like)
+    ),
+    "nothing, packed": (PACKED, True, _launch),
+    "neighbours seen": (PACKED, False, before("attend_kernel", "begins", torch.zeros_like)),
+    "memory read by all": (
+        PACKED, False, before("attend_kernel", "lengths", lambda x: torch.full_like(x, 12))
+    ),
+    "gradient from neighbours": (
+        PACKED, True, before("key_gradient_kernel", "ends", lambda x: torch.full_like(x, 12))
     ),
     "an output that moves": (LINEAR, False, moves("attend_kernel", "out")),
     "illegal access": (LINEAR, False, fails("attend_kernel", ILLEGAL)),

@@ -36,6 +36,10 @@ OF_PLANTS = {
     "a row of a gradient": "computes the gradient of k wrongly",
     "a gradient a tenth too large": "computes the gradient of the write weights wrongly",
     "gradient through another document": "computes the gradient of k wrongly",
+    "nothing, packed": "",
+    "neighbours seen": "computes the output wrongly in packed segments on this device, by ",
+    "memory read by all": "computes the output wrongly in packed segments",
+    "gradient from neighbours": "computes the gradient of k wrongly in packed segments",
     "an output that moves": "does not compute the same output twice on this device",
     "illegal access": "fails on this device (RuntimeError: CUDA error: an illegal memory access",
     "compiler gives up": "fails on this device (ValueError: PassManager::run failed)",
@@ -73,6 +77,27 @@ def test_a_process_of_its_own_tells_how_it_ended(monkeypatch, plant, limit, faul
     said = self_check.find_fault_apart(trial, "cpu", limit)
     assert "\n" not in said
     assert re.fullmatch(fault, said), said
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wrong", [None, False, True])
+def test_a_run_that_packs_also_computes_without(monkeypatch, capsys, packed, wrong):
+    """Held-out documents are evaluated one a segment."""
+    monkeypatch.setattr(self_check.signal, "alarm", lambda _: None)
+    monkeypatch.setattr(self_check, "_choose_assembler", lambda _: None)
+    monkeypatch.setattr(backend, "why_missing", lambda *_: "")
+    checked = []
+
+    def find_fault(trial, device):
+        checked.append(trial.packed)
+        return "computes it wrongly" if trial.packed is wrong else ""
+
+    monkeypatch.setattr(self_check, "find_fault", find_fault)
+    trial = Trial("linear", 2, 1, 64, 12, packed=packed)
+    self_check.main(["cpu", *map(str, trial), "5"])
+    found = wrong is not None and (packed or not wrong)
+    assert json.loads(capsys.readouterr().out) == ("computes it wrongly" if found else "")
+    assert checked == ([False, True] if packed and wrong is not False else [False])
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
@@ -144,12 +169,14 @@ def test_each_kind_of_call_is_checked_once(monkeypatch):
         with torch.no_grad():
             self_check.check(*ARGUMENTS)
         self_check.check(Queries(500), 2, "delta")
-    assert [(trial.segment_length, gradients) for trial, _, gradients in checked] == [
-        (272, True), (272, False), (273, True)
+        self_check.check(Queries(500), 2, "delta", packed=True)
+    told = [(each.segment_length, gradients, each.packed) for each, _, gradients in checked]
+    assert told == [
+        (272, True, False), (272, False, False), (273, True, False), (273, True, True)
     ]  # fmt: skip
     self_check.settle()
     self_check.check(Queries(), 2, "linear")
-    assert len(checked) == 3
+    assert len(checked) == 4
 
 
 @pytest.mark.usefixtures("_restored")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
@@ -26,15 +27,25 @@ from infini_ds.kernels.launch import recording
 from infini_ds.memory import MemoryState
 from tests.kernels import test_infini_attention
 from tests.kernels.test_infini_attention import LAYOUTS, make_inputs, make_layout
-from tests.kernels.triton_cases import CASES, check, compute, name
+from tests.kernels.triton_cases import (
+    CASES,
+    PACKED_CASES,
+    check,
+    check_packed,
+    compute,
+    compute_packed,
+    name,
+    name_packed,
+)
 
 ROOT = Path(__file__).parents[2]
+ALL = [*PACKED_CASES, *CASES]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[dict[str, list[float]]]:
+def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("triton")
-    halves = [CASES[::2], CASES[1::2]]  # for two cores
+    halves = [ALL[::2], ALL[1::2]]  # for two cores
     running = []
     for half, cases in enumerate(halves):
         given, taken = folder / f"cases{half}.json", folder / f"results{half}.json"
@@ -43,7 +54,7 @@ def results(tmp_path_factory) -> list[dict[str, list[float]]]:
         running.append(Popen(command, cwd=ROOT, text=True, stdout=PIPE, stderr=STDOUT))
     outputs = [process.communicate(timeout=540)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "".join(outputs)
-    results = [{}] * len(CASES)
+    results = [{}] * len(ALL)
     for half in range(2):
         results[half::2] = json.loads((folder / f"results{half}.json").read_text())
     return results
@@ -51,7 +62,14 @@ def results(tmp_path_factory) -> list[dict[str, list[float]]]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name(case) for case in CASES])
 def test_kernels_match_reference(results, index):
-    check(CASES[index], results[index])
+    check(CASES[index], results[len(PACKED_CASES) + index])
+
+
+@pytest.mark.parametrize(
+    "index", range(len(PACKED_CASES)), ids=[name_packed(case) for case in PACKED_CASES]
+)
+def test_kernels_match_reference_in_packed_segments(results, index):
+    check_packed(PACKED_CASES[index], results[index])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -60,6 +78,13 @@ def test_kernels_match_reference_on_a_gpu(case, monkeypatch):
     for module, attribute in ((test_infini_attention, "DIM"), (op, "tiles")):
         monkeypatch.setattr(module, attribute, getattr(module, attribute))  # a case changes them
     check(case, compute(case, "cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", PACKED_CASES, ids=name_packed)
+def test_kernels_match_reference_on_a_gpu_in_packed_segments(case, monkeypatch):
+    monkeypatch.setattr(op, "tiles", op.tiles)  # a case changes it
+    check_packed(case, compute_packed(case, "cuda"))
 
 
 def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window starts"):
@@ -116,13 +141,21 @@ def test_every_kernel_has_tiles_on_every_generation(rule, d, generation):
     assert all(call.options.get("num_warps", 4) in (4, 8) for call in (*forward, *backward))
 
 
+def test_segments_that_are_not_packed_take_the_kernels_for_them():
+    _, _, forward, backward = record("delta", 2, True)
+    assert any("PACKED" in call.arguments for call in forward)
+    for call in (*forward, *backward):
+        assert not call.arguments.get("PACKED", False)
+        assert {call.arguments.get(name) for name in ("begins", "ends")} == {None}
+
+
 def test_rows_are_padded_to_a_multiple_of_every_tile():
     from infini_ds.kernels.infini_attention.triton.op import ROW_PADDING
 
-    for kernel in ("attend", "read_gradient", "query_gradient", "key_gradient"):
-        for d in backend.TRITON_HEAD_DIMS:
-            for generation in (AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL):
-                assert ROW_PADDING % tiles(kernel, d, 2, generation).rows == 0
+    kernels = ("attend", "read_gradient", "query_gradient", "key_gradient")
+    generations = (AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL)
+    for case in product(kernels, backend.TRITON_HEAD_DIMS, (2,), generations, (False, True)):
+        assert ROW_PADDING % tiles(*case).rows == 0
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import torch
 
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
 from infini_ds.kernels.infini_attention.triton import op, tuning
+from infini_ds.kernels.self_check import limit_of, unwritten_memory_is_nan
+from infini_ds.kernels.trial import Trial, Window, error, make_layout, make_window, results
 from tests.kernels import test_infini_attention as plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,20 +45,84 @@ CASES = [
 ]
 
 
+PACKED_CASES = [
+    {"trial": trial, "tile": tile}
+    for trial, tile in (
+        (Trial("linear", 2, 2, 64, 7, "fp32", packed=True), None),
+        (Trial("delta", 2, 1, 64, 75, "fp32", packed=True), (16, 32)),
+        (Trial("linear", 1, 1, 64, 50, "bf16", packed=True), (32, 16)),
+        (Trial("linear", 1, 1, 128, 140, "bf16", packed=True), None),
+    )
+]
+"""The first guests of the second segment begin and end inside tiles of all sizes."""
+ONE_DOCUMENT = (0, 1, 2)
+"""Lane, segment and document, a guest, whose gradient alone comes to a window."""
+
+
 def name(case) -> str:
     return "-".join(str(value) for value in case.values())
+
+
+def name_packed(case) -> str:
+    return "-".join(str(value) for value in (*case["trial"], case["tile"]))
+
+
+def _use_tiles(tile: tuple[int, int] | None) -> None:
+    """Those of a case."""
+    op.tiles = tuning.tiles
+    if tile:
+        rows, columns = tile
+        small = tuning.Tiles(max(rows, columns), min(rows, columns), 4, 1)
+        of_keys = tuning.Tiles(rows, columns, 4, 1)
+        op.tiles = lambda kernel, *_: of_keys if kernel == "key_gradient" else small
+
+
+def compute_packed(case: dict, device: str) -> dict[str, dict[str, float]]:
+    """Errors of the kernels, and of those in fp32 the largest gradients that reach anything else
+    from one document's output."""
+    _use_tiles(case["tile"])
+    trial = Trial(*case["trial"])
+    window = make_window(trial)
+    call = (trial, window, device, DTYPES[trial.dtype])
+    with unwritten_memory_is_nan():
+        ours = results(op.infini_attention_triton, *call)
+    exact = results(infini_attention_reference, trial, window, "cpu", torch.float64, torch.float64)
+    errors = {what: error(wanted, ours[what].cpu()) for what, wanted in exact.items()}
+    leaks = _leaks(trial, window, device) if trial.dtype == "fp32" else {}
+    return {"errors": errors, "leaks": leaks}
+
+
+def _leaks(trial: Trial, window: Window, device: str) -> dict[str, float]:
+    lane, segment, document = ONE_DOCUMENT
+    begins = make_layout(trial.segment_length, "cpu", packed=True).begins[lane, segment]
+    inside = torch.zeros(2, 3, trial.segment_length, dtype=torch.bool)
+    inside[lane, segment] = begins == begins.unique()[document]
+    upstream = [torch.zeros_like(x) for x in window.upstream]
+    upstream[0][inside] = window.upstream[0][inside]
+    window = window._replace(upstream=upstream)
+    found = results(op.infini_attention_triton, trial, window, device, DTYPES[trial.dtype])
+    for what in ("q", "k", "v"):
+        gradient = found[f"gradient of {what}"]
+        assert gradient[inside].abs().sum() > 0
+        gradient[inside] = 0
+    return {what: x.abs().max().item() for what, x in found.items() if "gradient" in what}
+
+
+def check_packed(case: dict, result: dict[str, dict[str, float]]) -> None:
+    """Whether a result of `compute_packed` is close enough."""
+    precision = Trial(*case["trial"]).dtype
+    for what, off in result["errors"].items():
+        slack = limit_of(what) / limit_of("output")
+        assert off <= slack * LIMITS[precision]["gradient" in what], what
+    assert len(result["errors"]) == 10
+    assert len(result["leaks"]) == (7 if precision == "fp32" else 0)
+    assert not any(result["leaks"].values())
 
 
 def compute(case: dict, device: str) -> dict[str, list[float]]:
     """Errors of the kernels, and of the specification as PyTorch computes it in their type."""
     plain.DIM = case["d"]
-    if case["tile"]:
-        rows, columns = case["tile"]
-        small = tuning.Tiles(max(rows, columns), min(rows, columns), 4, 1)
-        of_keys = tuning.Tiles(rows, columns, 4, 1)
-        op.tiles = lambda kernel, *_: of_keys if kernel == "key_gradient" else small
-    else:
-        op.tiles = tuning.tiles
+    _use_tiles(case["tile"])
     layout = plain.make_layout(case["layout"], case["n"])
     inputs = plain.make_inputs(layout, case["n"], case["group"], case["gated"])
     rule, dtype = case["rule"], DTYPES[case["precision"]]

@@ -22,6 +22,8 @@ CASES = (
     Trial("delta", 4, 2, 64, 500),
     Trial("linear", 2, 2, 64, 512),
     Trial("linear", 2, 2, 128, 1000),
+    Trial("delta", 8, 2, 128, 2048, packed=True),
+    Trial("linear", 4, 2, 64, 500, packed=True),
 )
 
 

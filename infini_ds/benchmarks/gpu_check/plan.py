@@ -16,7 +16,7 @@ from infini_ds.errors import RunError, UserError
 SECONDS = 520.0
 DRY_PATIENCE = 3.0
 """Factor on each step's limit in a dry run, because the CPU may be shared with others."""
-CORRECT_CASES = 6
+CORRECT_CASES = 8
 TILE_WORKERS = 4
 COMPILED_AHEAD = (
     "linear:16:512:32:32:128:operation", "delta:16:512:32:32:128:operation",

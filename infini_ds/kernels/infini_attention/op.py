@@ -16,7 +16,7 @@ def infini_attention(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     if uses_triton(inputs.q):
         from infini_ds.kernels.self_check import check
 
-        check(inputs.q, inputs.k.shape[3], inputs.rule)
+        check(inputs.q, inputs.k.shape[3], inputs.rule, inputs.layout.begins is not None)
     if uses_triton(inputs.q):
         # Triton is not installed everywhere.
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton

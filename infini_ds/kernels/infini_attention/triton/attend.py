@@ -5,12 +5,19 @@ import triton
 import triton.language as tl
 
 from infini_ds.kernels.infini_attention.triton.tiles import (
+    key_tile,
+    load_begins,
     load_rotary,
     load_rows,
+    positions_of,
     rotate,
     sigma,
     tile,
+    tiles_with_begins,
 )
+
+LOWEST = tl.constexpr(-3.0e38)
+"""Below every score, and finite: a row may see no key of a tile."""
 
 
 @triton.jit
@@ -21,35 +28,48 @@ def gate_of(beta, head, norm):
 
 
 @triton.jit
+def gate_of_rows(gate, rows, lengths, segment):
+    """The same of each row in a packed segment, whose first document alone reads the memory."""
+    return tl.where(rows < tl.load(lengths + segment), gate, 0.0)
+
+
+@triton.jit
 def attend_to_keys(
     rotated_q,
     rotated_k,
     v,
     v_row,
     rows,
+    begins,
     first,
     last,
+    diagonal,
+    gap,
     n,
     scale,
     highest,
     total,
     mixed,
     DIAGONAL: tl.constexpr,
+    BEGINS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Accumulates softmax attention over keys first to last (Dao 2023, FlashAttention-2).
 
     On the diagonal a query sees the keys up to its own position, and before the diagonal all keys.
-    Returns each row's highest score, sum of weights, and weighted sum of values.
+    If documents begin here, it sees those from the begin of its own document on, and `key_tile`
+    tells the keys. Returns each row's highest score, sum of weights, and weighted sum of values.
     """
     for start in range(first, last, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
+        columns = key_tile(start, diagonal, gap, BEGINS) + tl.arange(0, BLOCK_N)
         keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
         values = load_rows(v, columns, v_row, n, D, DIAGONAL)
         scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee") * scale
         if DIAGONAL:
             seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] < n)
+            if BEGINS:
+                seen = seen & (columns[None, :] >= begins[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - raised[:, None])
@@ -72,6 +92,8 @@ def attend_kernel(
     beta,
     cos,
     sin,
+    begins,
+    lengths,
     out,
     log_sum,
     q_segment,
@@ -86,6 +108,7 @@ def attend_kernel(
     kv_heads,
     scale,
     EPSILON: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,7 +121,8 @@ def attend_kernel(
     q [segments, n, heads, D]; rotated_k [segments, kv_heads, n, D]; v [segments, n, kv_heads, D];
     kv, norm: the memories that the segments read; out [segments, n, heads, D]; log_sum
     [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are. `scale` is
-    log2(e) / sqrt(D), because weights are powers of two.
+    log2(e) / sqrt(D), because weights are powers of two. If segments are PACKED, there are begins
+    [segments, n] of each row's document and lengths [segments] of the first documents, int32.
     """
     tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -112,29 +136,41 @@ def attend_kernel(
     queries = load_rows(own_q, rows, q_row, n, D)
     own_norm = tl.load(norm + at * D + tl.arange(0, D))
     gate = gate_of(beta, head, own_norm)
+    if PACKED:
+        gate = gate_of_rows(gate, rows, lengths, segment)
     sigma_q = sigma(queries.to(tl.float32))
     share = gate / tl.maximum(tl.sum(sigma_q * own_norm[None, :], axis=1), EPSILON)
-    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
+    positions = positions_of(begins, segment, rows, n, PACKED)
+    own_cos = load_rotary(cos, positions, n, D // 2)
+    own_sin = load_rotary(sin, positions, n, D // 2)
     rotated_q = rotate(queries.to(tl.float32), own_cos, own_sin, BLOCK_M, D).to(queries.dtype)
     own_k = rotated_k + at * n * D
     own_v = v + segment * v_segment + kv_head * v_head
 
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    highest = tl.full((BLOCK_M,), LOWEST if PACKED else float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, D), tl.float32)
     first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, n)
+    own_begins, whole, masked = rows, 0, first
+    if PACKED:
+        own_begins = load_begins(begins, segment, rows, n)
+        seen, whole = tiles_with_begins(begins, segment, first, last, n, BLOCK_N)
+        masked = first - (whole - seen)
     highest, total, mixed = attend_to_keys(
-        rotated_q, own_k, own_v, v_row, rows, 0, first, n, scale, highest, total, mixed,
-        False, D, BLOCK_N,
+        rotated_q, own_k, own_v, v_row, rows, own_begins, whole, first, first, 0, n, scale,
+        highest, total, mixed, False, False, D, BLOCK_N,
     )  # fmt: skip
     highest, total, mixed = attend_to_keys(
-        rotated_q, own_k, own_v, v_row, rows, first, last, n, scale, highest, total, mixed,
-        True, D, BLOCK_N,
+        rotated_q, own_k, own_v, v_row, rows, own_begins, masked, last, first, first - whole, n,
+        scale, highest, total, mixed, True, PACKED, D, BLOCK_N,
     )  # fmt: skip
 
     # The memory is read by parts of the features, to need few registers besides those of `mixed`.
     mixed = mixed * ((1 - gate) / total)[:, None]
-    for start in range(0, D, BLOCK_D):
+    features_read = D
+    if PACKED:  # none behind the first document
+        features_read = tl.where(first < tl.load(lengths + segment), D, 0)
+    for start in range(0, features_read, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         own_queries = tl.load(
             own_q + rows[:, None] * q_row + features[None, :], mask=inside[:, None], other=0.0

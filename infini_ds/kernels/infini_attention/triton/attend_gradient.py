@@ -8,8 +8,17 @@ write in dq, dk and dv. `along` is the (1 - g) D_loc of `memory_gradient`.
 import triton
 import triton.language as tl
 
-from infini_ds.kernels.infini_attention.triton.attend import gate_of
-from infini_ds.kernels.infini_attention.triton.tiles import load_rotary, load_rows, rotate, tile
+from infini_ds.kernels.infini_attention.triton.attend import gate_of, gate_of_rows
+from infini_ds.kernels.infini_attention.triton.tiles import (
+    key_tile,
+    load_begins,
+    load_rotary,
+    load_rows,
+    positions_of,
+    rotate,
+    tile,
+    tiles_with_begins,
+)
 
 
 @triton.jit
@@ -21,6 +30,8 @@ def query_gradient_kernel(
     beta,
     cos,
     sin,
+    begins,
+    lengths,
     d_out,
     log_sum,
     along,
@@ -34,6 +45,7 @@ def query_gradient_kernel(
     kv_heads,
     scale,
     LN_2: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -54,6 +66,8 @@ def query_gradient_kernel(
     inside = rows < n
     places = tile((segment * n * heads + head) * D, rows, heads * D, D)
     gate = gate_of(beta, head, tl.load(norm + at * D + tl.arange(0, D)))
+    if PACKED:
+        gate = gate_of_rows(gate, rows, lengths, segment)[:, None]
     queries = load_rows(rotated_q + (segment * heads + head) * n * D, rows, D, n, D)
     gradient = tl.load(d_out + places, mask=inside[:, None], other=0.0)
     own_log_sum = tl.load(log_sum + row_at + rows)
@@ -62,15 +76,22 @@ def query_gradient_kernel(
     own_v = v + segment * v_segment + kv_head * v_head
     d_turned = tl.zeros((BLOCK_M, D), tl.float32)
     first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, n)
+    own_begins, whole, masked = rows, 0, first
+    if PACKED:
+        own_begins = load_begins(begins, segment, rows, n)
+        seen, whole = tiles_with_begins(begins, segment, first, last, n, BLOCK_N)
+        masked = first - (whole - seen)
     d_turned = gradient_of_queries(
-        queries, own_k, own_v, v_row, gradient, own_log_sum, own_along, gate, rows,
-        0, first, n, scale, d_turned, False, D, BLOCK_N,
+        queries, own_k, own_v, v_row, gradient, own_log_sum, own_along, gate, rows, own_begins,
+        whole, first, first, 0, n, scale, d_turned, False, False, D, BLOCK_N,
     )  # fmt: skip
     d_turned = gradient_of_queries(
-        queries, own_k, own_v, v_row, gradient, own_log_sum, own_along, gate, rows,
-        first, last, n, scale, d_turned, True, D, BLOCK_N,
+        queries, own_k, own_v, v_row, gradient, own_log_sum, own_along, gate, rows, own_begins,
+        masked, last, first, first - whole, n, scale, d_turned, True, PACKED, D, BLOCK_N,
     )  # fmt: skip
-    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
+    positions = positions_of(begins, segment, rows, n, PACKED)
+    own_cos = load_rotary(cos, positions, n, D // 2)
+    own_sin = load_rotary(sin, positions, n, D // 2)
     d_queries = rotate(d_turned * (scale * LN_2), own_cos, -own_sin, BLOCK_M, D)
     d_queries += tl.load(dq + places, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(dq + places, d_queries.to(queries.dtype), mask=inside[:, None])
@@ -87,24 +108,34 @@ def gradient_of_queries(
     along,
     gate,
     rows,
+    begins,
     first,
     last,
+    diagonal,
+    gap,
     n,
     scale,
     d_turned,
     DIAGONAL: tl.constexpr,
+    BEGINS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the part of keys first to last in the rotated queries' gradient, times sqrt(D)."""
+    """Adds the part of keys first to last in the rotated queries' gradient, times sqrt(D).
+
+    Keys are as in `attend_to_keys`. If segments are packed, `gate` is [rows, 1].
+    """
     for start in range(first, last, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
+        columns = key_tile(start, diagonal, gap, BEGINS) + tl.arange(0, BLOCK_N)
         keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
         values = load_rows(v, columns, v_row, n, D, DIAGONAL)
         scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee")
         weights = tl.exp2(scores * scale - log_sum[:, None])
         if DIAGONAL:
-            weights = tl.where(columns[None, :] <= rows[:, None], weights, 0.0)
+            seen = columns[None, :] <= rows[:, None]
+            if BEGINS:
+                seen = seen & (columns[None, :] >= begins[:, None])
+            weights = tl.where(seen, weights, 0.0)
         d_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights * (1 - gate) - along[:, None])
         d_turned = tl.dot(d_scores.to(keys.dtype), keys, d_turned, input_precision="ieee")
@@ -120,6 +151,9 @@ def key_gradient_kernel(
     beta,
     cos,
     sin,
+    begins,
+    ends,
+    lengths,
     d_out,
     log_sum,
     along,
@@ -134,6 +168,7 @@ def key_gradient_kernel(
     scale,
     LN_2: tl.constexpr,
     GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -141,8 +176,9 @@ def key_gradient_kernel(
     """Adds to dk and dv, with one program per BLOCK_N keys of one key-value head of one segment.
 
     Programs with the most queries come first. Shapes are as in `attend_kernel`,
-    `read_gradient_kernel` and `write_gradient_kernel`. Two accumulators leave few registers, so
-    there is a single loop, which does nothing that can be done elsewhere.
+    `read_gradient_kernel` and `write_gradient_kernel`. If segments are PACKED, `ends` [segments, n]
+    int32 is the position after the last row of each key's document. Two accumulators leave few
+    registers, so there is a single loop, which does nothing that can be done elsewhere.
     """
     first = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
@@ -156,6 +192,11 @@ def key_gradient_kernel(
     values = load_rows(v + segment * v_segment + kv_head * v_head, columns, v_row, n, D)
     d_values = tl.load(dv + places, mask=inside[:, None], other=0.0).to(tl.float32)
     d_turned = tl.zeros((BLOCK_N, D), tl.float32)
+    own_ends, length, last = columns, n, n
+    if PACKED:
+        own_ends = tl.load(ends + segment * n + columns, mask=inside, other=0)
+        length = tl.load(lengths + segment)
+        last = tl.load(ends + segment * n + tl.minimum(first + BLOCK_N, n) - 1)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         gate = gate_of(beta, head, own_norm)
@@ -165,10 +206,13 @@ def key_gradient_kernel(
         gradient_row = kv_heads * GROUP * D
         d_turned, d_values = gradient_of_keys(
             own_q, keys, values, own_gradient, gradient_row, log_sum + row_at, along + row_at,
-            gate, columns, first, n, scale, d_turned, d_values, D, BLOCK_M,
+            gate, columns, own_ends, length, first, last, n, scale, d_turned, d_values, PACKED,
+            D, BLOCK_M,
         )  # fmt: skip
     tl.store(dv + places, d_values.to(values.dtype), mask=inside[:, None])
-    own_cos, own_sin = load_rotary(cos, columns, n, D // 2), load_rotary(sin, columns, n, D // 2)
+    positions = positions_of(begins, segment, columns, n, PACKED)
+    own_cos = load_rotary(cos, positions, n, D // 2)
+    own_sin = load_rotary(sin, positions, n, D // 2)
     d_keys = rotate(d_turned * (scale * LN_2), own_cos, -own_sin, BLOCK_N, D)
     d_keys += tl.load(dk + places, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(dk + places, d_keys.to(keys.dtype), mask=inside[:, None])
@@ -185,20 +229,24 @@ def gradient_of_keys(
     along,
     gate,
     columns,
+    ends,
+    length,
     first,
+    last,
     n,
     scale,
     d_turned,
     d_values,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Adds the part of queries from `first` on in the gradients of rotated keys and of values.
+    """Adds the part of queries first to last in the gradients of rotated keys and of values.
 
     The keys' gradient is times sqrt(D). Scores are transposed, [keys, queries]. Tiles of queries
     begin at multiples of BLOCK_M, so that none reaches beyond the padded rows.
     """
-    for start in range(first // BLOCK_M * BLOCK_M, n, BLOCK_M):
+    for start in range(first // BLOCK_M * BLOCK_M, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         queries = load_rows(rotated_q, rows, D, n, D)
         gradient = load_rows(d_out, rows, d_out_row, n, D)
@@ -206,10 +254,16 @@ def gradient_of_keys(
         own_along = tl.load(along + rows)
         scores = tl.dot(rotated_k, tl.trans(queries), input_precision="ieee")
         weights = tl.exp2(scores * scale - own_log_sum[None, :])
-        weights = tl.where(columns[:, None] <= rows[None, :], weights, 0.0)
-        weights_left = (weights * (1 - gate)).to(gradient.dtype)
+        seen = columns[:, None] <= rows[None, :]
+        own_gate = gate
+        if PACKED:
+            seen = seen & (rows[None, :] < ends[:, None])
+        weights = tl.where(seen, weights, 0.0)
+        if PACKED:
+            own_gate = tl.where(rows < length, gate, 0.0)[None, :]
+        weights_left = (weights * (1 - own_gate)).to(gradient.dtype)
         d_values = tl.dot(weights_left, gradient, d_values, input_precision="ieee")
         d_weights = tl.dot(values, tl.trans(gradient), input_precision="ieee")
-        d_scores = weights * (d_weights * (1 - gate) - own_along[None, :])
+        d_scores = weights * (d_weights * (1 - own_gate) - own_along[None, :])
         d_turned = tl.dot(d_scores.to(queries.dtype), queries, d_turned, input_precision="ieee")
     return d_turned, d_values

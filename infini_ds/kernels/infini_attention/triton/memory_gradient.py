@@ -9,12 +9,13 @@ the gate, and the products D_mem = dO A_mem, D_loc = dO A_dot and dO O summed ov
 import triton
 import triton.language as tl
 
-from infini_ds.kernels.infini_attention.triton.attend import gate_of
+from infini_ds.kernels.infini_attention.triton.attend import gate_of, gate_of_rows
 from infini_ds.kernels.infini_attention.triton.delta import gradient_of_read, reciprocal_read
 from infini_ds.kernels.infini_attention.triton.tiles import (
     load_rotary,
     load_rows,
     load_state,
+    positions_of,
     rotate,
     sigma,
     tile,
@@ -29,6 +30,8 @@ def read_gradient_kernel(
     beta,
     cos,
     sin,
+    begins,
+    lengths,
     out,
     d_out,
     rotated_q,
@@ -45,6 +48,7 @@ def read_gradient_kernel(
     heads,
     kv_heads,
     EPSILON: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -56,6 +60,7 @@ def read_gradient_kernel(
     the segments read; rotated_q [segments, heads, n, D]. For each query in fp32: `along` [segments,
     heads, padded_n] is (1 - g) D_loc; and, all [segments, heads, n], `share` is g / (sigma(q) z),
     `d_denominator` is the gradient of sigma(q) z, and d_beta is its part of the gradient of beta.
+    If segments are PACKED, begins and lengths are as in `attend_kernel`.
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -75,6 +80,8 @@ def read_gradient_kernel(
     sigma_q = sigma(queries.to(tl.float32))
     own_norm = tl.load(norm + at * D + tl.arange(0, D))
     gate = gate_of(beta, head, own_norm)
+    if PACKED:
+        gate = gate_of_rows(gate, rows, lengths, segment)
     denominator = tl.maximum(tl.sum(sigma_q * own_norm[None, :], axis=1), EPSILON)
     d_memory = tl.sum(d_sigma * sigma_q, axis=1) / denominator
     own_along = d_total - gate * d_memory
@@ -89,7 +96,9 @@ def read_gradient_kernel(
     d_beta_rows = gate * ((1 - gate) * d_memory - own_along)
     tl.store(d_beta + row_at + rows, d_beta_rows, mask=inside)
 
-    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
+    positions = positions_of(begins, segment, rows, n, PACKED)
+    own_cos = load_rotary(cos, positions, n, D // 2)
+    own_sin = load_rotary(sin, positions, n, D // 2)
     turned = rotate(queries.to(tl.float32), own_cos, own_sin, BLOCK_ROWS, D).to(queries.dtype)
     tl.store(tile(rotated_q + row_at * D, rows, D, D), turned, mask=inside[:, None])
 
@@ -105,6 +114,7 @@ def write_gradient_kernel(
     d_norm,
     cos,
     sin,
+    begins,
     rotated_k,
     dk,
     dv,
@@ -119,6 +129,7 @@ def write_gradient_kernel(
     kv_heads,
     EPSILON: tl.constexpr,
     DELTA: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -132,7 +143,8 @@ def write_gradient_kernel(
     k, v, dk, dv [segments, n, kv_heads, D], the last two contiguous; weight, d_weight
     [segments, kv_heads, n] fp32; d_kv, d_norm: the gradients of the memory after each segment;
     rotated_k [segments, kv_heads, n, D]. The delta rule also reads the norm before each segment,
-    and `both` from `overlap_gradient_kernel`.
+    and `both` from `overlap_gradient_kernel`. If segments are PACKED, begins is as in
+    `attend_kernel`.
     """
     kv_head = tl.program_id(1)
     segment = tl.program_id(2).to(tl.int64)
@@ -182,6 +194,8 @@ def write_gradient_kernel(
     places = tile((segment * n * kv_heads + kv_head) * D, rows, kv_heads * D, D)
     tl.store(dk + places, d_keys.to(keys.dtype), mask=inside[:, None])
 
-    own_cos, own_sin = load_rotary(cos, rows, n, D // 2), load_rotary(sin, rows, n, D // 2)
+    positions = positions_of(begins, segment, rows, n, PACKED)
+    own_cos = load_rotary(cos, positions, n, D // 2)
+    own_sin = load_rotary(sin, positions, n, D // 2)
     turned = rotate(keys.to(tl.float32), own_cos, own_sin, BLOCK_ROWS, D).to(keys.dtype)
     tl.store(tile(rotated_k + at * n * D, rows, D, D), turned, mask=inside[:, None])

@@ -36,7 +36,7 @@ from infini_ds.kernels.infini_attention.triton.scan import scan_kernel
 from infini_ds.kernels.infini_attention.triton.sums import sums_kernel
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
-from infini_ds.layout import whole_weights
+from infini_ds.layout import Layout, document_begins, document_ends, whole_weights
 from infini_ds.memory.state import EPSILON, MemoryState
 
 LARGEST_GRID = 65535
@@ -58,29 +58,56 @@ def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     if w is not None:
         weight = (weight * w.float().mT).contiguous()
     out, kv, norm = _InfiniAttention.apply(  # type: ignore[misc]
-        q, k, v, weight, *memory, beta, layout.starts, rule, *rotary
+        q, k, v, weight, *memory, beta, layout.starts, rule, *rotary, _documents(layout, n)
     )
     return out, MemoryState(kv, norm)
 
 
 class _InfiniAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, weight, kv, norm, beta, starts, rule, cos, sin):
-        window = _Window(q, k, v, weight, beta, starts, rule, cos, sin)
+    def forward(ctx, q, k, v, weight, kv, norm, beta, starts, rule, cos, sin, documents):
+        window = _Window(q, k, v, weight, beta, starts, rule, cos, sin, documents)
         states, final, rotated_k = window.write(MemoryState(kv, norm))
         out, log_sum = window.attend(states, rotated_k)
         ctx.save_for_backward(q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states)
-        ctx.rule = rule
+        ctx.rule, ctx.documents = rule, documents
         return out, *final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_kv, d_norm):
         q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states = ctx.saved_tensors
-        window = _Window(q, k, v, weight, beta, starts, ctx.rule, cos, sin)
+        window = _Window(q, k, v, weight, beta, starts, ctx.rule, cos, sin, ctx.documents)
         d_final = MemoryState(d_kv.contiguous(), d_norm.contiguous())
         gradients = window.backward(_States(*states), out, log_sum, d_out.contiguous(), d_final)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+class _Documents(NamedTuple):
+    """Where there is more than one document in a segment, int32; None where segments are not
+    packed."""
+
+    begins: Tensor | None = None
+    """[batch, segments, n], see `document_begins`."""
+    ends: Tensor | None = None
+    """[batch, segments, n], see `document_ends`."""
+    lengths: Tensor | None = None
+    """[batch, segments], of the first documents, which alone read the memory."""
+
+    def arguments(self, *names: str) -> dict[str, Any]:
+        """Those of a kernel that has these of the fields."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return found | {"PACKED": self is not _NOT_PACKED}
+
+
+_NOT_PACKED = _Documents()
+
+
+def _documents(layout: Layout, n: int) -> _Documents:
+    begins, ends = document_begins(layout, n), document_ends(layout, n)
+    if begins is None or ends is None:
+        return _NOT_PACKED
+    return _Documents(begins.contiguous(), ends.contiguous(), layout.lengths.contiguous())
 
 
 class _States(NamedTuple):
@@ -97,7 +124,7 @@ class _States(NamedTuple):
 class _Window:
     """Launches the kernels on the inputs of one window."""
 
-    def __init__(self, q, k, v, weight, beta, starts, rule, cos, sin):
+    def __init__(self, q, k, v, weight, beta, starts, rule, cos, sin, documents=_NOT_PACKED):
         self.batch, self.segments, self.n, self.heads, self.d = q.shape
         self.padded_n = triton.cdiv(self.n, ROW_PADDING) * ROW_PADDING
         self.kv_heads = k.shape[3]
@@ -115,6 +142,7 @@ class _Window:
             )
         self.weight = weight
         self.beta, self.rule = beta, rule
+        self.documents = documents
         self.starts = starts.contiguous().view(torch.uint8)
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
         self.scale = math.log2(math.e) / math.sqrt(self.d)
@@ -162,6 +190,7 @@ class _Window:
             padded_n=self.padded_n, heads=self.heads,
             kv_heads=self.kv_heads, scale=self.scale, EPSILON=EPSILON, D=self.d,
             BLOCK_M=size.rows, BLOCK_N=size.columns, BLOCK_D=READ_FEATURES,
+            **self.documents.arguments("begins", "lengths"),
         )  # fmt: skip
         return out, log_sum
 
@@ -182,7 +211,7 @@ class _Window:
             out=out, d_out=d_out, rotated_q=rotated_q, dq=dq, along=along, share=share,
             d_denominator=d_denominator, d_beta=d_beta, **_strides("q", self.q), n=self.n,
             padded_n=self.padded_n, heads=self.heads, kv_heads=self.kv_heads, EPSILON=EPSILON,
-            D=self.d, BLOCK_ROWS=size.rows,
+            D=self.d, BLOCK_ROWS=size.rows, **self.documents.arguments("begins", "lengths"),
         )  # fmt: skip
         d_read = self._sums(self.q, d_out.flatten(0, 1), share, d_denominator)
         both = self.k.new_empty(states.kv.shape if self.rule == "delta" else 0)
@@ -204,7 +233,7 @@ class _Window:
             rotated_k=rotated_k, dk=dk, dv=dv, d_weight=d_weight,
             **_strides("k", self.k), **_strides("v", self.v), n=self.n, kv_heads=self.kv_heads,
             EPSILON=EPSILON, DELTA=self.rule == "delta", D=self.d, BLOCK_ROWS=size.rows,
-            BLOCK_V=size.columns,
+            BLOCK_V=size.columns, **self.documents.arguments("begins"),
         )  # fmt: skip
         local: dict[str, Any] = {
             "rotated_q": rotated_q, "rotated_k": rotated_k, "v": self.v, "norm": states.norm,
@@ -217,12 +246,14 @@ class _Window:
         launch(
             query_gradient_kernel, self._grid(size.rows, self.heads), size.options,
             dq=dq, heads=self.heads, BLOCK_M=size.rows, BLOCK_N=size.columns, **local,
+            **self.documents.arguments("begins", "lengths"),
         )  # fmt: skip
         size = self._tiles("key_gradient")
         launch(
             key_gradient_kernel, self._grid(size.columns, self.kv_heads), size.options,
             dk=dk, dv=dv, GROUP=self.heads // self.kv_heads, BLOCK_M=size.rows,
             BLOCK_N=size.columns, **local,
+            **self.documents.arguments("begins", "ends", "lengths"),
         )  # fmt: skip
         d_beta = d_beta.sum(dim=(0, 2)).to(self.beta.dtype)
         return dq, dk, dv, d_weight, *d_incoming, d_beta
@@ -287,13 +318,14 @@ class _Window:
         kv = torch.empty(self.rows, self.kv_heads, self.d, self.d, device=x.device)
         norm = torch.empty(self.rows, self.kv_heads, self.d, device=x.device)
         size = self._tiles("sums")
+        documents = _NOT_PACKED if rotated is None else self.documents
         launch(
             sums_kernel, (self.d // size.columns, self.kv_heads, self.rows), size.options,
             x=x, y=y, weight=weight, norm_weight=norm_weight, kv=kv, norm=norm,
             rotated=x if rotated is None else rotated, cos=self.cos, sin=self.sin,
             **_strides("x", x), **_strides("y", y), n=self.n, kv_heads=self.kv_heads,
             GROUP=x.shape[2] // self.kv_heads, ROTATES=rotated is not None, D=self.d,
-            BLOCK_ROWS=size.rows, BLOCK_V=size.columns,
+            BLOCK_ROWS=size.rows, BLOCK_V=size.columns, **documents.arguments("begins"),
         )  # fmt: skip
         return kv, norm
 
@@ -312,7 +344,8 @@ class _Window:
         return triton.cdiv(self.n, size), heads, self.rows
 
     def _tiles(self, kernel: str) -> Tiles:
-        return tiles(kernel, self.d, self.q.itemsize, generation(self.q.device))
+        packed = self.documents is not _NOT_PACKED
+        return tiles(kernel, self.d, self.q.itemsize, generation(self.q.device), packed)
 
 
 def _rows_in_place(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import triton.language as tl
 from infini_ds.kernels.infini_attention.triton.tiles import (
     load_rotary,
     load_rows,
+    positions_of,
     rotate,
     sigma,
     tile,
@@ -24,6 +25,7 @@ def sums_kernel(
     rotated,
     cos,
     sin,
+    begins,
     x_segment,
     x_row,
     x_head,
@@ -34,6 +36,7 @@ def sums_kernel(
     kv_heads,
     GROUP: tl.constexpr,
     ROTATES: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -46,6 +49,7 @@ def sums_kernel(
     x, y [segments, n, kv_heads GROUP, D]; weight, norm_weight [segments, kv_heads GROUP, n] fp32;
     kv [segments, kv_heads, D, D]; norm [segments, kv_heads, D]. If ROTATES is set, x with rotary
     positions is stored too, since x is read anyway, in rotated [segments, kv_heads GROUP, n, D].
+    Positions count from `begins`, as in `attend_kernel`, if segments are PACKED.
     """
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -63,8 +67,9 @@ def sums_kernel(
             inside = rows < n
             features = load_rows(own_x, rows, x_row, n, D).to(tl.float32)
             if ROTATES and part == 0:
-                own_cos = load_rotary(cos, rows, n, D // 2)
-                own_sin = load_rotary(sin, rows, n, D // 2)
+                positions = positions_of(begins, segment, rows, n, PACKED)
+                own_cos = load_rotary(cos, positions, n, D // 2)
+                own_sin = load_rotary(sin, positions, n, D // 2)
                 turned = rotate(features, own_cos, own_sin, BLOCK_ROWS, D).to(y.dtype.element_ty)
                 places = tile(rotated + own_weights * D, rows, D, D)
                 tl.store(places, turned, mask=inside[:, None])

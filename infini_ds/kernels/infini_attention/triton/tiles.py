@@ -36,6 +36,45 @@ def load_rotary(table, rows, n, HALF: tl.constexpr):
 
 
 @triton.jit
+def load_begins(begins, segment, rows, n):
+    """Where the document of each row begins, of begins [segments, n]; 0 from row n on."""
+    return tl.load(begins + segment * n + rows, mask=rows < n, other=0)
+
+
+@triton.jit
+def positions_of(begins, segment, rows, n, PACKED: tl.constexpr):
+    """Rotary positions, which count from the beginning of a row's document."""
+    positions = rows
+    if PACKED:
+        positions = rows - load_begins(begins, segment, rows, n)
+    return positions
+
+
+@triton.jit
+def tiles_with_begins(begins, segment, first, last, n, BLOCK_N: tl.constexpr):
+    """From and up to which key some of the rows first to last see a key and others do not.
+
+    Both are multiples of BLOCK_N, as `first` is. All rows see what lies between the second and
+    `first`, and none sees what lies before the first, since begins never fall along a segment.
+    These keys are taken together with those of the diagonal, by `key_tile`.
+    """
+    lowest = tl.load(begins + segment * n + first)
+    highest = tl.load(begins + segment * n + last - 1)
+    mixed_up_to = tl.minimum(tl.cdiv(highest, BLOCK_N) * BLOCK_N, first)
+    return lowest // BLOCK_N * BLOCK_N, mixed_up_to
+
+
+@triton.jit
+def key_tile(start, diagonal, gap, BEGINS: tl.constexpr):
+    """The first key of a tile that is masked: the tiles just before the diagonal stand for those
+    where documents begin, which lie `gap` further ahead."""
+    place = start
+    if BEGINS:
+        place = tl.where(start < diagonal, start - gap, start)
+    return place
+
+
+@triton.jit
 def sigma(x):
     """Computes the memory's feature map, elu + 1, in fp32; its derivative is min(sigma(x), 1)."""
     return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)

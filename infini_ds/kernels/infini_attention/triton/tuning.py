@@ -25,8 +25,9 @@ class Tiles(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
-    """Returns a kernel's tiles by its name, for head size d and operands of `itemsize` bytes.
+def tiles(kernel: str, d: int, itemsize: int, generation: int, packed: bool = False) -> Tiles:
+    """Returns a kernel's tiles by its name, for head size d, operands of `itemsize` bytes, and
+    segments that are packed or not.
 
     A generation that is not in the table takes the tiles of the nearest older one. RTX_BLACKWELL
     has AMPERE's matrix instructions and 99 KiB of shared memory, and takes AMPERE's tiles, with
@@ -37,7 +38,7 @@ def tiles(kernel: str, d: int, itemsize: int, generation: int) -> Tiles:
         return Tiles(32, 32, 4, 1)
     if generation >= RTX_BLACKWELL:
         generation = AMPERE
-    of_generation = _TILES[kernel, d]
+    of_generation = (_PACKED_TILES if packed else {}).get((kernel, d)) or _TILES[kernel, d]
     known = [other for other in of_generation if other <= generation]
     return of_generation[max(known)]
 
@@ -85,3 +86,22 @@ _TILES = {
     ("overlap_gradient", 64): {AMPERE: Tiles(64, 32, 4, 1)},
     ("overlap_gradient", 128): {AMPERE: Tiles(32, 32, 8, 1), HOPPER: Tiles(64, 32, 8, 1)},
 }
+
+_PACKED_TILES = {
+    ("attend", 128): {
+        AMPERE: Tiles(64, 32, 4, 3),
+        HOPPER: Tiles(128, 64, 8, 3),
+        BLACKWELL: Tiles(128, 32, 8, 3),
+    },
+    ("query_gradient", 128): {
+        AMPERE: Tiles(64, 64, 8, 2),
+        HOPPER: Tiles(128, 32, 8, 3),
+        BLACKWELL: Tiles(128, 64, 8, 2),
+    },
+    ("key_gradient", 128): {
+        AMPERE: Tiles(32, 64, 8, 2),
+        HOPPER: Tiles(64, 64, 8, 2),
+        BLACKWELL: Tiles(128, 64, 8, 1),
+    },
+}
+"""Of kernels that would spill in packed segments with the tiles above: one generation of each."""
