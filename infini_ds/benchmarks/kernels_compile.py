@@ -88,6 +88,7 @@ def run(
     json_path: str | None = None,
     segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
     packed: Collection[tuple[int, int]] = PACKED,
+    targets: Collection[int] = tuple(TARGETS),
 ) -> list[dict[str, Any]]:
     """Compiles the kernels, prints a table, and writes its rows to `json_path` if one is given.
 
@@ -95,6 +96,7 @@ def run(
         json_path: where to write the rows.
         segment_lengths: segment lengths in tokens.
         packed: head dimensions and targets that are compiled for packed segments too, see PACKED.
+        targets: compute capabilities, of TARGETS.
 
     Returns:
         One row per distinct kernel and target; `broken` lists the rules that it breaks, and
@@ -108,7 +110,7 @@ def run(
         raise UserError("bench kernels: Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
-    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, segment_lengths, TARGETS)
+    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, segment_lengths, targets)
     cases = [Case(*case) for case in grid]
     cases += [
         case._replace(packed=True) for case in cases if (case.head_dim, case.capability) in packed

@@ -25,7 +25,7 @@ def find_fault(config: RunConfig) -> str:
         return ""
     trial = trial_of(
         model.memory_rule, model.num_heads, model.kv_heads, model.head_dim, model.segment_length,
-        dtype,
+        dtype, config.packed,
     )  # fmt: skip
     own = f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
     # The other ranks wait for this one no longer than train.timeout.

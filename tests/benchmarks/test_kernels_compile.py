@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from itertools import product
 
 import pytest
@@ -52,14 +53,14 @@ def check(rows: list[dict]) -> None:
         assert list(row["instructions"]) == ([] if row["kernel"] in DOTLESS else [wanted])
 
 
-def check_coverage(rows: list[dict]) -> None:
+def check_coverage(rows: list[dict], targets: Collection[str]) -> None:
     kernels = {
         "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
         "key_gradient", "overlap", "damping", "delta", "delta_gradient",
         "overlap_gradient",
     }  # fmt: skip
     found = {(row["kernel"], row["head_dim"], row["target"]) for row in rows}
-    assert found >= set(product(kernels - {"scan"}, (64, 128), ("sm_80", "sm_90", "sm_100")))
+    assert found >= set(product(kernels - {"scan"}, (64, 128), targets))
     assert {row["kernel"] for row in rows} == kernels
     groups = {row["constants"]["GROUP"] for row in rows if row["kernel"] == "key_gradient"}
     assert groups == {1, 4}
@@ -68,14 +69,18 @@ def check_coverage(rows: list[dict]) -> None:
         for row in rows
         if row["constants"].get("PACKED")
     }
-    assert packed >= set(product(OF_PACKED, (128,), ("sm_90",)))
+    assert packed >= set(product(OF_PACKED, (128,), targets))
     assert {kernel for kernel, *_ in packed} == OF_PACKED
 
 
-def test_kernels_keep_the_rules_on_every_target(tmp_path):
-    rows = compiled(tmp_path, "(500,), [(128, 90)]")
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
+)
+def test_kernels_keep_the_rules_on_every_target(tmp_path, capability):
+    rows = compiled(tmp_path, f"(500,), [(128, {capability})], [{capability}]")
     check(rows)
-    check_coverage(rows)
+    check_coverage(rows, [f"sm_{capability}"])
 
 
 @pytest.mark.slow
@@ -83,7 +88,7 @@ def test_kernels_keep_the_rules_on_every_target(tmp_path):
 def test_kernels_for_segments_that_tiles_divide_keep_them_too(tmp_path):
     rows = compiled(tmp_path, "(512,)")
     check(rows)
-    check_coverage(rows)
+    check_coverage(rows, ("sm_80", "sm_90", "sm_100"))
 
 
 GOOD = {

@@ -204,12 +204,13 @@ def test_a_device_that_is_lost_ends_the_command(monkeypatch):
         self_check.check(*ARGUMENTS)
 
 
-def _config(backend="auto", dtype="auto", head_dim=64):
+def _config(backend="auto", dtype="auto", head_dim=64, packing=True):
     return tiny.run_config(
         model={
             "num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim, "segment_length": 40,
             "memory_rule": "delta",
         },
+        data={"packing": packing},
         train={"dtype": dtype, "timeout": 80.0},
         kernels={"backend": backend},
     )  # fmt: skip
@@ -221,6 +222,7 @@ def _config(backend="auto", dtype="auto", head_dim=64):
         ("cuda", {}, True),
         ("cuda", {"backend": "triton"}, True),
         ("cuda", {"dtype": "bf16"}, True),
+        ("cuda", {"packing": False}, True),
         ("cuda", {"backend": "torch"}, False),
         ("cuda", {"dtype": "fp32"}, False),
         ("cuda", {"dtype": "fp32", "backend": "triton"}, True),
@@ -235,7 +237,8 @@ def test_a_run_checks_the_kernels_that_it_may_choose(monkeypatch, device, settin
     monkeypatch.setattr(kernel_check.get_accelerator(), "device_name", lambda: device)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert kernel_check.find_fault(_config(**settings)) == ""
-    trial = Trial("delta", 4, 2, 64, 273, "fp32" if settings.get("dtype") == "fp32" else "bf16")
+    dtype = "fp32" if settings.get("dtype") == "fp32" else "bf16"
+    trial = Trial("delta", 4, 2, 64, 273, dtype, settings.get("packing", True))
     wanted = [(trial, "cuda:3", 40.0)]
     assert called == (wanted if checks else [])
 
