@@ -15,8 +15,9 @@ CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slu
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
-.PHONY: pretrain passkey check test test-all test-slow test-of-one-process test-cluster \
-  test-toolchains cluster-packages gpu-check gpu-bundle lint style types format docs clean
+.PHONY: pretrain passkey check test test-all test-long test-slow test-of-one-process \
+  test-with-ranks test-cluster test-toolchains cluster-packages gpu-check gpu-bundle lint style \
+  types format docs clean
 
 # A real run: two processes, a two-stage pipeline. Run it again to train for STEPS more.
 pretrain: $(VENV)/installed
@@ -40,13 +41,17 @@ check: style
 	@$(MAKE) --no-print-directory -j2 types test-of-one-process
 
 test-of-one-process: $(VENV)/installed
-	$(PYTEST) -m "not (ranks or hosts or gpu or long or slow)"
+	$(PYTEST) -m "not (ranks or hosts or gpu or kernels or long or slow)"
 
 test: style
 	@$(MAKE) --no-print-directory -j2 types test-with-ranks
 
 test-with-ranks: $(VENV)/installed
-	$(PYTEST) -m "not (hosts or slow)"
+	$(PYTEST) -m "not (hosts or long or slow)"
+
+# What takes many seconds in one process: commands from their start to their end, torch.compile.
+test-long: $(VENV)/installed
+	$(PYTEST) -m "long and not (hosts or slow)"
 
 test-all: lint
 	$(PYTEST)

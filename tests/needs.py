@@ -19,28 +19,47 @@ NEEDS = {
     "tests/parallel/test_channel.py": ("ranks",),
     "tests/parallel/test_deepspeed_traps.py": ("ranks",),
     "tests/planning/test_real_memory.py": ("ranks",),
-    # Long, though in one process: they compile, interpret kernels, import DeepSpeed or train.
+    # They compile or interpret kernels, for many seconds.
+    "tests/benchmarks/test_kernels_compile.py::test_kernels": ("kernels",),
+    "tests/benchmarks/test_unfinished_products.py::test_sums_of_grouped": ("kernels",),
+    "tests/kernels/test_fused.py::test_cross_entropy_is_the_same": ("kernels",),
+    "tests/kernels/test_fused.py::test_gated_and_its_gradient_are_the_same_compiled": ("kernels",),
+    "tests/kernels/test_self_check.py": ("kernels",),
+    "tests/kernels/test_triton.py::test_kernels_match_reference": ("kernels",),
+    # Long, though in one process: they import DeepSpeed in processes of their own, or train.
     "tests/benchmarks/test_gpu_check.py::test_each_part_runs_tiny": ("long",),
-    "tests/benchmarks/test_kernels_compile.py::test_kernels": ("long",),
     "tests/benchmarks/test_peer.py::test_small_comparison": ("long",),
     "tests/benchmarks/test_quality.py": ("long",),
-    "tests/benchmarks/test_unfinished_products.py::test_sums_of_grouped": ("long",),
+    "tests/cluster_commands/test_batch_job.py": ("long",),
+    "tests/cluster_commands/test_preflight.py::test_fault_is_found": ("long",),
+    "tests/commands/test_cli.py::test_launchers_variable": ("long",),
     "tests/commands/test_cli.py::test_mistake_that_only_the_start_can_tell": ("long",),
+    "tests/commands/test_cli.py::test_mistakes_are_told_quickly": ("long",),
     "tests/commands/test_cli.py::test_output_that_nobody_reads": ("long",),
     "tests/conversion/test_hf_contract.py::test_generate_writes_the_same_by": ("long",),
+    "tests/conversion/test_llama.py::test_imported_model_has_the_logits": ("long",),
     "tests/conversion/test_llama.py::test_round_trip": ("long",),
     "tests/conversion/test_load_model.py": ("long",),
+    "tests/conversion/test_ranges.py::test_commands_on": ("long",),
     "tests/conversion/test_seed.py::test_greedy_text": ("long",),
     "tests/conversion/test_whole_run.py": ("long",),
+    "tests/data/test_packed_lanes.py::test_every_token": ("long",),
+    "tests/data/test_prepare.py::test_prepare_killed": ("long",),
+    "tests/data/test_prepare.py::test_prepare_says_when": ("long",),
+    "tests/data/test_prepare.py::test_prepare_several": ("long",),
     "tests/evaluation/test_documents.py": ("long",),
     "tests/generation/test_commands.py::test_ten_times_the_text": ("long",),
-    "tests/kernels/test_fused.py::test_gated_and_its_gradient_are_the_same_compiled": ("long",),
-    "tests/kernels/test_self_check.py": ("long",),
-    "tests/kernels/test_triton.py::test_kernels_match_reference": ("long",),
     "tests/model/test_absent_device.py": ("long",),
+    "tests/model/test_generate.py::test_greedy_equals_argmax": ("long",),
+    "tests/model/test_packing.py": ("long",),
     "tests/model/test_torch_features.py::test_compiled": ("long",),
     "tests/planning/test_plan.py::test_shipped_configs": ("long",),
+    "tests/system/test_paths.py::test_run_may": ("long",),
+    "tests/system/test_printing.py::test_commands_print": ("long",),
+    "tests/test_launch_scripts.py::test_job_finds": ("long",),
     "tests/test_readme.py::test_python_example": ("long",),
+    "tests/test_tree.py::test_the_library_is_light": ("long",),
+    "tests/training/test_checkpoint.py::test_the_other_ranks": ("long",),
     "tests/training/test_monitor.py::test_a_run_goes_on_where_nothing_can_be_shown": ("long",),
 }
 """What the tests need whose identifiers begin like this, besides what they name themselves."""
@@ -56,7 +75,7 @@ def needs_of(nodeid: str, fixtures: list[str]) -> set[str]:
     return {marker for markers in found for marker in markers}
 
 
-DEAR = {"hosts", "ranks", "long"}
+DEAR = {"hosts", "ranks", "kernels", "long"}
 """Markers of tests that take long; their files come first, so that workers end together."""
 
 
