@@ -3,14 +3,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Workers, to which tests/conftest.py gives whole files. Many tests wait for processes, so three keep
-# two cores busy.
-WORKERS := 3
+# Workers, to which tests/conftest.py gives whole files. Tests of ranks wait for processes, so three
+# keep two cores busy.
+WORKERS = 3
 PYTEST = $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 STEPS := 300
 SEEDS := 0
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
   slurm-client
+# Without files of bytecode, every worker prepares the assertions of all tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 # GOAL is the run's train.steps so far. MORE adds STEPS once the run has written its report.
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
@@ -40,6 +42,7 @@ passkey: $(VENV)/installed
 check: style
 	@$(MAKE) --no-print-directory -j2 types test-of-one-process
 
+test-of-one-process: WORKERS = 2
 test-of-one-process: $(VENV)/installed
 	$(PYTEST) -m "not (ranks or hosts or gpu or kernels or long or slow)"
 
