@@ -53,6 +53,7 @@ NEEDS = {
     "tests/model/test_generate.py::test_greedy_equals_argmax": ("long",),
     "tests/model/test_packing.py": ("long",),
     "tests/model/test_torch_features.py::test_compiled": ("long",),
+    "tests/planning/test_activations.py::test_kept_is": ("long",),
     "tests/planning/test_plan.py::test_shipped_configs": ("long",),
     "tests/system/test_paths.py::test_run_may": ("long",),
     "tests/system/test_printing.py::test_commands_print": ("long",),

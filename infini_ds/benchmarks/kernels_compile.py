@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
@@ -53,8 +53,6 @@ KV_HEADS = (8, 2)
 """One number without grouped-query attention, and one with it."""
 SEGMENT_LENGTHS = (512, 500)
 """One length that tiles divide, and one that they do not."""
-PACKED = tuple(product(TRITON_HEAD_DIMS, TARGETS))
-"""Head dimension and target of the kernels that are compiled for packed segments too."""
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma",
 }  # fmt: skip
@@ -86,17 +84,13 @@ class Source(NamedTuple):
 
 def run(
     json_path: str | None = None,
-    segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
-    packed: Collection[tuple[int, int]] = PACKED,
-    targets: Collection[int] = tuple(TARGETS),
+    is_wanted: Callable[[Case], bool] = lambda case: True,
 ) -> list[dict[str, Any]]:
     """Compiles the kernels, prints a table, and writes its rows to `json_path` if one is given.
 
     Args:
         json_path: where to write the rows.
-        segment_lengths: segment lengths in tokens.
-        packed: head dimensions and targets that are compiled for packed segments too, see PACKED.
-        targets: compute capabilities, of TARGETS.
+        is_wanted: chooses the calls whose kernels are compiled; all by default.
 
     Returns:
         One row per distinct kernel and target; `broken` lists the rules that it breaks, and
@@ -110,11 +104,8 @@ def run(
         raise UserError("bench kernels: Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
-    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, segment_lengths, targets)
-    cases = [Case(*case) for case in grid]
-    cases += [
-        case._replace(packed=True) for case in cases if (case.head_dim, case.capability) in packed
-    ]
+    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True))
+    cases = [case for case in (Case(*place) for place in grid) if is_wanted(case)]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

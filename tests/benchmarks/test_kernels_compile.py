@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
 from itertools import product
 
 import pytest
 
 from infini_ds import cli
 from infini_ds.benchmarks import kernels_compile
-from infini_ds.benchmarks.kernels_compile import INSTRUCTIONS, TARGETS
+from infini_ds.benchmarks.kernels_compile import INSTRUCTIONS, SEGMENT_LENGTHS, TARGETS
 
 DOTLESS = {"scan", "damping"}
 """Kernels without a matrix product."""
@@ -22,13 +21,14 @@ OF_PACKED = {
 """Kernels that tell packed segments from others."""
 
 
-def compiled(tmp_path, arguments: str) -> list[dict]:
-    """Rows of the command in a process of its own, compiled anew."""
+def compiled(tmp_path, is_wanted: str) -> list[dict]:
+    """Rows of the command on some `case`s in a process of its own, compiled anew."""
     path = tmp_path / "rows.json"
     code = (
         "from infini_ds.benchmarks import kernels_compile; "
         "from infini_ds.system.exit_code import exit_code; "
-        f"raise SystemExit(exit_code(lambda: kernels_compile.run({str(path)!r}, {arguments})))"
+        f"wanted = lambda case: {is_wanted}; "
+        f"raise SystemExit(exit_code(lambda: kernels_compile.run({str(path)!r}, wanted)))"
     )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
@@ -53,14 +53,14 @@ def check(rows: list[dict]) -> None:
         assert list(row["instructions"]) == ([] if row["kernel"] in DOTLESS else [wanted])
 
 
-def check_coverage(rows: list[dict], targets: Collection[str]) -> None:
+def check_coverage(rows: list[dict], head_dims: set[int], targets: set[str]) -> None:
     kernels = {
         "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
         "key_gradient", "overlap", "damping", "delta", "delta_gradient",
         "overlap_gradient",
     }  # fmt: skip
     found = {(row["kernel"], row["head_dim"], row["target"]) for row in rows}
-    assert found >= set(product(kernels - {"scan"}, (64, 128), targets))
+    assert found >= set(product(kernels - {"scan"}, head_dims, targets))
     assert {row["kernel"] for row in rows} == kernels
     groups = {row["constants"]["GROUP"] for row in rows if row["kernel"] == "key_gradient"}
     assert groups == {1, 4}
@@ -69,26 +69,23 @@ def check_coverage(rows: list[dict], targets: Collection[str]) -> None:
         for row in rows
         if row["constants"].get("PACKED")
     }
-    assert packed >= set(product(OF_PACKED, (128,), targets))
-    assert {kernel for kernel, *_ in packed} == OF_PACKED
+    assert packed == set(product(OF_PACKED, head_dims, targets))
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
-)
-def test_kernels_keep_the_rules_on_every_target(tmp_path, capability):
-    rows = compiled(tmp_path, f"(500,), [(128, {capability})], [{capability}]")
+def test_kernels_keep_the_rules_on_hopper(tmp_path):
+    wanted = "(case.head_dim, case.capability, case.segment_length) == (128, 90, 500)"
+    rows = compiled(tmp_path, wanted)
     check(rows)
-    check_coverage(rows, [f"sm_{capability}"])
+    check_coverage(rows, {128}, {"sm_90"})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_kernels_for_segments_that_tiles_divide_keep_them_too(tmp_path):
-    rows = compiled(tmp_path, "(512,)")
+@pytest.mark.parametrize("segment_length", SEGMENT_LENGTHS)
+def test_kernels_keep_the_rules_on_every_target(tmp_path, segment_length):
+    rows = compiled(tmp_path, f"case.segment_length == {segment_length}")
     check(rows)
-    check_coverage(rows, ("sm_80", "sm_90", "sm_100"))
+    check_coverage(rows, {64, 128}, {"sm_80", "sm_90", "sm_100"})
 
 
 GOOD = {
