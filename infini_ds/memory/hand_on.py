@@ -57,7 +57,8 @@ class Kept(Exchange):
         if self._next == len(self._gathered):
             self._gathered.append(self._exchange.all_gather(own))
         self._next += 1
-        return self._gathered[self._next - 1]
+        # What autograd gets must not be what is kept, or each would keep the other alive.
+        return self._gathered[self._next - 1].detach()
 
     def sum_of_own(self, by_place: Tensor) -> Tensor:
         return self._exchange.sum_of_own(by_place)
@@ -135,11 +136,9 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, other):
-        ctx.like = other.new_empty(0), other.shape
         return state.view_as(state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        like, shape = ctx.like
-        return gradient, like.new_zeros(shape)
+        return gradient, None  # zeros, which need not be made

@@ -1,7 +1,9 @@
 """A window shared by several ranks is one function: outputs, final memory and every gradient."""
 
+import gc
 import itertools
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -187,9 +189,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_parts_are_one_window(case, count):
+def check_parts(case: Case, count: int, tolerance: float) -> None:
+    """Compares the parts of a window, put together, with the specification."""
     window = make_window(case)
     expected = whole(case, window)
     parts = shared(case, window, count)
@@ -199,10 +200,34 @@ def test_parts_are_one_window(case, count):
         if want.norm() == 0:
             assert actual[name].norm() == 0, name
         else:
-            assert error(want, actual[name]) <= slack * 1e-5, name
+            assert error(want, actual[name]) <= slack * tolerance, name
     for part in parts:
         assert torch.equal(part["memory"], parts[0]["memory"])
         assert torch.equal(part["norm"], parts[0]["norm"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_parts_are_one_window(case, count):
+    check_parts(case, count, 1e-5)
+
+
+@pytest.fixture
+def _fp64(monkeypatch):
+    """Everything that asks for fp32 gets fp64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    yield
+    torch.set_default_dtype(default)
+
+
+@pytest.mark.usefixtures("_fp64")
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_parts_are_one_window_in_fp64(case, count):
+    check_parts(case, count, 1e-10)
 
 
 HARDEST = [
@@ -218,6 +243,58 @@ def test_a_part_that_is_computed_again_sends_nothing_again(case):
     for first, second in zip(once, twice, strict=True):
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_all_parts_take_part_in_the_backward_pass_of_a_last_chunk(rule):
+    """Its final memory gets no gradient, so the first part depends on no other."""
+    case = Case(rule, True, 1, False, "nowhere")
+    window = make_window(case)
+    expected = {name: x.float().requires_grad_() for name, x in window.leaves.items()}
+    run(infini_attention, case, expected, window.layout)[0].sum().backward()
+
+    def work(part: Part) -> Tensor:
+        own = slice(part.place * SEGMENTS // 2, (part.place + 1) * SEGMENTS // 2)
+        leaves = {
+            name: (x if name in ("beta", "kv", "norm") else x[:, own]).float().requires_grad_()
+            for name, x in window.leaves.items()
+        }
+        layout = window.layout.map(lambda x: x[:, own])
+        out, _ = run(lambda x: infini_attention(x, part), case, leaves, layout)
+        out.sum().backward()
+        assert len(part.sent_back) == len(part.sent)
+        assert leaves["k"].grad is not None
+        return leaves["k"].grad
+
+    actual = torch.cat(on_all_parts(2, work), dim=1)
+    assert expected["k"].grad is not None
+    assert error(expected["k"].grad, actual) < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_kept_goes_with_the_graph(rule):
+    """At once, and not only when garbage is searched for."""
+    case = Case(rule, True, 1, False, "nowhere")
+    window = make_window(case)
+    leaves = {name: x.float().requires_grad_() for name, x in window.leaves.items()}
+    (part,) = on_all_parts(1, lambda part: part)
+
+    def loss_and_gathered() -> tuple[Tensor, list[weakref.ref]]:
+        kept = Kept(part)
+        for _ in range(2):
+            kept.rewind()
+            out, _ = run(lambda x: infini_attention(x, kept), case, leaves, window.layout)
+        return out.sum(), [weakref.ref(tensor) for tensor in kept._gathered]
+
+    gc.collect()
+    gc.disable()
+    try:
+        loss, gathered = loss_and_gathered()
+        assert len(gathered) == {"linear": 1, "delta": 2}[rule]
+        del loss
+        assert not any(reference() is not None for reference in gathered)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,6 +9,7 @@ segment, but only over matrices [d, d]. Memories are fp32 whatever the compute t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.reference import Inputs
@@ -124,14 +125,7 @@ class _Part:
         self._norm, _ = scan(added.norm, norm, starts)
         overlaps = segment_overlaps(k, weight, self._norm, added.norm.detach())
         d = k.shape[-1]
-        # The left half of each matrix is B, the right half A.
-        nothing = torch.eye(d, 2 * d, device=k.device).roll(d, dims=1)
-        self._maps, end = walk(
-            F.pad(added.kv, (0, d)),
-            overlaps,
-            nothing.expand(*memory.kv.shape[:2], d, 2 * d),
-            starts,
-        )
+        self._maps, end = _WalkOfMaps.apply(added.kv, overlaps, starts)  # type: ignore[misc]
         (kv,), (final_kv,) = hand_on(Change(end[..., d:], [end[..., :d]]), [memory.kv], exchange)
         self.before, self.final = MemoryState(kv, norm), MemoryState(final_kv, final_norm)
 
@@ -186,3 +180,38 @@ def walk(
         before.append(kv)
         kv = kv + added[:, s] - overlaps[:, s] @ kv
     return torch.stack(before, dim=1), kv
+
+
+class _WalkOfMaps(torch.autograd.Function):
+    """Walks like `walk` over the map of the memory before a part to that before each segment.
+
+    Maps are [batch, segments, kv_heads, d, 2 d]: the left half of each is B, the right half A.
+    Returns those before each segment and the one after the last, and keeps the former alone.
+    """
+
+    @staticmethod
+    def forward(ctx, added, overlaps, starts):
+        batch, segments, kv_heads, d, _ = added.shape
+        maps = added.new_empty(batch, segments, kv_heads, d, 2 * d)
+        state = torch.eye(d, 2 * d, dtype=added.dtype, device=added.device).roll(d, dims=1)
+        state = state.expand(batch, kv_heads, d, 2 * d)
+        for s in range(segments):
+            found = state.masked_fill(starts[:, s, None, None, None], 0)
+            maps[:, s] = found
+            state = found - overlaps[:, s] @ found
+            state[..., :d] += added[:, s]
+        ctx.save_for_backward(maps, overlaps, starts)
+        return maps, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_maps, d_end):
+        maps, overlaps, starts = ctx.saved_tensors
+        d_added, d_overlaps = torch.empty_like(overlaps), torch.empty_like(overlaps)
+        d_state, d = d_end, overlaps.shape[-1]
+        for s in reversed(range(maps.shape[1])):
+            d_added[:, s] = d_state[..., :d]
+            d_overlaps[:, s] = -d_state @ maps[:, s].mT
+            d_state = d_state - overlaps[:, s].mT @ d_state + d_maps[:, s]
+            d_state = d_state.masked_fill(starts[:, s, None, None, None], 0)
+        return d_added, d_overlaps, None
