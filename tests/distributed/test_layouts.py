@@ -260,12 +260,16 @@ SLOW_CONTEXT_CASES = {
             Context(*layout, *choice, segments=8)
             for layout in LARGER
             for choice in (
-                (1, "carried", "linear", "none", True),
+                # Packed windows of this length have a step whose norm by the linear rule is rounded
+                # to 1e-5 in any layout, also on one process.
+                (1, "carried", "linear", "none", False),
                 (1, "resident", "linear", "attention", False),
                 (2, "carried", "delta", "block", True),
                 (2, "resident", "delta", "none", True),
             )
         ),
+        Context(4, packed=True),
+        Context(4, pipeline=2, transport="resident", packed=True),
         Context(4, 2, 2, 2, "carried", "delta", "block", True, segments=8),
         Context(4, 2, 2, 1, "resident", "linear", "none", False, segments=8),
     )
