@@ -17,6 +17,7 @@ NEEDS = {
     "tests/faults/test_supervised_run.py": ("slow",),
     "tests/kernels/test_triton.py::test_kernels_match_reference_on_a_gpu": ("gpu",),
     "tests/parallel/test_channel.py": ("ranks",),
+    "tests/parallel/test_context.py": ("ranks",),
     "tests/parallel/test_deepspeed_traps.py": ("ranks",),
     "tests/planning/test_real_memory.py": ("ranks",),
     # They compile or interpret kernels, for many seconds.

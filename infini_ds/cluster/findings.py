@@ -68,7 +68,7 @@ def judge(config: RunConfig, here: dict[str, str], hosts: list[Host]) -> Iterato
     fits = True
     try:
         data = config.data_parallel_size(world)
-        layout = f"{world} processes: {world // data} pipeline stages x {data} data-parallel"
+        layout = f"{world} processes: {config.parallel.describe(world // data, data)}"
         yield Finding("all", "layout", "good", layout)
     except UserError as error:
         fits = False

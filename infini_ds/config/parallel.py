@@ -13,6 +13,8 @@ class ParallelConfig(Settings):
 
     pipeline_stages: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Pipeline degree; `auto`: the largest that divides the processes and fits the layers."""
+    context_parallel: int = Field(default=1, ge=1)
+    """Data-parallel ranks that share windows: each reads an equal part of a chunk's segments."""
     memory_transport: Literal["carried", "resident"] = "carried"
     """Memories ride with the activations and return to the first stage, or stay at their stage."""
     zero_stage: Literal[0, 1] = 1
@@ -30,10 +32,17 @@ class ParallelConfig(Settings):
         """Pipeline degree for this many processes.
 
         Raises:
-            UserError: the degree does not divide the processes or exceeds the layers.
+            UserError: the degrees do not divide the processes, or stages exceed the layers.
         """
+        context = self.context_parallel
+        if world_size % context:
+            raise UserError(
+                f"parallel.context_parallel ({context}) must divide the number of processes "
+                f"({world_size}); start {_nearest(world_size, context)}, or lower it"
+            )
         if self.pipeline_stages == "auto":
-            return next(s for s in range(min(world_size, num_layers), 0, -1) if world_size % s == 0)
+            pipelines = world_size // context
+            return next(s for s in range(min(pipelines, num_layers), 0, -1) if pipelines % s == 0)
         if world_size % self.pipeline_stages:
             raise UserError(
                 f"parallel.pipeline_stages ({self.pipeline_stages}) must divide the number of "
@@ -44,4 +53,23 @@ class ParallelConfig(Settings):
                 f"parallel.pipeline_stages ({self.pipeline_stages}) must not exceed "
                 f"model.num_layers ({num_layers})"
             )
+        if world_size % (self.pipeline_stages * context):
+            raise UserError(
+                f"parallel.pipeline_stages ({self.pipeline_stages}) x parallel.context_parallel "
+                f"({context}) must divide the number of processes ({world_size}); start "
+                f"{_nearest(world_size, self.pipeline_stages * context)}, or lower one of them"
+            )
         return self.pipeline_stages
+
+    def describe(self, stages: int, data: int) -> str:
+        """Describes a layout of so many stages and data-parallel ranks in words."""
+        shared = (
+            f" ({self.context_parallel} ranks to a window)" if self.context_parallel > 1 else ""
+        )
+        return f"{stages} pipeline stages x {data} data-parallel{shared}"
+
+
+def _nearest(count: int, divisor: int) -> str:
+    """Names the multiples of a number next to a count that is none."""
+    below = count // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)

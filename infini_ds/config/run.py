@@ -70,6 +70,14 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"data.passkey.segment_length ({made}) must be model.segment_length ({read})"
                 )
+        segments = self.train.window_segments // self.train.chunks
+        if segments % self.parallel.context_parallel:
+            raise ValueError(
+                f"parallel.context_parallel ({self.parallel.context_parallel}) must divide the "
+                f"segments of a chunk ({segments} = train.window_segments "
+                f"{self.train.window_segments} / train.chunks {self.train.chunks}); lower it or "
+                "train.chunks, or raise train.window_segments"
+            )
         if self.data.weights and self.train.curriculum:
             raise ValueError("train.curriculum must be left out with data.mixture")
         return self
@@ -94,10 +102,20 @@ class RunConfig(Settings):
         """
         stages = self.parallel.resolve_stages(world_size, self.model.num_layers)
         data = world_size // stages
-        if self.train.batch_size % (data * self.train.micro_batch_size):
+        context, micro = self.parallel.context_parallel, self.train.micro_batch_size
+        groups = data // context
+        if self.train.batch_size % (groups * micro):
+            size = f"data-parallel size ({data})"
+            if context > 1:
+                size += f" / parallel.context_parallel ({context})"
+            remedy = ""
+            if self.train.batch_size < groups * micro:
+                remedy = (
+                    f"; there are too many ranks for its lanes: raise it to {groups * micro}, or "
+                    "let more ranks share windows (parallel.context_parallel)"
+                )
             raise UserError(
                 f"train.batch_size ({self.train.batch_size}) must be a multiple of "
-                f"train.micro_batch_size ({self.train.micro_batch_size}) x data-parallel size "
-                f"({data})"
+                f"train.micro_batch_size ({micro}) x {size}{remedy}"
             )
         return data

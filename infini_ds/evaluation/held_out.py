@@ -99,7 +99,7 @@ class HeldOut:
             windows = read_windows(split, plan, lanes, self._segment_length)
             if not memory:
                 windows.layout.starts.fill_(True)
-            if self._engine.reads_labels:
+            if self._engine.counts_labels:
                 labels = windows.labels[windows.labels >= 0]
                 sums[1] += len(labels)
                 sums[2] += int(self._token_bytes[labels].sum()) * split.byte_scale

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from infini_ds.errors import RunError
 from infini_ds.guard.limited import within
-from infini_ds.parallel.pipeline.channel import WaitError
+from infini_ds.parallel.contact import WaitError
 from infini_ds.system.causes import one_line
 
 BEAT_SECONDS = 1.0

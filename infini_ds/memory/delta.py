@@ -24,6 +24,10 @@ class Delta(MemoryRule):
         damping = delta_damping(overlap, memory.norm, weighted_k.sum(dim=1))[:, None, :, None]
         return added(memory, weighted_k, values - damping * read(sigma_k, memory))
 
+    def handed_on(self, kv_heads: int, head_dim: int) -> int:
+        """A of z is one number for all heads, A of M a matrix for each; B as M and z."""
+        return 1 + kv_heads * head_dim * (2 * head_dim + 1)
+
 
 @torch.no_grad()
 def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:

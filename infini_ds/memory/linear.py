@@ -18,6 +18,10 @@ class Linear(MemoryRule):
     ) -> MemoryState:
         return added(memory, weighted_k, values)
 
+    def handed_on(self, kv_heads: int, head_dim: int) -> int:
+        """A of M and z is one number for all heads; B has the shapes of M and z."""
+        return 1 + kv_heads * head_dim * (head_dim + 1)
+
 
 def added(memory: MemoryState, weighted_k: Tensor, values: Tensor) -> MemoryState:
     """Returns the memory with values added at their keys."""

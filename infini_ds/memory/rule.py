@@ -35,6 +35,11 @@ class MemoryRule(ABC):
             values: [batch, n, kv_heads, d].
         """
 
+    @abstractmethod
+    def handed_on(self, kv_heads: int, head_dim: int) -> int:
+        """Returns how many numbers each of the ranks that share a window tells the others about its
+        part's change of a lane's memory; see `hand_on`."""
+
 
 def sigma(x: Tensor) -> Tensor:
     """Maps queries and keys to features by elu + 1, which is always positive."""

@@ -17,6 +17,7 @@ from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
 from infini_ds.layout import Layout, valid_tokens
 from infini_ds.memory import MemoryState
+from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
@@ -71,7 +72,11 @@ class InfiniAttention(nn.Module):
 
     @_not_compiled
     def forward(
-        self, hidden: Tensor, layout: Layout, memory: MemoryState
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        memory: MemoryState,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, MemoryState, WriteStats | None]:
         """Processes whole segments at once, which may be packed.
 
@@ -80,6 +85,8 @@ class InfiniAttention(nn.Module):
                 shorter for a single segment.
             layout: document starts and valid lengths.
             memory: the memory before the first segment.
+            exchange: if other ranks have the other parts of the same window, the way to them; the
+                memories before and after are then those of the whole window.
 
         Returns:
             The output in the shape of `hidden`, the memory after the last segment, and statistics
@@ -100,7 +107,7 @@ class InfiniAttention(nn.Module):
             q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
         )
         with _without_autocast(hidden.device):
-            out, memory = infini_attention(inputs)
+            out, memory = infini_attention(inputs, exchange)
         return self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)")), memory, stats
 
     @_not_compiled

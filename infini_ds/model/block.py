@@ -1,5 +1,6 @@
 """One Transformer block, a pure function of hidden states, layout and memory."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
+from infini_ds.memory.hand_on import Exchange, Kept
 from infini_ds.model.attention import InfiniAttention
 from infini_ds.model.feed_forward import FeedForward
 from infini_ds.model.memory import OpenSegment
@@ -38,13 +40,18 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, memory: MemoryState
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        memory: MemoryState,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, MemoryState, WriteStats | None]:
         """Maps [batch, segments x n, hidden_size] to the same shape. Also returns the memory after
-        the last segment, and statistics of what was written, None without a write gate."""
+        the last segment, and statistics of what was written, None without a write gate. For
+        `exchange`, see `InfiniAttention`."""
         if self.activation_checkpointing == "block" and self.training:
-            return _checkpoint(self._forward, hidden, layout, memory)
-        return self._forward(hidden, layout, memory)
+            return _checkpoint(self._forward, hidden, layout, memory, exchange)
+        return self._forward(hidden, layout, memory, exchange)
 
     def extend(
         self,
@@ -60,20 +67,39 @@ class Block(nn.Module):
         )
         return self._feed_forward(hidden + attended), segment, stats
 
-    def _forward(self, hidden: Tensor, layout: Layout, memory: MemoryState):
+    def _forward(
+        self, hidden: Tensor, layout: Layout, memory: MemoryState, exchange: Exchange | None
+    ):
         if self.activation_checkpointing == "attention" and self.training:
-            attended, memory, stats = _checkpoint(self._attend, hidden, layout, memory)
+            attended, memory, stats = _checkpoint(self._attend, hidden, layout, memory, exchange)
         else:
-            attended, memory, stats = self._attend(hidden, layout, memory)
+            attended, memory, stats = self._attend(hidden, layout, memory, exchange)
         return self._feed_forward(hidden + attended), memory, stats
 
-    def _attend(self, hidden: Tensor, layout: Layout, memory: MemoryState):
-        return self.self_attn(self.input_layernorm(hidden), layout, memory)
+    def _attend(
+        self, hidden: Tensor, layout: Layout, memory: MemoryState, exchange: Exchange | None
+    ):
+        return self.self_attn(self.input_layernorm(hidden), layout, memory, exchange)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-def _checkpoint(function, *args):
+def _checkpoint(
+    function: Callable,
+    hidden: Tensor,
+    layout: Layout,
+    memory: MemoryState,
+    exchange: Exchange | None,
+):
+    """Calls a function that will be called again in the backward pass, and keeps what it gathers
+    from other ranks, since these do not answer twice."""
+    kept = None if exchange is None else Kept(exchange)
+
+    def call(hidden: Tensor, layout: Layout, memory: MemoryState):
+        if kept is not None:
+            kept.rewind()
+        return function(hidden, layout, memory, kept)
+
     # No layer draws random numbers, so the generator's state need not be kept.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(call, hidden, layout, memory, use_reentrant=False, preserve_rng_state=False)

@@ -135,7 +135,4 @@ def build_engine(
         else:
             optimizer = adamw(groups, config.optimizer)
         tree = deepspeed_config(config, data, universal)
-        return InfiniEngine(
-            module, optimizer, tree, config.train, config.parallel.memory_transport, config.packed,
-            on_progress,
-        )  # fmt: skip
+        return InfiniEngine(module, optimizer, tree, config, on_progress)

@@ -47,7 +47,8 @@ class StepResult(NamedTuple):
     learning_rates: dict[str, float]
     """Learning rates by the names of this rank's parameter groups."""
     seconds: dict[str, float]
-    """Time by phase: pipeline (of which waiting_for_stages is a part), reduce and optimizer."""
+    """Time by phase: pipeline, reduce and optimizer; waiting_for_stages and, if ranks share
+    windows, waiting_for_context are parts of the first."""
 
 
 class EngineLayout(NamedTuple):
@@ -92,12 +93,13 @@ class Engine(Protocol):
         ...
 
     @property
-    def reads_labels(self) -> bool:
-        """Whether this rank computes losses. Local."""
+    def counts_labels(self) -> bool:
+        """Whether it is this rank, of all that read a lane, that counts its labels. Local."""
         ...
 
     def lanes_of(self, micro_batch: int) -> range:
-        """Returns the global lanes that this rank reads in a micro-batch. Local."""
+        """Returns the global lanes that this rank reads in a micro-batch, alone or with the ranks
+        that share their windows. Local."""
         ...
 
     def train_step(

@@ -1,6 +1,11 @@
-"""Which stage, blocks and lanes a rank holds."""
+"""Which stage, blocks, lanes and segments a rank holds."""
 
 from dataclasses import dataclass
+
+import torch
+
+from infini_ds.config import ModelConfig
+from infini_ds.memory import RULES
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,13 @@ class Part:
     """Number of lanes in a micro-batch."""
     bounds: tuple[int, ...]
     """First block of each stage, followed by the number of blocks."""
+    context: int = 1
+    """Number of neighbouring data-parallel ranks that share the windows of their lanes."""
+
+    @property
+    def place(self) -> int:
+        """Which part of the segments of each chunk this rank reads, among those that share it."""
+        return self.replica % self.context
 
     @property
     def is_first(self) -> bool:
@@ -45,11 +57,29 @@ class Part:
 
     @property
     def lanes(self) -> range:
-        """The global lanes that this rank reads."""
+        """The global lanes that this rank reads, alone or with the ranks that share its windows."""
         count = self.micro_batches * self.micro_batch_size
-        return range(self.replica * count, (self.replica + 1) * count)
+        group = self.replica // self.context
+        return range(group * count, (group + 1) * count)
 
     def lanes_of(self, micro_batch: int) -> range:
         """Returns the global lanes that this rank reads in a micro-batch."""
         first = self.lanes.start + micro_batch * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
+
+    def exchange_bytes(self, model: ModelConfig) -> int:
+        """Returns the bytes that a layer sends to the ranks that share a chunk, in each direction.
+
+        They do not depend on the number of tokens.
+        """
+        numbers = RULES[model.memory_rule].handed_on(model.kv_heads, model.head_dim)
+        return (self.context - 1) * self.micro_batch_size * numbers * torch.float32.itemsize
+
+    def step_exchange_bytes(self, model: ModelConfig, chunks: int) -> int:
+        """Returns the bytes that this rank sends for `exchange_bytes` in a training step.
+
+        Args:
+            chunks: number of chunks in a window.
+        """
+        layers = self.micro_batches * chunks * len(self.blocks)
+        return 2 * layers * self.exchange_bytes(model)

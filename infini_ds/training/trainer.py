@@ -357,7 +357,7 @@ class Trainer:
             f"{config.train.window_segments} segments of {config.model.segment_length} tokens"
         )
         self._say(
-            f"layout: {layout.pipeline} pipeline stages x {layout.data} data-parallel, "
+            f"layout: {config.parallel.describe(layout.pipeline, layout.data)}, "
             f"{layout.micro_batches} micro-batches of {config.train.micro_batch_size} lanes in "
             f"{config.train.chunks} chunks, memories {config.parallel.memory_transport}, "
             f"{config.train.dtype}, ZeRO {config.parallel.zero_stage}"

@@ -437,6 +437,56 @@ def test_processes_that_do_not_fit_are_told(stages, world, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("context", "stages", "world", "expected"),
+    [(2, "auto", 2, 1), (2, "auto", 4, 2), (4, "auto", 16, 4), (4, "auto", 12, 3), (2, 2, 8, 2)],
+)
+def test_stages_leave_room_for_ranks_that_share_windows(context, stages, world, expected):
+    parallel = {"pipeline_stages": stages, "context_parallel": context}
+    train = {**TREE["train"], "window_segments": 4}
+    config = parse({**TREE, "train": train, "parallel": parallel}, "of a test")
+    assert config.parallel.resolve_stages(world, num_layers=4) == expected
+    assert config.data_parallel_size(world) == world // expected
+
+
+@pytest.mark.parametrize(
+    ("context", "stages", "world", "message"),
+    [
+        (2, "auto", 3, "parallel.context_parallel (2) must divide the number of processes (3); "
+         "start 2 or 4, or lower it"),
+        (4, "auto", 2, "parallel.context_parallel (4) must divide the number of processes (2); "
+         "start 4, or lower it"),
+        (2, 4, 6, "parallel.pipeline_stages (4) must divide the number of processes (6)"),
+        (2, 4, 4, "parallel.pipeline_stages (4) x parallel.context_parallel (2) must divide the "
+         "number of processes (4); start 8, or lower one of them"),
+        (2, 1, 6, "train.batch_size (8) must be a multiple of train.micro_batch_size (1) x "
+         "data-parallel size (6) / parallel.context_parallel (2)"),
+        (2, 1, 32, "train.batch_size (8) must be a multiple of train.micro_batch_size (1) x "
+         "data-parallel size (32) / parallel.context_parallel (2); there are too many ranks for "
+         "its lanes: raise it to 16, or let more ranks share windows (parallel.context_parallel)"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_share_windows_are_told(context, stages, world, message):
+    parallel = {"pipeline_stages": stages, "context_parallel": context}
+    train = {**TREE["train"], "window_segments": 4}
+    config = parse({**TREE, "train": train, "parallel": parallel}, "of a test")
+    with pytest.raises(UserError) as caught:
+        config.data_parallel_size(world)
+    assert str(caught.value) == message
+
+
+def test_segments_of_a_chunk_are_divided_evenly():
+    train = {**TREE["train"], "window_segments": 6, "chunks": 2}
+    tree = {**TREE, "train": train, "parallel": {"context_parallel": 2}}
+    with pytest.raises(UserError) as caught:
+        parse(tree, "of a test")
+    assert str(caught.value).endswith(
+        "parallel.context_parallel (2) must divide the segments of a chunk (3 = "
+        "train.window_segments 6 / train.chunks 2); lower it or train.chunks, or raise "
+        "train.window_segments"
+    )
+
+
 def test_config_module_needs_neither_torch_nor_deepspeed():
     code = f"import sys, {configuration.__name__}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

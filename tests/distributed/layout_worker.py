@@ -54,14 +54,15 @@ def config_of(case: dict) -> RunConfig:
     )  # fmt: skip
 
 
-def windows_of(step: int, packed: bool = False) -> tuple[Windows, int]:
+def windows_of(step: int, config: RunConfig) -> tuple[Windows, int]:
     """Windows of all lanes, with padding and documents that start inside, and their tokens.
 
     If they are packed, free ends hold whole documents of two tokens and of one.
     """
+    segments, packed = config.train.window_segments, config.packed
     generator = torch.Generator().manual_seed(step)
-    shape = (LANES, SEGMENTS)
-    tokens = torch.randint(VOCABULARY, (LANES, SEGMENTS * LENGTH), generator=generator)
+    shape = (LANES, segments)
+    tokens = torch.randint(VOCABULARY, (LANES, segments * LENGTH), generator=generator)
     labels = torch.randint(VOCABULARY, tokens.shape, generator=generator)
     starts = torch.rand(shape, generator=generator) < 0.2
     if step == 0:
@@ -119,7 +120,7 @@ def train(config: RunConfig) -> dict:
     if result["optimizer"] == "BF16_Optimizer":
         engine.reduce_gradients = reduce_and_look
     for step in range(STEPS):
-        windows, count = windows_of(step, config.packed)
+        windows, count = windows_of(step, config)
 
         def read(micro_batch: int, windows: Windows = windows) -> Windows:
             return cut(windows, engine.lanes_of(micro_batch))
@@ -134,6 +135,7 @@ def train(config: RunConfig) -> dict:
         block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
     }
     result["limits"] = sorted(limits_of_groups())
+    result["exchanged_bytes"] = engine.exchanged_bytes
     result["sent_bytes"], result["step_bytes"] = engine.sent_bytes, engine.step_bytes()
     if config.model.memory.write_gate:
         result["text"] = engine.generate(PROMPT, 20, 0.0, 0)

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.distributed import layout_worker
 from tests.distributed.layout_worker import (
     LANES,
     PROMPT,
+    SEGMENTS,
     STEPS,
     config_of,
     spread_write_gates,
@@ -114,6 +116,16 @@ BF16_CASES = {
         (2, 1, "carried", 0, True, "-tied"),
     ]
 }
+BF16_CASES |= {
+    f"bf16-context2-zero{zero}": (
+        2,
+        {
+            **BF16, "parallel.pipeline_stages": 1, "parallel.context_parallel": 2,
+            "parallel.zero_stage": zero,
+        },
+    )
+    for zero in (0, 1)
+}  # fmt: skip
 # Several lanes a micro-batch, one with an odd number of lanes in memory messages.
 LARGER_MICRO_BATCHES = {
     "pipeline2-two_lanes_a_micro_batch": (
@@ -174,7 +186,98 @@ PACKED = {
         (2, 1, "carried", "delta"), (1, 2, "resident", "linear"), (2, 2, "resident", "delta"),
     ]
 }  # fmt: skip
-FP32_CASES = cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
+
+
+class Context(NamedTuple):
+    """A layout in which ranks share windows."""
+
+    context: int
+    pipeline: int = 1
+    groups: int = 1
+    chunks: int = 1
+    transport: str = "carried"
+    rule: str = "linear"
+    checkpointing: str = "none"
+    packed: bool = False
+    segments: int = SEGMENTS
+
+    @property
+    def name(self) -> str:
+        return (
+            f"context{self.context}-pipeline{self.pipeline}-groups{self.groups}-"
+            f"chunks{self.chunks}-{self.transport}-{self.rule}-checkpoint_{self.checkpointing}"
+            f"{'-packed' if self.packed else ''}"
+        )
+
+    @property
+    def case(self) -> tuple[int, dict]:
+        """With write gates, convolutions and grouped heads where it is packed."""
+        settings = {
+            "parallel.context_parallel": self.context,
+            "parallel.pipeline_stages": self.pipeline,
+            "parallel.memory_transport": self.transport,
+            "model.memory_rule": self.rule,
+            "train.activation_checkpointing": self.checkpointing,
+            "train.micro_batch_size": 2,
+        }
+        if self.packed:
+            settings |= {**WRITING, "data.packing": True, "model.num_kv_heads": 2}
+        settings |= {"train.chunks": self.chunks, "train.window_segments": self.segments}
+        return self.context * self.pipeline * self.groups, settings
+
+
+CONTEXT_CASES = {
+    each.name: each.case
+    for each in (
+        Context(2),
+        Context(2, 1, 1, 2, "resident", "delta", "block", True),
+        Context(2, rule="delta", checkpointing="attention"),
+        Context(2, 2, 1, 2, "carried", "delta", "block", True),
+        Context(2, 2, 1, 1, "resident", "linear", "none", True),
+        Context(2, 1, 2, 2, "carried", "linear", "attention", False),
+        Context(4, rule="delta", packed=True),
+    )
+}
+CHOICES_OF_CONTEXT = list(
+    itertools.product(
+        FACTORS["parallel.memory_transport"],
+        FACTORS["model.memory_rule"],
+        FACTORS["train.activation_checkpointing"],
+        (False, True),
+    )
+)
+LARGER = [(2, 2, 2), (4, 1, 1), (4, 2, 1), (4, 1, 2)]
+SLOW_CONTEXT_CASES = {
+    each.name: each.case
+    for each in (
+        *(
+            Context(2, *layout, *choice)
+            for layout in itertools.product((1, 2), (1, 2), (1, 2))
+            if layout[:2] != (2, 2)  # eight processes
+            for choice in CHOICES_OF_CONTEXT
+        ),
+        *(
+            Context(*layout, *choice, segments=8)
+            for layout in LARGER
+            for choice in (
+                # Packed windows of this length have a step whose norm by the linear rule is rounded
+                # to 1e-5 in any layout, also on one process.
+                (1, "carried", "linear", "none", False),
+                (1, "resident", "linear", "attention", False),
+                (2, "carried", "delta", "block", True),
+                (2, "resident", "delta", "none", True),
+            )
+        ),
+        Context(4, packed=True),
+        Context(4, pipeline=2, transport="resident", packed=True),
+        Context(4, 2, 2, 2, "carried", "delta", "block", True, segments=8),
+        Context(4, 2, 2, 1, "resident", "linear", "none", False, segments=8),
+    )
+}
+FP32_CASES = (
+    cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
+    | CONTEXT_CASES
+)  # fmt: skip
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 SLOW_CASES = sampled(LAYOUTS, 12)
 
@@ -230,7 +333,7 @@ def reference(settings: str) -> dict:
     memory = [MemoryState.empty(*shape) for _ in range(config.model.num_layers)]
     losses, norms, writes = [], [], []
     for step in range(STEPS):
-        windows, count = windows_of(step, config.packed)
+        windows, count = windows_of(step, config)
         hidden, memory, stats = model.read_window(windows.tokens, windows.layout, memory)
         memory = [MemoryState(*(tensor.detach() for tensor in layer)) for layer in memory]
         loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
@@ -254,7 +357,7 @@ def reference(settings: str) -> dict:
 
 def expected_of(case: dict) -> dict:
     """What the reference gives with those of a case's settings that are not of the layout."""
-    kept = ("model.", "optimizer.", "data.")
+    kept = ("model.", "optimizer.", "data.", "train.window_segments")
     return reference(json.dumps({name: case[name] for name in case if name.startswith(kept)}))
 
 
@@ -305,6 +408,50 @@ def test_generated_text_is_that_of_one_process(results, name):
 def test_training_agrees_with_plain_pytorch_in_sampled_combinations(results, name):
     expected = expected_of(SLOW_CASES[name][1])
     assert_as_reference(results.of(name, SLOW_CASES), expected, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CONTEXT_CASES)
+def test_ranks_that_share_windows_agree_with_plain_pytorch(results, name):
+    ranks = results.of(name, SLOW_CONTEXT_CASES)
+    assert_as_reference(ranks, expected_of(SLOW_CONTEXT_CASES[name][1]), TOLERANCE)
+    for rank in ranks:
+        assert rank["sent_bytes"] == STEPS * rank["step_bytes"]
+
+
+def test_documents_begin_before_at_and_after_the_edges_of_parts():
+    config = config_of(Context(2).case[1])
+    starts = torch.cat([windows_of(step, config)[0].layout.starts for step in range(STEPS)])
+    edge = SEGMENTS // 2
+    for segment in (edge - 1, edge, edge + 1):
+        assert starts[:, segment].any()
+    assert not starts[:, edge:].any(dim=1).all(), "some documents go on from part to part"
+
+
+@pytest.mark.parametrize("name", CONTEXT_CASES)
+def test_ranks_that_share_windows_have_equal_memories(results, name):
+    """So that any of them can save for all, and a lane goes on alike on each."""
+    ranks = results.of(name, DEFAULT_CASES)
+    by_part: dict = {}
+    for rank in ranks:
+        for block, memory in rank["memories"].items():
+            first = by_part.setdefault((block, rank["first_lane"]), memory)
+            assert all(torch.equal(memory[part], first[part]) for part in memory)
+
+
+@pytest.mark.parametrize("name", CONTEXT_CASES)
+def test_bytes_that_ranks_of_a_window_exchange_are_counted_by_hand(results, name):
+    """Forward and back: the same for each layer and chunk, however long the segments are."""
+    world, case = CONTEXT_CASES[name]
+    context, pipeline = case["parallel.context_parallel"], case["parallel.pipeline_stages"]
+    heads, d = case.get("model.num_kv_heads", 4), 8
+    matrices = {"linear": 1, "delta": 2}[case["model.memory_rule"]]
+    numbers = heads * d * d * matrices + heads * d + 1  # of M, of z, and one flag
+    layers = 4 // pipeline * case["train.chunks"]
+    micro_batches = LANES // 2 * pipeline * context // world
+    expected = 2 * (context - 1) * micro_batches * layers * 2 * numbers * 4
+    for rank in results.of(name, DEFAULT_CASES):
+        assert rank["exchanged_bytes"] == STEPS * expected
 
 
 @pytest.mark.parametrize("name", DEFAULT_CASES)

@@ -54,11 +54,16 @@ def alone(tmp_path_factory, mixed):
     return run
 
 
-def test_a_pipeline_that_goes_on_from_a_checkpoint_has_the_losses_of_one_process(
-    tmp_path, mixed, alone
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["parallel.context_parallel=2", "train.chunks=1"]],
+    ids=["pipeline", "context"],
+)
+def test_two_ranks_that_go_on_from_a_checkpoint_have_the_losses_of_one_process(
+    tmp_path, mixed, alone, overrides
 ):
     run = without_checkpoints_after(copied(alone, tmp_path, mixed, **SETTINGS), 4)
-    assert "at step 4\n" in run.finish(2)
+    assert "at step 4\n" in run.finish(2, *overrides)
     assert run.losses == pytest.approx(alone.losses, rel=1e-5)
 
 

@@ -14,10 +14,22 @@ from tests.faults.runs import END, START, FaultyRun
 
 STEPS, SAVED, BAD = 9, 4, 6
 SETTINGS = {"train__steps": STEPS, "train__save_every": SAVED}
-LAYOUTS = [pytest.param(2, id="pipeline2"), pytest.param(1, id="data2")]
+LAYOUTS = [
+    pytest.param((2, 1), id="pipeline2"),
+    pytest.param((1, 1), id="data2"),
+    pytest.param((1, 2), id="context2"),
+]
+"""The number of stages, and of ranks that share windows."""
 WORLD = 2
 LANE = 1
 """The lane that reads corrupt tokens in step BAD."""
+
+
+def settings_of(layout: tuple[int, int]) -> dict:
+    stages, context = layout
+    return {
+        **SETTINGS, "parallel": {"pipeline_stages": stages, "context_parallel": context}
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,34 +59,32 @@ def corrupt_token(store: Store, name: str, document: int, offset: int) -> None:
 
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory, data):
-    """By pipeline degree: runs to step SAVED, and from there on without window BAD."""
+    """By layout: runs to step SAVED, and from there on without window BAD."""
     made = {}
 
-    def of(stages: int) -> FaultyRun:
-        if stages not in made:
-            settings = {**SETTINGS, "parallel__pipeline_stages": stages}
+    def of(layout: tuple[int, int]) -> FaultyRun:
+        if layout not in made:
             folder = tmp_path_factory.mktemp("skipping")
-            run = FaultyRun(folder, data, json.dumps({"skip": [BAD]}), **settings)
+            faults = json.dumps({"skip": [BAD]})
+            run = FaultyRun(folder, data, faults, **settings_of(layout))
             run.finish(WORLD)
             for step in (8, STEPS):
                 shutil.rmtree(run.checkpoint(step), ignore_errors=True)
             output = run.finish(WORLD)
             assert f"at step {SAVED}\n" in output
-            made[stages] = run
-        return made[stages]
+            made[layout] = run
+        return made[layout]
 
     return of
 
 
 @pytest.mark.parametrize("fault", ["nan", "corrupt"])
-@pytest.mark.parametrize("stages", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rollback_is_as_if_the_window_had_never_been_read(
-    tmp_path, data, corrupt, skipping, trial, stages, fault
+    tmp_path, data, corrupt, skipping, trial, layout, fault
 ):
-    expected = skipping(stages)
-    settings = {
-        **SETTINGS, "parallel__pipeline_stages": stages, "train__on_bad_step": "rollback",
-    }  # fmt: skip
+    expected = skipping(layout)
+    settings = {**settings_of(layout), "train__on_bad_step": "rollback"}
     faults = {"nan": [BAD]} if fault == "nan" else {"unchecked": True}
     source, document = corrupt if fault == "corrupt" else (data, None)
     with trial("window with a NaN or a corrupt token: rollback"):
@@ -94,12 +104,14 @@ def test_rollback_is_as_if_the_window_had_never_been_read(
 
 
 def test_rollback_goes_the_same_way_in_every_layout(skipping):
-    assert skipping(2).losses == pytest.approx(skipping(1).losses, rel=1e-5)
+    losses = skipping((1, 1)).losses
+    for layout in ((2, 1), (1, 2)):
+        assert skipping(layout).losses == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("stages", LAYOUTS)
-def test_skip_counts_and_empties_the_memories_of_corrupt_lanes(tmp_path, corrupt, trial, stages):
-    settings = {**SETTINGS, "train__steps": BAD + 1, "parallel__pipeline_stages": stages}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_skip_counts_and_empties_the_memories_of_corrupt_lanes(tmp_path, corrupt, trial, layout):
+    settings = {**settings_of(layout), "train__steps": BAD + 1}
     with trial("window with a NaN or a corrupt token: skip"):
         run = FaultyRun(tmp_path, corrupt[0], '{"unchecked": true}', **settings)
         run.finish(WORLD)
@@ -113,9 +125,9 @@ def test_skip_counts_and_empties_the_memories_of_corrupt_lanes(tmp_path, corrupt
         assert all(min(values) > 0 for values in norms.values())
 
 
-@pytest.mark.parametrize("stages", LAYOUTS)
-def test_stop_ends_all_ranks_with_the_reason(tmp_path, data, trial, stages):
-    settings = {**SETTINGS, "parallel__pipeline_stages": stages, "train__on_bad_step": "stop"}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stop_ends_all_ranks_with_the_reason(tmp_path, data, trial, layout):
+    settings = {**settings_of(layout), "train__on_bad_step": "stop"}
     with trial("window with a NaN or a corrupt token: stop"):
         run = FaultyRun(tmp_path, data, json.dumps({"nan": [BAD]}), **settings)
         with run.start(WORLD) as ranks:

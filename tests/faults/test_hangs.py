@@ -68,6 +68,27 @@ def test_frozen_rank_is_named_by_the_other(tmp_path, data, trial, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_rank_that_shares_windows_is_named_by_the_other(tmp_path, data, trial, rank, number):
+    """At once if it is dead; a frozen one within train.hang_timeout. Nothing is lost."""
+    settings = {**SETTINGS, "train__save_every": 2, "parallel": {"context_parallel": 2}}
+    run = FaultyRun(tmp_path, data, **settings)
+    what = "`SIGSTOP`" if number == signal.SIGSTOP else "`kill -9`"
+    with trial(f"{what} of a rank that shares windows"):
+        with run.start(2) as ranks:
+            ranks.wait_until(lambda: run.step >= 3, START, "steps")
+            ranks.all[rank].send(number)
+            end_of_others(ranks, rank, (HANG if number == signal.SIGSTOP else 0) + 40)
+            line = next(x for x in ranks.all[1 - rank].output.splitlines() if "infini-ds rank" in x)
+            print(line)
+        assert "Traceback" not in ranks.all[1 - rank].output
+        saved = max(int(p.parent.name[5:]) for p in run.output.glob("checkpoints/*/manifest.json"))
+        assert f"at step {saved}\n" in run.finish(2, f"train.steps={saved + 2}")
+        assert max(run.losses) == saved + 2
+
+
+@pytest.mark.slow
 def test_frozen_rank_does_not_keep_the_job(tmp_path, data, trial):
     """DeepSpeed's launcher gives a rank 30 seconds to end before it kills it."""
     run = FaultyRun(tmp_path, data, **SETTINGS)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from infini_ds.parallel.build import start_distributed
-from infini_ds.parallel.pipeline.channel import Channel, WaitError
+from infini_ds.parallel.contact import WaitError
+from infini_ds.parallel.pipeline.channel import Channel
 
 SIZES = [16, 48, 1, 1_000_000, 32, 5]
 LIMIT = 2.0

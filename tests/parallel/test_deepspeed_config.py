@@ -104,6 +104,16 @@ def test_batch_is_divided_over_data_parallel_ranks(data):
     assert sizes == {**BATCH, "gradient_accumulation_steps": 6 // data}
 
 
+@pytest.mark.parametrize(("data", "context"), [(2, 2), (6, 2), (6, 6)])
+def test_lanes_that_ranks_share_are_counted_for_each_of_them(data, context):
+    """DeepSpeed wants the product of the other two and of the data-parallel size."""
+    shared = run_config(parallel={"context_parallel": context}, train__window_segments=context)
+    tree = deepspeed_config(shared, data, universal=False)
+    accumulation = 6 // (data // context)
+    assert tree["gradient_accumulation_steps"] == accumulation
+    assert tree["train_batch_size"] == 2 * accumulation * data == 12 * context
+
+
 def test_batch_is_what_deepspeed_understands():
     config = DeepSpeedConfig(copy.deepcopy(BASE))
     assert {name: getattr(config, name) for name in BATCH} == BATCH

@@ -3,16 +3,26 @@
 from torch import Tensor
 
 from infini_ds.kernels.backend import uses_triton
-from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+from infini_ds.kernels.infini_attention.parallel import (
+    infini_attention_parallel,
+    memory_before_part,
+)
 from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory.hand_on import Exchange
 
 
-def infini_attention(inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """Computes the results of `infini_attention_reference` by the fastest way available."""
+def infini_attention(
+    inputs: Inputs, exchange: Exchange | None = None
+) -> tuple[Tensor, MemoryState]:
+    """Computes the results of `infini_attention_reference` by the fastest way available.
+
+    Args:
+        exchange: if given, other ranks have the other parts of the window, as in
+            `infini_attention_parallel`.
+    """
     if inputs.rule not in RULES:
         raise ValueError(f"rule ({inputs.rule}) must be one of {', '.join(RULES)}")
-    compute = infini_attention_parallel
     if uses_triton(inputs.q):
         from infini_ds.kernels.self_check import check
 
@@ -21,5 +31,9 @@ def infini_attention(inputs: Inputs) -> tuple[Tensor, MemoryState]:
         # Triton is not installed everywhere.
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 
-        compute = infini_attention_triton
-    return compute(inputs)
+        if exchange is None:
+            return infini_attention_triton(inputs)
+        _, k, v, w, memory, layout, _, rule, _ = inputs
+        before, final = memory_before_part(k, v, w, memory, layout, rule, exchange)
+        return infini_attention_triton(inputs._replace(memory=before))[0], final
+    return infini_attention_parallel(inputs, exchange)

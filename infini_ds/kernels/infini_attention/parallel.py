@@ -9,6 +9,7 @@ segment, but only over matrices [d, d]. Memories are fp32 whatever the compute t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.reference import Inputs
@@ -16,35 +17,49 @@ from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.local_attention import local_attention
 from infini_ds.layout import Layout, memory_tokens
+from infini_ds.memory.hand_on import Change, Exchange, hand_on
 from infini_ds.memory.state import MemoryState
 
 
-def infini_attention_parallel(inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """Computes the results of `infini_attention_reference` for all segments at once."""
+def infini_attention_parallel(
+    inputs: Inputs, exchange: Exchange | None = None
+) -> tuple[Tensor, MemoryState]:
+    """Computes the results of `infini_attention_reference` for all segments at once.
+
+    Args:
+        exchange: if given, the inputs are this rank's part of a window, and so is the output;
+            `memory` is the memory before the whole window, and the one after it is returned.
+    """
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
     a_dot = local_attention(q, k, v, rotary, layout.begins)
-    states, final = memory_scan(k, v, w, memory, layout, rule)
+    states, final = memory_scan(k, v, w, memory, layout, rule, exchange)
     return read_and_mix(a_dot, q, states, beta, layout), final
 
 
 def memory_scan(
-    k: Tensor, v: Tensor, w: Tensor | None, memory: MemoryState, layout: Layout, rule: str
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    memory: MemoryState,
+    layout: Layout,
+    rule: str,
+    exchange: Exchange | None = None,
 ) -> tuple[MemoryState, MemoryState]:
     """Computes the memory that each segment reads, and the memory after the window.
 
     Args:
         k, v: [batch, segments, n, kv_heads, d].
         w: [batch, segments, n, kv_heads] or None.
+        exchange: as in `infini_attention_parallel`.
 
     Returns:
         The memory before each segment, kv [batch, segments, kv_heads, d, d] and norm [batch,
         segments, kv_heads, d], and the memory after the last one.
     """
-    n = k.shape[2]
-    weight = memory_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
-    if w is not None:
-        weight = weight * w.float()
-    added = segment_sums(k, v, weight)
+    weight, added = _write(k, v, w, layout)
+    if exchange is not None:
+        part = _Part(k, weight, added, memory, layout.starts, rule, exchange)
+        return part.found(), part.final
     norm, final_norm = scan(added.norm, memory.norm, layout.starts)
     if rule == "linear":
         kv, final_kv = scan(added.kv, memory.kv, layout.starts)
@@ -52,6 +67,81 @@ def memory_scan(
         overlaps = segment_overlaps(k, weight, norm, added.norm.detach())
         kv, final_kv = walk(added.kv, overlaps, memory.kv, layout.starts)
     return MemoryState(kv, norm), MemoryState(final_kv, final_norm)
+
+
+def memory_before_part(
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    memory: MemoryState,
+    layout: Layout,
+    rule: str,
+    exchange: Exchange,
+) -> tuple[MemoryState, MemoryState]:
+    """Returns the memory before this rank's part of a window, and the one after the whole window.
+
+    The arguments are those of `memory_scan`.
+    """
+    weight, added = _write(k, v, w, layout)
+    part = _Part(k, weight, added, memory, layout.starts, rule, exchange)
+    return part.before, part.final
+
+
+def _write(k: Tensor, v: Tensor, w: Tensor | None, layout: Layout) -> tuple[Tensor, MemoryState]:
+    """Returns write weights, fp32 [batch, segments, n, kv_heads], and what each segment adds."""
+    n = k.shape[2]
+    weight = memory_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
+    if w is not None:
+        weight = weight * w.float()
+    return weight, segment_sums(k, v, weight)
+
+
+class _Part:
+    """One rank's part of a window, of which it knows `before` and `final` from the other ranks.
+
+    The delta rule hands on the norm first, since overlaps depend on it. Its segments then find
+    A S + B, where S is the memory before the part.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        weight: Tensor,
+        added: MemoryState,
+        memory: MemoryState,
+        starts: Tensor,
+        rule: str,
+        exchange: Exchange,
+    ):
+        self._added, self._starts, self._maps = added, starts, None
+        goes_on = ~starts.any(dim=1)
+        if rule == "linear":
+            change = Change(goes_on.to(added.norm), added.map(self._sum_of_last_document))
+            before, final = hand_on(change, memory, exchange)
+            self.before, self.final = MemoryState(*before), MemoryState(*final)
+            return
+        change = Change(goes_on.to(added.norm), [self._sum_of_last_document(added.norm)])
+        (norm,), (final_norm,) = hand_on(change, [memory.norm], exchange)
+        self._norm, _ = scan(added.norm, norm, starts)
+        overlaps = segment_overlaps(k, weight, self._norm, added.norm.detach())
+        d = k.shape[-1]
+        self._maps, end = _WalkOfMaps.apply(added.kv, overlaps, starts)  # type: ignore[misc]
+        (kv,), (final_kv,) = hand_on(Change(end[..., d:], [end[..., :d]]), [memory.kv], exchange)
+        self.before, self.final = MemoryState(kv, norm), MemoryState(final_kv, final_norm)
+
+    def found(self) -> MemoryState:
+        """Returns the memory before each segment, as `memory_scan` does."""
+        if self._maps is None:
+            pairs = zip(self._added, self.before, strict=True)
+            return MemoryState(*(scan(added, x, self._starts)[0] for added, x in pairs))
+        added, factor = self._maps.chunk(2, dim=-1)
+        return MemoryState(added + factor @ self.before.kv[:, None], self._norm)
+
+    def _sum_of_last_document(self, added: Tensor) -> Tensor:
+        """Sums [batch, segments, ...] since the last segment in which a document begins."""
+        later = self._starts.flip(1).cumsum(1).flip(1) - self._starts.int()
+        last = (later == 0).to(added)[:, None]  # [batch, 1, segments]
+        return (last @ added.flatten(2)).view(-1, *added.shape[2:])
 
 
 def scan(added: Tensor, incoming: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,3 +180,38 @@ def walk(
         before.append(kv)
         kv = kv + added[:, s] - overlaps[:, s] @ kv
     return torch.stack(before, dim=1), kv
+
+
+class _WalkOfMaps(torch.autograd.Function):
+    """Walks like `walk` over the map of the memory before a part to that before each segment.
+
+    Maps are [batch, segments, kv_heads, d, 2 d]: the left half of each is B, the right half A.
+    Returns those before each segment and the one after the last, and keeps the former alone.
+    """
+
+    @staticmethod
+    def forward(ctx, added, overlaps, starts):
+        batch, segments, kv_heads, d, _ = added.shape
+        maps = added.new_empty(batch, segments, kv_heads, d, 2 * d)
+        state = torch.eye(d, 2 * d, dtype=added.dtype, device=added.device).roll(d, dims=1)
+        state = state.expand(batch, kv_heads, d, 2 * d)
+        for s in range(segments):
+            found = state.masked_fill(starts[:, s, None, None, None], 0)
+            maps[:, s] = found
+            state = found - overlaps[:, s] @ found
+            state[..., :d] += added[:, s]
+        ctx.save_for_backward(maps, overlaps, starts)
+        return maps, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_maps, d_end):
+        maps, overlaps, starts = ctx.saved_tensors
+        d_added, d_overlaps = torch.empty_like(overlaps), torch.empty_like(overlaps)
+        d_state, d = d_end, overlaps.shape[-1]
+        for s in reversed(range(maps.shape[1])):
+            d_added[:, s] = d_state[..., :d]
+            d_overlaps[:, s] = -d_state @ maps[:, s].mT
+            d_state = d_state - overlaps[:, s].mT @ d_state + d_maps[:, s]
+            d_state = d_state.masked_fill(starts[:, s, None, None, None], 0)
+        return d_added, d_overlaps, None

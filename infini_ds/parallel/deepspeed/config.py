@@ -14,9 +14,12 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         universal: whether a checkpoint in DeepSpeed's universal form will be loaded.
     """
     train, parallel = config.train, config.parallel
-    accumulation = train.batch_size // (train.micro_batch_size * data_parallel_size)
+    # DeepSpeed takes each data-parallel rank's lanes for its own, and so counts those that ranks
+    # share as often as there are such ranks.
+    lanes = train.batch_size * parallel.context_parallel
+    accumulation = lanes // (train.micro_batch_size * data_parallel_size)
     tree: dict = {
-        "train_batch_size": train.batch_size,
+        "train_batch_size": lanes,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,

@@ -1,30 +1,13 @@
 """A one-way connection between two stages: asynchronous, FIFO, with a limit on waiting."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from infini_ds.errors import RunError
-from infini_ds.system.causes import one_line
-
-_ERRORS_OF_THE_DEVICE = (
-    torch.OutOfMemoryError,
-    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),  # since torch 2.8
-)
-"""Errors of the device, which may surface during a communication call."""
+from infini_ds.parallel.contact import Contact, settle
 
 
-class WaitError(RunError):
-    """Another process did not answer within train.timeout, or is gone."""
-
-
-class Channel:
+class Channel(Contact):
     """Sends messages from one rank to another.
 
     Each channel has its own process group of these two ranks, because NCCL runs a rank's operations
@@ -32,18 +15,11 @@ class Channel:
     """
 
     def __init__(self, name: str, peer: int, group: dist.ProcessGroup, timeout: float):
+        super().__init__(timeout)
         self.name = name
         self.peer = peer
-        self.seconds = 0.0
-        """Time spent waiting so far."""
-        self.sent_bytes = 0
-        """Bytes of all messages sent so far, not counting `connect`."""
-        self.waiting = False
-        """Whether this rank is waiting for the other one."""
         self._group = group
-        self._limit = timedelta(seconds=timeout)
         self._sends: list[tuple[dist.Work, Tensor]] = []
-        self._device = torch.device(get_accelerator().current_device_name())
 
     def connect(self, sends: bool) -> None:
         """Sends or receives a first byte.
@@ -105,30 +81,3 @@ class Channel:
     def describe(self) -> str:
         """Names the messages of this channel and the other rank."""
         return f"{self.name} of rank {self.peer}"
-
-    @contextmanager
-    def _contact(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        self.waiting = True
-        try:
-            yield
-        except _ERRORS_OF_THE_DEVICE:
-            raise
-        except RuntimeError as error:
-            raise WaitError(
-                f"waited for {self.describe()} (at most train.timeout = "
-                f"{self._limit.total_seconds():g} s): {one_line(error)}"
-            ) from None
-        finally:
-            self.waiting = False
-            self.seconds += time.perf_counter() - begin
-
-
-def settle(device: torch.device) -> None:
-    """Waits until this process's own work on the device is done, so that times measure that work.
-
-    It does not wait for messages on their way: a rank that waited for its sends before it receives
-    could wait forever.
-    """
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

@@ -7,20 +7,21 @@ unit is one chunk of one micro-batch on one stage.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from infini_ds.config import ModelConfig, TrainConfig
+from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.data.windows import Windows, answers_right
 from infini_ds.memory import MemoryState
 from infini_ds.model.optimizer import set_learning_rate
 from infini_ds.model.write_gate import WriteStats, write_penalty
+from infini_ds.parallel.contact import settle
+from infini_ds.parallel.context import open_context
 from infini_ds.parallel.deepspeed.engine import CorrectedEngine
 from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
 from infini_ds.parallel.engine import (
@@ -34,7 +35,6 @@ from infini_ds.parallel.engine import (
 from infini_ds.parallel.lane_memory import LaneMemory
 from infini_ds.parallel.part import Part
 from infini_ds.parallel.pipeline.balance import describe
-from infini_ds.parallel.pipeline.channel import settle
 from infini_ds.parallel.pipeline.generation import generate
 from infini_ds.parallel.pipeline.hand_over import HandOver
 from infini_ds.parallel.pipeline.hops import open_hops
@@ -47,32 +47,8 @@ from infini_ds.parallel.pipeline.schedule import (
     train_schedule,
 )
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.pipeline.unit import Scale, Unit
 from infini_ds.parallel.ranks import gathered
-
-
-@dataclass
-class Unit:
-    """Everything that the backward pass of a unit needs."""
-
-    inputs: Tensor
-    """Tokens, or hidden states that receive a gradient."""
-    memory_in: list[Tensor]
-    """Tensors of each block's memory before the chunk, flat; they receive gradients in a window."""
-    output: Tensor
-    """Hidden states, or the summed loss on the last stage."""
-    memory_out: list[Tensor]
-    """Tensors of each block's memory after the chunk, flat."""
-    mass: Tensor | None
-    """Sum of this stage's write weights, if it has write gates."""
-
-
-class Scale(NamedTuple):
-    """Gradients of a step's loss with respect to its outputs."""
-
-    loss: float
-    """Gradient with respect to the summed losses."""
-    mass: float
-    """Gradient with respect to the summed write weights, which the write penalty adds."""
 
 
 class InfiniEngine(CorrectedEngine):
@@ -82,8 +58,6 @@ class InfiniEngine(CorrectedEngine):
 
     Args:
         tree: DeepSpeed's config; see `deepspeed_config`.
-        transport: the setting parallel.memory_transport.
-        packed: whether the segments of training are packed.
         on_progress: called with a description of each piece of work when it is done.
     """
 
@@ -94,11 +68,10 @@ class InfiniEngine(CorrectedEngine):
         module: InfiniPipeline,
         optimizer: torch.optim.Optimizer,
         tree: dict,
-        train: TrainConfig,
-        transport: str,
-        packed: bool,
+        config: RunConfig,
         on_progress: Callable[[str], None],
     ):
+        train, parallel = config.train, config.parallel
         super().__init__(module, optimizer, tree, train.timeout)
         self._train = train
         self._model: ModelConfig = module.config
@@ -109,13 +82,17 @@ class InfiniEngine(CorrectedEngine):
             self.micro_batches,
             train.micro_batch_size,
             tuple(module.bounds),
+            parallel.context_parallel,
         )
-        segments = train.window_segments // train.chunks
+        segments = train.window_segments // (train.chunks * self.part.context)
         dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
-        wire = Wire(self._model, train.micro_batch_size, segments, dtype, self.device, packed)
-        pipelines = module.topology().get_axis_comm_lists("pipe")
-        self._hops = open_hops(pipelines, self.global_rank, train.timeout)
-        policy = TRANSPORTS[transport](self.part.bounds)
+        wire = Wire(
+            self._model, train.micro_batch_size, segments, dtype, self.device, config.packed
+        )
+        axes, rank = module.topology().get_axis_comm_lists, self.global_rank
+        self._hops = open_hops(axes("pipe"), rank, train.timeout)
+        self._context = open_context(axes("data"), self.part.context, rank, train.timeout)
+        policy = TRANSPORTS[parallel.memory_transport](self.part.bounds)
         self._hand_over = HandOver(policy, wire, self._hops, self.part, train.chunks)
         self.memories = self.empty_memories()
         self._seconds = {"pipeline": 0.0, "reduce": 0.0, "optimizer": 0.0}
@@ -138,9 +115,9 @@ class InfiniEngine(CorrectedEngine):
         return self._skipped_in_a_row
 
     @property
-    def reads_labels(self) -> bool:
-        """Whether this stage computes the losses."""
-        return self.part.is_last
+    def counts_labels(self) -> bool:
+        """See `Engine`."""
+        return self.part.is_last and self.part.place == 0
 
     def empty_memories(self) -> LaneMemory:
         """Returns what this stage holds between windows, for lanes that have read nothing."""
@@ -157,7 +134,7 @@ class InfiniEngine(CorrectedEngine):
     ) -> StepResult:
         """See `Engine`."""
         begin = time.perf_counter()
-        waited, seconds = self._hops.seconds, dict(self._seconds)
+        waited, seconds = self._waited(), dict(self._seconds)
         set_learning_rate(self.optimizer, rate_factor)
         self.module.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -195,7 +172,7 @@ class InfiniEngine(CorrectedEngine):
             asked > 0,
             self.gradient_norm,
             {group["name"]: group["lr"] for group in self.optimizer.param_groups},
-            {**spent, "waiting_for_stages": self._hops.seconds - waited},
+            {**spent, **{name: now - waited[name] for name, now in self._waited().items()}},
         )
 
     def skip_window(self, starts: Tensor) -> None:
@@ -248,7 +225,8 @@ class InfiniEngine(CorrectedEngine):
         """See `Engine`."""
         self.save_states(directory, step)
         self._on_progress("saving weights and optimizer states")
-        self.memories.save(directory / "memory", self.part.lanes.start)
+        if self.part.place == 0:  # ranks that share windows have the same memories
+            self.memories.save(directory / "memory", self.part.lanes.start)
         self._on_progress("saving memories")
 
     def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
@@ -281,17 +259,25 @@ class InfiniEngine(CorrectedEngine):
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes this rank has sent to other stages so far."""
-        return self._hops.sent_bytes
+        """Bytes this rank has sent to other stages and to ranks that share its windows so far."""
+        return self._hops.sent_bytes + self.exchanged_bytes
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes this rank has sent to ranks that share its windows so far."""
+        return self._context.sent_bytes if self._context else 0
 
     @property
     def waiting_for(self) -> str:
         """See `Engine`."""
+        if self._context and self._context.waiting:
+            return self._context.describe()
         return self._hops.waiting_for
 
     def step_bytes(self) -> int:
         """Returns the bytes that this rank sends in a training step, by the formula."""
-        return self._hand_over.step_bytes()
+        exchanged = self.part.step_exchange_bytes(self._model, self._train.chunks)
+        return self._hand_over.step_bytes() + exchanged
 
     # The schedule
 
@@ -337,7 +323,7 @@ class InfiniEngine(CorrectedEngine):
                 self._windows[micro_batch] = windows.to(self.device)
         passing = self._passing[micro_batch]
         if self.part.is_first:
-            cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
+            cut = self._cut(micro_batch, chunk)
             inputs, layout = cut.tokens, cut.layout
         else:
             payload = self._hand_over.receive(chunk, training)
@@ -351,10 +337,10 @@ class InfiniEngine(CorrectedEngine):
             memory = [
                 layer.map(lambda tensor: tensor.detach().requires_grad_()) for layer in memory
             ]
-        output, after, writes = self.module(inputs, layout, memory)
+        output, after, writes = self.module(inputs, layout, memory, self._context)
         passing.update(zip(own, after, strict=True))
         if self.part.is_last:
-            cut = self._windows[micro_batch].chunk(self._train.chunks, chunk)
+            cut = self._cut(micro_batch, chunk)
             losses = self.module.losses(output, cut.labels, self._train.loss_chunk_tokens)
             if training:
                 if self._train.curriculum:
@@ -375,24 +361,22 @@ class InfiniEngine(CorrectedEngine):
             if training:
                 self._hand_over.hand_back(micro_batch)
 
+    def _cut(self, micro_batch: int, chunk: int) -> Windows:
+        """Returns this rank's part of a chunk."""
+        parts = self.part.context
+        windows = self._windows[micro_batch]
+        return windows.chunk(self._train.chunks * parts, chunk * parts + self.part.place)
+
     def _backward(self, unit: Backward, scale: Scale) -> None:
-        micro_batch, chunk = unit
-        done = self._units.pop((micro_batch, chunk))
+        done = self._units.pop((unit.micro_batch, unit.chunk))
         if self.part.is_last:
-            tensors, gradients = [done.output], [torch.full_like(done.output, scale.loss)]
+            gradient = torch.full_like(done.output, scale.loss)
         else:
-            tensors = [done.output]
-            gradients = [self._hand_over.receive_gradient(done.output)]
-        if done.mass is not None:
-            tensors.append(done.mass)
-            gradients.append(torch.full_like(done.mass, scale.mass))
-        if chunk < self._train.chunks - 1:
-            # The next chunk left the gradients of the memory that this one handed on.
-            for tensor, gradient in zip(done.memory_out, self._memory_gradients, strict=True):
-                if gradient is not None:
-                    tensors.append(tensor)
-                    gradients.append(gradient)
-        self.accumulate(tensors, gradients)
+            gradient = self._hand_over.receive_gradient(done.output)
+        last = unit.chunk == self._train.chunks - 1
+        # The next chunk left the gradients of the memory that this one handed on.
+        of_memory = [] if last else self._memory_gradients
+        self.accumulate(*done.outputs(gradient, scale.mass, of_memory))
         self._memory_gradients = [tensor.grad for tensor in done.memory_in]
         if not self.part.is_first:
             assert done.inputs.grad is not None
@@ -442,6 +426,13 @@ class InfiniEngine(CorrectedEngine):
         for micro_batch in range(self.micro_batches):
             own = self.lanes_of(micro_batch)
             self.memories.clear(micro_batch, lanes[own.start : own.stop].to(self.device))
+
+    def _waited(self) -> dict[str, float]:
+        """Returns for how long this rank has waited for others so far."""
+        waited = {"waiting_for_stages": self._hops.seconds}
+        if self._context:
+            waited["waiting_for_context"] = self._context.seconds
+        return waited
 
     def _clock(self, phase: str, begin: float) -> float:
         settle(self.device)

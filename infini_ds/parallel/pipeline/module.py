@@ -7,6 +7,7 @@ from torch import Tensor
 from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
+from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
@@ -57,7 +58,11 @@ class InfiniPipeline(StageModule):
         return layer.weight if isinstance(layer, Embedding) else None
 
     def forward(
-        self, inputs: Tensor, layout: Layout, memory: list[MemoryState]
+        self,
+        inputs: Tensor,
+        layout: Layout,
+        memory: list[MemoryState],
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
         """Runs this stage on a chunk; a pure function, like each of its layers.
 
@@ -65,6 +70,7 @@ class InfiniPipeline(StageModule):
             inputs: tokens [batch, length] on the first stage, hidden states on the others.
             layout: the chunk's layout.
             memory: the memory of each of this stage's blocks before the chunk.
+            exchange: if other ranks have the other parts of the same chunk, the way to them.
 
         Returns:
             Hidden states (after the final norm on the last stage), the memories after the chunk,
@@ -74,7 +80,7 @@ class InfiniPipeline(StageModule):
         remaining = iter(memory)
         for layer in self.forward_funcs:
             if isinstance(layer, Block):
-                hidden, layer_memory, stats = layer(hidden, layout, next(remaining))
+                hidden, layer_memory, stats = layer(hidden, layout, next(remaining), exchange)
                 after.append(layer_memory)
                 if stats is not None:
                     writes.append(stats)

@@ -1,0 +1,54 @@
+"""One chunk of one micro-batch on one stage, between its forward and its backward pass."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Scale(NamedTuple):
+    """Gradients of a step's loss with respect to its outputs."""
+
+    loss: float
+    """Gradient with respect to the summed losses."""
+    mass: float
+    """Gradient with respect to the summed write weights, which the write penalty adds."""
+
+
+@dataclass
+class Unit:
+    """Everything that the backward pass of a unit needs."""
+
+    inputs: Tensor
+    """Tokens, or hidden states that receive a gradient."""
+    memory_in: list[Tensor]
+    """Tensors of each block's memory before the chunk, flat; they receive gradients in a window."""
+    output: Tensor
+    """Hidden states, or the summed loss on the last stage."""
+    memory_out: list[Tensor]
+    """Tensors of each block's memory after the chunk, flat."""
+    mass: Tensor | None
+    """Sum of this stage's write weights, if it has write gates."""
+
+    def outputs(
+        self, gradient: Tensor, mass: float, of_memory: list[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the outputs that receive gradients, and these.
+
+        Args:
+            gradient: of the output.
+            mass: gradient of the summed write weights.
+            of_memory: gradients that the window's next chunk left for the tensors of `memory_out`;
+                empty for the last chunk.
+        """
+        tensors, gradients = [self.output], [gradient]
+        if self.mass is not None:
+            tensors.append(self.mass)
+            gradients.append(torch.full_like(self.mass, mass))
+        if of_memory:
+            for tensor, own in zip(self.memory_out, of_memory, strict=True):
+                if own is not None:
+                    tensors.append(tensor)
+                    gradients.append(own)
+        return tensors, gradients

@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from infini_ds.parallel.part import Part
+from tests import tiny
+from tests.distributed.processes import run_ranks
+
+WORKER = Path(__file__).with_name("context_worker.py")
+LIMIT = 2.0  # the worker's train.timeout
+
+
+@pytest.fixture
+def outcome(tmp_path):
+    def run(mode: str) -> dict:
+        result = tmp_path / "result.json"
+        run_ranks([str(WORKER), mode, str(result)], 3, tmp_path, limit=90)
+        return json.loads(result.read_text())
+
+    return run
+
+
+def test_ranks_gather_in_their_order_and_sum_up_what_is_theirs(outcome):
+    seen = outcome("orderly")
+    assert seen["gathered"] == [[10 * place + x for x in range(4)] for place in range(3)]
+    assert seen["summed"] == [x * (1 + 2 + 3) for x in range(4)]
+    assert seen["bytes"] == 2 * 2 * 4 * 4  # forward and back, to two ranks, four numbers
+
+
+@pytest.mark.parametrize("peers", ["silent", "dead"])
+def test_exchange_gives_up_within_the_limit_and_names_what_and_whom(outcome, peers):
+    seen = outcome(peers)
+    assert seen["error"].startswith("waited for memories of ranks 1, 2")
+    assert "train.timeout = 2 s" in seen["error"]
+    assert "\n" not in seen["error"]
+    assert seen["waited"] < LIMIT + 3
+
+
+def part(replica: int, context: int) -> Part:
+    return Part(0, replica, 3, 2, (0, 2, 5), context)
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_ranks_share_lanes_and_together_read_all_of_them(context):
+    parts = [part(replica, context) for replica in range(4)]
+    for first in range(0, 4, context):
+        group = parts[first : first + context]
+        assert {each.lanes for each in group} == {group[0].lanes}
+        assert [each.place for each in group] == list(range(context))
+    lanes = [lane for each in parts if each.place == 0 for lane in each.lanes]
+    assert lanes == list(range(6 * 4 // context))
+    assert [lane for micro in range(3) for lane in parts[-1].lanes_of(micro)] == [*parts[-1].lanes]
+
+
+@pytest.mark.parametrize(("rule", "matrices"), [("linear", 1), ("delta", 2)])
+def test_bytes_of_an_exchange_do_not_depend_on_tokens(rule, matrices):
+    for n in (8, 64):
+        model = tiny.model_config(memory_rule=rule, segment_length=n)
+        numbers = matrices * 2 * 8 * 8 + 2 * 8 + 1  # two heads of 8: of M, of z, and a flag
+        assert part(0, 4).exchange_bytes(model) == 3 * 2 * numbers * 4
+        assert part(0, 1).exchange_bytes(model) == 0
+        layers = 3 * 5 * 2  # micro-batches, chunks, blocks
+        assert part(0, 4).step_exchange_bytes(model, chunks=5) == 2 * layers * 3 * 2 * numbers * 4
