@@ -15,6 +15,7 @@ from infini_ds.errors import UserError
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
 from infini_ds.model.head import loss_chunk
+from infini_ds.parallel.part import Part
 from infini_ds.parallel.pipeline.balance import balance
 from infini_ds.parallel.pipeline.payload import Wire
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
@@ -38,7 +39,7 @@ class StagePlan(NamedTuple):
     activations: int
     temporary: int
     sent: int
-    """Bytes sent to other stages in a step."""
+    """Bytes sent in a step to other stages, and to ranks that share windows."""
     waiting: float
     """Share of its time that it waits for other stages."""
 
@@ -87,8 +88,9 @@ def plan(config: RunConfig, processes: int) -> Plan:
     data = config.data_parallel_size(processes)
     model, train = config.model, config.train
     stages, chunks = processes // data, train.chunks
-    micro_batches = train.batch_size // (data * train.micro_batch_size)
-    segments = train.window_segments // chunks
+    context = config.parallel.context_parallel
+    micro_batches = train.batch_size // (data // context * train.micro_batch_size)
+    segments = train.window_segments // chunks // context
     unit = Unit(train.micro_batch_size, segments, DTYPES[train.dtype])
     tokens = unit.batch * segments * model.segment_length
     bounds = balance(model, stages)
@@ -111,7 +113,9 @@ def plan(config: RunConfig, processes: int) -> Plan:
         if stage == stages - 1:
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
+        part = Part(stage, 0, micro_batches, unit.batch, tuple(bounds), context)
         sent = transport.step_bytes(wire, stage, micro_batches, chunks)
+        sent += part.step_exchange_bytes(model, chunks)
         waiting = 1 - time.busy[stage] / time.step
         made.append(StagePlan(first, end - 1, needs, units, activations, temporary, sent, waiting))
     return Plan(
@@ -140,6 +144,8 @@ def alternatives(config: RunConfig, processes: int) -> list[Plan]:
     for stages, chunks, checkpointing in product(degrees, cuts, get_args(Checkpointing)):
         if stages == 1 and chunks > 1:
             continue  # one stage has no bubble to shorten
+        if train.window_segments // chunks % config.parallel.context_parallel:
+            continue  # the ranks that share a window do not fit the segments of a chunk
         choice = {"chunks": chunks, "activation_checkpointing": checkpointing}
         parallel = config.parallel.model_copy(update={"pipeline_stages": stages})
         changes = {"parallel": parallel, "train": train.model_copy(update=choice)}

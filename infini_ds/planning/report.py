@@ -160,7 +160,7 @@ def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Consol
     train = config.train
     console.print(
         f"{_parameters(plan.parameters)} parameters in {train.dtype} on {devices.count} processes: "
-        f"{len(plan.stages)} pipeline stages x {plan.data} data-parallel, {plan.micro_batches} "
+        f"{config.parallel.describe(len(plan.stages), plan.data)}, {plan.micro_batches} "
         f"micro-batches of {train.micro_batch_size} lanes in {plan.chunks} chunks, memories "
         f"{config.parallel.memory_transport}, checkpointing {plan.checkpointing}"
     )

@@ -125,6 +125,23 @@ def test_command_prints_tables_and_writes_figures(tmp_path, capsys):
     assert figures["alternatives"]
 
 
+def test_ranks_that_share_windows_hold_a_part_of_the_activations():
+    tree = {
+        "model__vocab_size": 61, "model__num_layers": 4, "train__batch_size": 4,
+        "train__window_segments": 8, "train__dtype": "fp32",
+    }  # fmt: skip
+    alone, shared = (
+        plan(tiny.run_config(**tree, parallel={"pipeline_stages": 1, "context_parallel": each}), 2)
+        for each in (1, 2)
+    )
+    assert (alone.data, alone.micro_batches) == (2, 2)
+    assert (shared.data, shared.micro_batches) == (2, 4)
+    assert shared.stages[0].activations < 0.6 * alone.stages[0].activations
+    assert shared.stages[0].needs.memories == 2 * alone.stages[0].needs.memories
+    message = 4 * (1 + 2 * 8 * 9)  # of a lane and layer: of two heads, M and z; and a number
+    assert (alone.stages[0].sent, shared.stages[0].sent) == (0, 2 * 4 * 4 * message)
+
+
 def test_useful_tokens_are_those_of_the_store(tmp_path, capsys):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": "x" * 40}) + "\n" for _ in range(90)))
@@ -182,7 +199,7 @@ def test_parameters_are_in_millions_below_a_billion(count, told):
         (["--processes", "1000001"], "--processes (1000001) must be at most 1000000"),
         (["--processes", "3"], "train.batch_size (8) must be a multiple of"),
         (["--processes", "3"], "data-parallel size (3); 2 or 4 processes would do"),
-        (["--processes", "16"], "data-parallel size (16); 8 processes would do"),
+        (["--processes", "16"], "share windows (parallel.context_parallel); 8 processes would do"),
         (["--processes", "1", "--memory", "-1"], "--memory (-1) must be more than 0"),
     ],
 )
