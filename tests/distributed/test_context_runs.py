@@ -101,6 +101,7 @@ def test_training_and_evaluation_are_those_of_one_process(finished):
                 assert ours[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_run_goes_on_with_other_ranks_that_share_windows(tmp_path, data, finished, before, after):
     original = finished(before)
