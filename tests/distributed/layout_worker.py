@@ -54,11 +54,12 @@ def config_of(case: dict) -> RunConfig:
     )  # fmt: skip
 
 
-def windows_of(step: int, config: RunConfig) -> tuple[Windows, int]:
+def windows_of(step: int, config: RunConfig | None = None) -> tuple[Windows, int]:
     """Windows of all lanes, with padding and documents that start inside, and their tokens.
 
     If they are packed, free ends hold whole documents of two tokens and of one.
     """
+    config = config or config_of({})
     segments, packed = config.train.window_segments, config.packed
     generator = torch.Generator().manual_seed(step)
     shape = (LANES, segments)
