@@ -28,6 +28,7 @@ def config_of(case: dict) -> RunConfig:
     export = open_model(Path(case["init_from"]))
     return tiny.run_config(
         model=export.config.model_dump(),
+        data={"packing": False},
         train={
             "steps": STEPS, "batch_size": LANES, "window_segments": SEGMENTS, "dtype": "fp32",
             "timeout": 600.0,
