@@ -20,11 +20,12 @@ NEEDS = {
     "tests/parallel/test_context.py": ("ranks",),
     "tests/parallel/test_deepspeed_traps.py": ("ranks",),
     "tests/planning/test_real_memory.py": ("ranks",),
-    # They compile or interpret kernels, for many seconds.
+    # They compile or interpret kernels, or compare many of their cases, for many seconds.
     "tests/benchmarks/test_kernels_compile.py::test_kernels": ("kernels",),
     "tests/benchmarks/test_unfinished_products.py::test_sums_of_grouped": ("kernels",),
     "tests/kernels/test_fused.py::test_cross_entropy_is_the_same": ("kernels",),
     "tests/kernels/test_fused.py::test_gated_and_its_gradient_are_the_same_compiled": ("kernels",),
+    "tests/kernels/test_context.py": ("kernels",),
     "tests/kernels/test_self_check.py": ("kernels",),
     "tests/kernels/test_triton.py::test_kernels_match_reference": ("kernels",),
     # Long, though in one process: they import DeepSpeed in processes of their own, or train.
