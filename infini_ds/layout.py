@@ -59,29 +59,32 @@ def valid_tokens(layout: Layout, n: int) -> Tensor:
     return made_once(begins, ("valid",), lambda: begins < n)
 
 
-def document_begins(layout: Layout, n: int) -> Tensor | None:
+def document_begins(layout: Layout) -> Tensor | None:
     """Returns `begins` with padding as documents of one token, or None if nothing is packed.
 
     A token at position i sees the positions from begins[i] to i, and its rotary position is
     i - begins[i].
     """
-    begins = layout.begins
-    if begins is None:
-        return None
+    return None if layout.begins is None else begins_with_padding(layout.begins)
+
+
+def begins_with_padding(begins: Tensor) -> Tensor:
+    """Returns `Layout.begins` with padding as documents of one token."""
 
     def make() -> Tensor:
-        return torch.minimum(begins, torch.arange(n, dtype=begins.dtype, device=begins.device))
+        place = torch.arange(begins.shape[-1], dtype=begins.dtype, device=begins.device)
+        return torch.minimum(begins, place)
 
     return made_once(begins, ("clamped",), make)
 
 
-def document_ends(layout: Layout, n: int) -> Tensor | None:
+def document_ends(layout: Layout) -> Tensor | None:
     """Returns the position after each token's document, with padding as in `document_begins`.
 
     Returns:
         int32 [batch, segments, n], or None if nothing is packed. Never falls along a segment.
     """
-    begins = document_begins(layout, n)
+    begins = document_begins(layout)
     if begins is None:
         return None
 

@@ -40,3 +40,16 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.extensions_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def _fp64(monkeypatch):
+    """Everything that asks for fp32 gets fp64."""
+    import torch  # the tests of commands that load no torch begin here too
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    yield
+    torch.set_default_dtype(default)

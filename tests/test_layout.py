@@ -40,21 +40,21 @@ def test_only_the_first_document_of_a_packed_segment_uses_the_memory():
 
 def test_padding_counts_as_documents_of_one_token():
     layout = packed()
-    begins = document_begins(layout, 6)
+    begins = document_begins(layout)
     assert begins is not None
     assert begins.tolist() == [[[0, 0, 2, 3, 3, 5], [0, 0, 0, 3, 4, 5]]]
-    assert document_begins(layout, 6) is begins
-    assert document_begins(layout_of(2, 3), 6) is None
+    assert document_begins(layout) is begins
+    assert document_begins(layout_of(2, 3)) is None
 
 
 def test_ends_of_documents():
     layout = packed()
-    ends = document_ends(layout, 6)
+    ends = document_ends(layout)
     assert ends is not None
     assert ends.dtype == torch.int32
     assert ends.tolist() == [[[2, 2, 3, 5, 5, 6], [3, 3, 3, 4, 5, 6]]]
-    assert document_ends(layout, 6) is ends
-    assert document_ends(layout_of(2, 3), 6) is None
+    assert document_ends(layout) is ends
+    assert document_ends(layout_of(2, 3)) is None
 
 
 def test_a_layout_is_mapped_part_by_part():

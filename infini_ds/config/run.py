@@ -119,3 +119,8 @@ class RunConfig(Settings):
                 f"train.micro_batch_size ({micro}) x {size}{remedy}"
             )
         return data
+
+    def lanes_of_a_rank(self, data: int) -> int:
+        """Lanes that each of so many data-parallel ranks reads, alone or with those that share its
+        windows."""
+        return self.train.batch_size * self.parallel.context_parallel // data

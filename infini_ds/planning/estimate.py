@@ -59,7 +59,7 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
         shards = data if parallel.zero_stage else 1
         states = parameters * _state_bytes(config) // shards
         here, there = (0, states) if parallel.offload_optimizer else (states, 0)
-        lanes = config.train.batch_size * config.parallel.context_parallel // data
+        lanes = config.lanes_of_a_rank(data)
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
         weights = parameters * _weight_bytes(config)
         needs.append(StageNeeds(parameters, weights, here, there, memories))

@@ -89,7 +89,7 @@ def plan(config: RunConfig, processes: int) -> Plan:
     model, train = config.model, config.train
     stages, chunks = processes // data, train.chunks
     context = config.parallel.context_parallel
-    micro_batches = train.batch_size // (data // context * train.micro_batch_size)
+    micro_batches = config.lanes_of_a_rank(data) // train.micro_batch_size
     segments = train.window_segments // chunks // context
     unit = Unit(train.micro_batch_size, segments, DTYPES[train.dtype])
     tokens = unit.batch * segments * model.segment_length

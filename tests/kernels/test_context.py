@@ -212,17 +212,6 @@ def test_parts_are_one_window(case, count):
     check_parts(case, count, 1e-5)
 
 
-@pytest.fixture
-def _fp64(monkeypatch):
-    """Everything that asks for fp32 gets fp64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    yield
-    torch.set_default_dtype(default)
-
-
 @pytest.mark.usefixtures("_fp64")
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

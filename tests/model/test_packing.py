@@ -235,17 +235,6 @@ def test_documents_are_the_same_alone_and_packed(make_model, rule, options, n):
     check_same_alone(model, n, 1e-5)
 
 
-@pytest.fixture
-def _fp64(monkeypatch) -> Iterator[None]:
-    """Everything that asks for fp32 gets fp64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    yield
-    torch.set_default_dtype(default)
-
-
 @pytest.mark.usefixtures("_fp64")
 @pytest.mark.parametrize(
     ("path", "n"), [("reference", 16), ("reference", 100), *(("parallel", n) for n in LENGTHS)]

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ def receive(channel: Channel) -> dict:
     return {"same": same, "seconds": channel.seconds}
 
 
-def wait_in_vain(channel: Channel) -> dict:
+def wait_in_vain(call: Callable[[], object]) -> dict:
+    """How a call that waits for another rank ends, and after how long."""
     begin = time.monotonic()
     try:
-        channel.receive(16)
+        call()
     except WaitError as error:
         return {"error": str(error), "waited": time.monotonic() - begin}
     return {"error": None}
@@ -61,7 +63,9 @@ def main() -> None:
     else:
         if mode == "dead":
             store.wait(["dying"])
-        outcome = receive(channel) if mode == "orderly" else wait_in_vain(channel)
+        outcome = (
+            receive(channel) if mode == "orderly" else wait_in_vain(lambda: channel.receive(16))
+        )
         result.write_text(json.dumps(outcome))
         store.set("finished", "")
         if mode != "dead":

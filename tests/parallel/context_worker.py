@@ -6,17 +6,15 @@ Rank 0 exchanges with the others and writes what happened to RESULT as JSON.
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from infini_ds.parallel.build import start_distributed
-from infini_ds.parallel.contact import WaitError
 from infini_ds.parallel.context import ContextGroup, open_context
+from tests.parallel.channel_worker import LIMIT, wait_in_vain
 
-LIMIT = 2.0
 WORLD = 3
 
 
@@ -29,15 +27,6 @@ def orderly(context: ContextGroup) -> dict:
     return {"gathered": gathered.tolist(), "summed": summed.tolist(), "bytes": bytes_sent}
 
 
-def wait_in_vain(context: ContextGroup) -> dict:
-    begin = time.monotonic()
-    try:
-        context.all_gather(torch.zeros(4))
-    except WaitError as error:
-        return {"error": str(error), "waited": time.monotonic() - begin}
-    return {"error": None}
-
-
 def main() -> None:
     mode, result = sys.argv[1], Path(sys.argv[2])
     start_distributed(60)
@@ -48,7 +37,10 @@ def main() -> None:
     if rank == 0:
         if mode == "dead":
             store.wait(["dying"])
-        outcome = orderly(context) if mode == "orderly" else wait_in_vain(context)
+        if mode == "orderly":
+            outcome = orderly(context)
+        else:
+            outcome = wait_in_vain(lambda: context.all_gather(torch.zeros(4)))
         result.write_text(json.dumps(outcome))
         store.set("finished", "")
     elif mode == "orderly":

@@ -58,7 +58,7 @@ def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     _, segments, n, heads, d = q.shape
     group = heads // k.shape[3]
     position = torch.arange(n, device=q.device)
-    begins = document_begins(layout, n)
+    begins = document_begins(layout)
     if begins is None:
         begins = torch.zeros(1, dtype=torch.int32, device=q.device).expand(*layout.starts.shape, n)
     gate = beta.sigmoid().to(q.dtype)[:, None]  # [heads, 1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from infini_ds.kernels.local_attention.cpu import local_attention_cpu
 from infini_ds.kernels.local_attention.rotary import rotate
 from infini_ds.kernels.local_attention.runs import Run, positions_of, runs_of, unseen
-from infini_ds.layout import made_once
+from infini_ds.layout import begins_with_padding, made_once
 
 LONG = 512
 """Segment length from which the tiled CPU path is faster; shorter segments are too many pieces."""
@@ -90,8 +90,7 @@ def _mask(begins: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns what is added to scores, [batch x segments, 1, n, n]."""
 
     def make() -> Tensor:
-        own = torch.minimum(begins, torch.arange(begins.shape[-1], device=begins.device))
-        return unseen(own.flatten(0, 1)).to(dtype)[:, None]
+        return unseen(begins_with_padding(begins).flatten(0, 1)).to(dtype)[:, None]
 
     return made_once(begins, ("mask", dtype), make)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infini_ds.layout import made_once
+from infini_ds.layout import begins_with_padding, made_once
 
 SHORT = 64
 """Tokens from which on a document is a run of its own; below, the calls cost more than they do."""
@@ -38,8 +38,12 @@ def runs_of(begins: Tensor) -> list[list[Run]]:
         n = begins.shape[-1]
         place = torch.arange(n)
         return [
-            _runs(own, _bounds((own == place).nonzero()[:, 0].tolist(), int((own < n).sum()), n))
-            for own in begins.flatten(0, 1).cpu()
+            _runs(own, _bounds((raw == place).nonzero()[:, 0].tolist(), int((raw < n).sum()), n))
+            for raw, own in zip(
+                begins.flatten(0, 1).cpu(),
+                begins_with_padding(begins).flatten(0, 1).cpu(),
+                strict=True,
+            )
         ]
 
     return made_once(begins, ("runs",), make)
@@ -50,7 +54,7 @@ def positions_of(begins: Tensor) -> Tensor:
 
     def make() -> Tensor:
         place = torch.arange(begins.shape[-1], device=begins.device)
-        return (place - begins).clamp_(min=0)  # padding
+        return place - begins_with_padding(begins)
 
     return made_once(begins, ("positions",), make)
 
@@ -92,8 +96,7 @@ def _bounds(firsts: list[int], valid: int, n: int) -> list[tuple[int, int, bool]
 
 
 def _runs(begins: Tensor, bounds: list[tuple[int, int, bool]]) -> list[Run]:
-    own = torch.minimum(begins, torch.arange(len(begins)))  # padding
     return [
-        Run(start, end, (own[start:end] - start).long() if several else None)
+        Run(start, end, (begins[start:end] - start).long() if several else None)
         for start, end, several in bounds
     ]

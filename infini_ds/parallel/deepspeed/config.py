@@ -16,12 +16,11 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
     train, parallel = config.train, config.parallel
     # DeepSpeed takes each data-parallel rank's lanes for its own, and so counts those that ranks
     # share as often as there are such ranks.
-    lanes = train.batch_size * parallel.context_parallel
-    accumulation = lanes // (train.micro_batch_size * data_parallel_size)
+    lanes = config.lanes_of_a_rank(data_parallel_size)
     tree: dict = {
-        "train_batch_size": lanes,
+        "train_batch_size": lanes * data_parallel_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": lanes // train.micro_batch_size,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": None,
         # Asking for fp32 sums of bf16 gradients makes DeepSpeed choose its BF16_Optimizer.

@@ -42,13 +42,13 @@ class HandOver:
         """Sends a chunk to the next stage, with the memories that travel with it."""
         riding = self._riding(self._part.stage, chunk)
         memories = {block: payload.memories[block].map(Tensor.detach) for block in riding}
-        wire = self._wire if training else self._evaluation_wire
+        wire = self._wire_of(training)
         self._hops.to_next.send(wire.pack(payload._replace(memories=memories)))
 
     def receive(self, chunk: int, training: bool) -> Payload:
         """Receives what the previous stage sent with `send`."""
         riding = self._riding(self._part.stage - 1, chunk)
-        wire = self._wire if training else self._evaluation_wire
+        wire = self._wire_of(training)
         message = self._hops.from_previous.receive(wire.payload_bytes(len(riding)))
         return wire.unpack(message, riding)
 
@@ -90,6 +90,9 @@ class HandOver:
             blocks = list(self._part.all_blocks)
             message = self._hops.returned.receive(self._wire.memories_bytes(len(blocks)))
             memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
+
+    def _wire_of(self, training: bool) -> Wire:
+        return self._wire if training else self._evaluation_wire
 
     def _riding(self, stage: int, chunk: int) -> list[int]:
         return self._transport.riding(stage, chunk == 0, chunk == self._chunks - 1)

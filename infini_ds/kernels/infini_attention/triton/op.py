@@ -104,7 +104,7 @@ _NOT_PACKED = _Documents()
 
 
 def _documents(layout: Layout, n: int) -> _Documents:
-    begins, ends = document_begins(layout, n), document_ends(layout, n)
+    begins, ends = document_begins(layout), document_ends(layout)
     if begins is None or ends is None:
         return _NOT_PACKED
     return _Documents(begins.contiguous(), ends.contiguous(), layout.lengths.contiguous())
