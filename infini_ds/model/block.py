@@ -1,7 +1,7 @@
 """One Transformer block, a pure function of hidden states, layout and memory."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,13 +45,28 @@ class Block(nn.Module):
         layout: Layout,
         memory: MemoryState,
         exchange: Exchange | None = None,
+        embedding: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, MemoryState, WriteStats | None]:
-        """Maps [batch, segments x n, hidden_size] to the same shape. Also returns the memory after
-        the last segment, and statistics of what was written, None without a write gate. For
-        `exchange`, see `InfiniAttention`."""
+        """Maps [batch, segments x n, hidden_size] to the same shape.
+
+        Args:
+            hidden: with `embedding`, tokens [batch, segments x n].
+            layout, memory, exchange: see `InfiniAttention`.
+            embedding: if given, makes the hidden states of the tokens, and makes them again where
+                the block is computed again, so that only the tokens have to be kept.
+
+        Returns:
+            Hidden states, the memory after the last segment, and statistics of what was written,
+            None without a write gate.
+        """
+
+        def forward(inputs: Tensor, *others: Any):
+            hidden = inputs if embedding is None else embedding(inputs)
+            return self._forward(hidden, *others)
+
         if self.activation_checkpointing == "block" and self.training:
-            return _checkpoint(self._forward, hidden, layout, memory, exchange)
-        return self._forward(hidden, layout, memory, exchange)
+            return _checkpoint(forward, hidden, layout, memory, exchange)
+        return forward(hidden, layout, memory, exchange)
 
     def extend(
         self,

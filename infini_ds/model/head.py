@@ -29,7 +29,12 @@ class Head(nn.Module):
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk_tokens: int,
+    norm: nn.Module | None = None,
 ) -> Tensor:
     """Computes each token's cross-entropy in fp32, which is 0 where the label is IGNORE_INDEX.
 
@@ -39,6 +44,7 @@ def token_losses(
         labels: [batch, length].
         chunk_tokens: number of tokens whose logits exist at the same time, see `loss_chunk`. If
             there is more than one chunk, the backward pass recomputes the logits.
+        norm: applied to the hidden states first, and recomputed with the logits.
 
     Returns:
         [batch, length].
@@ -48,11 +54,11 @@ def token_losses(
     chunk_tokens = loss_chunk(chunk_tokens, len(weight), hidden.device.type)
     chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     if len(rows) <= chunk_tokens or not torch.is_grad_enabled():
-        losses = [_chunk_losses(row, weight, bias, target) for row, target in chunks]
+        losses = [_chunk_losses(row, norm, weight, bias, target) for row, target in chunks]
     else:
         losses = [
             checkpoint(
-                _chunk_losses, row, weight, bias, target,
+                _chunk_losses, row, norm, weight, bias, target,
                 use_reentrant=False, preserve_rng_state=False,
             )
             for row, target in chunks
@@ -65,7 +71,10 @@ def loss_chunk(tokens: int, vocab_size: int, device: str) -> int:
     return tokens or (_CPU_TOKENS if device == "cpu" else max(1, _GPU_LOGITS // vocab_size))
 
 
-def _chunk_losses(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def _chunk_losses(
+    rows: Tensor, norm: nn.Module | None, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    rows = rows if norm is None else norm(rows)
     return cross_entropy(F.linear(rows, weight, bias), targets)
 
 

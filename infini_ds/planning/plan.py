@@ -108,7 +108,10 @@ def plan(config: RunConfig, processes: int) -> Plan:
         first, end = bounds[stage], bounds[stage + 1]
         units = most_units(stage, stages, micro_batches, chunks)
         # Each block's count includes its input; the last block's output comes on top.
-        activations = units * ((end - first) * kept + hidden)
+        unit_bytes = (end - first) * kept + hidden
+        if stage == 0 and train.activation_checkpointing == "block":
+            unit_bytes += tokens * torch.int64.itemsize - hidden  # see `Block.forward`
+        activations = units * unit_bytes
         temporary = made_again + 3 * tokens * model.mlp_size * unit.dtype.itemsize
         if stage == stages - 1:
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES

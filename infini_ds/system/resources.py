@@ -37,3 +37,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_freed_memory() -> None:
+    """Returns freed pages to the system, those between blocks in use as well.
+
+    glibc seldom finds a freed block again that PyTorch asks for with the same size, because PyTorch
+    wants it aligned. If something small was kept beside it, the heap grows by a block each time.
+    After 32 chunks of a window with checkpointed blocks, three quarters of the heap were such gaps.
+    Without glibc this has no effect.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

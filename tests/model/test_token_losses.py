@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from infini_ds.layout import IGNORE_INDEX
 from infini_ds.model.head import loss_chunk, token_losses
+from infini_ds.model.norm import RMSNorm
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
@@ -31,6 +32,25 @@ def test_chunked_losses_equal_plain_cross_entropy(biased):
             torch.autograd.grad(losses, leaves, upstream), expected_gradients, strict=True
         ):
             torch.testing.assert_close(actual, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 1000])
+def test_norm_may_be_part_of_the_loss(chunk_tokens):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    norm = RMSNorm(8, eps=1e-6).double()
+    labels, upstream = torch.randint(30, (2, 13)), torch.randn(2, 13)
+    leaves = [hidden, weight, norm.weight]
+    within = token_losses(hidden, weight, None, labels, chunk_tokens, norm)
+    apart = token_losses(norm(hidden), weight, None, labels, 1000)
+    torch.testing.assert_close(within, apart)
+    for actual, want in zip(
+        torch.autograd.grad(within, leaves, upstream),
+        torch.autograd.grad(apart, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, want, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_exist_for_one_chunk_at_a_time(make_model, make_tokens, monkeypatch):

@@ -49,6 +49,7 @@ from infini_ds.parallel.pipeline.schedule import (
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 from infini_ds.parallel.pipeline.unit import Scale, Unit
 from infini_ds.parallel.ranks import gathered
+from infini_ds.system.resources import give_back_freed_memory
 
 
 class InfiniEngine(CorrectedEngine):
@@ -75,6 +76,7 @@ class InfiniEngine(CorrectedEngine):
         super().__init__(module, optimizer, tree, train.timeout)
         self._train = train
         self._model: ModelConfig = module.config
+        self._saves_memory = train.activation_checkpointing != "none" and self.device.type == "cpu"
         self._on_progress = on_progress
         self.part = Part(
             self.stage_id,
@@ -301,6 +303,8 @@ class InfiniEngine(CorrectedEngine):
                 if unit.chunk == self._train.chunks - 1:
                     self._hand_over.take_back(unit.micro_batch, memories)
                 self._backward(unit, scale)
+            if self._saves_memory:
+                give_back_freed_memory()
             kind = type(unit).__name__.lower()
             self._on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
         if scale is None:

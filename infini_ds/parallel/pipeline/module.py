@@ -73,24 +73,22 @@ class InfiniPipeline(StageModule):
             exchange: if other ranks have the other parts of the same chunk, the way to them.
 
         Returns:
-            Hidden states (after the final norm on the last stage), the memories after the chunk,
+            Hidden states (before the final norm on the last stage), the memories after the chunk,
             and statistics of what each block wrote, which are empty without write gates.
         """
         hidden, after, writes = inputs, [], []
-        remaining = iter(memory)
-        for layer in self.forward_funcs:
-            if isinstance(layer, Block):
-                hidden, layer_memory, stats = layer(hidden, layout, next(remaining), exchange)
-                after.append(layer_memory)
-                if stats is not None:
-                    writes.append(stats)
-            elif not self._is_head(layer):
-                hidden = layer(hidden)
+        embedding = self.forward_funcs[0] if self.stage_id == 0 else None
+        for block, block_memory in zip(self.blocks, memory, strict=True):
+            hidden, block_memory, stats = block(hidden, layout, block_memory, exchange, embedding)
+            embedding = None  # the first block alone reads tokens
+            after.append(block_memory)
+            if stats is not None:
+                writes.append(stats)
         return hidden, after, writes
 
     def losses(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
         """Computes the loss of each token, [batch, length], on the last stage; see token_losses."""
-        return token_losses(hidden, *self._head(), labels, chunk_tokens)
+        return token_losses(hidden, *self._head(), labels, chunk_tokens, self.forward_funcs[-2])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Projects hidden states to the vocabulary, on the last stage."""
@@ -104,9 +102,6 @@ class InfiniPipeline(StageModule):
         if self.config.tie_embeddings:
             return self.tied_modules[TIED_KEY].weight, None  # type: ignore[return-value]
         return self.forward_funcs[-1].weight, self.forward_funcs[-1].bias
-
-    def _is_head(self, layer) -> bool:
-        return self.stage_id == self.num_stages - 1 and layer is self.forward_funcs[-1]
 
 
 def _project(embedding: Embedding, hidden: Tensor) -> Tensor:
