@@ -6,6 +6,7 @@ NEEDS = {
     "tests/cluster/": ("hosts",),
     "tests/cluster/test_links.py": ("slow",),
     "tests/cluster_commands/test_status.py::test_real_run": ("ranks",),
+    "tests/benchmarks/test_context.py::test_ranks_are": ("ranks",),
     "tests/conversion/test_start.py": ("ranks",),
     "tests/conversion/test_walk.py": ("ranks",),
     "tests/distributed/": ("ranks",),
@@ -32,6 +33,7 @@ NEEDS = {
     "tests/kernels/test_triton.py::test_kernels_match_reference": ("kernels",),
     # Long, though in one process: they import DeepSpeed in processes of their own, or train.
     "tests/benchmarks/test_gpu_check.py::test_each_part_runs_tiny": ("long",),
+    "tests/benchmarks/test_context.py::test_window_keeps": ("long",),
     "tests/benchmarks/test_gpu_check.py::test_a_step_ends": ("long",),
     "tests/benchmarks/test_gpu_check.py::test_commands_run_at_once": ("long",),
     "tests/benchmarks/test_packing.py::test_command_writes": ("long",),

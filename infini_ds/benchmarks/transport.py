@@ -12,10 +12,7 @@ pipeline.payload for the exact sizes; each term is rounded up to 16 bytes):
     last stage to the first  carried: the memories of all layers, once a window
 """
 
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
@@ -23,9 +20,9 @@ import torch.distributed as dist
 from rich.table import Table
 
 from infini_ds import config as configuration
+from infini_ds.benchmarks.ranks import end, is_rank, start
 from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
-from infini_ds.errors import RunError
 from infini_ds.layout import Layout
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
@@ -43,24 +40,15 @@ def run(processes: int, steps: int, dtype: str, json_path: str | None) -> None:
         dtype: type of the computation and of the activations that are sent, as train.dtype.
         json_path: where to write the figures as well, if anywhere.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        measure(steps, dtype, json_path)
-        sys.stdout.flush()
-        os._exit(0)  # threads of the process group may abort an orderly exit, as in `pretrain`
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "infini_ds.cli", "bench", "transport"]
-    command += ["--steps", str(steps), "--dtype", dtype]
-    command += ["--json", json_path] if json_path else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        code = subprocess.run(command, env=environment, timeout=TIME_LIMIT, check=False).returncode
-    except subprocess.TimeoutExpired:
-        raise RunError(f"bench transport: not done after {TIME_LIMIT:g} s") from None
-    if code:
-        raise RunError(f"bench transport: a process failed with exit code {code}")
+    if is_rank():
+        _measure(steps, dtype, json_path)
+        end()
+    arguments = ["--steps", str(steps), "--dtype", dtype]
+    arguments += ["--json", json_path] if json_path else []
+    start(processes, "transport", arguments, TIME_LIMIT)
 
 
-def measure(steps: int, dtype: str, json_path: str | None) -> None:
+def _measure(steps: int, dtype: str, json_path: str | None) -> None:
     """Runs one process of the benchmark and leaves the process group open."""
     from infini_ds.parallel.build import build_engine, start_distributed
     from infini_ds.parallel.engine import StepSize

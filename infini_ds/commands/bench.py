@@ -22,7 +22,14 @@ def add(commands: Commands) -> None:
     """Adds this command to the parser."""
     parser = commands.add_parser("bench", help="measure alternatives side by side")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for add_name in (_add_peer, _add_transport, _add_packing, _add_kernels, _add_quality):
+    for add_name in (
+        _add_peer,
+        _add_transport,
+        _add_packing,
+        _add_context,
+        _add_kernels,
+        _add_quality,
+    ):
         add_name(names)
 
 
@@ -79,6 +86,46 @@ def _packing(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import packing
 
     packing.run(options.segment_length, options.steps, options.dtype, options.json)
+
+
+def _add_context(names: Commands) -> None:
+    about = "windows on one rank and shared by several: speed, memory and bytes"
+    parser = with_config(names, "context", about, _context)
+    parser.set_defaults(is_rank=True)
+    parser.add_argument(
+        "--windows", action=Checked, check=integers, metavar="TOKENS", default=[],
+        help="lengths of windows (the config's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", action=Checked, check=_ranks, default=[1, 2],
+        help="numbers of ranks that share a window",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=int, action=Checked, check=at_least(1), default=3,
+        help="number of starts of each",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, action=Checked, check=at_least(1), default=2,
+        help="number of steps of a start, of which the last one is timed",
+    )  # fmt: skip
+    add_json(parser)
+
+
+def _ranks(name: str, text: str) -> list[int]:
+    ranks = integers(name, text)
+    _check_distinct(name, ranks)
+    if min(ranks) < 1:
+        raise UserError(f"{name} ({min(ranks)}) must each be at least 1")
+    return ranks
+
+
+def _context(options: argparse.Namespace) -> None:
+    load_config(options)  # mistakes are told before torch is loaded
+    from infini_ds.benchmarks import context
+
+    source = context.Source(options.config, options.overrides)
+    starts = context.Starts(options.repeats, options.steps)
+    context.run(source, options.windows, options.ranks, starts, options.json)
 
 
 def _add_kernels(names: Commands) -> None:

@@ -104,11 +104,16 @@ def _resolved(config: RunConfig, fastest: str) -> RunConfig:
     """Fills in what a run learns only later: the vocabulary, and the type if it is `auto`."""
     dtype = fastest if config.train.dtype == "auto" else config.train.dtype
     train = config.train.model_copy(update={"dtype": dtype})
-    model = config.model.model_copy(update={"vocab_size": _vocab_size(config)})
+    model = config.model.model_copy(update={"vocab_size": vocab_size(config)})
     return config.model_copy(update={"train": train, "model": model})
 
 
-def _vocab_size(config: RunConfig) -> int:
+def vocab_size(config: RunConfig) -> int:
+    """Returns the size of the vocabulary, before `infini-ds prepare` too where it is known.
+
+    Raises:
+        UserError: it is not known yet.
+    """
     if config.model.vocab_size:
         return config.model.vocab_size
     for corpus in config.data.corpora.values():
@@ -120,7 +125,7 @@ def _vocab_size(config: RunConfig) -> int:
     if tokenizer.kind == "sentencepiece" and not tokenizer.model:
         return tokenizer.vocab_size
     raise UserError(
-        "plan: the vocabulary is not known before `infini-ds prepare`; add model.vocab_size=NUMBER"
+        "the vocabulary is not known before `infini-ds prepare`; add model.vocab_size=NUMBER"
     )
 
 

@@ -277,7 +277,7 @@ def test_bench_names_what_must_be_integers(capsys):
 WRITING = [
     ["preflight", "{config}"], ["status", "none"], ["inspect", "none"], ["evaluate", "none"],
     ["passkey", "none"], ["bench", "peer"], ["bench", "transport"], ["bench", "kernels"],
-    ["bench", "quality", "{config}"],
+    ["bench", "quality", "{config}"], ["bench", "context", "{config}"],
 ]  # fmt: skip
 
 

@@ -1,0 +1,222 @@
+"""Implements `infini-ds bench context`: windows on one rank, and shared by several, side by side.
+
+For each number of ranks, processes of their own train on windows of random tokens, one thread each.
+They are started in turn, so that whatever else the machine does slows all alike. Memory is what the
+fullest process takes for a step over what it took before: activations, gradients and what the
+allocator does not give back.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from infini_ds.benchmarks.ranks import end, is_rank, start
+from infini_ds.config import RunConfig, load
+from infini_ds.data.windows import Windows
+from infini_ds.errors import UserError
+from infini_ds.layout import Layout
+from infini_ds.planning.report import vocab_size
+from infini_ds.system.console import Console
+from infini_ds.system.figures import write_figures
+
+TIME_LIMIT = 3600.0
+"""Time limit of one start in seconds."""
+MIB = 2**20
+
+
+class Source(NamedTuple):
+    """The config of a run."""
+
+    path: str
+    overrides: list[str]
+
+
+class Starts(NamedTuple):
+    """How often each number of ranks is started, and how many steps it takes then."""
+
+    count: int
+    steps: int
+    """Steps of a start, of which the last one is timed."""
+
+
+def run(
+    source: Source, windows: list[int], ranks: list[int], starts: Starts, json_path: str | None
+) -> list[dict[str, Any]]:
+    """Measures each length of windows with each number of ranks, and prints a table.
+
+    In a process that it has started, it takes that one's steps.
+
+    Args:
+        windows: tokens in a window; empty for the config's.
+        ranks: numbers of ranks that share it.
+        starts: of each, whose median counts.
+        json_path: where to write the rows, if anywhere.
+
+    Returns:
+        One row for each length and number of ranks.
+
+    Raises:
+        UserError: the vocabulary is not known, or a length of windows does not fit.
+    """
+    config = load(source.path, source.overrides)
+    if is_rank():
+        _measure(config, starts.steps, json_path)
+        end()
+    vocabulary = f"model.vocab_size={vocab_size(config)}"
+    windows = windows or [config.train.window_segments * config.model.segment_length]
+    settings = {
+        (tokens, count): [vocabulary, *_settings(config, tokens, count)]
+        for tokens, count in product(windows, ranks)
+    }
+    rows: list[dict[str, Any]] = []
+    for tokens in windows:
+        results: dict[int, list[dict[str, Any]]] = {count: [] for count in ranks}
+        for _ in range(starts.count):
+            for count, own in results.items():
+                own.append(_start(source, settings[tokens, count], count, starts.steps))
+        rows += [_row(tokens, count, own) for count, own in results.items()]
+    _print(rows, config, starts.count)
+    write_figures(json_path, rows)
+    return rows
+
+
+def _settings(config: RunConfig, tokens: int, count: int) -> list[str]:
+    """Returns the settings of a run in which `count` ranks share windows of so many tokens."""
+    n, chunks = config.model.segment_length, config.train.chunks
+    if tokens < 1 or tokens % (n * chunks * count):
+        raise UserError(
+            f"--windows ({tokens}) must be a multiple of model.segment_length ({n}) x train.chunks "
+            f"({chunks}) x --ranks ({count})"
+        )
+    return [
+        f"train.window_segments={tokens // n}",
+        "parallel.pipeline_stages=1",
+        f"parallel.context_parallel={count}",
+    ]
+
+
+def _start(source: Source, settings: list[str], count: int, steps: int) -> dict[str, Any]:
+    """Starts the ranks and returns what they measured."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "result.json"
+        arguments = [source.path, *source.overrides, *settings]
+        arguments += ["--steps", str(steps), "--json", str(result)]
+        start(count, "context", arguments, TIME_LIMIT)
+        return json.loads(result.read_text())
+
+
+def _row(tokens: int, count: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = statistics.median(result["seconds"] for result in results)
+    return results[0] | {
+        "window": tokens,
+        "ranks": count,
+        "seconds": seconds,
+        "tokens_per_second": results[0]["tokens"] / seconds,
+        "step_bytes": max(result["step_bytes"] for result in results),
+        "process_bytes": max(result["process_bytes"] for result in results),
+    }
+
+
+def _print(rows: list[dict[str, Any]], config: RunConfig, repeats: int) -> None:
+    model, train = config.model, config.train
+    table = Table(
+        title=f"{model.num_layers} layers of {model.hidden_size}, segments of "
+        f"{model.segment_length}, {train.batch_size} lanes, {train.chunks} chunks, checkpointing "
+        f"{train.activation_checkpointing}, {rows[0]['dtype']}, median of {repeats} starts",
+        caption="memory of the fullest rank: what a step takes, and of that what a token of the "
+        "window takes; bytes that a rank sends in a step to those that share its windows",
+    )
+    headings = ("window", "ranks", "s a step", "tokens/s", "", "step", "a token", "", "process")
+    for heading in (*headings, "sent", "by formula"):
+        table.add_column(heading, justify="right")
+    base = rows[0]
+    for row in rows:
+        if row["window"] != base["window"]:
+            base = row
+        tokens = row["tokens"]
+        table.add_row(
+            f"{row['window']:,}",
+            str(row["ranks"]),
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"x {row['tokens_per_second'] / base['tokens_per_second']:.2f}",
+            f"{row['step_bytes'] / MIB:,.0f} MiB",
+            f"{row['step_bytes'] / tokens:,.0f} B",
+            f"{row['step_bytes'] / base['step_bytes']:.0%}",
+            f"{row['process_bytes'] / MIB:,.0f} MiB",
+            f"{max(row['exchanged_bytes']):,}",
+            f"{max(row['formula_bytes']):,}",
+        )
+    Console().print(table)
+
+
+def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
+    """Takes the steps of one rank, and leaves the process group open."""
+    from infini_ds.parallel.build import build_engine, start_distributed
+    from infini_ds.parallel.engine import StepSize
+    from infini_ds.parallel.ranks import gathered, is_first_rank
+    from infini_ds.system.resources import keep_freed_memory
+    from infini_ds.training.dtype import with_dtype
+
+    keep_freed_memory()
+    start_distributed(config.train.timeout)
+    config, _ = with_dtype(config, None)
+    torch.set_num_threads(1)
+    engine = build_engine(config)
+    tokens = config.train.batch_size * config.train.window_segments * config.model.segment_length
+    size = StepSize(tokens, tokens)
+    before, sent, seconds = _memory("VmRSS"), 0, 0.0
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    for step in range(steps):
+        windows = [_windows(config, step, i) for i in range(engine.layout.micro_batches)]
+        sent = engine.exchanged_bytes
+        dist.barrier()
+        begin = time.perf_counter()
+        engine.train_step(lambda i, windows=windows: windows[i], size, 1.0)
+        dist.barrier()
+        seconds = time.perf_counter() - begin
+        sent = engine.exchanged_bytes - sent
+    peak = _memory("VmHWM")
+    formula = engine.part.step_exchange_bytes(config.model, config.train.chunks)
+    told = gathered((peak - before, peak, sent, formula))
+    if is_first_rank():
+        result = {
+            "seconds": seconds,
+            "dtype": config.train.dtype,
+            "tokens": tokens,
+            "step_bytes": max(each[0] for each in told),
+            "process_bytes": max(each[1] for each in told),
+            "exchanged_bytes": [each[2] for each in told],
+            "formula_bytes": [each[3] for each in told],
+        }
+        write_figures(json_path, result)
+    dist.barrier()
+
+
+def _memory(name: str) -> int:
+    """Reads a line of this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _windows(config: RunConfig, step: int, micro_batch: int) -> Windows:
+    """Makes the random windows of a micro-batch, the same ones on all ranks."""
+    train, model = config.train, config.model
+    length = train.window_segments * model.segment_length
+    generator = torch.Generator().manual_seed(step * train.batch_size + micro_batch)
+    shape = (train.micro_batch_size, length + 1)
+    tokens = torch.randint(model.vocab_size, shape, generator=generator)
+    starts = torch.zeros(train.micro_batch_size, train.window_segments, dtype=torch.bool)
+    lengths = torch.full(starts.shape, model.segment_length, dtype=torch.int32)
+    weights = torch.ones(train.micro_batch_size, length)
+    return Windows(tokens[:, :-1], tokens[:, 1:], Layout(starts, lengths), weights)
