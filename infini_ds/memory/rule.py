@@ -40,6 +40,18 @@ class MemoryRule(ABC):
         """Returns how many numbers each of the ranks that share a window tells the others about its
         part's change of a lane's memory; see `hand_on`."""
 
+    @abstractmethod
+    def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
+        """Counts a rank's operations on the maps of a window that it shares, forward, for one
+        key-value head of a lane: the map of its own part, and then those of all parts applied.
+
+        Sums over tokens are not included.
+
+        Args:
+            segments: number of segments in the rank's part.
+            ranks: number of ranks that share the window.
+        """
+
 
 def sigma(x: Tensor) -> Tensor:
     """Maps queries and keys to features by elu + 1, which is always positive."""

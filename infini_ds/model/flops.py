@@ -37,6 +37,24 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     return [0, *[block] * config.num_layers, 0, head]
 
 
+def sharing_flops(config: ModelConfig, segments: int, ranks: int, twice: bool) -> int:
+    """Counts what a layer computes for a lane, forward, only because ranks share its window.
+
+    That is to find out how the rank's part changes the memory, and what memory the part finds. The
+    model's own operations are not included.
+
+    Args:
+        segments: number of segments in the rank's part.
+        ranks: number of ranks that share the window.
+        twice: whether all writes of the part are summed in PyTorch first, although Triton kernels
+            sum them again.
+    """
+    d, rule = config.head_dim, RULES[config.memory_rule]
+    maps = rule.map_flops(d, segments, ranks)
+    writes = 2 * d * (d + 1) * (1 + rule.reads_of_a_key) * segments * config.segment_length
+    return config.kv_heads * (maps + writes if twice else maps)
+
+
 def training_flops_per_token(config: ModelConfig) -> int:
     """Counts forward and backward as three times the forward pass, without recomputation."""
     return 3 * sum(forward_flops_per_token(config))

@@ -5,6 +5,8 @@ temporary tensors, but not libraries, their buffers and fragmentation. Time is c
 if messages, reductions and the optimizer step took none.
 """
 
+import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from typing import NamedTuple, get_args
 
@@ -12,8 +14,13 @@ import torch
 
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.errors import UserError
+from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.model.block import Checkpointing
-from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
+from infini_ds.model.flops import (
+    forward_flops_per_token,
+    sharing_flops,
+    training_flops_per_token,
+)
 from infini_ds.model.head import loss_chunk
 from infini_ds.parallel.part import Part
 from infini_ds.parallel.pipeline.balance import balance
@@ -21,11 +28,15 @@ from infini_ds.parallel.pipeline.payload import Wire
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 from infini_ds.planning.activations import Unit, block_bytes
 from infini_ds.planning.estimate import StageNeeds, layer_parameters, stage_needs
-from infini_ds.planning.schedule_time import most_units, step_time
+from infini_ds.planning.schedule_time import StepTime, least_time, most_units, step_time
 from infini_ds.system.compute_type import DTYPES
 
 LOGIT_BYTES = 16
 """Bytes of one logit and its gradient in the loss: as computed, in fp32, log-softmax, and back."""
+
+WORTHWHILE = 0.2
+"""The share of a device's memory that twice as many ranks to a window must save, to be suggested.
+The messages that they cost are not in the time."""
 
 
 class StagePlan(NamedTuple):
@@ -40,6 +51,8 @@ class StagePlan(NamedTuple):
     temporary: int
     sent: int
     """Bytes sent in a step to other stages, and to ranks that share windows."""
+    exchanged: int
+    """How many of them go to ranks that share windows."""
     waiting: float
     """Share of its time that it waits for other stages."""
 
@@ -54,6 +67,8 @@ class Plan(NamedTuple):
 
     data: int
     """Number of data-parallel ranks of each stage."""
+    context: int
+    """How many of them share a window."""
     micro_batches: int
     chunks: int
     checkpointing: Checkpointing
@@ -67,11 +82,14 @@ class Plan(NamedTuple):
     """Share of the devices' time lost to the pipeline's bubble and to uneven stages."""
     again: float
     """Share of the devices' time spent on recomputing activations."""
+    exchange: float
+    """Share of the devices' time spent on computing what ranks that share windows tell each other,
+    and what follows from it; see `sharing_flops`. Its backward pass counts twice, as elsewhere."""
 
     @property
     def efficiency(self) -> float:
         """Share of the devices' time that goes into the model itself."""
-        return 1 - self.waiting - self.again
+        return 1 - self.waiting - self.again - self.exchange
 
     @property
     def most(self) -> int:
@@ -85,18 +103,23 @@ def plan(config: RunConfig, processes: int) -> Plan:
     Raises:
         UserError: the number of processes does not fit the config.
     """
+    return _plan(config, processes, step_time)
+
+
+def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> Plan:
+    """Plans a run by the time that `timed` returns, `step_time` or what works like it."""
     data = config.data_parallel_size(processes)
     model, train = config.model, config.train
     stages, chunks = processes // data, train.chunks
     context = config.parallel.context_parallel
     micro_batches = config.lanes_of_a_rank(data) // train.micro_batch_size
     segments = train.window_segments // chunks // context
-    unit = Unit(train.micro_batch_size, segments, DTYPES[train.dtype])
+    unit = Unit(train.micro_batch_size, segments, DTYPES[train.dtype], context)
     tokens = unit.batch * segments * model.segment_length
     bounds = balance(model, stages)
-    forward, again = _costs(config, bounds, tokens)
+    forward, again, shared = _costs(config, bounds, unit)
     backward = [2 * own + more for own, more in zip(forward, again, strict=True)]
-    time = step_time(forward, backward, micro_batches, chunks)
+    time = timed(forward, backward, micro_batches, chunks)
     whole = time.step * stages
     transport = TRANSPORTS[config.parallel.memory_transport](tuple(bounds))
     wire = Wire(model, unit.batch, segments, unit.dtype, torch.device("cpu"), config.packed)
@@ -117,12 +140,17 @@ def plan(config: RunConfig, processes: int) -> Plan:
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
         part = Part(stage, 0, micro_batches, unit.batch, tuple(bounds), context)
-        sent = transport.step_bytes(wire, stage, micro_batches, chunks)
-        sent += part.step_exchange_bytes(model, chunks)
+        exchanged = part.step_exchange_bytes(model, chunks)
+        sent = transport.step_bytes(wire, stage, micro_batches, chunks) + exchanged
         waiting = 1 - time.busy[stage] / time.step
-        made.append(StagePlan(first, end - 1, needs, units, activations, temporary, sent, waiting))
+        made.append(
+            StagePlan(
+                first, end - 1, needs, units, activations, temporary, sent, exchanged, waiting
+            )
+        )
     return Plan(
         data,
+        context,
         micro_batches,
         chunks,
         train.activation_checkpointing,
@@ -132,52 +160,112 @@ def plan(config: RunConfig, processes: int) -> Plan:
         config.step_tokens * training_flops_per_token(model),
         time.bubble,
         micro_batches * chunks * sum(again) / whole,
+        micro_batches * chunks * 3 * sum(shared) / whole,
     )
 
 
-def alternatives(config: RunConfig, processes: int) -> list[Plan]:
-    """Returns the best plans of the run with other stages, chunks and checkpointing.
+def alternatives(config: RunConfig, processes: int, limit: float = math.inf) -> list[Plan]:
+    """Returns the best plans of the run with other stages, chunks, checkpointing, and numbers of
+    ranks that share windows.
 
     They are the plans that no other beats in both memory and efficiency, most efficient first.
+    Sharing windows among more ranks has to be WORTHWHILE.
+
+    Args:
+        limit: bytes of a device, which none may exceed.
     """
-    train = config.train
-    degrees = [n for n in range(1, processes + 1) if processes % n == 0]
-    cuts = [n for n in range(1, train.window_segments + 1) if train.window_segments % n == 0]
-    plans = []
-    for stages, chunks, checkpointing in product(degrees, cuts, get_args(Checkpointing)):
-        if stages == 1 and chunks > 1:
-            continue  # one stage has no bubble to shorten
-        if train.window_segments // chunks % config.parallel.context_parallel:
-            continue  # the ranks that share a window do not fit the segments of a chunk
-        choice = {"chunks": chunks, "activation_checkpointing": checkpointing}
-        parallel = config.parallel.model_copy(update={"pipeline_stages": stages})
-        changes = {"parallel": parallel, "train": train.model_copy(update=choice)}
-        try:
-            plans.append(plan(config.model_copy(update=changes), processes))
-        except UserError:
-            continue  # the stages do not fit the layers, or the ranks do not fit the lanes
-    plans.sort(key=lambda each: (-each.efficiency, each.most))
+    # Playing a schedule takes long, and most plans are beaten even if they took the least time.
+    bounds = [each for each in _bounds(config, processes) if each[0].most <= limit]
+    bounds.sort(key=lambda each: (-each[0].efficiency, _weighed(each[0])))
+    plans: list[Plan] = []
+    for bound, choice in bounds:
+        if not any(
+            other.efficiency >= bound.efficiency and _weighed(other) <= _weighed(bound)
+            for other in plans
+        ):
+            plans.append(plan(choice, processes))
+    plans.sort(key=lambda each: (-each.efficiency, _weighed(each)))
     best: list[Plan] = []
     for each in plans:
-        if not best or each.most < best[-1].most:
+        if all(each.most < other.most and _weighed(each) < _weighed(other) for other in best):
             best.append(each)
     return best
 
 
-def _costs(config: RunConfig, bounds: list[int], tokens: int) -> tuple[list[float], list[float]]:
-    """Returns the FLOPs of a unit by stage: forward, and recomputation in its backward pass."""
+def _weighed(plan: Plan) -> float:
+    """Returns the bytes of the fullest device, and more the more ranks share a window."""
+    return plan.most / (1 - WORTHWHILE) ** math.log2(plan.context)
+
+
+def least_memory(config: RunConfig, processes: int) -> int:
+    """Returns the bytes of the fullest device in the layout that needs the least."""
+    return min(bound.most for bound, _ in _bounds(config, processes))
+
+
+def _bounds(config: RunConfig, processes: int) -> Iterator[tuple[Plan, RunConfig]]:
+    """Yields plans in the least time that they could take, each with its config."""
+    for choice in _choices(config, processes):
+        try:
+            yield _plan(choice, processes, least_time), choice
+        except UserError:
+            continue  # the stages do not fit the layers, or the ranks do not fit the lanes
+
+
+def with_context(config: RunConfig, context: int, stages: int | None = None) -> RunConfig:
+    """Returns the config with another number of ranks that share windows, and of stages if given.
+
+    The number must divide the segments of a chunk.
+    """
+    changes: dict[str, int] = {"context_parallel": context}
+    if stages is not None:
+        changes["pipeline_stages"] = stages
+    parallel = config.parallel.model_copy(update=changes)
+    return config.model_copy(update={"parallel": parallel})
+
+
+def divisors(number: int) -> list[int]:
+    """Returns what divides a number, in ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _choices(config: RunConfig, processes: int) -> Iterator[RunConfig]:
+    """Yields the config with all stages, chunks, checkpointing and sharing ranks to be tried."""
+    train = config.train
+    cuts, kinds = divisors(train.window_segments), get_args(Checkpointing)
+    for stages, chunks, kind in product(divisors(processes), cuts, kinds):
+        if stages == 1 and chunks > 1:
+            continue  # one stage has no bubble to shorten
+        choice = {"chunks": chunks, "activation_checkpointing": kind}
+        changed = config.model_copy(update={"train": train.model_copy(update=choice)})
+        for context in divisors(train.window_segments // chunks):
+            if processes // stages % context == 0:
+                yield with_context(changed, context, stages)
+
+
+def _costs(
+    config: RunConfig, bounds: list[int], unit: Unit
+) -> tuple[list[float], list[float], list[float]]:
+    """Returns the FLOPs of a unit by stage: forward, recomputation in its backward pass, and what
+    of forward is there only because ranks share windows."""
     model, train = config.model, config.train
+    tokens = unit.batch * unit.segments * model.segment_length
     _, block, *_, head = forward_flops_per_token(model)
     block_again = {"none": 0, "attention": block - _feed_forward(model), "block": block}
-    again = block_again[train.activation_checkpointing]
-    forward, more = [], []
+    again = tokens * block_again[train.activation_checkpointing]
+    sharing = 0
+    if unit.ranks > 1:
+        triton = train.dtype == "bf16" and model.head_dim in TRITON_HEAD_DIMS
+        sharing = unit.batch * sharing_flops(model, unit.segments, unit.ranks, triton)
+        again += sharing if train.activation_checkpointing != "none" else 0
+    forward, more, shared = [], [], []
     for first, end in pairwise(bounds):
-        forward.append(float(tokens * (end - first) * block))
-        more.append(float(tokens * (end - first) * again))
+        shared.append(float((end - first) * sharing))
+        forward.append(float((end - first) * (tokens * block + sharing)))
+        more.append(float((end - first) * again))
     forward[-1] += tokens * head
     if tokens > _loss_chunk(config):
         more[-1] += tokens * head
-    return forward, more
+    return forward, more, shared
 
 
 def _loss_chunk(config: RunConfig) -> int:

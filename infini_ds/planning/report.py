@@ -1,5 +1,7 @@
 """`infini-ds plan`: prints a run's plan as tables, and writes it as figures for programs."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,14 @@ from infini_ds.data.packing import useful_share
 from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
-from infini_ds.planning.plan import Plan, alternatives, plan
+from infini_ds.planning.plan import (
+    Plan,
+    alternatives,
+    divisors,
+    least_memory,
+    plan,
+    with_context,
+)
 from infini_ds.system.compute_type import device_at_hand, fastest_type
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
@@ -31,9 +40,14 @@ class Devices(NamedTuple):
     tflops: float | None
     """TFLOP/s that each device sustains; if given, the plan includes times."""
 
+    @property
+    def bytes(self) -> float:
+        """Memory of each device, endless if unknown."""
+        return math.inf if self.memory_gib is None else self.memory_gib * GIB
+
     def hold(self, plan: Plan) -> bool:
         """Whether the plan fits into their memory, or the memory is unknown."""
-        return self.memory_gib is None or plan.most <= self.memory_gib * GIB
+        return plan.most <= self.bytes
 
 
 def run(path: str, overrides: list[str], devices: Devices, json_path: str | None) -> None:
@@ -47,9 +61,12 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     fastest = fastest_type(device_at_hand())
     config = _resolved(asked, fastest.dtype)
     _check_processes(config, devices.count)
-    chosen, others = plan(config, devices.count), alternatives(config, devices.count)
+    chosen = plan(config, devices.count)
+    others = alternatives(config, devices.count, devices.bytes)
     console = Console(must_be_read=True)
     _print_plan(chosen, config, devices, console)
+    if chosen.context > 1:
+        _print_sharing(chosen, config, devices, console)
     useful = _useful_tokens(config)
     if useful:
         console.print(
@@ -72,9 +89,15 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     write_figures(json_path, figures)
     if not devices.hold(chosen):
         needs = f"plan: a device needs {_size(chosen.most)} of {devices.memory_gib:g} GiB"
-        if any(devices.hold(other) for other in others):
+        shared = next(_fitting_context(chosen, config, devices), None)
+        if shared is not None:
+            with_it = f"parallel.context_parallel={shared.context}"
+            needs += f", and only {_size(shared.most)} with {with_it}"
+        if others:
             raise RunError(f"{needs}; the table shows layouts that need less")
-        least = min(each.most for each in (chosen, *others))
+        if shared is not None:
+            raise RunError(needs)
+        least = min(chosen.most, least_memory(config, devices.count))
         offloading = "" if config.parallel.offload_optimizer else " or parallel.offload_optimizer"
         raise RunError(
             f"{needs}, and no layout of {devices.count} processes needs less than {_size(least)}; "
@@ -83,14 +106,37 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
 
 
 def _check_processes(config: RunConfig, count: int) -> None:
-    """If this number of processes does not fit the config, names the nearest that do."""
+    """If this number of processes does not fit the config, names the nearest that do, and how many
+    ranks would have to share windows for all to be used."""
     try:
         config.data_parallel_size(count)
     except UserError as error:
         below, above = range(count - 1, 0, -1), range(count + 1, 2 * count + 1)
         found = (next((n for n in numbers if _fits(config, n)), None) for numbers in (below, above))
         would_do = " or ".join(str(number) for number in found if number)
-        raise UserError(f"{error}; {would_do} processes would do" if would_do else error) from None
+        remedies = [f"{would_do} processes would do"] if would_do else []
+        contexts = (n for n in _contexts(config) if _fits(with_context(config, n), count))
+        if context := next(contexts, None):
+            remedies.append(f"parallel.context_parallel={context} would use all {count}")
+        raise UserError(
+            "; ".join([str(error), *[", and ".join(remedies)][: len(remedies)]])
+        ) from None
+
+
+def _contexts(config: RunConfig) -> list[int]:
+    """Returns how many ranks can share the segments of a chunk."""
+    return divisors(config.train.window_segments // config.train.chunks)
+
+
+def _fitting_context(chosen: Plan, config: RunConfig, devices: Devices) -> Iterator[Plan]:
+    """Yields the same layout with more ranks to a window where devices hold that, fewest first."""
+    for context in _contexts(config):
+        if context > chosen.context:
+            changed = with_context(config, context, len(chosen.stages))
+            if _fits(changed, devices.count):
+                shared = plan(changed, devices.count)
+                if devices.hold(shared):
+                    yield shared
 
 
 def _fits(config: RunConfig, count: int) -> bool:
@@ -163,6 +209,7 @@ def _figures(plan: Plan, devices: Devices) -> dict[str, Any]:
 
 def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Console) -> None:
     train = config.train
+    sharing = f", {plan.exchange:.1%} serves to share windows" if plan.context > 1 else ""
     console.print(
         f"{_parameters(plan.parameters)} parameters in {train.dtype} on {devices.count} processes: "
         f"{config.parallel.describe(len(plan.stages), plan.data)}, {plan.micro_batches} "
@@ -172,7 +219,7 @@ def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Consol
     console.print(
         f"a step reads {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs; of the devices' time "
         f"{plan.efficiency:.1%} goes into the model, {plan.waiting:.1%} waits in the pipeline, "
-        f"{plan.again:.1%} computes activations again"
+        f"{plan.again:.1%} computes activations again{sharing}"
     )
     if devices.tflops is not None:
         seconds, rate = _times(plan, devices)
@@ -202,6 +249,27 @@ def _print_plan(plan: Plan, config: RunConfig, devices: Devices, console: Consol
     console.print(table)
 
 
+def _print_sharing(chosen: Plan, config: RunConfig, devices: Devices, console: Console) -> None:
+    """Says what it brings and costs to share windows, beside the same run on one device to each."""
+    alone = plan(with_context(config, 1, len(chosen.stages)), devices.count // chosen.context)
+    kept, without = (max(stage.activations for stage in each.stages) for each in (chosen, alone))
+    sent = max(stage.exchanged for stage in chosen.stages)
+    console.print(
+        f"{chosen.context} ranks share each window: a device keeps {_size(kept)} of activations "
+        f"where a window of its own would take {_size(without)}, and sends the others "
+        f"{_size(sent)} a step for it{_unused(chosen, config, devices)}"
+    )
+
+
+def _unused(chosen: Plan, config: RunConfig, devices: Devices) -> str:
+    """Says how many devices could be used if no window was shared, unless all could."""
+    lanes, stages = config.train.batch_size, len(chosen.stages)
+    used = lanes // config.train.micro_batch_size * stages
+    if used >= devices.count:
+        return ""
+    return f"; otherwise {lanes} lanes in {stages} stages use {used} of {devices.count} devices"
+
+
 def _print_layouts(chosen: Plan, others: list[Plan], devices: Devices, console: Console) -> None:
     plans = [other for other in others if devices.hold(other)]
     if chosen not in plans:
@@ -211,13 +279,14 @@ def _print_layouts(chosen: Plan, others: list[Plan], devices: Devices, console: 
     if devices.memory_gib is not None:
         title += f", in {devices.memory_gib:g} GiB"
     table = _table(
-        title, "pipeline x data", "chunks", "checkpointing", "fullest device", "waits", "again",
-        "into the model", "",
+        title, "pipeline x data", "ranks to a window", "chunks", "checkpointing", "fullest device",
+        "waits", "again", "shares", "into the model", "",
     )  # fmt: skip
     for each in plans:
         table.add_row(
-            f"{len(each.stages)} x {each.data}", str(each.chunks), each.checkpointing,
-            _size(each.most), f"{each.waiting:.1%}", f"{each.again:.1%}", f"{each.efficiency:.1%}",
+            f"{len(each.stages)} x {each.data}", str(each.context), str(each.chunks),
+            each.checkpointing, _size(each.most), f"{each.waiting:.1%}", f"{each.again:.1%}",
+            f"{each.exchange:.1%}" if each.context > 1 else "-", f"{each.efficiency:.1%}",
             "this one" if each == chosen else "",
         )  # fmt: skip
     console.print(table)

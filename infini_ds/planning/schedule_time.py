@@ -56,13 +56,27 @@ def step_time(
     return StepTime(max(clock), busy)
 
 
+def least_time(
+    forward: list[float], backward: list[float], micro_batches: int, chunks: int
+) -> StepTime:
+    """Works like `step_time`, but returns a step's time that the schedule cannot beat, at once.
+
+    Nothing reaches a stage before the earlier ones have computed a unit, and its last gradient has
+    to go back through them. All stages together compute at least one unit from end to end.
+    """
+    units = micro_batches * chunks
+    unit = [one + other for one, other in zip(forward, backward, strict=True)]
+    earlier = accumulate(unit[:-1], initial=0.0)
+    step = max(before + units * own for before, own in zip(earlier, unit, strict=True))
+    return StepTime(max(step, sum(unit)), [units * own for own in unit])
+
+
 def most_units(stage: int, stages: int, micro_batches: int, chunks: int) -> int:
     """Returns the most units that a stage keeps for their backward pass at one time."""
-    order = _orders(stages, micro_batches, chunks)[stage]
-    return max(accumulate(1 if is_forward else -1 for is_forward in order))
+    return min(micro_batches * chunks, chunks + stages - stage - 1)  # as `train_schedule` says
 
 
-@functools.lru_cache(maxsize=1)  # a plan asks for each stage, and for each kind of checkpointing
+@functools.lru_cache(maxsize=16)  # alternatives ask again for each kind of checkpointing
 def _orders(stages: int, micro_batches: int, chunks: int) -> list[bytes]:
     """For each stage a byte a unit, in order: 1 if it goes forward, 0 if backward."""
     return [

@@ -5,6 +5,7 @@ import torch
 
 from infini_ds.config import ModelConfig
 from infini_ds.memory import MemoryState
+from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.block import Block
 from infini_ds.model.transformer import full_layout
 from infini_ds.planning.activations import Unit, block_bytes
@@ -24,8 +25,23 @@ def model_of(**options) -> ModelConfig:
     return tiny.model_config(**(sizes | options))
 
 
+class Echo(Exchange):
+    """The last of several ranks that share a window and tell each other the same."""
+
+    def __init__(self, count):
+        self.place, self.count = count - 1, count
+        self.heard = []
+
+    def all_gather(self, own):
+        self.heard.append(torch.stack([own] * self.count))
+        return self.heard[-1]
+
+    def sum_of_own(self, by_place):
+        return by_place[0]
+
+
 def really_kept(model, unit, checkpointing) -> int:
-    batch, segments, dtype = unit
+    batch, segments, dtype, ranks = unit
     block = Block(model, checkpointing).to(dtype)
     length = segments * model.segment_length
     hidden = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
@@ -37,9 +53,11 @@ def really_kept(model, unit, checkpointing) -> int:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
+    exchange = Echo(ranks) if ranks > 1 else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        block(hidden, layout, memory)
-    for x in (hidden, *memory):
+        block(hidden, layout, memory, exchange)
+    heard = [] if exchange is None or checkpointing == "none" else exchange.heard
+    for x in (hidden, *memory, *heard):
         keep(x)
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
@@ -55,6 +73,20 @@ def test_kept_is_what_a_running_block_keeps(options, checkpointing, dtype):
         assert block_bytes(model, unit, checkpointing) == pytest.approx(really, rel=0.03)
     if checkpointing != "none":
         assert block_bytes(model, unit, checkpointing) == really
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "block"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_kept_is_what_a_block_keeps_on_ranks_that_share_a_window(options, checkpointing, ranks):
+    # By batch 1, the memory of a single head is broadcast to segments without a copy.
+    model = model_of(**options | {"num_kv_heads": 2})
+    for unit in (Unit(1, 2, torch.float32, ranks), Unit(2, 5, torch.float32, ranks)):
+        alone = unit._replace(ranks=1)
+        really = [really_kept(model, each, checkpointing) for each in (unit, alone)]
+        kept = [block_bytes(model, each, checkpointing) for each in (unit, alone)]
+        assert kept[0] == pytest.approx(really[0], rel=0.03)
+        assert kept[0] - kept[1] == pytest.approx(really[0] - really[1], rel=0.1)
 
 
 def test_where_the_kernels_fit_less_is_kept():

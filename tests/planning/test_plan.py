@@ -85,7 +85,7 @@ def test_the_chosen_layout_is_not_better_than_all_alternatives():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_fit_what_they_say_they_are_for(path, capsys):
+def test_shipped_configs_fit_what_they_say_they_are_for(path, tmp_path, capsys):
     if path.stem not in HEADERS:
         assert path.stem in ("quickstart", "passkey", "long_windows")
         return
@@ -93,8 +93,10 @@ def test_shipped_configs_fit_what_they_say_they_are_for(path, capsys):
     text = path.read_text()
     assert f"{memory} GiB" in text or processes == 1
     arguments = ["plan", str(path), "--processes", str(processes), "--memory", str(0.9 * memory)]
+    arguments += ["--json", str(tmp_path / "plan.json")]
     assert cli.main(arguments) == 0, capsys.readouterr().err
     assert "this one" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "plan.json").read_text())["alternatives"]) <= 12
 
 
 @pytest.mark.parametrize("flags", ["avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16"])
@@ -200,6 +202,10 @@ def test_parameters_are_in_millions_below_a_billion(count, told):
         (["--processes", "3"], "train.batch_size (8) must be a multiple of"),
         (["--processes", "3"], "data-parallel size (3); 2 or 4 processes would do"),
         (["--processes", "16"], "share windows (parallel.context_parallel); 8 processes would do"),
+        (
+            ["--processes", "16"],
+            "8 processes would do, and parallel.context_parallel=2 would use all",
+        ),
         (["--processes", "1", "--memory", "-1"], "--memory (-1) must be more than 0"),
     ],
 )

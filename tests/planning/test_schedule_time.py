@@ -2,7 +2,8 @@
 
 import pytest
 
-from infini_ds.planning.schedule_time import most_units, step_time
+from infini_ds.parallel.pipeline.schedule import Forward, train_schedule
+from infini_ds.planning.schedule_time import least_time, most_units, step_time
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4])
@@ -32,3 +33,30 @@ def test_units_that_are_kept_are_those_of_the_schedule(stages, chunks):
     for stage in range(stages):
         assert most_units(stage, stages, 8, chunks) == chunks + stages - stage - 1
         assert most_units(stage, stages, 1, 1) == 1
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+@pytest.mark.parametrize("micro_batches", [1, 2, 7])
+def test_units_that_are_kept_are_counted_as_the_schedule_goes(stages, micro_batches, chunks):
+    for stage in range(stages):
+        kept = most = 0
+        for unit in train_schedule(stage, stages, micro_batches, chunks):
+            kept += 1 if isinstance(unit, Forward) else -1
+            most = max(most, kept)
+        assert most_units(stage, stages, micro_batches, chunks) == most
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 8])
+@pytest.mark.parametrize("forward", [[1.0], [1.0, 1.5], [3.0, 1.0, 2.0], [1.0, 1.0, 1.0, 4.0]])
+def test_no_step_is_faster_than_the_least_time(forward, micro_batches, chunks):
+    for again in (0.0, 1.0):
+        backward = [(2 + again) * own for own in forward]
+        least = least_time(forward, backward, micro_batches, chunks)
+        really = step_time(forward, backward, micro_batches, chunks)
+        assert least.step <= really.step * (1 + 1e-12)
+        assert least.busy == really.busy
+    same = [1.0] * len(forward)
+    least = least_time(same, same, micro_batches, chunks)
+    assert least.step == pytest.approx(step_time(same, same, micro_batches, chunks).step)
