@@ -119,6 +119,7 @@ def _row(tokens: int, count: int, results: list[dict[str, Any]]) -> dict[str, An
         "window": tokens,
         "ranks": count,
         "seconds": seconds,
+        "waiting": statistics.median(result["waiting"] for result in results),
         "tokens_per_second": results[0]["tokens"] / seconds,
         "step_bytes": max(result["step_bytes"] for result in results),
         "process_bytes": max(result["process_bytes"] for result in results),
@@ -131,10 +132,22 @@ def _print(rows: list[dict[str, Any]], config: RunConfig, repeats: int) -> None:
         title=f"{model.num_layers} layers of {model.hidden_size}, segments of "
         f"{model.segment_length}, {train.batch_size} lanes, {train.chunks} chunks, checkpointing "
         f"{train.activation_checkpointing}, {rows[0]['dtype']}, median of {repeats} starts",
-        caption="memory of the fullest rank: what a step takes, and of that what a token of the "
+        caption="waits: share of the step that the rank which waits longest waits for the others; "
+        "memory of the fullest rank: what a step takes, and of that what a token of the "
         "window takes; bytes that a rank sends in a step to those that share its windows",
     )
-    headings = ("window", "ranks", "s a step", "tokens/s", "", "step", "a token", "", "process")
+    headings = (
+        "window",
+        "ranks",
+        "s a step",
+        "tokens/s",
+        "",
+        "waits",
+        "step",
+        "a token",
+        "",
+        "process",
+    )
     for heading in (*headings, "sent", "by formula"):
         table.add_column(heading, justify="right")
     base = rows[0]
@@ -148,6 +161,7 @@ def _print(rows: list[dict[str, Any]], config: RunConfig, repeats: int) -> None:
             f"{row['seconds']:.2f}",
             f"{row['tokens_per_second']:,.0f}",
             f"x {row['tokens_per_second'] / base['tokens_per_second']:.2f}",
+            f"{row['waiting']:.1%}",
             f"{row['step_bytes'] / MIB:,.0f} MiB",
             f"{row['step_bytes'] / tokens:,.0f} B",
             f"{row['step_bytes'] / base['step_bytes']:.0%}",
@@ -173,7 +187,7 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
     engine = build_engine(config)
     tokens = config.train.batch_size * config.train.window_segments * config.model.segment_length
     size = StepSize(tokens, tokens)
-    before, sent, seconds = _memory("VmRSS"), 0, 0.0
+    before, sent, seconds, waited = _memory("VmRSS"), 0, 0.0, 0.0
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
     for step in range(steps):
@@ -181,15 +195,16 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
         sent = engine.exchanged_bytes
         dist.barrier()
         begin = time.perf_counter()
-        engine.train_step(lambda i, windows=windows: windows[i], size, 1.0)
+        result = engine.train_step(lambda i, windows=windows: windows[i], size, 1.0)
         dist.barrier()
         seconds = time.perf_counter() - begin
+        waited = result.seconds.get("waiting_for_context", 0.0)
         sent = engine.exchanged_bytes - sent
     peak = _memory("VmHWM")
     formula = engine.part.step_exchange_bytes(config.model, config.train.chunks)
-    told = gathered((peak - before, peak, sent, formula))
+    told = gathered((peak - before, peak, sent, formula, waited))
     if is_first_rank():
-        result = {
+        figures = {
             "seconds": seconds,
             "dtype": config.train.dtype,
             "tokens": tokens,
@@ -197,8 +212,9 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
             "process_bytes": max(each[1] for each in told),
             "exchanged_bytes": [each[2] for each in told],
             "formula_bytes": [each[3] for each in told],
+            "waiting": max(each[4] for each in told) / seconds,
         }
-        write_figures(json_path, result)
+        write_figures(json_path, figures)
     dist.barrier()
 
 
