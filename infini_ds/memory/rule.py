@@ -38,7 +38,7 @@ class MemoryRule(ABC):
     @abstractmethod
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
         """Returns how many numbers each of the ranks that share a window tells the others about its
-        part's change of a lane's memory; see `hand_on`."""
+        part's change of a lane's memory; see `HandOn`."""
 
     @abstractmethod
     def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:

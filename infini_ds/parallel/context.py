@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_ds.memory.hand_on import Exchange
+from infini_ds.memory.hand_on import Exchange, Message
 from infini_ds.parallel.contact import Contact, settle
 
 
@@ -30,19 +30,23 @@ class ContextGroup(Contact, Exchange):
         self._others = [other for other in ranks if other != rank]
         self._group = group
 
-    def all_gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Message:
         """See `Exchange`.
 
         Raises:
-            WaitError: another rank did not come in time, or is gone.
+            WaitError: another rank did not come in time, or is gone; the message raises it too.
         """
         gathered = own.new_empty(self.count, *own.shape)
         with self._contact():
             work = dist.all_gather(list(gathered), own, group=self._group, async_op=True)
-        self._finish(work, own)
-        return gathered
 
-    def sum_of_own(self, by_place: Tensor) -> Tensor:
+        def message() -> Tensor:
+            self._finish(work, own)
+            return gathered
+
+        return message
+
+    def sum_of_own(self, by_place: Tensor) -> Message:
         """See `Exchange`; the sum is taken in the order of places, so that it is always the same.
 
         Raises:
@@ -51,8 +55,12 @@ class ContextGroup(Contact, Exchange):
         received = torch.empty_like(by_place)
         with self._contact():
             work = dist.all_to_all_single(received, by_place, group=self._group, async_op=True)
-        self._finish(work, by_place[0])
-        return received.sum(dim=0)
+
+        def message() -> Tensor:
+            self._finish(work, by_place[0])
+            return received.sum(dim=0)
+
+        return message
 
     def describe(self) -> str:
         """Names the exchange and the other ranks."""
@@ -61,8 +69,8 @@ class ContextGroup(Contact, Exchange):
 
     def connect(self) -> None:
         """Exchanges a first number, since NCCL connects ranks at their first message."""
-        self.all_gather(torch.zeros(1, device=self._device))
-        self.sum_of_own(torch.zeros(self.count, 1, device=self._device))
+        self.all_gather(torch.zeros(1, device=self._device))()
+        self.sum_of_own(torch.zeros(self.count, 1, device=self._device))()
         self.sent_bytes = 0
 
     def _finish(self, work: dist.Work | None, message: Tensor) -> None:

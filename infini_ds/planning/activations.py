@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.launch import HOPPER, recording
 from infini_ds.memory import RULES, MemoryState
-from infini_ds.memory.hand_on import Exchange
+from infini_ds.memory.hand_on import Exchange, Message
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.transformer import full_layout
 
@@ -86,11 +86,11 @@ class _Silent(Exchange):
     def __init__(self, count: int):
         self.place, self.count = count - 1, count  # the last keeps no less than the others
 
-    def all_gather(self, own: Tensor) -> Tensor:
-        return own.new_empty(self.count, *own.shape)
+    def all_gather(self, own: Tensor) -> Message:
+        return lambda: own.new_empty(self.count, *own.shape)
 
-    def sum_of_own(self, by_place: Tensor) -> Tensor:
-        return torch.empty_like(by_place[0])
+    def sum_of_own(self, by_place: Tensor) -> Message:
+        return lambda: torch.empty_like(by_place[0])
 
 
 def _block(model: ModelConfig, checkpointing: Checkpointing, dtype: torch.dtype) -> Block:

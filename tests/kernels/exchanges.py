@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from infini_ds.memory.hand_on import Exchange
+from infini_ds.memory.hand_on import Exchange, Message
 
 LIMIT = 60.0
 """Seconds that a part waits for the others."""
@@ -40,13 +40,14 @@ class Part(Exchange):
         """The same of gradients."""
         self._meeting = meeting
 
-    def all_gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Message:
         self.sent.append(own.numel())
-        return torch.stack(self._meeting.swap(self.place, own.detach().clone()))
+        own = own.detach().clone()
+        return lambda: torch.stack(self._meeting.swap(self.place, own))
 
-    def sum_of_own(self, by_place: Tensor) -> Tensor:
+    def sum_of_own(self, by_place: Tensor) -> Message:
         self.sent_back.append(by_place[0].numel())
-        return torch.stack(
+        return lambda: torch.stack(
             [each[self.place] for each in self._meeting.swap(self.place, by_place)]
         ).sum(0)
 

@@ -18,7 +18,7 @@ from infini_ds.kernels.infini_attention.reference import infini_attention_refere
 from infini_ds.kernels.trial import begins_of, error
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES, MemoryState
-from infini_ds.memory.hand_on import Change, Kept, hand_on
+from infini_ds.memory.hand_on import Change, HandOn, Kept
 from infini_ds.memory.rule import sigma
 from tests.kernels.exchanges import Part, on_all_parts
 
@@ -359,7 +359,7 @@ def test_any_affine_map_is_handed_on(factors, count):
         own_factor, own_added = (x[part.place].clone().requires_grad_() for x in tensors[:2])
         own_incoming = tensors[2].clone().requires_grad_()
         change = Change(own_factor.detach() if factors == "flags" else own_factor, [own_added])
-        (before,), (after,) = hand_on(change, [own_incoming], part)
+        (before,), (after,) = HandOn(change, part).finish([own_incoming])
         assert torch.allclose(before, states[part.place], rtol=1e-10, atol=1e-12)
         assert torch.allclose(after, states[-1], rtol=1e-10, atol=1e-12)
         loss = (before * upstream[part.place]).sum() + after.square().sum() / count

@@ -34,10 +34,10 @@ class Echo(Exchange):
 
     def all_gather(self, own):
         self.heard.append(torch.stack([own] * self.count))
-        return self.heard[-1]
+        return lambda: self.heard[-1]
 
     def sum_of_own(self, by_place):
-        return by_place[0]
+        return lambda: by_place[0]
 
 
 def really_kept(model, unit, checkpointing) -> int:

@@ -17,7 +17,7 @@ from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.local_attention import local_attention
 from infini_ds.layout import Layout, memory_tokens
-from infini_ds.memory.hand_on import Change, Exchange, hand_on
+from infini_ds.memory.hand_on import Change, Exchange, HandOn
 from infini_ds.memory.state import MemoryState
 
 
@@ -31,8 +31,14 @@ def infini_attention_parallel(
             `memory` is the memory before the whole window, and the one after it is returned.
     """
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
-    a_dot = local_attention(q, k, v, rotary, layout.begins)
-    states, final = memory_scan(k, v, w, memory, layout, rule, exchange)
+    if exchange is None:
+        a_dot = local_attention(q, k, v, rotary, layout.begins)
+        states, final = memory_scan(k, v, w, memory, layout, rule)
+    else:
+        part = _Part(k, v, w, memory, layout, rule, exchange)
+        a_dot = local_attention(q, k, v, rotary, layout.begins)  # while messages are on their way
+        before, final = part.finish()
+        states = part.found(before)
     return read_and_mix(a_dot, q, states, beta, layout), final
 
 
@@ -43,23 +49,18 @@ def memory_scan(
     memory: MemoryState,
     layout: Layout,
     rule: str,
-    exchange: Exchange | None = None,
 ) -> tuple[MemoryState, MemoryState]:
     """Computes the memory that each segment reads, and the memory after the window.
 
     Args:
         k, v: [batch, segments, n, kv_heads, d].
         w: [batch, segments, n, kv_heads] or None.
-        exchange: as in `infini_attention_parallel`.
 
     Returns:
         The memory before each segment, kv [batch, segments, kv_heads, d, d] and norm [batch,
         segments, kv_heads, d], and the memory after the last one.
     """
     weight, added = _write(k, v, w, layout)
-    if exchange is not None:
-        part = _Part(k, weight, added, memory, layout.starts, rule, exchange)
-        return part.found(), part.final
     norm, final_norm = scan(added.norm, memory.norm, layout.starts)
     if rule == "linear":
         kv, final_kv = scan(added.kv, memory.kv, layout.starts)
@@ -82,9 +83,7 @@ def memory_before_part(
 
     The arguments are those of `memory_scan`.
     """
-    weight, added = _write(k, v, w, layout)
-    part = _Part(k, weight, added, memory, layout.starts, rule, exchange)
-    return part.before, part.final
+    return _Part(k, v, w, memory, layout, rule, exchange).finish()
 
 
 def _write(k: Tensor, v: Tensor, w: Tensor | None, layout: Layout) -> tuple[Tensor, MemoryState]:
@@ -97,7 +96,7 @@ def _write(k: Tensor, v: Tensor, w: Tensor | None, layout: Layout) -> tuple[Tens
 
 
 class _Part:
-    """One rank's part of a window, of which it knows `before` and `final` from the other ranks.
+    """One rank's part of a window, whose change of the memory is on its way to the other ranks.
 
     The delta rule hands on the norm first, since overlaps depend on it. Its segments then find
     A S + B, where S is the memory before the part.
@@ -106,36 +105,47 @@ class _Part:
     def __init__(
         self,
         k: Tensor,
-        weight: Tensor,
-        added: MemoryState,
+        v: Tensor,
+        w: Tensor | None,
         memory: MemoryState,
-        starts: Tensor,
+        layout: Layout,
         rule: str,
         exchange: Exchange,
     ):
-        self._added, self._starts, self._maps = added, starts, None
-        goes_on = ~starts.any(dim=1)
+        weight, added = _write(k, v, w, layout)
+        self._added, self._memory, self._starts = added, memory, layout.starts
+        self._maps = None
+        goes_on = (~self._starts.any(dim=1)).to(added.norm)
         if rule == "linear":
-            change = Change(goes_on.to(added.norm), added.map(self._sum_of_last_document))
-            before, final = hand_on(change, memory, exchange)
-            self.before, self.final = MemoryState(*before), MemoryState(*final)
+            self._way = HandOn(Change(goes_on, added.map(self._sum_of_last_document)), exchange)
             return
-        change = Change(goes_on.to(added.norm), [self._sum_of_last_document(added.norm)])
-        (norm,), (final_norm,) = hand_on(change, [memory.norm], exchange)
-        self._norm, _ = scan(added.norm, norm, starts)
-        overlaps = segment_overlaps(k, weight, self._norm, added.norm.detach())
+        change = Change(goes_on, [self._sum_of_last_document(added.norm)])
+        (self._norm,), (self._final_norm,) = HandOn(change, exchange).finish([memory.norm])
+        self._norms, _ = scan(added.norm, self._norm, self._starts)
+        overlaps = segment_overlaps(k, weight, self._norms, added.norm.detach())
         d = k.shape[-1]
-        self._maps, end = _WalkOfMaps.apply(added.kv, overlaps, starts)  # type: ignore[misc]
-        (kv,), (final_kv,) = hand_on(Change(end[..., d:], [end[..., :d]]), [memory.kv], exchange)
-        self.before, self.final = MemoryState(kv, norm), MemoryState(final_kv, final_norm)
+        self._maps, end = _WalkOfMaps.apply(added.kv, overlaps, self._starts)  # type: ignore[misc]
+        self._way = HandOn(Change(end[..., d:], [end[..., :d]]), exchange)
 
-    def found(self) -> MemoryState:
-        """Returns the memory before each segment, as `memory_scan` does."""
+    def finish(self) -> tuple[MemoryState, MemoryState]:
+        """Returns the memory before the part and the one after the window."""
         if self._maps is None:
-            pairs = zip(self._added, self.before, strict=True)
+            before, final = self._way.finish(self._memory)
+            return MemoryState(*before), MemoryState(*final)
+        (kv,), (final_kv,) = self._way.finish([self._memory.kv])
+        return MemoryState(kv, self._norm), MemoryState(final_kv, self._final_norm)
+
+    def found(self, before: MemoryState) -> MemoryState:
+        """Returns the memory before each segment, as `memory_scan` does.
+
+        Args:
+            before: the memory before the part.
+        """
+        if self._maps is None:
+            pairs = zip(self._added, before, strict=True)
             return MemoryState(*(scan(added, x, self._starts)[0] for added, x in pairs))
         added, factor = self._maps.chunk(2, dim=-1)
-        return MemoryState(added + factor @ self.before.kv[:, None], self._norm)
+        return MemoryState(added + factor @ before.kv[:, None], self._norms)
 
     def _sum_of_last_document(self, added: Tensor) -> Tensor:
         """Sums [batch, segments, ...] since the last segment in which a document begins."""
