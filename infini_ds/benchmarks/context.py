@@ -2,8 +2,9 @@
 
 For each number of ranks, processes of their own train on windows of random tokens, one thread each.
 They are started in turn, so that whatever else the machine does slows all alike. Memory is what the
-fullest process takes for a step over what it took before: activations, gradients and what the
-allocator does not give back.
+fullest process takes for its first step over what it had before, mostly activations and gradients;
+large blocks have pages of their own then. The steps after it keep freed memory, as training does,
+and are timed.
 """
 
 import json
@@ -26,6 +27,7 @@ from infini_ds.layout import Layout
 from infini_ds.planning.report import vocab_size
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
+from infini_ds.system.resources import give_blocks_their_own_pages, keep_freed_memory
 
 TIME_LIMIT = 3600.0
 """Time limit of one start in seconds."""
@@ -44,7 +46,7 @@ class Starts(NamedTuple):
 
     count: int
     steps: int
-    """Steps of a start, of which the last one is timed."""
+    """Timed steps of a start, after one whose memory is measured; the first of several warms up."""
 
 
 def run(
@@ -133,8 +135,9 @@ def _print(rows: list[dict[str, Any]], config: RunConfig, repeats: int) -> None:
         f"{model.segment_length}, {train.batch_size} lanes, {train.chunks} chunks, checkpointing "
         f"{train.activation_checkpointing}, {rows[0]['dtype']}, median of {repeats} starts",
         caption="waits: share of the step that the rank which waits longest waits for the others; "
-        "memory of the fullest rank: what a step takes, and of that what a token of the "
-        "window takes; bytes that a rank sends in a step to those that share its windows",
+        "memory of the fullest rank: what a step takes, that by tokens of the window, and "
+        "what the process takes with gaps between blocks; bytes that a rank sends in a step to "
+        "those that share its windows",
     )
     headings = (
         "window",
@@ -175,44 +178,52 @@ def _print(rows: list[dict[str, Any]], config: RunConfig, repeats: int) -> None:
 def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
     """Takes the steps of one rank, and leaves the process group open."""
     from infini_ds.parallel.build import build_engine, start_distributed
-    from infini_ds.parallel.engine import StepSize
+    from infini_ds.parallel.engine import StepResult, StepSize
     from infini_ds.parallel.ranks import gathered, is_first_rank
-    from infini_ds.system.resources import keep_freed_memory
     from infini_ds.training.dtype import with_dtype
 
-    keep_freed_memory()
     start_distributed(config.train.timeout)
     config, _ = with_dtype(config, None)
     torch.set_num_threads(1)
     engine = build_engine(config)
-    tokens = config.train.batch_size * config.train.window_segments * config.model.segment_length
+    lanes = config.train.batch_size
+    tokens = lanes * config.train.window_segments * config.model.segment_length
     size = StepSize(tokens, tokens)
-    before, sent, seconds, waited = _memory("VmRSS"), 0, 0.0, 0.0
+
+    def step(index: int) -> StepResult:
+        windows = [_windows(config, index, i) for i in range(engine.layout.micro_batches)]
+        dist.barrier()
+        return engine.train_step(lambda micro_batch: windows[micro_batch], size, 1.0)
+
+    give_blocks_their_own_pages()
+    before, sent = _memory("VmRSS"), engine.exchanged_bytes
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
-    for step in range(steps):
-        windows = [_windows(config, step, i) for i in range(engine.layout.micro_batches)]
-        sent = engine.exchanged_bytes
-        dist.barrier()
+    step(0)
+    taken, sent = _memory("VmHWM") - before, engine.exchanged_bytes - sent
+    keep_freed_memory()
+    seconds, waited = [], []
+    for index in range(1, 1 + steps):
         begin = time.perf_counter()
-        result = engine.train_step(lambda i, windows=windows: windows[i], size, 1.0)
+        result = step(index)
         dist.barrier()
-        seconds = time.perf_counter() - begin
-        waited = result.seconds.get("waiting_for_context", 0.0)
-        sent = engine.exchanged_bytes - sent
-    peak = _memory("VmHWM")
+        seconds.append(time.perf_counter() - begin)
+        waited.append(result.seconds.get("waiting_for_context", 0.0) / seconds[-1])
     formula = engine.part.step_exchange_bytes(config.model, config.train.chunks)
-    told = gathered((peak - before, peak, sent, formula, waited))
+    told = gathered(
+        (taken, _memory("VmHWM"), sent, formula, statistics.median(waited[1:] or waited))
+    )
     if is_first_rank():
+        taken, peaks, sent, formula, waiting = zip(*told, strict=True)
         figures = {
-            "seconds": seconds,
+            "seconds": statistics.median(seconds[1:] or seconds),
+            "waiting": max(waiting),
             "dtype": config.train.dtype,
             "tokens": tokens,
-            "step_bytes": max(each[0] for each in told),
-            "process_bytes": max(each[1] for each in told),
-            "exchanged_bytes": [each[2] for each in told],
-            "formula_bytes": [each[3] for each in told],
-            "waiting": max(each[4] for each in told) / seconds,
+            "step_bytes": max(taken),
+            "process_bytes": max(peaks),
+            "exchanged_bytes": sent,
+            "formula_bytes": formula,
         }
         write_figures(json_path, figures)
     dist.barrier()

@@ -106,7 +106,7 @@ def _add_context(names: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=int, action=Checked, check=at_least(1), default=2,
-        help="number of steps of a start, of which the last one is timed",
+        help="timed steps of a start, of which the first of several warms up",
     )  # fmt: skip
     add_json(parser)
 

@@ -33,10 +33,23 @@ def keep_freed_memory() -> None:
         return
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    _set_malloc(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+    _set_malloc(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def give_blocks_their_own_pages() -> None:
+    """Maps each block of 64 KiB or more, so that the memory taken is that in use, without gaps.
+
+    This is slow, and meant for measuring. Without glibc it has no effect.
+    """
+    if sys.platform == "linux":
+        _set_malloc(_M_MMAP_THRESHOLD, 2**16)
+
+
+def _set_malloc(option: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        mallopt(option, value)
 
 
 def give_back_freed_memory() -> None:

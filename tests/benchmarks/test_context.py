@@ -48,7 +48,7 @@ def test_window_keeps_little_more_than_the_inputs_of_its_blocks(tmp_path):
         settings += [str(chunks * 2048), "--ranks=1", "--repeats=1", "--steps=1"]
         assert cli.main(["bench", "context", CONFIG, *TINY, *settings, "--json", str(path)]) == 0
         (row,) = json.loads(path.read_text())
-        taken.append(row["step_bytes"])
+        taken.append(row["process_bytes"])
     inputs = 2 * 64 * 4  # layers x hidden_size x fp32
     assert (taken[1] - taken[0]) / (32 * 2048) < 1.5 * inputs
 
