@@ -282,8 +282,12 @@ DEFAULT_CASES = FP32_CASES | BF16_CASES
 SLOW_CASES = sampled(LAYOUTS, 12)
 
 
+PROCESSES = 96
+"""How many ranks of cases a launch has at most, so that no test waits for too many of them."""
+
+
 class Results:
-    """What each case gave, by rank; all cases of a set and world size are one launch."""
+    """What each case gave, by rank; cases of a set and world size are launched together."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -291,9 +295,13 @@ class Results:
 
     def of(self, name: str, known: dict[str, tuple[int, dict]]) -> list[dict]:
         world, _ = known[name]
-        cases = json.dumps({other: case for other, (size, case) in known.items() if size == world})
+        equal = [other for other, (size, _) in known.items() if size == world]
+        first = equal.index(name) // (PROCESSES // world) * (PROCESSES // world)
+        together = equal[first : first + PROCESSES // world]
+        cases = json.dumps({other: known[other][1] for other in together})
         if cases not in self._launched:
-            limit = 60 + 10 * len(known) + (300 if known is OFFLOADED else 0)  # to be compiled
+            limit = 60 + 5 * world * len(together)
+            limit += 300 if known is OFFLOADED else 0  # to be compiled
             self._launched[cases] = self._launch(world, cases, limit)
         folder = self._launched[cases]
         if isinstance(folder, AssertionError):
