@@ -256,8 +256,6 @@ SLOW_CONTEXT_CASES = {
             if layout[:2] != (2, 2)  # eight processes
             for choice in CHOICES_OF_CONTEXT
         ),
-        # Packed windows of this length have a step whose norm by the linear rule is rounded to 1e-5
-        # in any layout, also on one process.
         *(
             Context(4, 1, 1, chunks, transport, rule, checkpointing, rule == "delta", segments=8)
             for chunks in (1, 2)
