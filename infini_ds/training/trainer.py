@@ -79,6 +79,7 @@ class Trainer:
     def __init__(self, opened: Opened, stop: StopRequest, watchdog: Watchdog):
         self.config, self.data, self.lanes = opened.config, opened.data, opened.lanes
         self.engine = opened.engine
+        self._lock = opened.lock  # other runs are kept out as long as this file is open
         self.stop, self.watchdog = stop, watchdog
         self.step = self.first_step = 0
         self.saved: int | None = None

@@ -17,8 +17,12 @@ FP32 = {
 """A run whose losses are the same in every layout."""
 LIMIT = 300.0
 """Seconds that a run may take to start or to end, beside much other work on this machine."""
-LAYOUTS = {"pipeline": "parallel.pipeline_stages=auto", "data": "parallel.pipeline_stages=1"}
-"""Overrides that lay the processes out one after another or side by side."""
+LAYOUTS = {
+    "pipeline": "parallel.pipeline_stages=auto", "data": "parallel.pipeline_stages=1",
+    "context": "parallel.context_parallel=2",
+}  # fmt: skip
+"""Overrides that lay the processes out one after another or side by side, or let them share
+windows."""
 
 
 def require(what: str, programs: dict[str, str]) -> None:

@@ -24,7 +24,9 @@ def launch(hosts, count: int, run: Run, *overrides: str) -> Processes:
 
 
 @pytest.mark.parametrize(
-    ("count", "layout"), [(2, "pipeline"), (2, "data"), (3, "pipeline")], ids=lambda v: str(v)
+    ("count", "layout"),
+    [(2, "pipeline"), (2, "data"), (2, "context"), (3, "pipeline")],
+    ids=lambda v: str(v),
 )
 def test_hosts_train_as_one_process_does(hosts, tmp_path, data, alone, count, layout):
     run = Run(tmp_path, data, **FP32)

@@ -15,7 +15,9 @@ import torch
 import yaml
 
 from infini_ds.data.prepare import prepare
+from infini_ds.errors import UserError
 from infini_ds.system.compute_type import fastest_type
+from infini_ds.system.lock import lock
 from tests.damage import cut, flip
 from tests.distributed.conftest import SCRIPT, Run, copied, without_checkpoints_after
 from tests.distributed.processes import Process, Processes, free_port
@@ -66,6 +68,14 @@ class TestExactResume:
         run.finish(2)
         assert run.losses == undisturbed.losses
         assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+def test_run_keeps_others_out_of_its_directory_while_it_trains(tmp_path, data):
+    run = Run(tmp_path, data, train__steps=100000)
+    with run.start(1) as ranks:
+        ranks.wait_until(lambda: run.losses, START, "a step")
+        with pytest.raises(UserError, match="another run writes there"):
+            lock(run.output, 0)
 
 
 def test_type_is_that_of_the_device_or_of_the_checkpoint(tmp_path, data):

@@ -1,5 +1,6 @@
 """Ranks that do not die but stop: the others find out, say what they waited for, and end."""
 
+import json
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.distributed.processes import Process, Processes, free_port
-from tests.faults.runs import START, FaultyRun, end_of_others, rank_of
+from tests.faults.runs import END, START, FaultyRun, end_of_others, rank_of
 
 WORKER = Path(__file__).with_name("hang_worker.py")
 HANG = 6.0
@@ -86,6 +87,56 @@ def test_rank_that_shares_windows_is_named_by_the_other(tmp_path, data, trial, r
         saved = max(int(p.parent.name[5:]) for p in run.output.glob("checkpoints/*/manifest.json"))
         assert f"at step {saved}\n" in run.finish(2, f"train.steps={saved + 2}")
         assert max(run.losses) == saved + 2
+
+
+SHARED = {
+    "train__steps": 12, "train__save_every": 4, "train__window_segments": 4,
+    "train__hang_timeout": HANG, "train__timeout": 120.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data):
+    """Finished runs whose ranks share windows, by their number of stages."""
+    runs: dict[int, FaultyRun] = {}
+
+    def of(stages: int) -> FaultyRun:
+        if stages not in runs:
+            run = FaultyRun(tmp_path_factory.mktemp("undisturbed"), data, **SHARED)
+            run.finish(2 * stages, "parallel.context_parallel=2")
+            runs[stages] = run
+        return runs[stages]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("call", "rank", "stages"),
+    [("all_gather", 0, 1), ("sum_of_own", 1, 1), ("all_gather", 3, 2), ("sum_of_own", 2, 2)],
+)
+def test_rank_lost_in_an_exchange_costs_nothing(
+    tmp_path, data, trial, undisturbed, call, rank, stages, number
+):
+    """Forward or back, all others name it, also those of another stage; the run goes on as if
+    nothing had been."""
+    faults = {"exchange": [call, rank, number, 6]}
+    run = FaultyRun(tmp_path, data, json.dumps(faults), **SHARED)
+    context, world = "parallel.context_parallel=2", 2 * stages
+    what = "`SIGSTOP`" if number == signal.SIGSTOP else "`kill -9`"
+    with trial(f"{what} of a rank in an exchange of memories"):
+        with run.start(world, context) as ranks:
+            ranks.wait_until(lambda: run.step == 6, START, "the step before")
+            seconds = end_of_others(ranks, rank, (HANG if number == signal.SIGSTOP else 0) + END)
+            other = rank ^ 1  # the one that shares its windows
+            line = next(x for x in ranks.all[other].output.splitlines() if "infini-ds rank" in x)
+            print(f"after {seconds:.1f} s: {line}")
+            assert f" for memories of rank {rank}" in line
+        run.faults = "{}"
+        assert "at step 4\n" in run.finish(world, context)
+        assert run.losses == undisturbed(stages).losses
+        assert run.checksums(12) == undisturbed(stages).checksums(12)
 
 
 @pytest.mark.slow
