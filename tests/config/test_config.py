@@ -141,11 +141,12 @@ class TestShippedConfig:
     def test_loads(self, path):
         assert load(path).train.steps > 0
 
-    def test_can_run_on_one_process_and_on_several(self, path):
+    def test_can_run_on_as_few_processes_as_it_says(self, path):
         config = load(path)
         stages = config.parallel.pipeline_stages
-        world = 1 if stages == "auto" else stages
-        assert config.data_parallel_size(world) == 1
+        context = config.parallel.context_parallel
+        world = context * (1 if stages == "auto" else stages)
+        assert config.data_parallel_size(world) == context
 
     def test_says_what_it_is_for(self, path):
         assert path.read_text().startswith("# ")
