@@ -19,11 +19,9 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from infini_ds.benchmarks.ranks import end, is_rank, start
-from infini_ds.config import RunConfig, load
-from infini_ds.data.windows import Windows
+from infini_ds.benchmarks.ranks import end, is_rank, random_windows, start
+from infini_ds.config import RunConfig
 from infini_ds.errors import UserError
-from infini_ds.layout import Layout
 from infini_ds.planning.report import vocab_size
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
@@ -35,10 +33,11 @@ MIB = 2**20
 
 
 class Source(NamedTuple):
-    """The config of a run."""
+    """The config of a run, and how the command was told of it."""
 
     path: str
     overrides: list[str]
+    config: RunConfig
 
 
 class Starts(NamedTuple):
@@ -68,7 +67,7 @@ def run(
     Raises:
         UserError: the vocabulary is not known, or a length of windows does not fit.
     """
-    config = load(source.path, source.overrides)
+    config = source.config
     if is_rank():
         _measure(config, starts.steps, json_path)
         end()
@@ -186,12 +185,10 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
     config, _ = with_dtype(config, None)
     torch.set_num_threads(1)
     engine = build_engine(config)
-    lanes = config.train.batch_size
-    tokens = lanes * config.train.window_segments * config.model.segment_length
-    size = StepSize(tokens, tokens)
+    size = StepSize(config.step_tokens, config.step_tokens)
 
     def step(index: int) -> StepResult:
-        windows = [_windows(config, index, i) for i in range(engine.layout.micro_batches)]
+        windows = [random_windows(config, index, i) for i in range(engine.layout.micro_batches)]
         dist.barrier()
         return engine.train_step(lambda micro_batch: windows[micro_batch], size, 1.0)
 
@@ -219,7 +216,7 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
             "seconds": statistics.median(seconds[1:] or seconds),
             "waiting": max(waiting),
             "dtype": config.train.dtype,
-            "tokens": tokens,
+            "tokens": config.step_tokens,
             "step_bytes": max(taken),
             "process_bytes": max(peaks),
             "exchanged_bytes": sent,
@@ -234,16 +231,3 @@ def _memory(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
-
-
-def _windows(config: RunConfig, step: int, micro_batch: int) -> Windows:
-    """Makes the random windows of a micro-batch, the same ones on all ranks."""
-    train, model = config.train, config.model
-    length = train.window_segments * model.segment_length
-    generator = torch.Generator().manual_seed(step * train.batch_size + micro_batch)
-    shape = (train.micro_batch_size, length + 1)
-    tokens = torch.randint(model.vocab_size, shape, generator=generator)
-    starts = torch.zeros(train.micro_batch_size, train.window_segments, dtype=torch.bool)
-    lengths = torch.full(starts.shape, model.segment_length, dtype=torch.int32)
-    weights = torch.ones(train.micro_batch_size, length)
-    return Windows(tokens[:, :-1], tokens[:, 1:], Layout(starts, lengths), weights)

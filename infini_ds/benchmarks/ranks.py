@@ -1,10 +1,15 @@
-"""Starts a benchmark's command again, as several ranks of one thread each."""
+"""Starts a benchmark's command again, as several ranks of one thread each, and what these read."""
 
 import os
 import subprocess
 import sys
 
+import torch
+
+from infini_ds.config import RunConfig
+from infini_ds.data.windows import Windows
 from infini_ds.errors import RunError
+from infini_ds.model.transformer import full_layout
 
 
 def is_rank() -> bool:
@@ -36,3 +41,13 @@ def end() -> None:
     """Ends a rank at once: threads of the process group may abort an orderly exit."""
     sys.stdout.flush()
     os._exit(0)
+
+
+def random_windows(config: RunConfig, step: int, micro_batch: int) -> Windows:
+    """Makes the random windows of a micro-batch, the same ones on all ranks."""
+    train, model = config.train, config.model
+    lanes, segments, n = train.micro_batch_size, train.window_segments, model.segment_length
+    generator = torch.Generator().manual_seed(step * train.batch_size + micro_batch)
+    tokens = torch.randint(model.vocab_size, (lanes, segments * n + 1), generator=generator)
+    layout = full_layout(lanes, segments, n, tokens.device)
+    return Windows(tokens[:, :-1], tokens[:, 1:], layout, torch.ones(lanes, segments * n))

@@ -15,15 +15,12 @@ pipeline.payload for the exact sizes; each term is rounded up to 16 bytes):
 import statistics
 import time
 
-import torch
 import torch.distributed as dist
 from rich.table import Table
 
 from infini_ds import config as configuration
-from infini_ds.benchmarks.ranks import end, is_rank, start
+from infini_ds.benchmarks.ranks import end, is_rank, random_windows, start
 from infini_ds.config import RunConfig
-from infini_ds.data.windows import Windows
-from infini_ds.layout import Layout
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
@@ -63,13 +60,14 @@ def _measure(steps: int, dtype: str, json_path: str | None) -> None:
     engines = {name: build_engine(config) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     sent: dict[str, int] = {}
+    size = StepSize(configs["carried"].step_tokens, configs["carried"].step_tokens)
     for step in range(steps + 1):
         for name, engine in engines.items():
             before = engine.sent_bytes
             dist.barrier()
             begin = time.perf_counter()
-            windows, tokens = _windows(configs[name], step)
-            size = StepSize(tokens, tokens)
+            micro_batches = range(engine.layout.micro_batches)
+            windows = [random_windows(configs[name], step, i) for i in micro_batches]
             engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size, 1.0)
             dist.barrier()
             if step:  # the first step warms up
@@ -135,17 +133,3 @@ def _config(transport: str, stages: int, dtype: str) -> RunConfig:
         },
         "of bench transport",
     )
-
-
-def _windows(config: RunConfig, step: int) -> tuple[list[Windows], int]:
-    """Makes random windows, one per micro-batch, which are the same for both transports."""
-    train, model = config.train, config.model
-    length = train.window_segments * model.segment_length
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(model.vocab_size, (train.batch_size, 1, length + 1), generator=generator)
-    shape = (1, train.window_segments)
-    starts = torch.zeros(shape, dtype=torch.bool)
-    lengths = torch.full(shape, model.segment_length, dtype=torch.int32)
-    layout, weights = Layout(starts, lengths), torch.ones(1, length)
-    windows = [Windows(row[:, :-1], row[:, 1:], layout, weights) for row in tokens]
-    return windows, train.batch_size * length

@@ -1,6 +1,7 @@
 """`infini-ds bench`: measures alternatives side by side."""
 
 import argparse
+from collections.abc import Callable
 
 from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.commands.options import (
@@ -97,7 +98,7 @@ def _add_context(names: Commands) -> None:
         help="lengths of windows (the config's)",
     )  # fmt: skip
     parser.add_argument(
-        "--ranks", action=Checked, check=_ranks, default=[1, 2],
+        "--ranks", action=Checked, check=_distinct(1), default=[1, 2],
         help="numbers of ranks that share a window",
     )  # fmt: skip
     parser.add_argument(
@@ -111,19 +112,11 @@ def _add_context(names: Commands) -> None:
     add_json(parser)
 
 
-def _ranks(name: str, text: str) -> list[int]:
-    ranks = integers(name, text)
-    _check_distinct(name, ranks)
-    if min(ranks) < 1:
-        raise UserError(f"{name} ({min(ranks)}) must each be at least 1")
-    return ranks
-
-
 def _context(options: argparse.Namespace) -> None:
-    load_config(options)  # mistakes are told before torch is loaded
+    config = load_config(options)
     from infini_ds.benchmarks import context
 
-    source = context.Source(options.config, options.overrides)
+    source = context.Source(options.config, options.overrides, config)
     starts = context.Starts(options.repeats, options.steps)
     context.run(source, options.windows, options.ranks, starts, options.json)
 
@@ -153,7 +146,7 @@ def _add_quality(names: Commands) -> None:
     parser = with_config(names, "quality", about, _quality)
     parser.add_argument("--steps", type=int, help="steps of each run (the config's train.steps)")
     parser.add_argument(
-        "--seeds", action=Checked, check=_seeds, default=[0, 1],
+        "--seeds", action=Checked, check=_distinct(0), default=[0, 1],
         help="seeds for weights and order of documents",
     )  # fmt: skip
     parser.add_argument(
@@ -167,12 +160,17 @@ def _add_quality(names: Commands) -> None:
     )  # fmt: skip
 
 
-def _seeds(name: str, text: str) -> list[int]:
-    seeds = integers(name, text)
-    _check_distinct(name, seeds)
-    if min(seeds) < 0:
-        raise UserError(f"{name} ({min(seeds)}) must each be at least 0")
-    return seeds
+def _distinct(least: int) -> Callable[[str, str], list[int]]:
+    """Returns a check of different integers, each at least `least`."""
+
+    def check(name: str, text: str) -> list[int]:
+        values = integers(name, text)
+        _check_distinct(name, values)
+        if min(values) < least:
+            raise UserError(f"{name} ({min(values)}) must each be at least {least}")
+        return values
+
+    return check
 
 
 def _variants(name: str, text: str) -> list[str]:

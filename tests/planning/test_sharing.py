@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from infini_ds import cli
 from infini_ds.config import RunConfig, load
 from infini_ds.errors import UserError
+from infini_ds.kernels.infini_attention import Inputs
 from infini_ds.kernels.infini_attention.parallel import memory_before_part
 from infini_ds.memory import MemoryState
 from infini_ds.model.block import Checkpointing
@@ -156,8 +157,10 @@ def test_operations_are_those_of_the_products(rule, segments, ranks):
     k, v = torch.randn(2, 1, segments, n, kv_heads, d)
     memory = MemoryState.empty(1, kv_heads, d)
     layout = full_layout(1, segments, n, k.device)
+    unused = torch.empty(0)
+    inputs = Inputs(unused, k, v, None, memory, layout, unused, rule, (unused, unused))
     with FlopCounterMode(display=False) as counter:
-        memory_before_part(k, v, None, memory, layout, rule, Echo(ranks))
+        memory_before_part(inputs, Echo(ranks))
     counted = counter.get_total_flops()
     assert sharing_flops(model, segments, ranks, twice=True) == pytest.approx(counted, rel=0.05)
     once = sharing_flops(model, segments, ranks, twice=False)

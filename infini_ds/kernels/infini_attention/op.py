@@ -33,7 +33,6 @@ def infini_attention(
 
         if exchange is None:
             return infini_attention_triton(inputs)
-        _, k, v, w, memory, layout, _, rule, _ = inputs
-        before, final = memory_before_part(k, v, w, memory, layout, rule, exchange)
+        before, final = memory_before_part(inputs, exchange)
         return infini_attention_triton(inputs._replace(memory=before))[0], final
     return infini_attention_parallel(inputs, exchange)

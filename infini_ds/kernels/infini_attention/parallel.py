@@ -35,7 +35,7 @@ def infini_attention_parallel(
         a_dot = local_attention(q, k, v, rotary, layout.begins)
         states, final = memory_scan(k, v, w, memory, layout, rule)
     else:
-        part = _Part(k, v, w, memory, layout, rule, exchange)
+        part = _Part(inputs, exchange)
         a_dot = local_attention(q, k, v, rotary, layout.begins)  # while messages are on their way
         before, final = part.finish()
         states = part.found(before)
@@ -70,20 +70,12 @@ def memory_scan(
     return MemoryState(kv, norm), MemoryState(final_kv, final_norm)
 
 
-def memory_before_part(
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    memory: MemoryState,
-    layout: Layout,
-    rule: str,
-    exchange: Exchange,
-) -> tuple[MemoryState, MemoryState]:
+def memory_before_part(inputs: Inputs, exchange: Exchange) -> tuple[MemoryState, MemoryState]:
     """Returns the memory before this rank's part of a window, and the one after the whole window.
 
-    The arguments are those of `memory_scan`.
+    The arguments are those of `infini_attention_parallel`.
     """
-    return _Part(k, v, w, memory, layout, rule, exchange).finish()
+    return _Part(inputs, exchange).finish()
 
 
 def _write(k: Tensor, v: Tensor, w: Tensor | None, layout: Layout) -> tuple[Tensor, MemoryState]:
@@ -102,16 +94,8 @@ class _Part:
     A S + B, where S is the memory before the part.
     """
 
-    def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor | None,
-        memory: MemoryState,
-        layout: Layout,
-        rule: str,
-        exchange: Exchange,
-    ):
+    def __init__(self, inputs: Inputs, exchange: Exchange):
+        _, k, v, w, memory, layout, _, rule, _ = inputs
         weight, added = _write(k, v, w, layout)
         self._added, self._memory, self._starts = added, memory, layout.starts
         self._maps = None
