@@ -9,7 +9,9 @@ from tests.needs import FIXTURES, NEEDS, needs_of
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
-STARTS = r"\b(run_ranks|start_ranks|ForkedProcess|FaultyRun|conftest import.*\bRun)\b"
+STARTS = (
+    r"\b(run_ranks|start_ranks|ForkedProcess|FaultyRun|conftest import.*\bRun|outcome_of_ranks)\b"
+)
 """How a file names what starts the processes of a run."""
 
 

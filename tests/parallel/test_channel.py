@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,31 +5,21 @@ import torch
 import torch.distributed as dist
 
 from infini_ds.parallel.pipeline.channel import Channel
-from tests.distributed.processes import run_ranks
+from tests.parallel.conftest import LIMIT
 
 WORKER = Path(__file__).with_name("channel_worker.py")
-LIMIT = 2.0  # the worker's train.timeout
+RANKS = 2
 
 
-@pytest.fixture
-def outcome(tmp_path):
-    def run(mode: str) -> dict:
-        result = tmp_path / "result.json"
-        run_ranks([str(WORKER), mode, str(result)], 2, tmp_path, limit=90)
-        return json.loads(result.read_text())
-
-    return run
-
-
-def test_receive_gives_messages_of_any_size_in_the_order_they_were_sent(outcome):
-    seen = outcome("orderly")
+def test_receive_gives_messages_of_any_size_in_the_order_they_were_sent(outcome_of_ranks):
+    seen = outcome_of_ranks("orderly")
     assert seen["same"] == [True] * 6
     assert seen["seconds"] > 0
 
 
 @pytest.mark.parametrize("peer", ["silent", "dead"])
-def test_receive_gives_up_within_the_limit_and_names_what_and_whom(outcome, peer):
-    seen = outcome(peer)
+def test_receive_gives_up_within_the_limit_and_names_what_and_whom(outcome_of_ranks, peer):
+    seen = outcome_of_ranks(peer)
     assert seen["error"].startswith("waited for gradients of stage 1 of rank 1")
     assert "train.timeout = 2 s" in seen["error"]
     assert "\n" not in seen["error"]

@@ -1,36 +1,25 @@
-import json
 from pathlib import Path
 
 import pytest
 
 from infini_ds.parallel.part import Part
 from tests import tiny
-from tests.distributed.processes import run_ranks
+from tests.parallel.conftest import LIMIT
 
 WORKER = Path(__file__).with_name("context_worker.py")
-LIMIT = 2.0  # the worker's train.timeout
+RANKS = 3
 
 
-@pytest.fixture
-def outcome(tmp_path):
-    def run(mode: str) -> dict:
-        result = tmp_path / "result.json"
-        run_ranks([str(WORKER), mode, str(result)], 3, tmp_path, limit=90)
-        return json.loads(result.read_text())
-
-    return run
-
-
-def test_ranks_gather_in_their_order_and_sum_up_what_is_theirs(outcome):
-    seen = outcome("orderly")
+def test_ranks_gather_in_their_order_and_sum_up_what_is_theirs(outcome_of_ranks):
+    seen = outcome_of_ranks("orderly")
     assert seen["gathered"] == [[10 * place + x for x in range(4)] for place in range(3)]
     assert seen["summed"] == [x * (1 + 2 + 3) for x in range(4)]
     assert seen["bytes"] == 2 * 2 * 4 * 4  # forward and back, to two ranks, four numbers
 
 
 @pytest.mark.parametrize("peers", ["silent", "dead"])
-def test_exchange_gives_up_within_the_limit_and_names_what_and_whom(outcome, peers):
-    seen = outcome(peers)
+def test_exchange_gives_up_within_the_limit_and_names_what_and_whom(outcome_of_ranks, peers):
+    seen = outcome_of_ranks(peers)
     assert seen["error"].startswith("waited for memories of ranks 1, 2")
     assert "train.timeout = 2 s" in seen["error"]
     assert "\n" not in seen["error"]
