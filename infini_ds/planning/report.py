@@ -1,7 +1,6 @@
 """`infini-ds plan`: prints a run's plan as tables, and writes it as figures for programs."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +88,7 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
     write_figures(json_path, figures)
     if not devices.hold(chosen):
         needs = f"plan: a device needs {_size(chosen.most)} of {devices.memory_gib:g} GiB"
-        shared = next(_fitting_context(chosen, config, devices), None)
+        shared = _fitting_context(chosen, config, devices)
         if shared is not None:
             with_it = f"parallel.context_parallel={shared.context}"
             needs += f", and only {_size(shared.most)} with {with_it}"
@@ -118,9 +117,8 @@ def _check_processes(config: RunConfig, count: int) -> None:
         contexts = (n for n in _contexts(config) if _fits(with_context(config, n), count))
         if context := next(contexts, None):
             remedies.append(f"parallel.context_parallel={context} would use all {count}")
-        raise UserError(
-            "; ".join([str(error), *[", and ".join(remedies)][: len(remedies)]])
-        ) from None
+        remedy = ", and ".join(remedies)
+        raise UserError(f"{error}; {remedy}" if remedy else str(error)) from None
 
 
 def _contexts(config: RunConfig) -> list[int]:
@@ -128,15 +126,16 @@ def _contexts(config: RunConfig) -> list[int]:
     return divisors(config.train.window_segments // config.train.chunks)
 
 
-def _fitting_context(chosen: Plan, config: RunConfig, devices: Devices) -> Iterator[Plan]:
-    """Yields the same layout with more ranks to a window where devices hold that, fewest first."""
+def _fitting_context(chosen: Plan, config: RunConfig, devices: Devices) -> Plan | None:
+    """Returns the same layout with the fewest more ranks to a window with which devices hold it."""
     for context in _contexts(config):
-        if context > chosen.context:
-            changed = with_context(config, context, len(chosen.stages))
-            if _fits(changed, devices.count):
-                shared = plan(changed, devices.count)
-                if devices.hold(shared):
-                    yield shared
+        changed = with_context(config, context, len(chosen.stages))
+        if context <= chosen.context or not _fits(changed, devices.count):
+            continue
+        shared = plan(changed, devices.count)
+        if devices.hold(shared):
+            return shared
+    return None
 
 
 def _fits(config: RunConfig, count: int) -> bool:

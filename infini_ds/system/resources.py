@@ -33,8 +33,8 @@ def keep_freed_memory() -> None:
         return
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    _set_malloc(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
-    _set_malloc(_M_TRIM_THRESHOLD, _NEVER)
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+    _call_glibc("mallopt", _M_TRIM_THRESHOLD, _NEVER)
 
 
 def give_blocks_their_own_pages() -> None:
@@ -42,14 +42,7 @@ def give_blocks_their_own_pages() -> None:
 
     This is slow, and meant for measuring. Without glibc it has no effect.
     """
-    if sys.platform == "linux":
-        _set_malloc(_M_MMAP_THRESHOLD, 2**16)
-
-
-def _set_malloc(option: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(option, value)
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, 2**16)
 
 
 def give_back_freed_memory() -> None:
@@ -60,6 +53,11 @@ def give_back_freed_memory() -> None:
     After 32 chunks of a window with checkpointed blocks, three quarters of the heap were such gaps.
     Without glibc this has no effect.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *arguments: int) -> None:
+    """Calls a function that glibc alone has; elsewhere does nothing."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
