@@ -42,12 +42,11 @@ def call_cost(
 
     FLOPs count only matrix products, and a multiply-add counts as 2. The forward pass computes, per
     token and head: the scores and their product with the values, each segment_length x head_dim, of
-    which causality leaves half; the read and the write, each head_dim x head_dim; and, with the
-    delta rule, as much again for what the keys read back. The backward pass is taken to cost 2.5
-    times as much. This is right for local attention, whose two products become five, as scores are
-    computed again. The memory's two become four (with the delta rule, its three become five), so
-    that with the linear rule and heads of 128 the sum is too high by 7% at segments of 512 and by
-    2% at 2048.
+    which causality leaves half; the read, head_dim x head_dim; and the write, see
+    `MemoryRule.write_flops`. The backward pass is taken to cost 2.5 times as much, which is right
+    for local attention, whose two products become five, as scores are computed again. The memory's
+    two become four (with the delta rule, its three become five), so that with the linear rule and
+    heads of 128 the sum is too high by 7% at segments of 512 and by 2% at 2048.
 
     Bytes count traffic of device memory. The forward pass reads q, k and v, and writes the output
     and the log-sum-exp of each row in fp32. The backward pass reads q, k, v, the output, its
@@ -57,7 +56,7 @@ def call_cost(
     """
     rows = segments * segment_length * heads
     local = 2 * 2 * segment_length * head_dim / 2
-    memory = 2 * (2 + RULES[rule].reads_of_a_key) * head_dim**2
+    memory = 2 * head_dim**2 + RULES[rule].write_flops(head_dim, segment_length)
     flops = rows * (local + memory)
     tensor, log_sum = rows * head_dim * itemsize, rows * 4
     return CallCost(Cost(flops, 4 * tensor + log_sum), Cost(2.5 * flops, 8 * tensor + log_sum))

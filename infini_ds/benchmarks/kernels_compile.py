@@ -27,10 +27,10 @@ from rich.table import Table
 from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
-from infini_ds.kernels.backend import TRITON_HEAD_DIMS
+from infini_ds.kernels.backend import TRITON_HEAD_DIMS, TRITON_RULES
 from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.layout import Layout
-from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory import RULES
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
@@ -104,7 +104,9 @@ def run(
         raise UserError("bench kernels: Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
-    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True))
+    grid = product(
+        TRITON_HEAD_DIMS, TRITON_RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True)
+    )
     cases = [case for case in (Case(*place) for place in grid) if is_wanted(case)]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))
@@ -131,7 +133,7 @@ def _recorded(case: Case) -> list[Any]:
     widths = (HEADS, kv_heads, kv_heads)
     qkv = torch.empty(1, SEGMENTS, n, sum(widths), d, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = qkv.split(widths, dim=3)
-    memory = MemoryState.empty(1, kv_heads, d)
+    memory = RULES[rule].empty(1, kv_heads, d)
     lengths = torch.full((1, SEGMENTS), n, dtype=torch.int32)
     begins = torch.zeros(1, SEGMENTS, n, dtype=torch.int32) if packed else None
     layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), lengths, begins)

@@ -11,7 +11,7 @@ from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernels_timing import Timer, seconds_if_it_fits
 from infini_ds.benchmarks.peer import PEER
 from infini_ds.config import ModelConfig
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES
 from infini_ds.model.block import Block
 from infini_ds.model.flops import (
     device_peak_flops,
@@ -139,7 +139,7 @@ def _block_step(config: ModelConfig, segments: int, device: str) -> Call:
     )  # fmt: skip
     upstream = torch.randn_like(hidden)
     layout = full_layout(1, segments, n, torch.device(device))
-    memory = MemoryState.empty(1, config.kv_heads, config.head_dim, device)
+    memory = RULES[config.memory_rule].empty(1, config.kv_heads, config.head_dim, device)
 
     def step() -> None:
         block.zero_grad()

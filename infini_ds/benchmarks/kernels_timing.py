@@ -15,7 +15,7 @@ from infini_ds.kernels.infini_attention.parallel import infini_attention_paralle
 from infini_ds.kernels.infini_attention.reference import Inputs, infini_attention_reference
 from infini_ds.kernels.trial import Operation
 from infini_ds.layout import Layout
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 
 Timer = Callable[[Call], float]
 """Measures the seconds that a call takes."""
@@ -143,7 +143,7 @@ def _inputs(shape: Shape, device: str) -> Inputs:
     angles = torch.arange(n, device=device)[:, None] * 1e4 ** -torch.linspace(
         0, 1, d // 2, device=device
     )
-    memory = MemoryState.empty(1, heads, d, device)
+    memory = RULES[rule].empty(1, heads, d, device)
     return Inputs(q, k, v, None, memory, layout, beta, rule, (angles.cos(), angles.sin()))
 
 

@@ -99,7 +99,7 @@ def _memory(parser: argparse.ArgumentParser) -> None:
         help="tokens that attend to each other; earlier ones are in the memory (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--memory-rule", choices=("linear", "delta"), default="linear",
+        "--memory-rule", choices=("linear", "delta", "gated_delta"), default="linear",
         help="how a segment is written into the memory (%(default)s)",
     )  # fmt: skip
 

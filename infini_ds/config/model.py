@@ -73,8 +73,8 @@ class ModelConfig(Settings):
     """Width of the gated feed-forward; 0 means 8/3 of hidden_size, rounded up to 64."""
     segment_length: int = Field(default=2048, ge=1, le=_LARGEST_SIZE)
     """Tokens of one segment (n): local attention stays inside it, the memory spans all of them."""
-    memory_rule: Literal["linear", "delta"] = "linear"
-    """How a segment is written into the memory: eq. (4) of the paper, or the delta rule (5)."""
+    memory_rule: Literal["linear", "delta", "gated_delta"] = "linear"
+    """How segments are written: eq. (4), the delta rule (5), or the gated delta rule, by token."""
     memory: MemoryConfig = MemoryConfig()
     """Extensions of the paper: what the model learns about writing into its memories."""
     hidden_act: Literal["silu", "gelu"] = "silu"

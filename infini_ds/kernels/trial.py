@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.layout import Layout
-from infini_ds.memory.state import MemoryState
+from infini_ds.memory import RULES, MemoryState
 
 Operation = Callable[[Inputs], tuple[Tensor, MemoryState]]
 """A way to compute Infini-attention, such as `infini_attention_reference`."""
@@ -51,7 +51,8 @@ class Window(NamedTuple):
 
 def make_window(trial: Trial) -> Window:
     """Makes the same numbers every time, independently of PyTorch's global generator."""
-    _, heads, kv_heads, d, n, *_ = trial
+    rule, heads, kv_heads, d, n, *_ = trial
+    features = RULES[rule].features
     random = torch.Generator().manual_seed(n)
 
     def normal(*shape: int) -> Tensor:
@@ -59,9 +60,11 @@ def make_window(trial: Trial) -> Window:
 
     qkv = normal(2, 3, n, heads + 2 * kv_heads, d)
     w = torch.rand(2, 3, n, kv_heads, generator=random).bfloat16().float()
-    stored_k = torch.nn.functional.elu(normal(2, kv_heads, STORED_TOKENS, d)) + 1
-    memory = MemoryState(stored_k.mT @ normal(2, kv_heads, STORED_TOKENS, d), stored_k.sum(-2))
-    upstream = [normal(2, 3, n, heads, d), normal(2, kv_heads, d, d), normal(2, kv_heads, d)]
+    stored_k = features(normal(2, kv_heads, STORED_TOKENS, d))
+    kv, norm = stored_k.mT @ normal(2, kv_heads, STORED_TOKENS, d), stored_k.sum(-2)
+    size = RULES[rule].specs(kv_heads, d)["norm"][-1]
+    memory = MemoryState(kv, norm[..., :size])
+    upstream = [normal(2, 3, n, heads, d), normal(2, kv_heads, d, d), normal(2, kv_heads, size)]
     return Window(qkv, w, memory, normal(heads), upstream)
 
 
@@ -139,6 +142,8 @@ def error(expected: Tensor, actual: Tensor) -> float:
     larger, since one wrong row would be hidden by thousands of right ones. A row smaller than the
     average is measured against the average size.
     """
+    if not expected.numel():
+        return 0.0
     wanted = expected.double()
     off = (actual.double() - wanted).norm(dim=-1)
     size = wanted.norm(dim=-1)

@@ -4,25 +4,29 @@ import torch
 from torch import Tensor
 
 from infini_ds.memory.linear import added
-from infini_ds.memory.rule import MemoryRule, read
+from infini_ds.memory.rule import DividingRule
 from infini_ds.memory.state import EPSILON, MemoryState
 
 
-class Delta(MemoryRule):
+class Delta(DividingRule):
     """eq. (5): M' = M + (w sigma(k))^T (v - c sigma(k) M / (sigma(k) z)); see `delta_damping`."""
 
     name = "delta"
-    reads_of_a_key = 1
 
     def write(
-        self, memory: MemoryState, sigma_k: Tensor, weighted_k: Tensor, values: Tensor
+        self, memory: MemoryState, features: Tensor, weight: Tensor, values: Tensor
     ) -> MemoryState:
-        reads = torch.einsum("b n h k, b h k -> b n h", sigma_k, memory.norm).clamp(min=EPSILON)
+        weighted_k = features * weight[..., None]
+        reads = torch.einsum("b n h k, b h k -> b n h", features, memory.norm).clamp(min=EPSILON)
         overlap = torch.einsum(
-            "b n h i, b n h j -> b h i j", weighted_k / reads[..., None], sigma_k
+            "b n h i, b n h j -> b h i j", weighted_k / reads[..., None], features
         )
         damping = delta_damping(overlap, memory.norm, weighted_k.sum(dim=1))[:, None, :, None]
-        return added(memory, weighted_k, values - damping * read(sigma_k, memory))
+        return added(memory, weighted_k, values - damping * self.read(features, memory))
+
+    def write_flops(self, head_dim: int, n: int) -> int:
+        """The product of a key and a value, and as much again for what the key reads."""
+        return 2 * 2 * head_dim**2
 
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
         """A of z is one number for all heads, A of M a matrix for each; B as M and z."""

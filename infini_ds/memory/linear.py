@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor
 
-from infini_ds.memory.rule import MemoryRule
+from infini_ds.memory.rule import DividingRule
 from infini_ds.memory.state import MemoryState
 
 
-class Linear(MemoryRule):
+class Linear(DividingRule):
     """eq. (4): M' = M + (w sigma(k))^T v and z' = z + sum of w sigma(k); A is the identity."""
 
     name = "linear"
-    reads_of_a_key = 0
 
     def write(
-        self, memory: MemoryState, sigma_k: Tensor, weighted_k: Tensor, values: Tensor
+        self, memory: MemoryState, features: Tensor, weight: Tensor, values: Tensor
     ) -> MemoryState:
-        return added(memory, weighted_k, values)
+        return added(memory, features * weight[..., None], values)
+
+    def write_flops(self, head_dim: int, n: int) -> int:
+        """The product of a key and a value."""
+        return 2 * head_dim**2
 
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
         """A of M and z is one number for all heads; B has the shapes of M and z."""

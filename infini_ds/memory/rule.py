@@ -13,26 +13,69 @@ class MemoryRule(ABC):
     """Writes a segment into the memory; each rule has a file beside this one.
 
     A rule is an affine map of the state, S <- A S + B, where A and B depend only on the segment.
-    `kernels.infini_attention` picks a fast implementation by the rule's name, which computes all
-    segments of a window at once and agrees with `write` in results and gradients.
+    `kernels.infini_attention` has a fast implementation beside each rule, which computes all
+    segments of a window at once and agrees with `read` and `write` in results and gradients.
     """
 
     name: ClassVar[str]
     """Value of model.memory_rule that selects the rule."""
-    reads_of_a_key: ClassVar[int]
-    """Number of times that writing a key reads the memory, for counting operations."""
+    divides: ClassVar[bool]
+    """Whether reads are divided by z, which is part of the state then."""
+
+    def specs(self, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of one lane's tensors by their names in `MemoryState`."""
+        return {
+            "kv": (kv_heads, head_dim, head_dim),
+            "norm": (kv_heads, head_dim if self.divides else 0),
+        }
+
+    def empty(
+        self, batch: int, kv_heads: int, head_dim: int, device: torch.device | str | None = None
+    ) -> MemoryState:
+        """Makes the memories of documents of which nothing has been read yet."""
+        shapes = self.specs(kv_heads, head_dim).values()
+        return MemoryState(*(torch.zeros(batch, *shape, device=device) for shape in shapes))
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Maps queries and keys [..., d] to the features with which they read and write."""
+
+    @abstractmethod
+    def read(self, features: Tensor, memory: MemoryState) -> Tensor:
+        """Reads the memory for some queries.
+
+        Args:
+            features: [batch, n, heads, d], of the queries; those of a group read one memory.
+
+        Returns:
+            [batch, n, heads, d].
+        """
+
+    @abstractmethod
+    def written(self, memory: MemoryState) -> Tensor:
+        """Tells whether anything is stored, bool [batch, kv_heads]."""
 
     @abstractmethod
     def write(
-        self, memory: MemoryState, sigma_k: Tensor, weighted_k: Tensor, values: Tensor
+        self, memory: MemoryState, features: Tensor, weight: Tensor, values: Tensor
     ) -> MemoryState:
         """Returns the memory after a segment. This is the specification that kernels must match.
 
         Args:
             memory: the memory before the segment.
-            sigma_k: [batch, n, kv_heads, d], features of the keys.
-            weighted_k: [batch, n, kv_heads, d], the features times the write weights.
+            features: [batch, n, kv_heads, d], of the keys.
+            weight: [batch, n, kv_heads], the write weights, 0 on padding.
             values: [batch, n, kv_heads, d].
+        """
+
+    @abstractmethod
+    def write_flops(self, head_dim: int, n: int) -> int:
+        """Counts the operations with which a key-value head writes a token, forward.
+
+        Those with z, if there is one, are not included.
+
+        Args:
+            n: tokens of a segment.
         """
 
     @abstractmethod
@@ -53,22 +96,29 @@ class MemoryRule(ABC):
         """
 
 
+class DividingRule(MemoryRule):
+    """The part that the paper's rules share: sigma, and the read of eq. (3), divided by z."""
+
+    divides = True
+
+    def features(self, x: Tensor) -> Tensor:
+        return sigma(x)
+
+    def read(self, features: Tensor, memory: MemoryState) -> Tensor:
+        kv, norm = memory.map(lambda tensor: of_each_query(tensor, features.shape[2]))
+        numerator = torch.einsum("b n h k, b h k v -> b n h v", features, kv)
+        denominator = torch.einsum("b n h k, b h k -> b n h", features, norm)
+        return numerator / denominator.clamp(min=EPSILON)[..., None]
+
+    def written(self, memory: MemoryState) -> Tensor:
+        return memory.norm.sum(-1) > 0
+
+
 def sigma(x: Tensor) -> Tensor:
     """Maps queries and keys to features by elu + 1, which is always positive."""
     return torch.nn.functional.elu(x) + 1
 
 
-def read(sigma_q: Tensor, memory: MemoryState) -> Tensor:
-    """Reads the memory for some queries, eq. (3).
-
-    Args:
-        sigma_q: [batch, n, heads, d], features of the queries; those of a group read one memory.
-
-    Returns:
-        [batch, n, heads, d].
-    """
-    group = sigma_q.shape[2] // memory.norm.shape[1]
-    kv, norm = memory.map(lambda tensor: tensor.repeat_interleave(group, dim=1))
-    numerator = torch.einsum("b n h k, b h k v -> b n h v", sigma_q, kv)
-    denominator = torch.einsum("b n h k, b h k -> b n h", sigma_q, norm)
-    return numerator / denominator.clamp(min=EPSILON)[..., None]
+def of_each_query(state: Tensor, heads: int) -> Tensor:
+    """Repeats what key-value heads have, [batch, kv_heads, ...], for each of the query heads."""
+    return state.repeat_interleave(heads // state.shape[1], dim=1)

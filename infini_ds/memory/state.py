@@ -18,22 +18,10 @@ class MemoryState(NamedTuple):
     """
 
     kv: Tensor
-    """[batch, kv_heads, d_k, d_v]: M, the sum of sigma(k)^T v."""
+    """[batch, kv_heads, d_k, d_v]: M. All zero where nothing was written."""
     norm: Tensor
-    """[batch, kv_heads, d_k]: z, the sum of sigma(k). All zero where nothing was written."""
-
-    @classmethod
-    def specs(cls, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of one lane's tensors by name."""
-        return {"kv": (kv_heads, head_dim, head_dim), "norm": (kv_heads, head_dim)}
-
-    @classmethod
-    def empty(
-        cls, batch: int, kv_heads: int, head_dim: int, device: torch.device | str | None = None
-    ) -> "MemoryState":
-        """Makes the memories of documents of which nothing has been read yet."""
-        shapes = cls.specs(kv_heads, head_dim).values()
-        return cls(*(torch.zeros(batch, *shape, device=device) for shape in shapes))
+    """[batch, kv_heads, d_k]: z, the sum of sigma(k), all zero where nothing was written. By rules
+    that do not divide, [batch, kv_heads, 0]."""
 
     @classmethod
     def cat(cls, memories: Sequence["MemoryState"]) -> "MemoryState":

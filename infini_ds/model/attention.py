@@ -156,7 +156,7 @@ class InfiniAttention(nn.Module):
                 enable_gqa=self.config.num_heads != self.config.kv_heads,
             )
             a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
-            out = read_and_mix(a_dot, q[:, None], states, self.beta)
+            out = read_and_mix(a_dot, q[:, None], states, self.beta, self.config.memory_rule)
         out = self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)"))
         return out, OpenSegment(keys, values, weights, tail), stats
 

@@ -18,8 +18,8 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     """Counts the operations for one token in each layer of `layer_list`, then in the head.
 
     A multiply-add counts as 2. Attention is causal inside a segment, so a token meets (n + 1) / 2
-    keys on average. The memory costs a read (d x d per query head) and a write (d x d per
-    key-value head), and the delta rule adds one read per key-value head. A write gate is a small
+    keys on average. The memory costs a read (d x d per query head) and a write per key-value head,
+    see `MemoryRule.write_flops`. A write gate is a small
     projection, and a short convolution takes a few multiply-adds per channel of queries, keys and
     values.
     """
@@ -28,8 +28,7 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     feed_forward = 2 * hidden * 3 * config.mlp_size
     local = 2 * 2 * heads * d * (n + 1) // 2
-    accesses = heads + kv_heads * (1 + RULES[config.memory_rule].reads_of_a_key)
-    memory = 2 * d * (d + 1) * accesses
+    memory = _with_norm(config, heads * 2 * d**2 + kv_heads * _write(config))
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
     convolution = 2 * TAPS * (heads + 2 * kv_heads) * d if config.memory.short_conv else 0
     block = projections + feed_forward + local + memory + gate + convolution
@@ -51,8 +50,17 @@ def sharing_flops(config: ModelConfig, segments: int, ranks: int, twice: bool) -
     """
     d, rule = config.head_dim, RULES[config.memory_rule]
     maps = rule.map_flops(d, segments, ranks)
-    writes = 2 * d * (d + 1) * (1 + rule.reads_of_a_key) * segments * config.segment_length
+    writes = _with_norm(config, _write(config)) * segments * config.segment_length
     return config.kv_heads * (maps + writes if twice else maps)
+
+
+def _write(config: ModelConfig) -> int:
+    return RULES[config.memory_rule].write_flops(config.head_dim, config.segment_length)
+
+
+def _with_norm(config: ModelConfig, flops: int) -> int:
+    """Adds to products with kv, [d, d], those with the norm, [d], if there is one."""
+    return flops + flops // config.head_dim if RULES[config.memory_rule].divides else flops
 
 
 def training_flops_per_token(config: ModelConfig) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 from infini_ds.model.short_conv import TAPS
 from infini_ds.system.ranges import check_finite, narrowed
 from infini_ds.system.whole_file import whole_file
@@ -45,7 +45,8 @@ class Memory:
     kv: Tensor
     """[layers, batch, kv_heads, d, d] fp32, the compressive memories."""
     norm: Tensor
-    """[layers, batch, kv_heads, d] fp32, their normalisers."""
+    """[layers, batch, kv_heads, d] fp32, their normalisers; the last size is 0 by memory rules that
+    do not divide reads."""
     keys: Tensor
     """[layers, batch, segment_length, kv_heads, d], keys of the open segment, before rotary."""
     values: Tensor
@@ -265,13 +266,14 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
     lengths = json.loads(metadata["lengths"])
     if set(tensors) != set(_TENSORS) or not all(type(length) is int for length in lengths):
         raise ValueError
-    layers, batch, kv_heads, d = tensors["norm"].shape
+    layers, batch, kv_heads, d, _ = tensors["kv"].shape
     longest = max(lengths)
     used, shapes = (layers, batch, longest), {name: tensors[name].shape for name in _TENSORS}
     if not (
         len(lengths) == batch
         and 0 <= min(lengths) <= longest < int(metadata["segment_length"])
         and shapes["kv"] == (layers, batch, kv_heads, d, d)
+        and shapes["norm"] in ((layers, batch, kv_heads, d), (layers, batch, kv_heads, 0))
         and shapes["keys"] == shapes["values"] == (*used, kv_heads, d)
         and shapes["weights"] in ((*used, kv_heads), (*used, 0))
         and len(shapes["tail"]) == 5
@@ -287,7 +289,7 @@ def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a memory's tensors by name."""
     layers, n, d = config.num_layers, config.segment_length, config.head_dim
     heads, kv_heads = config.num_heads, config.kv_heads
-    states = MemoryState.specs(kv_heads, d)
+    states = RULES[config.memory_rule].specs(kv_heads, d)
     return {
         **{name: (layers, batch, *shape) for name, shape in states.items()},
         "keys": (layers, batch, n, kv_heads, d),

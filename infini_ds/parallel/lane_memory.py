@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from infini_ds.config import ModelConfig
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 
 
 class LaneMemory:
@@ -27,11 +27,9 @@ class LaneMemory:
     ):
         self.blocks = blocks
         self._device = device
+        rule = RULES[config.memory_rule]
         self.by_micro_batch: list[dict[int, MemoryState]] = [
-            {
-                block: MemoryState.empty(lanes, config.kv_heads, config.head_dim, device)
-                for block in blocks
-            }
+            {block: rule.empty(lanes, config.kv_heads, config.head_dim, device) for block in blocks}
             for _ in range(micro_batches)
         ]
 

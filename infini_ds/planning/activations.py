@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.launch import HOPPER, recording
-from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory import RULES
 from infini_ds.memory.hand_on import Exchange, Message
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.transformer import full_layout
@@ -70,7 +70,7 @@ def _bytes(
         size = (1, segments * model.segment_length, model.hidden_size)
         hidden = torch.empty(size, dtype=dtype, requires_grad=True)
         layout = full_layout(1, segments, model.segment_length, hidden.device)
-        memory = MemoryState.empty(1, model.kv_heads, model.head_dim)
+        memory = RULES[model.memory_rule].empty(1, model.kv_heads, model.head_dim)
         exchange = _Silent(ranks) if ranks > 1 else None
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             block(hidden, layout, memory, exchange)

@@ -197,7 +197,7 @@ def test_infini_paper_has_the_paper_s_sizes():
             "model.memory.write_penalty=0.1",
             "model.memory: write_penalty (0.1) must be 0 when write_gate is false",
         ),
-        ("model.memory_rule=deltas", "model.memory_rule: input should be 'linear' or 'delta'"),
+        ("model.memory_rule=deltas", "model.memory_rule: input should be 'linear', 'delta'"),
         ("optimizer.learning_rate=0", "optimizer: learning_rate (0.0) must be above 0"),
         ("parallel.zero_stage=2", "parallel.zero_stage: input should be 0 or 1, got 2"),
         ("parallel.pipeline_stages=0", "pipeline_stages (0) must be at least 1"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infini_ds import InfiniTransformer
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 from infini_ds.model.head import token_losses
 from infini_ds.model.optimizer import (
     adamw,
@@ -347,7 +347,8 @@ def reference(settings: str) -> dict:
     optimizer = adamw(groups, config.optimizer)
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     shape = (LANES, config.model.kv_heads, config.model.head_dim)
-    memory = [MemoryState.empty(*shape) for _ in range(config.model.num_layers)]
+    rule = RULES[config.model.memory_rule]
+    memory = [rule.empty(*shape) for _ in range(config.model.num_layers)]
     losses, norms, writes = [], [], []
     for step in range(STEPS):
         windows, count = windows_of(step, config)

@@ -19,7 +19,6 @@ from infini_ds.kernels.trial import begins_of, error
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES, MemoryState
 from infini_ds.memory.hand_on import Change, HandOn, Kept
-from infini_ds.memory.rule import sigma
 from tests.kernels.exchanges import Part, on_all_parts
 
 torch.set_num_threads(1)
@@ -83,7 +82,9 @@ def make_window(case: Case) -> Window:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
-    stored = sigma(normal(BATCH, kv_heads, 3 * n, DIM))
+    rule = RULES[case.rule]
+    stored = rule.features(normal(BATCH, kv_heads, 3 * n, DIM))
+    size = rule.specs(kv_heads, DIM)["norm"][-1]
     leaves = {
         "q": normal(BATCH, SEGMENTS, n, heads, DIM),
         "k": normal(BATCH, SEGMENTS, n, kv_heads, DIM),
@@ -91,7 +92,7 @@ def make_window(case: Case) -> Window:
         "w": torch.rand(BATCH, SEGMENTS, n, kv_heads, generator=random, dtype=torch.float64),
         "beta": normal(heads),
         "kv": stored.mT @ normal(BATCH, kv_heads, 3 * n, DIM),
-        "norm": stored.sum(-2),
+        "norm": stored.sum(-2)[..., :size],
     }
     if case.beginnings == "at the window's start":
         leaves["kv"], leaves["norm"] = (torch.zeros_like(leaves[x]) for x in ("kv", "norm"))
@@ -100,7 +101,7 @@ def make_window(case: Case) -> Window:
     upstream = (
         normal(BATCH, SEGMENTS, n, heads, DIM),
         normal(BATCH, kv_heads, DIM, DIM) / 10,
-        normal(BATCH, kv_heads, DIM) / 10,
+        normal(BATCH, kv_heads, size) / 10,
     )
     return Window(leaves, make_layout(case), upstream)
 
@@ -182,7 +183,7 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 CASES = [
     Case(rule, gated, group, packed, beginnings)
     for rule, beginnings, (gated, group, packed) in itertools.product(
-        ("linear", "delta"),
+        RULES,
         BEGINNINGS,
         [(False, 1, False), (True, 3, True)],
     )
@@ -221,7 +222,7 @@ def test_parts_are_one_window_in_fp64(case, count):
 
 HARDEST = [
     Case(rule, True, 3, True, beginnings)
-    for rule, beginnings in itertools.product(("linear", "delta"), ("nowhere", "before edges"))
+    for rule, beginnings in itertools.product(RULES, ("nowhere", "before edges"))
 ]
 
 
@@ -298,7 +299,7 @@ def test_kernels_get_the_memory_before_their_part(case, monkeypatch):
     """With PyTorch in the place of Triton, which sees nothing of other parts."""
     window = make_window(case)
     expected = joined(shared(case, window, 2))
-    monkeypatch.setattr(op, "uses_triton", lambda q: True)
+    monkeypatch.setattr(op, "uses_triton", lambda *_: True)
     monkeypatch.setattr("infini_ds.kernels.self_check.check", lambda *_: None)
     triton = "infini_ds.kernels.infini_attention.triton.op"
     stand_in = SimpleNamespace(infini_attention_triton=lambda x: infini_attention_parallel(x))

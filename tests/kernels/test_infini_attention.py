@@ -11,7 +11,7 @@ from infini_ds.kernels.infini_attention.reference import infini_attention_refere
 from infini_ds.kernels.local_attention import op
 from infini_ds.kernels.trial import Trial, error, make_window, results
 from infini_ds.layout import Layout
-from infini_ds.memory import MemoryState, delta
+from infini_ds.memory import RULES, MemoryState, delta
 from infini_ds.memory.delta import delta_damping
 from infini_ds.memory.rule import sigma
 
@@ -43,7 +43,9 @@ def make_layout(name: str, n: int) -> Layout:
     return Layout(torch.tensor(starts, dtype=torch.bool), lengths)
 
 
-def make_inputs(layout: Layout, n: int, group: int, gated: bool) -> list[Tensor]:
+def make_inputs(
+    layout: Layout, n: int, group: int, gated: bool, rule: str = "linear"
+) -> list[Tensor]:
     """q, k, v, incoming kv and norm, beta, and w if gated; exact in bf16 but for the memory."""
     torch.manual_seed(n)
     batch, segments = layout.starts.shape
@@ -51,11 +53,13 @@ def make_inputs(layout: Layout, n: int, group: int, gated: bool) -> list[Tensor]
     shape = (batch, segments, n, kv_heads)
     q = torch.randn(*shape[:3], group * kv_heads, DIM)
     k, v = torch.randn(*shape, DIM), torch.randn(*shape, DIM)
-    stored_k, stored_v = sigma(torch.randn(2, kv_heads, n, DIM)), torch.randn(2, kv_heads, n, DIM)
+    stored_k, stored_v = torch.randn(2, 2, kv_heads, n, DIM)
+    stored_k = RULES[rule].features(stored_k)
+    norm = stored_k.sum(-2)[..., : DIM if RULES[rule].divides else 0]
     beta = torch.randn(group * kv_heads)
     w = [torch.rand(shape).bfloat16().float()] if gated else []
     exact = [x.bfloat16().float() for x in (q, k, v)]
-    return [*exact, stored_k.mT @ stored_v, stored_k.sum(-2), beta.bfloat16().float(), *w]
+    return [*exact, stored_k.mT @ stored_v, norm, beta.bfloat16().float(), *w]
 
 
 def compute(
@@ -90,10 +94,10 @@ def error_ratio(expected: Tensor, actual: Tensor) -> float:
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("n", [7, 63])
 @pytest.mark.parametrize(("group", "gated"), [(1, False), (3, True)], ids=["mha", "gqa-gated"])
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_infini_attention_matches_reference(rule, group, gated, n, layout_name, precision):
     layout = make_layout(layout_name, n)
-    inputs = make_inputs(layout, n, group, gated)
+    inputs = make_inputs(layout, n, group, gated, rule)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     expected = compute(
         infini_attention_reference, inputs, layout, rule, torch.float64, torch.float64
@@ -113,7 +117,7 @@ def test_infini_attention_matches_reference(rule, group, gated, n, layout_name, 
 @pytest.mark.parametrize(
     ("masked", "long"), [(512, 512), (8, 512), (8, 16)], ids=["mask", "runs", "tiles"]
 )
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_packed_segments_match_reference(rule, masked, long, n, precision, monkeypatch):
     monkeypatch.setattr(op, "MASKED", masked)
     monkeypatch.setattr(op, "LONG", long)
@@ -145,7 +149,7 @@ def test_segment_sums_are_accumulated_in_fp32():
     q = torch.zeros(1, 1, n, 1, 2, dtype=torch.bfloat16)
     v = torch.full_like(q, 1 + 2**-7)
     rotary = torch.ones(n, 1), torch.zeros(n, 1)
-    memory = MemoryState.empty(1, 1, 2)
+    memory = RULES["linear"].empty(1, 1, 2)
     _, memory = infini_attention(
         Inputs(q, q, v, None, memory, layout, torch.zeros(1), "linear", rotary)
     )
@@ -153,11 +157,11 @@ def test_segment_sums_are_accumulated_in_fp32():
     torch.testing.assert_close(memory.kv, torch.full((1, 1, 2, 2), n * (1 + 2**-7)))
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_inputs_without_gradient_get_none(rule):
     """Memories of a window's start have none, and frozen projections may have none either."""
     layout = make_layout("mid-window starts", 7)
-    q, k, v, kv, norm, beta = make_inputs(layout, 7, 1, False)
+    q, k, v, kv, norm, beta = make_inputs(layout, 7, 1, False, rule)
     rotary = torch.ones(7, DIM // 2), torch.zeros(7, DIM // 2)
     for chosen in (q, k, v, beta):
         chosen.requires_grad_()
@@ -180,7 +184,7 @@ class Writes(NamedTuple):
 
 def memory_norms(function, writes: Writes) -> list[tuple[float, float]]:
     """Spectral norm of the memory after each segment, and the sum of norms that bounds it."""
-    memory = MemoryState.empty(1, 1, DIM)
+    memory = RULES["delta"].empty(1, 1, DIM)
     n = writes.k[0].shape[1]
     rotary = torch.ones(n, DIM // 2), torch.zeros(n, DIM // 2)
     norms = []

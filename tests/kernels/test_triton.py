@@ -24,7 +24,7 @@ from infini_ds.kernels.infini_attention.triton.tuning import (
     tiles,
 )
 from infini_ds.kernels.launch import recording
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 from tests.kernels import test_infini_attention
 from tests.kernels.test_infini_attention import LAYOUTS, make_inputs, make_layout
 from tests.kernels.triton_cases import (
@@ -95,7 +95,7 @@ def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window 
     qkv = torch.randn(batch, segments, n, 2 * group + 4, d, dtype=torch.bfloat16)
     q, k, v = (x.requires_grad_() for x in qkv.split((2 * group, 2, 2), dim=3))
     w = torch.rand(batch, segments, n, 2).requires_grad_() if gated else None
-    memory = MemoryState.empty(batch, 2, d)
+    memory = RULES[rule].empty(batch, 2, d)
     beta = torch.zeros(2 * group, requires_grad=True)
     rotary = torch.ones(n, d // 2), torch.zeros(n, d // 2)
     kept = []
@@ -223,8 +223,8 @@ class OnGpu:
 @pytest.mark.parametrize(("head_dim", "triton"), [(64, True), (128, True), (96, False)])
 def test_auto_takes_triton_where_its_kernels_fit(head_dim, triton, recwarn):
     backend._warn.cache_clear()
-    assert backend.uses_triton(OnGpu(head_dim)) == triton
-    assert backend.uses_triton(OnGpu(head_dim)) == triton
+    assert backend.uses_triton(OnGpu(head_dim), "linear") == triton
+    assert backend.uses_triton(OnGpu(head_dim), "linear") == triton
     said = [str(warning.message) for warning in recwarn]
     assert said == ([] if triton else [
         "kernels.backend: triton has kernels for model.head_dim 64 and 128, not 96; "
@@ -238,7 +238,7 @@ def test_auto_leaves_older_gpus_to_pytorch(monkeypatch):
     forget()
     backend._warn.cache_clear()
     with pytest.warns(UserWarning, match="needs a GPU of compute capability 8.0 or newer"):
-        assert not backend.uses_triton(OnGpu(64))
+        assert not backend.uses_triton(OnGpu(64), "linear")
 
 
 @pytest.mark.parametrize("version", ["2.1.0", "3.2.0", "3.5.1", "3.6.0", "3.7.1+git1", "3.10.0"])
@@ -260,8 +260,8 @@ def test_wrong_assembler_of_hopper_is_said_once(monkeypatch, tmp_path, recwarn, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     forget()
-    assert backend.uses_triton(OnGpu(64))
-    assert backend.uses_triton(OnGpu(64))
+    assert backend.uses_triton(OnGpu(64), "linear")
+    assert backend.uses_triton(OnGpu(64), "linear")
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == (named == "12.8.93")
     for line in said:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infini_ds.config import ModelConfig
+from infini_ds.memory import RULES
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.transformer import InfiniTransformer
 from tests import tiny
@@ -47,7 +48,7 @@ def options(request) -> dict:
     return request.param
 
 
-@pytest.fixture(params=["linear", "delta"])
+@pytest.fixture(params=RULES)
 def rule(request) -> str:
     return request.param
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from infini_ds.memory import RULES
+
 SIZES = {
     "vocab_size": 256, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "head_dim": 64,
     "segment_length": 64,
@@ -27,7 +29,7 @@ CASES = {
         "checkpointing": checkpointing,
         "kernels": kernels,
     }
-    for rule in ("linear", "delta")
+    for rule in RULES
     for name, settings in (("plain", {}), ("learned", LEARNED))
     for checkpointing in ("none", "block")
     for kernels in (True, False)

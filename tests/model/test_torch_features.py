@@ -5,7 +5,7 @@ import torch
 
 from infini_ds.kernels.infini_attention import Inputs, infini_attention
 from infini_ds.layout import Layout
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES
 from infini_ds.model.block import Block
 from tests.model.conftest import MODEL
 
@@ -102,7 +102,7 @@ def test_names_of_choices_are_checked():
     q = torch.zeros(1, 1, N, 2, 8)
     layout = Layout(torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), N, dtype=torch.int32))
     rotary = torch.ones(N, 4), torch.zeros(N, 4)
-    memory = MemoryState.empty(1, 2, 8)
+    memory = RULES["linear"].empty(1, 2, 8)
     inputs = Inputs(q, q, q, None, memory, layout, torch.zeros(2), "sum", rotary)
     with pytest.raises(ValueError, match=r"rule \(sum\) must be one of linear, delta"):
         infini_attention(inputs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infini_ds.layout import Layout
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES
 from infini_ds.model.short_conv import TAPS, ShortConv
 from infini_ds.model.write_gate import write_stats
 
@@ -55,17 +55,19 @@ def test_convolution_in_two_pieces_equals_one(cut):
 def test_options_at_their_start_change_nothing_but_the_share_that_is_written(
     make_model, make_tokens, rule
 ):
-    """With zero weights every gate is one half, and a read divides by what was written."""
+    """With zero weights every gate is one half, and a read may divide by what was written. Where it
+    does not, all is written."""
+    share = 0.5 if RULES[rule].divides else 1.0
     plain = make_model(memory_rule=rule)
     other = make_model(memory_rule=rule, memory={"write_gate": True, "short_conv": True})
     for name, parameter in other.named_parameters():
         if "write_gate" in name or "short_conv" in name:
-            parameter.data.zero_()
+            parameter.data.fill_(3 if share == 1 and name.endswith("write_gate.bias") else 0)
     tokens = make_tokens(2, 2 * N)
     with torch.no_grad():
         expected, actual = plain(tokens), other(tokens)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(actual.memory.norm, expected.memory.norm / 2)
+    torch.testing.assert_close(actual.memory.norm, expected.memory.norm * share)
 
 
 def window_of(make_tokens):
@@ -80,7 +82,7 @@ def gates_of(model, tokens, layout):
     seen = []
     for block in model.blocks:
         block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2]))
-    memory = [MemoryState.empty(2, 2, 8)] * 2
+    memory = [RULES[model.config.memory_rule].empty(2, 2, 8)] * 2
     _, _, stats = model.read_window(tokens, layout, memory)
     return [w.flatten(1, 2) for w in seen], stats
 
@@ -107,7 +109,7 @@ def test_padding_has_no_gradient_from_the_penalty():
 
 def test_model_without_gates_has_no_statistics(make_model, make_tokens):
     tokens, layout = window_of(make_tokens)
-    memory = [MemoryState.empty(2, 2, 8)] * 2
+    memory = [RULES["linear"].empty(2, 2, 8)] * 2
     _, _, stats = make_model().read_window(tokens, layout, memory)
     assert stats == []
 

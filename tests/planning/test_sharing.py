@@ -13,7 +13,7 @@ from infini_ds.config import RunConfig, load
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention import Inputs
 from infini_ds.kernels.infini_attention.parallel import memory_before_part
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.flops import forward_flops_per_token, sharing_flops
 from infini_ds.model.transformer import full_layout
@@ -112,7 +112,7 @@ def test_each_doubling_of_ranks_is_worth_it():
         assert other.most < 0.8**doublings * one.most
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_bytes_are_those_of_the_part(rule):
     run = config(model__memory_rule=rule, train__chunks=2, parallel__pipeline_stages=2)
     for context in (1, 2, 4):
@@ -147,7 +147,7 @@ def test_plans_without_sharing_are_as_they_were(name, processes, most, efficienc
     assert (made.context, made.exchange) == (1, 0)
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("segments", "ranks"), [(1, 2), (4, 2), (2, 8)])
 def test_operations_are_those_of_the_products(rule, segments, ranks):
     d, kv_heads, n = 64, 2, 128
@@ -155,7 +155,7 @@ def test_operations_are_those_of_the_products(rule, segments, ranks):
         num_heads=4, num_kv_heads=kv_heads, head_dim=d, segment_length=n, memory_rule=rule
     )
     k, v = torch.randn(2, 1, segments, n, kv_heads, d)
-    memory = MemoryState.empty(1, kv_heads, d)
+    memory = RULES[rule].empty(1, kv_heads, d)
     layout = full_layout(1, segments, n, k.device)
     unused = torch.empty(0)
     inputs = Inputs(unused, k, v, None, memory, layout, unused, rule, (unused, unused))

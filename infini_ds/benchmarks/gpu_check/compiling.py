@@ -11,7 +11,7 @@ from infini_ds.benchmarks.gpu_check.results import Part
 from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.layout import Layout
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES
 
 OF_TINY = ("sums_kernel", "scan_kernel")
 """Kernels that compile quickly, and are enough to show that the path still works."""
@@ -64,7 +64,7 @@ def compile_ahead(part: Part, case: str) -> None:
     gates = torch.float32 if form == "operation" else torch.bfloat16
     beta = torch.zeros(heads, dtype=gates, requires_grad=True)
     rotary = torch.empty(n, d // 2), torch.empty(n, d // 2)
-    memory = MemoryState.empty(1, kv_heads, d)
+    memory = RULES[rule].empty(1, kv_heads, d)
     inputs = Inputs(q, k, v, None, memory, layout, beta, rule, rotary)
     with without_gpu(), mock.patch.object(op, "launch", launch):
         out, after = op.infini_attention_triton(inputs)

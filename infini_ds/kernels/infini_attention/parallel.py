@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infini_ds.kernels.infini_attention.changes import CHANGES, Changes
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.reference import Inputs
-from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
-from infini_ds.kernels.infini_attention.segment_sums import segment_sums
 from infini_ds.kernels.local_attention import local_attention
 from infini_ds.layout import Layout, memory_tokens
 from infini_ds.memory.hand_on import Change, Exchange, HandOn
@@ -39,7 +38,7 @@ def infini_attention_parallel(
         a_dot = local_attention(q, k, v, rotary, layout.begins)  # while messages are on their way
         before, final = part.finish()
         states = part.found(before)
-    return read_and_mix(a_dot, q, states, beta, layout), final
+    return read_and_mix(a_dot, q, states, beta, rule, layout), final
 
 
 def memory_scan(
@@ -58,15 +57,15 @@ def memory_scan(
 
     Returns:
         The memory before each segment, kv [batch, segments, kv_heads, d, d] and norm [batch,
-        segments, kv_heads, d], and the memory after the last one.
+        segments, kv_heads, d or 0], and the memory after the last one.
     """
-    weight, added = _write(k, v, w, layout)
-    norm, final_norm = scan(added.norm, memory.norm, layout.starts)
-    if rule == "linear":
-        kv, final_kv = scan(added.kv, memory.kv, layout.starts)
+    changes = _changes(k, v, w, layout, rule)
+    norm, final_norm = scan(changes.added.norm, memory.norm, layout.starts)
+    added = changes.added.kv
+    if changes.removes:
+        kv, final_kv = walk(added, changes.overlaps(norm), memory.kv, layout.starts)
     else:
-        overlaps = segment_overlaps(k, weight, norm, added.norm.detach())
-        kv, final_kv = walk(added.kv, overlaps, memory.kv, layout.starts)
+        kv, final_kv = scan(added, memory.kv, layout.starts)
     return MemoryState(kv, norm), MemoryState(final_kv, final_norm)
 
 
@@ -78,37 +77,39 @@ def memory_before_part(inputs: Inputs, exchange: Exchange) -> tuple[MemoryState,
     return _Part(inputs, exchange).finish()
 
 
-def _write(k: Tensor, v: Tensor, w: Tensor | None, layout: Layout) -> tuple[Tensor, MemoryState]:
-    """Returns write weights, fp32 [batch, segments, n, kv_heads], and what each segment adds."""
-    n = k.shape[2]
-    weight = memory_tokens(layout, n)[..., None].float().expand(k.shape[:-1])
+def _changes(k: Tensor, v: Tensor, w: Tensor | None, layout: Layout, rule: str) -> Changes:
+    weight = memory_tokens(layout, k.shape[2])[..., None].float().expand(k.shape[:-1])
     if w is not None:
         weight = weight * w.float()
-    return weight, segment_sums(k, v, weight)
+    return CHANGES[rule](k, v, weight)
 
 
 class _Part:
     """One rank's part of a window, whose change of the memory is on its way to the other ranks.
 
-    The delta rule hands on the norm first, since overlaps depend on it. Its segments then find
-    A S + B, where S is the memory before the part.
+    The paper's delta rule hands on the norm first, since overlaps depend on it. By delta rules,
+    segments then find A S + B, where S is the memory before the part.
     """
 
     def __init__(self, inputs: Inputs, exchange: Exchange):
         _, k, v, w, memory, layout, _, rule, _ = inputs
-        weight, added = _write(k, v, w, layout)
-        self._added, self._memory, self._starts = added, memory, layout.starts
+        changes = _changes(k, v, w, layout, rule)
+        added, self._added = changes.added, changes.added
+        self._memory, self._starts = memory, layout.starts
         self._maps = None
-        goes_on = (~self._starts.any(dim=1)).to(added.norm)
-        if rule == "linear":
+        goes_on = (~self._starts.any(dim=1)).to(added.kv)
+        if not changes.removes:
             self._way = HandOn(Change(goes_on, added.map(self._sum_of_last_document)), exchange)
             return
-        change = Change(goes_on, [self._sum_of_last_document(added.norm)])
-        (self._norm,), (self._final_norm,) = HandOn(change, exchange).finish([memory.norm])
+        self._norm, self._final_norm = memory.norm, memory.norm
+        if added.norm.numel():
+            change = Change(goes_on, [self._sum_of_last_document(added.norm)])
+            (self._norm,), (self._final_norm,) = HandOn(change, exchange).finish([memory.norm])
         self._norms, _ = scan(added.norm, self._norm, self._starts)
-        overlaps = segment_overlaps(k, weight, self._norms, added.norm.detach())
         d = k.shape[-1]
-        self._maps, end = _WalkOfMaps.apply(added.kv, overlaps, self._starts)  # type: ignore[misc]
+        self._maps, end = _WalkOfMaps.apply(  # type: ignore[misc]
+            added.kv, changes.overlaps(self._norms), self._starts
+        )
         self._way = HandOn(Change(end[..., d:], [end[..., :d]]), exchange)
 
     def finish(self) -> tuple[MemoryState, MemoryState]:

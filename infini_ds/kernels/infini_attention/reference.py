@@ -11,7 +11,6 @@ from torch import Tensor
 
 from infini_ds.layout import Layout, document_begins, memory_tokens
 from infini_ds.memory import RULES
-from infini_ds.memory.rule import read, sigma
 from infini_ds.memory.state import MemoryState
 
 
@@ -55,6 +54,7 @@ def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
         The output, [batch, segments, n, heads, d], and the memory after the window.
     """
     q, k, v, w, memory, layout, beta, rule, rotary = inputs
+    own = RULES[rule]
     _, segments, n, heads, d = q.shape
     group = heads // k.shape[3]
     position = torch.arange(n, device=q.device)
@@ -78,18 +78,17 @@ def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
         attention = scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
         a_dot = torch.einsum("b h i j, b j h d -> b i h d", attention, local_v)
 
-        sigma_q = sigma(q[:, s]).to(memory.kv.dtype)
-        a_mem = read(sigma_q, memory).to(q.dtype)  # eq. (3)
-        written = (memory.norm.sum(-1) > 0).repeat_interleave(group, dim=1)[:, None, :, None]
+        features_q = own.features(q[:, s]).to(memory.kv.dtype)
+        a_mem = own.read(features_q, memory).to(q.dtype)  # eq. (3)
+        written = own.written(memory).repeat_interleave(group, dim=1)[:, None, :, None]
         mixed = gate * a_mem + (1 - gate) * a_dot  # eq. (6)
         if layout.begins is not None:
             written = written & first[..., None]  # documents that are packed behind it read nothing
         outputs.append(torch.where(written, mixed, a_dot))
 
-        weight = first.to(memory.kv.dtype)
+        weight = first.to(memory.kv.dtype).expand(v.shape[0], n, v.shape[3])
         if w is not None:
             weight = weight * w[:, s].to(memory.kv.dtype)
-        sigma_k = sigma(k[:, s]).to(memory.kv.dtype)
-        values = v[:, s].to(memory.kv.dtype)
-        memory = RULES[rule].write(memory, sigma_k, sigma_k * weight[..., None], values)
+        features_k = own.features(k[:, s]).to(memory.kv.dtype)
+        memory = own.write(memory, features_k, weight, v[:, s].to(memory.kv.dtype))
     return torch.stack(outputs, dim=1), memory

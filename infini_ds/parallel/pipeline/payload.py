@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 
 ALIGNMENT = 16
 """Each part of a message is aligned to this many bytes."""
@@ -101,7 +101,8 @@ class Wire:
     def _memory_parts(self, memories: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if not memories:
             return []
-        specs = MemoryState.specs(self.config.kv_heads, self.config.head_dim).values()
+        rule = RULES[self.config.memory_rule]
+        specs = rule.specs(self.config.kv_heads, self.config.head_dim).values()
         return [((memories, self.batch, *shape), torch.float32) for shape in specs]
 
     def _stack(self, memories: dict[int, MemoryState]) -> list[Tensor]:

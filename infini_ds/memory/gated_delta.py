@@ -1,0 +1,74 @@
+"""The gated delta rule, which removes what the memory holds for a key token by token.
+
+It is the delta rule of DeltaNet (Yang et al. 2024, arXiv 2406.06484) with a write gate, brought to
+segments. Keys are signed and of length 1, so that a key may be orthogonal to all others, and a read
+finds one value instead of a mean of all that was stored.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_ds.memory.rule import MemoryRule, of_each_query
+from infini_ds.memory.state import MemoryState
+
+KEY_EPSILON = 1e-6
+"""Added to the square of a key's length, by which it is divided."""
+CHUNK = 64
+"""Number of tokens whose triangular system is solved at once. To compose a chunk's map with another
+costs about as much as the system of so many tokens."""
+READ_EPSILON = 1e-3
+"""Added to the mean square of a read, by whose root it is divided. Values have mean squares of
+about 0.1, so that a key for which nothing is stored reads little."""
+
+
+class GatedDelta(MemoryRule):
+    """M <- (I - w k^T k) M + w k^T v for each token in turn, where k and q are SiLU over their L2
+    norm; what a segment reads, q M with M from before the segment, is RMS-normalised.
+
+    A segment is an affine map. With K its keys, V its values and w its write weights,
+
+        T = (I + tril(diag(w) K K^T, -1))^-1 diag(w),   A = I - K^T T K,   B = K^T T V
+
+    Each token's factor has a norm of at most 1, so that the memory cannot grow by itself.
+    """
+
+    name = "gated_delta"
+    divides = False
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.silu(x)
+        return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + KEY_EPSILON)
+
+    def read(self, features: Tensor, memory: MemoryState) -> Tensor:
+        kv = of_each_query(memory.kv, features.shape[2])
+        found = torch.einsum("b n h k, b h k v -> b n h v", features, kv)
+        return found * torch.rsqrt(found.square().mean(dim=-1, keepdim=True) + READ_EPSILON)
+
+    def written(self, memory: MemoryState) -> Tensor:
+        return (memory.kv != 0).any(dim=-1).any(dim=-1)
+
+    def write(
+        self, memory: MemoryState, features: Tensor, weight: Tensor, values: Tensor
+    ) -> MemoryState:
+        k, v = features.transpose(1, 2), values.transpose(1, 2)  # [batch, kv_heads, n, d]
+        w = weight.transpose(1, 2)[..., None]
+        system = torch.eye(k.shape[2]).to(k) + (w * k @ k.mT).tril(-1)
+        new = w * (v - k @ memory.kv)
+        kv = memory.kv + k.mT @ torch.linalg.solve_triangular(system, new, upper=False)
+        return MemoryState(kv, memory.norm)
+
+    def write_flops(self, head_dim: int, n: int) -> int:
+        """K K^T and T [K, V] of the token's chunk, K^T T [K, V], and the maps of the segment's
+        other chunks composed with the first."""
+        chunk, later = min(CHUNK, n), -(-n // CHUNK) - 1
+        return 2 * head_dim * (2 * chunk + 2 * head_dim) + later * 4 * head_dim**3 // n
+
+    def handed_on(self, kv_heads: int, head_dim: int) -> int:
+        """A and B are a matrix each for each head."""
+        return kv_heads * 2 * head_dim**2
+
+    def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
+        """As for the delta rule: each segment multiplies a map of 2 d columns by a matrix [d, d];
+        each part's A multiplies the memory once."""
+        return 2 * head_dim**3 * (2 * segments + ranks)
