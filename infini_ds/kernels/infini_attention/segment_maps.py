@@ -12,6 +12,7 @@ composed. Nothing but the inputs is kept for the backward pass.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -70,7 +71,7 @@ class _SegmentMaps(torch.autograd.Function):
         segments, n, kv_heads, d = k.shape
         maps = torch.empty(segments, kv_heads, d, 2 * d, device=k.device)
         for part in parts(segments, n, kv_heads, d, k.device):
-            maps[part] = _composed(_chunks(part, k, v, weight))[-1]
+            maps[part] = _composed(_Chunks(part, k, v, weight).maps)[-1]
         return maps
 
     @staticmethod
@@ -78,75 +79,78 @@ class _SegmentMaps(torch.autograd.Function):
     def backward(ctx, d_maps):
         k, v, weight = ctx.saved_tensors
         segments, n, kv_heads, d = k.shape
-        dk, dv, d_weight = (
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, weight)
-        )
+        gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, weight)]
+        dk, dv, d_weight = gradients
         for part in parts(segments, n, kv_heads, d, k.device):
-            chunks = _chunks(part, k, v, weight)
-            composed = _composed(chunks)
-            d_map = d_maps[part]
-            for number in reversed(range(len(chunks))):
-                chunk, d_own = chunks[number], d_map
-                if number:
-                    before = composed[number - 1]
-                    d_own = d_map.clone()
-                    d_own[..., :d] -= d_map @ before.mT
-                    d_map = d_map - chunk.map[..., :d].mT @ d_map
-                own_dk, own_dv, own_d_weight = chunk.gradients(d_own)
-                rows_of(dk, part)[..., chunk.rows, :] = own_dk.to(dk.dtype)
-                rows_of(dv, part)[..., chunk.rows, :] = own_dv.to(dv.dtype)
-                rows_of(d_weight[..., None], part)[..., chunk.rows, :] = own_d_weight
+            chunks = _Chunks(part, k, v, weight)
+            found = chunks.gradients(_composed_back(chunks.maps, d_maps[part]))
+            for x, own in zip((dk, dv, d_weight[..., None]), found, strict=True):
+                rows_of(x, part).copy_(own.flatten(2, 3)[:, :, :n])
         return dk, dv, d_weight if ctx.needs_input_grad[2] else None
 
 
-def _chunks(part: Part, k: Tensor, v: Tensor, weight: Tensor) -> list["_Chunk"]:
-    own = [rows_of(x, part) for x in (k, v, weight[..., None])]
-    return [
-        _Chunk(slice(begin, begin + CHUNK), *(x[..., begin : begin + CHUNK, :] for x in own))
-        for begin in range(0, k.shape[1], CHUNK)
-    ]
+def _composed(maps: Tensor) -> list[Tensor]:
+    """Composes the maps of chunks [s, h, c, d, 2 d] to those up to the end of each, [s, h, d, 2 d]:
+    with a chunk's own [O, B], the map M before it becomes M + [O, B] - O M."""
+    first, *others = maps.unbind(2)
+    composed = [first]
+    for own in others:
+        overlap, before = own.chunk(2, dim=-1)[0], composed[-1]
+        composed.append(own + before - overlap @ before)
+    return composed
 
 
-def _composed(chunks: list["_Chunk"]) -> list[Tensor]:
-    """Maps of the tokens up to the end of each chunk, [s, h, d, 2 d]."""
-    maps = [chunks[0].map]
-    for chunk in chunks[1:]:
-        d = chunk.map.shape[-2]
-        maps.append(maps[-1] + chunk.map - chunk.map[..., :d] @ maps[-1])
-    return maps
+def _composed_back(maps: Tensor, d_map: Tensor) -> Tensor:
+    """Returns the gradient of the maps of chunks from that of a segment's map, [s, h, d, 2 d]."""
+    d = maps.shape[-2]
+    d_maps = torch.empty_like(maps)
+    before = _composed(maps[:, :, :-1]) if maps.shape[2] > 1 else []
+    for place in reversed(range(maps.shape[2])):
+        own = d_maps[:, :, place]
+        own.copy_(d_map)
+        if place:
+            own[..., :d] -= d_map @ before[place - 1].mT
+            d_map = d_map - maps[:, :, place, :, :d].mT @ d_map
+    return d_maps
 
 
-class _Chunk:
-    """The map of a few tokens, with segments s, heads h and tokens c.
+class _Chunks:
+    """The maps of a part's chunks, with segments s, heads h, chunks c and their tokens t.
 
-    Args:
-        rows: places of the tokens in their segments.
-        k, v: [s, h, c, d].
-        weight: [s, h, c, 1].
+    Segments are filled up to equal chunks with tokens that write nothing.
     """
 
-    def __init__(self, rows: slice, k: Tensor, v: Tensor, weight: Tensor):
-        self.rows = rows
-        self._k, self._weight = UnitKeys.of(k), weight
-        keys = self._k.keys
-        self._both = torch.cat((keys, v.float()), dim=-1)  # [K, V]
-        self._products = keys @ keys.mT
-        self._system = (weight * self._products).tril(-1)
-        self._solved = _solve(self._system, weight * self._both)  # T [K, V]
-        self.map = keys.mT @ self._solved
-        """[O, B], [s, h, d, 2 d]."""
+    def __init__(self, part: Part, k: Tensor, v: Tensor, weight: Tensor):
+        chunks = -(-k.shape[1] // CHUNK)
 
-    def gradients(self, d_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of k, v and weight, in their shapes, from that of the map."""
-        keys, weight = self._k.keys, self._weight
-        d = keys.shape[-1]
-        d_weighted = _solve(self._system.mT, keys @ d_map, upper=True)
-        d_system = (d_weighted @ self._solved.mT).neg_().tril(-1)
+        def chunked(x: Tensor) -> Tensor:
+            own = rows_of(x, part).float()
+            missing = -own.shape[2] % chunks
+            if missing:
+                own = F.pad(own, (0, 0, 0, missing))
+            return own.unflatten(2, (chunks, -1))  # [s, h, c, t, d or 1]
+
+        self._k, self._weight = UnitKeys.of(chunked(k)), chunked(weight[..., None])
+        keys = self._k.keys
+        self._both = torch.cat((keys, chunked(v)), dim=-1)  # [K, V]
+        self._products = keys @ keys.mT
+        self._system = (self._weight * self._products).tril_(-1)
+        self._solved = _solve(self._system, self._weight * self._both)  # T [K, V]
+        self.maps = keys.mT @ self._solved
+        """[O, B], [s, h, c, d, 2 d]."""
+
+    def gradients(self, d_maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of k, v and weight, [s, h, c, t, d or 1], from that of the maps."""
+        keys, d = self._k.keys, d_maps.shape[-2]
+        d_weighted = _solve(self._system.mT, keys @ d_maps, upper=True)
+        d_system = (d_weighted @ self._solved.mT).neg_().tril_(-1)
         d_weight = torch.linalg.vecdot(d_weighted, self._both)
         d_weight += torch.linalg.vecdot(d_system, self._products)
-        d_both = d_weighted.mul_(weight)
-        d_system.mul_(weight)
-        d_keys = self._solved @ d_map.mT + d_both[..., :d] + (d_system + d_system.mT) @ keys
+        d_both = d_weighted.mul_(self._weight)
+        d_system.mul_(self._weight)
+        d_keys = (d_system + d_system.mT) @ keys
+        d_keys += self._solved @ d_maps.mT
+        d_keys += d_both[..., :d]
         return self._k.gradient(d_keys), d_both[..., d:], d_weight[..., None]
 
 
