@@ -55,11 +55,20 @@ class PasskeyConfig(Settings):
     )
     """Lengths of the documents, in segments, in growing order."""
     documents: int = Field(default=1000, ge=1)
-    """Number of documents of each length."""
+    """Number of documents of each length and each number of keys."""
     digits: int = Field(default=5, ge=1)
     """Number of digits in a pass key."""
-    keys: int = Field(default=1, ge=1)
-    """Pass keys in a document. If there are several, each has a name and one is asked for."""
+    keys: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[list[int], Field(json_schema_extra={"minItems": 1, "uniqueItems": True})]
+    ) = 1
+    """Pass keys in a document, with names if they are several; a list makes documents of each."""
+    queries: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    """How many of the keys are asked for, one after another, in another order than stated."""
+    values: int = Field(default=1, ge=1)
+    """Numbers of each key, which are stated one by one and asked for all together."""
+    form: Literal["sentence", "adjacent", "variables"] = "sentence"
+    """A sentence, a name with its number (` Adam=71432. `), or variables that name each other."""
     filler: Literal["standard", "noise", "text"] = "standard"
     """The sentences of Mohtashami & Jaggi (2023) over and over, random letters, or real text."""
     text_files: list[str] = Field(default=[])
@@ -72,7 +81,31 @@ class PasskeyConfig(Settings):
                 f"digits ({self.digits}) must be below segment_length ({self.segment_length})"
             )
         require_growing("segments", self.segments, least=2)
+        if isinstance(self.keys, list):
+            require_growing("keys", self.keys, least=1)
+        fewest = self.key_counts[0]
+        if self.queries != "all" and self.queries > fewest:
+            raise ValueError(
+                f"queries ({self.queries}) must be at most the fewest keys of a document "
+                f"({fewest}), or all"
+            )
         return self
+
+    @property
+    def key_counts(self) -> list[int]:
+        """The numbers of keys that documents have, in growing order."""
+        return self.keys if isinstance(self.keys, list) else [self.keys]
+
+    @property
+    def task(self) -> str:
+        """The name that RULER (Hsieh et al. 2024, arXiv 2404.06654) gives to such a task."""
+        if self.form == "variables":
+            return "vt"
+        if self.values > 1:
+            return "niah_multivalue"
+        if self.key_counts[-1] == 1:
+            return "niah_single"
+        return "niah_multikey" if self.queries == 1 else "niah_multiquery"
 
 
 class CorpusConfig(Settings):
@@ -109,6 +142,11 @@ class CorpusConfig(Settings):
     def weighted(self) -> bool:
         """Whether the store has a weight for each token."""
         return self.source == "passkey" or self.weighted_field != ""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the store has a group for each document: its number of pass keys."""
+        return self.source == "passkey" and isinstance(self.passkey.keys, list)
 
     @model_validator(mode="after")
     def _check_corpus(self) -> "CorpusConfig":

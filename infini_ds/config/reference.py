@@ -61,7 +61,8 @@ def _lenient(setting: dict[str, Any], required: bool) -> dict[str, Any]:
     Args:
         required: whether the setting must be given, so that it cannot be left empty.
     """
-    for part in (setting, setting.get("items", {}), *setting.get("anyOf", ())):
+    parts = (setting, *setting.get("anyOf", ()))
+    for part in (*parts, *(part.get("items", {}) for part in parts)):
         if part.get("type") == "integer" and "enum" not in part:
             part.setdefault("minimum", -LARGEST_INTEGER)
             part.setdefault("maximum", LARGEST_INTEGER)

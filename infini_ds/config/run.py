@@ -80,7 +80,17 @@ class RunConfig(Settings):
             )
         if self.data.weights and self.train.curriculum:
             raise ValueError("train.curriculum must be left out with data.mixture")
+        self._check_curriculum_of_keys()
         return self
+
+    def _check_curriculum_of_keys(self) -> None:
+        wanted = self.train.curriculum.keys if self.train.curriculum else []
+        made = self.data.passkey.key_counts if self.data.grouped else []
+        if not set(wanted) <= set(made):
+            raise ValueError(
+                f"train.curriculum.keys ({wanted}) must be left out unless data.source is passkey "
+                "and data.passkey.keys is a list that has them"
+            )
 
     @property
     def packed(self) -> bool:

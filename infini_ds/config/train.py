@@ -16,6 +16,8 @@ class CurriculumConfig(Settings):
         default=[2, 4, 8, 16], json_schema_extra={"minItems": 1, "uniqueItems": True}
     )
     """Lengths of the documents, in segments, one after another; each divides the window."""
+    keys: list[int] = Field(default=[], json_schema_extra={"uniqueItems": True})
+    """Numbers of pass keys: one after another at the first length, in turn at longer ones."""
     advance_at: float = Field(default=0.9, gt=0, le=1)
     """Share of answers that must be right, over `window` steps, before the next length begins."""
     window: int = Field(default=20, ge=1)
@@ -26,6 +28,8 @@ class CurriculumConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> "CurriculumConfig":
         require_growing("segments", self.segments, least=1)
+        if self.keys:
+            require_growing("keys", self.keys, least=1)
         return self
 
 

@@ -41,6 +41,8 @@ class Document(NamedTuple):
     text: str
     spans: tuple[Span, ...] = ()
     """Consecutive parts of the text, if the corpus has weights."""
+    group: int = 0
+    """Number of pass keys in it, if the corpus has several such numbers."""
 
 
 class Skipped:

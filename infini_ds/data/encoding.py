@@ -48,6 +48,8 @@ class Encoded(NamedTuple):
     """A hash of the text in [0, 1); the document is held out if it is below held_out_fraction."""
     weights: np.ndarray | None = None
     """float32 [tokens]: loss weight of each token (0 for BOS), if the corpus has weights."""
+    group: int = 0
+    """As of the `Document`."""
 
 
 def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Encoded:
@@ -69,6 +71,13 @@ def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Enc
     return Encoded(tokens, len(content), back, draw, weights)
 
 
+def _encode_all(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
+    return [
+        encode(tokenizer, document.text, document.spans)._replace(group=document.group)
+        for document in batch
+    ]
+
+
 def encoded_batches(
     corpus: Corpus, kind: str, model: str | Path, workers: int
 ) -> Iterator[list[Encoded]]:
@@ -80,7 +89,7 @@ def encoded_batches(
     if workers == 1:
         tokenizer = load_tokenizer(kind, model)
         for batch in _batches(corpus):
-            yield [encode(tokenizer, text, spans) for _, text, spans in batch]
+            yield _encode_all(tokenizer, batch)
         return
     # Batches are dealt to the workers in turn, so the oldest one under way is the next in order.
     under_way: deque[tuple[str, Connection]] = deque()
@@ -153,7 +162,7 @@ def _work(connection: Connection, kind: str, model: str | Path) -> None:
     threading.Thread(target=_take_in, args=(connection, batches), daemon=True).start()
     tokenizer = load_tokenizer(kind, model)
     while True:
-        connection.send([encode(tokenizer, text, spans) for _, text, spans in batches.get()])
+        connection.send(_encode_all(tokenizer, batches.get()))
 
 
 def _take_in(connection: Connection, batches: queue.SimpleQueue) -> None:

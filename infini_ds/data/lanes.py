@@ -335,6 +335,7 @@ def check_same_run(mine: dict[str, Any], saved: dict[str, Any]) -> None:
     """
     for name, setting in (
         ("curriculum", "train.curriculum.segments"),
+        ("curriculum_keys", "train.curriculum.keys"),
         ("packing", "data.packing"),
         ("batch_size", "train.batch_size"),
         ("seed", "seed"),

@@ -28,7 +28,8 @@ def open_data(config: RunConfig) -> tuple[Mixture, Lanes | CurriculumLanes]:
                 f"train.curriculum: {data.place} has no answers, which are text of a "
                 "weight above 1; remove it, or prepare a store with data.weighted_field"
             )
-        return data, CurriculumLanes(*settings, config.train.curriculum)
+        groups = data.split("train").groups
+        return data, CurriculumLanes(*settings, config.train.curriculum, groups)
     return data, Lanes(*settings, data.shares, config.packed)
 
 

@@ -119,7 +119,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
     dtype = token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         train, held_out = (
-            stack.enter_context(_SplitWriter(path, name, dtype, config.weighted)) for name in SPLITS
+            stack.enter_context(_SplitWriter(path, name, dtype, config)) for name in SPLITS
         )
         progress = stack.enter_context(CorpusProgress(console, "tokenising", corpus.total_bytes))
         changes: dict[bool, str] = {}
@@ -174,14 +174,16 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
 class _SplitWriter:
     """A context manager that appends documents to the files of one split."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, weighted: bool):
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, config: DataConfig):
         self.name = name
         self.text_bytes = self.token_bytes = self.restored_bytes = 0
         self._dtype = dtype
         self._offsets = array("q", [0])
+        self._groups = array("i")
         self._offsets_file = folder / f"{name}.offsets.npy"
+        self._groups_file = folder / f"{name}.groups.npy" if config.grouped else None
         self._tokens_file = (folder / f"{name}.tokens").open("wb")
-        self._weights_file = (folder / f"{name}.weights").open("wb") if weighted else None
+        self._weights_file = (folder / f"{name}.weights").open("wb") if config.weighted else None
 
     def __enter__(self) -> "_SplitWriter":
         return self
@@ -191,6 +193,8 @@ class _SplitWriter:
         if self._weights_file:
             self._weights_file.close()
         np.save(self._offsets_file, np.array(self._offsets, dtype=np.int64))
+        if self._groups_file:
+            np.save(self._groups_file, np.array(self._groups, dtype=np.int32))
 
     @property
     def documents(self) -> int:
@@ -201,6 +205,7 @@ class _SplitWriter:
         if self._weights_file and document.weights is not None:
             self._weights_file.write(document.weights.astype(WEIGHT_DTYPE, copy=False).data)
         self._offsets.append(self._offsets[-1] + len(document.tokens))
+        self._groups.append(document.group)
         self.text_bytes += document.text_bytes
         self.token_bytes += document.restored.token_bytes
         self.restored_bytes += document.restored.text_bytes
@@ -247,7 +252,9 @@ def _check_replaceable(path: Path) -> None:
     known = {MANIFEST, COUNTS, *filter(None, TOKENIZER_FILES.values()), "tokenizer_config.json"}
     known.add(GENERATION)
     known.update(
-        f"{name}{end}" for name in SPLITS for end in (".tokens", ".weights", ".offsets.npy")
+        f"{name}{end}"
+        for name in SPLITS
+        for end in (".tokens", ".weights", ".offsets.npy", ".groups.npy")
     )
     if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
         raise UserError(

@@ -6,6 +6,7 @@
 | `SPLIT.tokens` | BOS, tokens, EOS of each document; uint16, or uint32 for large vocabularies |
 | `SPLIT.weights` | float32, loss weight of each token; only if the corpus has weights |
 | `SPLIT.offsets.npy` | int64 [documents + 1]: where each document begins in SPLIT.tokens |
+| `SPLIT.groups.npy` | int32 [documents]: number of pass keys in each; only if there are several |
 | `train.counts.npy` | int64 [vocab]: how often each token occurs in train, without BOS |
 | `tokenizer.model` | the sentencepiece model, if the tokenizer is one |
 | `tokenizer.json`, `tokenizer_config.json` | its files, if it is one of the library `tokenizers` |
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from infini_ds.config import TOKENIZER_FILES, DataConfig
+from infini_ds.config import TOKENIZER_FILES, DataConfig, PasskeyConfig
 from infini_ds.data.joined import Joined
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.tokenizer_base import Tokenizer
@@ -40,6 +41,11 @@ WEIGHT_DTYPE = np.dtype("<f4")
 # Larger files are not read whole at every start; `verify` reads them.
 _CHECKED_ON_OPEN = 256 << 20
 _COUNTED_AT_ONCE = 1 << 24
+# Settings that older stores lack, with the values by which those were made.
+_SETTINGS_SINCE = {
+    f"data.passkey.{name}": PasskeyConfig.model_fields[name].default
+    for name in ("queries", "values", "form")
+}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -78,7 +84,8 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     }
     if config.source == "passkey":
         for name, value in config.passkey.model_dump().items():
-            settings[f"data.passkey.{name}"] = value
+            if value != _SETTINGS_SINCE.get(f"data.passkey.{name}"):
+                settings[f"data.passkey.{name}"] = value
     tokenizer = config.tokenizer
     settings["data.tokenizer.kind"] = tokenizer.kind
     if tokenizer.kind != "bytes":
@@ -101,6 +108,7 @@ class Split:
         data: uint16 or uint32 [tokens], memory-mapped.
         weights: float32 [tokens], memory-mapped: loss weight of each token where it is the label.
             None if all weights are 1.
+        groups: int32 [documents], number of pass keys in each; None if it is not stored.
         text_bytes: size of the documents' text in bytes; 0 if it is not known.
         token_bytes: bytes that their tokens stand for, which differs if the tokenizer changes text.
     """
@@ -112,11 +120,13 @@ class Split:
         weights: np.ndarray | Joined | None = None,
         text_bytes: int = 0,
         token_bytes: int = 0,
+        groups: np.ndarray | None = None,
     ):
         self.data = data
         self.weights = weights
         self.text_bytes = text_bytes
         self.token_bytes = token_bytes
+        self.groups = groups
         self.offsets = offsets
         self.lengths = np.diff(offsets)
 
@@ -154,6 +164,9 @@ class Store:
         weights = None
         if f"{name}.weights" in self.manifest["files"]:
             weights = mapped(self.path / f"{name}.weights", WEIGHT_DTYPE)
+        groups = None
+        if f"{name}.groups.npy" in self.manifest["files"]:
+            groups = np.load(self.path / f"{name}.groups.npy")
         sizes = self.manifest["splits"][name]
         return Split(
             mapped(self.path / f"{name}.tokens", token_dtype(self.tokenizer.vocab_size)),
@@ -161,6 +174,7 @@ class Store:
             weights,
             sizes["bytes"],
             sizes.get("token_bytes", sizes["bytes"]),
+            groups,
         )
 
     @classmethod
@@ -178,7 +192,10 @@ class Store:
         if config is not None:
             wanted = content_settings(config)
             for name in dict.fromkeys([*wanted, *manifest["settings"]]):
-                had, want = manifest["settings"].get(name), wanted.get(name)
+                had, want = (
+                    settings.get(name, _SETTINGS_SINCE.get(name))
+                    for settings in (manifest["settings"], wanted)
+                )
                 if had != want:
                     raise UserError(
                         f"{name} is {want!r}, but data.store {path} was made with {had!r}; name "

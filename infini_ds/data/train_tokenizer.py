@@ -38,7 +38,8 @@ def sample_text(documents: Iterable[Document], budget: int, read_limit: int = 0)
     kept_bytes = 0
     distance = 1
     number = 0
-    for _, text, _ in documents:
+    for document in documents:
+        text = document.text
         for begin in range(0, len(text), _BLOCK_CHARACTERS):
             if number % distance == 0:
                 block = text[begin : begin + _BLOCK_CHARACTERS]

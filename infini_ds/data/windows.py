@@ -124,8 +124,8 @@ def total_weight(split: Split, plan: Plan) -> float:
 def answers_right(losses: Tensor, weights: Tensor, layout: Layout) -> Tensor:
     """Counts the answers that a model gets right while it is trained, and all answers.
 
-    An answer is made of the labels of a segment whose weight is above 1. It is right if each of
-    them has a probability above 1/2, so that greedy decoding would give it.
+    An answer is made of labels that follow one another in a segment and weigh more than 1. It is
+    right if each of them has a probability above 1/2, so that greedy decoding would give it.
 
     Args:
         losses, weights: [lanes, tokens], made of whole segments.
@@ -135,8 +135,13 @@ def answers_right(losses: Tensor, weights: Tensor, layout: Layout) -> Tensor:
         [2], fp64: the right answers, and all answers.
     """
     segments = layout.starts.shape[1]
-    answer = (weights > 1).unflatten(1, (segments, -1))
-    wrong = (losses.unflatten(1, (segments, -1)) >= math.log(2)) & answer
-    answered = answer.any(dim=-1)
-    right = answered & ~wrong.any(dim=-1)
-    return torch.stack((right.sum(), answered.sum())).double()
+    in_answer = (weights > 1).unflatten(1, (segments, -1))
+    begins = in_answer.clone()
+    begins[..., 1:] &= ~in_answer[..., :-1]
+    wrong = (losses.unflatten(1, (segments, -1)) >= math.log(2)) & in_answer
+    # The number of the answer that each label is in, or of the latest before it.
+    number = (begins.flatten().cumsum(0) - 1).clamp(min=0)
+    mistakes = torch.zeros(number.shape, dtype=torch.float64, device=losses.device)
+    mistakes.index_add_(0, number, wrong.flatten().double())
+    answers = begins.sum()
+    return torch.stack((answers - (mistakes > 0).sum(), answers)).double()

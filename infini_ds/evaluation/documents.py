@@ -144,7 +144,7 @@ def _encoded(loaded: Loaded, files: Sequence[str]) -> tuple[Split, list[str]]:
     settings = {"source": "files", "files": list(files), "max_documents": 0}
     try:
         corpus = Corpus(data.model_copy(update=settings))
-        encoded = [encode(loaded.tokenizer, text, spans) for _, text, spans in corpus]
+        encoded = [encode(loaded.tokenizer, each.text, each.spans) for each in corpus]
     except UserError as error:
         raise UserError(str(error).replace("data.files", "--documents", 1)) from None
     if not encoded:

@@ -164,6 +164,8 @@ class Trainer:
                 "train/exact_match": exact,
                 "train/curriculum_segments": self.lanes.level_segments,
             }
+            if self.lanes.level_keys:
+                curriculum["train/curriculum_keys"] = self.lanes.level_keys
         self.step += 1
         self.tokens += plan.num_tokens
         # The first step is logged too: the supervisor reads there that a step was made.

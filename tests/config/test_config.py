@@ -212,6 +212,20 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("data.passkey.segments=[1, 2]", "segments ([1, 2]) must be growing numbers of at least 2"),
         ("data.passkey.segments=[4, 2]", "segments ([4, 2]) must be growing numbers of at least 2"),
         ("data.passkey.segments=[2, 2]", "segments ([2, 2]) must be growing numbers of at least 2"),
+        ("data.passkey.keys=0", "data.passkey: keys (0) must be at least 1"),
+        ("data.passkey.keys=[]", "data.passkey: keys ([]) must be growing numbers of at least 1"),
+        ("data.passkey.keys=[2, 2]", "keys ([2, 2]) must be growing numbers of at least 1"),
+        ("data.passkey.keys=[0, 2]", "keys ([0, 2]) must be growing numbers of at least 1"),
+        (
+            "data.passkey.keys=some",
+            "data.passkey.keys: input should be a valid integer, got 'some'",
+        ),
+        ("data.passkey.queries=0", "data.passkey: queries (0) must be at least 1"),
+        ("data.passkey.queries=2", "queries (2) must be at most the fewest keys of a document (1)"),
+        ("data.passkey.queries=one", "data.passkey.queries: input should be a valid integer"),
+        ("data.passkey.values=0", "data.passkey: values (0) must be at least 1"),
+        ("data.passkey.form=list", "data.passkey.form: input should be 'sentence', 'adjacent' or"),
+        ("train.curriculum.keys=[4, 2]", "keys ([4, 2]) must be growing numbers of at least 1"),
         ("train.curriculum.segments=[0]", "segments ([0]) must be growing numbers of at least 1"),
         ("train.curriculum.segments=[1, 3]", "of curriculum.segments, is not of 3"),
         ("train.curriculum.advance_at=0", "advance_at (0.0) must be above 0 and at most 1"),
@@ -376,6 +390,22 @@ def test_passkey_documents_have_the_segments_of_the_model(file):
     assert message in message_of(file, *passkey)
     config = load(file, [*passkey, "data.passkey.segment_length=128"])
     assert config.data.weighted
+
+
+def test_curriculum_of_keys_is_of_those_that_documents_have(file):
+    passkey = [
+        "data.source=passkey", "data.tokenizer.kind=bytes", "model.segment_length=128",
+        "data.passkey.segment_length=128", "train.window_segments=16",
+        "train.curriculum.keys=[2, 4]",
+    ]  # fmt: skip
+    message = "train.curriculum.keys ([2, 4]) must be left out unless data.source is passkey and"
+    for keys in ("4", "[2]", "[2, 3]"):
+        assert message in message_of(file, *passkey, f"data.passkey.keys={keys}")
+    assert message in message_of(file, *passkey[-2:])
+    config = load(file, [*passkey, "data.passkey.keys=[1, 2, 4]"])
+    assert config.train.curriculum
+    assert config.train.curriculum.keys == [2, 4]
+    assert config.data.passkey.key_counts == [1, 2, 4]
 
 
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):

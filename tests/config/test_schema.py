@@ -145,7 +145,8 @@ def test_every_setting_is_described_and_others_are_refused():
         ("train.hang_timeout", 3), ("parallel.pipeline_stages", "auto"),
         ("parallel.pipeline_stages", 2), ("parallel.zero_stage", 0), ("model.rope_scaling", {}),
         ("model.norm_eps", 1), ("data.held_out_fraction", 0), ("seed", -(2**31) + 1),
-        ("data.mixture", None),
+        ("data.mixture", None), ("data.passkey.keys", 4), ("data.passkey.keys", [1, 4]),
+        ("data.passkey.queries", "all"),
     ],
 )  # fmt: skip
 def test_what_is_read_is_valid(path, value):
@@ -167,6 +168,8 @@ def test_what_is_read_is_valid(path, value):
         ("parallel.zero_stage", 2), ("data.files", None), ("data.files", [1]),
         ("data.text_field", 3), ("data.held_out_fraction", 1), ("data.passkey.segments", []),
         ("data.passkey.segments", [2, 2]), ("data.passkey.segments", [2, 4 * 10**9]),
+        ("data.passkey.keys", []), ("data.passkey.keys", [2, 2]), ("data.passkey.keys", 0),
+        ("data.passkey.keys", [2, 2**31]), ("data.passkey.queries", "some"),
         ("data.mixture", {"a b": {"store": "stores/a"}}), ("resume", "maybe"),
         ("output_dir", None), ("data.tokenizer.vocab_size", 319), ("data", {"files": "a.txt"}),
     ],

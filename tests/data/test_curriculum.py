@@ -145,6 +145,136 @@ def test_epoch_counts_segments_of_the_curriculum():
     assert lanes.epoch == 10 * BATCH * K / sum(s * count for s, count in COUNTS.items())
 
 
+# For each pair of segments and keys, as many documents as the next test needs.
+PAIRS = {(2, 1): 6, (2, 3): 7, (4, 1): 8, (4, 3): 9, (8, 1): 4, (8, 3): 5}
+MIXED = np.random.default_rng(2).permutation(
+    [pair for pair, count in PAIRS.items() for _ in range(count)]
+)
+
+
+def lanes_of_keys(**settings):
+    settings = {"segments": [2, 4, 8], "keys": [1, 3], "window": 2} | settings
+    config = CurriculumConfig(**settings)
+    return CurriculumLanes(MIXED[:, 0] * N + 1, N, K, BATCH, 0, config, MIXED[:, 1])
+
+
+def pairs_read(lanes, answers):
+    """The segments and keys of the documents of each step, when the answers go as given."""
+    pairs = []
+    for answer in answers:
+        (pair,) = {tuple(MIXED[document].tolist()) for document in lanes.next_plan().documents.flat}
+        pairs.append(pair)
+        lanes.observe(answer)
+    return pairs
+
+
+def test_keys_come_one_after_another_at_the_first_length_and_in_turn_at_longer_ones():
+    lanes = lanes_of_keys(review=0.0)
+    assert (lanes.level_segments, lanes.level_keys) == (2, 1)
+    assert pairs_read(lanes, [0.0, 1.0, 1.0]) == [(2, 1)] * 3
+    assert (lanes.level_segments, lanes.level_keys) == (2, 3)
+    assert pairs_read(lanes, [1.0, 1.0]) == [(2, 3)] * 2
+    assert (lanes.level_segments, lanes.level_keys) == (4, 3)
+    assert pairs_read(lanes, [0.0, 0.0, 0.0, 1.0, 1.0]) == [(4, 1), (4, 3), (4, 1), (4, 3), (4, 1)]
+    assert pairs_read(lanes, [1.0] * 3) == [(8, 1), (8, 3), (8, 1)]
+    assert lanes.level == 3
+
+
+def test_review_reads_earlier_levels_in_turn_and_their_keys_in_turn():
+    lanes = lanes_of_keys()
+    pairs_read(lanes, [1.0] * 2)
+    assert pairs_read(lanes, [1.0] * 3) == [(2, 3), (2, 1), (2, 3)]
+    assert pairs_read(lanes, [0.0] * 4) == [(4, 1), (2, 1), (4, 3), (2, 3)]
+    pairs_read(lanes, [1.0] * 3)
+    assert lanes.level == 3
+    found = pairs_read(lanes, [0.0] * 12)
+    assert found[::2] == [(8, 1), (8, 3)] * 3
+    assert found[1::2] == [(2, 1), (2, 3), (4, 1), (2, 1), (2, 3), (4, 3)]
+
+
+def test_each_document_of_a_number_of_keys_is_taken_once_an_epoch():
+    lanes = lanes_of_keys(review=0.0)
+    lanes.level = 3
+    taken = {1: [], 3: []}
+    for step in range(40):
+        plan = lanes.next_plan()
+        taken[(1, 3)[step % 2]] += plan.documents[plan.starts].tolist()
+    for keys, documents in taken.items():
+        count = PAIRS[8, keys]
+        assert set(documents) == set(np.flatnonzero(((8, keys) == MIXED).all(axis=1)).tolist())
+        assert len(set(documents[:count])) == count
+        assert documents[:count] != documents[count : 2 * count]
+    assert lanes.epoch == 40 * BATCH * K / sum(s * count for (s, _), count in PAIRS.items())
+
+
+def test_load_state_with_keys_goes_on_equally_at_every_step():
+    lanes = lanes_of_keys()
+    states, pairs = [], []
+    for _ in range(30):
+        states.append(json.dumps(lanes.state()))
+        pairs += pairs_read(lanes, [1.0])
+    assert lanes.level == 3
+    for step, state in enumerate(states[:-3]):
+        resumed = lanes_of_keys()
+        resumed.load_state(json.loads(state))
+        assert json.dumps(resumed.state()) == state
+        assert pairs_read(resumed, [1.0] * 3) == pairs[step : step + 3]
+
+
+def test_load_state_of_a_run_before_there_were_keys():
+    lanes = lanes_of(review=0.0)
+    lengths_read(lanes, [1.0] * 4)
+    state = lanes.state()
+    assert state.keys() == {
+        "curriculum", "batch_size", "seed", "segment_length", "num_documents", "num_tokens",
+        "step", "level", "level_step", "answers", "queues",
+    }  # fmt: skip
+    assert len(state["queues"]) == 3
+    resumed = lanes_of(review=0.0)
+    resumed.load_state(state)
+    assert length_of(resumed.next_plan()) == length_of(lanes.next_plan()) == 4
+
+
+@pytest.mark.parametrize(("mine", "saved"), [([1, 3], []), ([], [1, 3]), ([1, 3], [3])])
+def test_load_state_refuses_other_keys(mine, saved):
+    says = r"^train\.curriculum\.keys \(.*\) must be "
+    with pytest.raises(UserError, match=says):
+        lanes_of_keys(keys=mine).load_state(lanes_of_keys(keys=saved).state())
+
+
+def test_curriculum_lanes_refuse_keys_without_documents():
+    says = r"^train\.curriculum\.keys: data\.store has no document of 2 segments of .*8 with 2 pass"
+    with pytest.raises(UserError, match=says):
+        lanes_of_keys(keys=[1, 2])
+    with pytest.raises(UserError, match=says):  # of a store that does not say how many there are
+        CurriculumLanes(LENGTHS, N, K, BATCH, 0, CurriculumConfig(segments=[2], keys=[2]))
+
+
+def test_open_data_gives_the_lanes_of_a_curriculum_of_keys(tmp_path):
+    config = tiny.run_config(
+        output_dir=str(tmp_path / "run"),
+        model={"segment_length": 128},
+        data={
+            "source": "passkey",
+            "store": str(tmp_path / "store"),
+            "tokenizer": {"kind": "bytes"},
+            "passkey": {
+                "segment_length": 128, "segments": [2, 4], "documents": 20, "keys": [1, 2, 4],
+                "form": "adjacent", "queries": "all",
+            },
+        },
+        train={"window_segments": 4, "curriculum": {"segments": [2], "keys": [2, 4], "window": 1}},
+    )  # fmt: skip
+    prepare(config.data, workers=1)
+    store, lanes = open_data(config)
+    assert isinstance(lanes, CurriculumLanes)
+    groups = store.split("train").groups
+    assert groups is not None
+    for keys in (2, 4):
+        assert set(groups[lanes.next_plan().documents].flat) == {keys}
+        lanes.observe(1.0)
+
+
 def test_load_state_at_every_step_goes_on_equally():
     random = np.random.default_rng(1)
     answers = np.round(0.7 + 0.3 * random.random(60), 3).tolist()

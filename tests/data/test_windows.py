@@ -182,3 +182,16 @@ def test_answers_are_right_where_every_weighted_label_is_likely():
     losses[0, 9], losses[0, 10] = 0.6, 0.7  # exp(-0.7) is below one half
     layout = Layout(torch.ones(2, 3, dtype=torch.bool), torch.full((2, 3), 4))
     assert answers_right(losses, weights, layout).tolist() == [2, 3]
+
+
+def test_answers_of_a_segment_are_counted_one_by_one():
+    weights = torch.ones(2, 12)
+    # Two answers in one segment, one cut by its end, and one at the end of another lane.
+    weights[0, 0] = weights[0, 2:6] = weights[1, 11] = 9.0
+    losses = torch.full((2, 12), 9.0)
+    layout = Layout(torch.ones(2, 3, dtype=torch.bool), torch.full((2, 3), 4))
+    for wrong, right in (([], 4), ([0], 3), ([3], 3), ([2, 3], 3), ([2, 5], 2), ([1, 6], 4)):
+        losses[0, :6] = losses[1, 11] = 0.6
+        losses[0, wrong] = 0.7
+        assert answers_right(losses, weights, layout).tolist() == [right, 4]
+    assert answers_right(losses, torch.ones(2, 12), layout).tolist() == [0, 0]
