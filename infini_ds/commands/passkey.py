@@ -34,6 +34,17 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--keys", **count, help="keys in each document (the run's data.passkey.keys)"
     )
+    parser.add_argument(
+        "--queries", action=Checked, check=_queries,
+        help="keys asked for in each document, or all (the run's data.passkey.queries)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--values", **count, help="numbers of each key (the run's data.passkey.values)"
+    )
+    parser.add_argument(
+        "--form", action=Checked, check=_form,
+        help="sentence, adjacent or variables (the run's data.passkey.form)",
+    )  # fmt: skip
     parser.add_argument("--batch", **count, help="documents read together (8)")
     parser.add_argument(
         "--seed",
@@ -57,12 +68,27 @@ def _lengths(name: str, text: str) -> list[int]:
     return segments
 
 
+def _queries(name: str, text: str) -> int | str:
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise UserError(f"{name} ({text}) must be a number of at least 1, or all")
+    return text if text == "all" else int(text)
+
+
 def _filler(name: str, text: str) -> str:
+    return _one_of("filler", name, text)
+
+
+def _form(name: str, text: str) -> str:
+    return _one_of("form", name, text)
+
+
+def _one_of(setting: str, name: str, text: str) -> str:
+    """Checks a text that must be one of those that a setting of data.passkey may have."""
     from infini_ds.config import PasskeyConfig
 
-    fillers = typing.get_args(PasskeyConfig.model_fields["filler"].annotation)
-    if text not in fillers:
-        raise UserError(f"{name} ({text}) must be one of {', '.join(fillers)}")
+    known = typing.get_args(PasskeyConfig.model_fields[setting].annotation)
+    if text not in known:
+        raise UserError(f"{name} ({text}) must be one of {', '.join(known)}")
     return text
 
 
@@ -71,6 +97,6 @@ def _run(options: argparse.Namespace) -> None:
 
     asked = passkey.PasskeyOptions(
         options.segments, options.depths, options.samples, options.filler, options.keys,
-        options.batch, options.seed,
+        options.queries, options.values, options.form, options.batch, options.seed,
     )  # fmt: skip
     passkey.run(options.directory, options.step, asked, options.json, options.plot)

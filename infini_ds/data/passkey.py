@@ -7,8 +7,8 @@ Counted in bytes, with BOS before it, a document is a whole number of segments, 
 last position is EOS. A key stands at a uniformly random place before the segments of the questions,
 whole or cut by the end of a segment. The questions and their answers end the last segment; if they
 need more than one, each of the last segments ends with whole questions. If there are several keys,
-each belongs to a name, and they are asked for in another order than they are stated in, with a full
-stop between an answer and the next question. `passkey_wording` has the words.
+each belongs to a name, and they are asked for in a random order of their own, with a full stop
+between an answer and the next question. `passkey_wording` has the words.
 """
 
 from collections.abc import Iterator

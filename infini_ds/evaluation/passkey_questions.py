@@ -1,51 +1,58 @@
 """Makes pass-key documents for any tokenizer; each fills whole segments of its tokens.
 
 With plain bytes, a document is the generator's, byte for byte. For other tokenizers, its pieces
-(filler, statements, question, answer) are encoded one by one, and the filler is cut so that the
-segments are exactly full: the statements stay before the last segment, the question and the answer
-in it.
+(filler, statements, questions, answers) are encoded one by one, and the filler is cut so that the
+segments are exactly full: the questions and their answers end the last segments, of which there are
+as many as they need, and the statements stay before these.
 """
 
-import re
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from infini_ds.config import PasskeyConfig
-from infini_ds.data.passkey import PasskeyDocument, Passkeys, TooShort, passkey_random
+from infini_ds.data.passkey import (
+    PasskeyDocument,
+    Passkeys,
+    Stated,
+    TooShort,
+    gaps_before,
+    passkey_random,
+)
 from infini_ds.data.store import stored_tokens
 from infini_ds.data.tokenizer_base import ByteTokenizer, Tokenizer
 from infini_ds.errors import UserError
 
-_STATEMENT = re.compile(rb" The (pass key(?: of \w+)?) is (\d+)\. Remember it\. \2 is the \1\. ")
-_QUESTION = b" What is the pass key"
 # The seeds of training documents begin with another number, see `passkey_random`.
 _DOCUMENT, _DEPTH, _SAMPLE = 1, 2, 3
 _SAMPLE_BYTES = 8192
 
 
 class Question(NamedTuple):
-    """A document up to its answer."""
+    """A document up to one of its answers. Those of a document share their memory."""
 
     prompt: np.ndarray
-    """The segments x segment_length - digits tokens from BOS to just before the answer."""
+    """The tokens from BOS to just before the answer, with the right answers to the questions before
+    it. With the longest answer, that to the last question ends the last segment."""
+    before: int
+    """Number of its tokens, in whole segments, before the segments of the questions."""
     answer: str
-    """The correct digits."""
+    """The digits or the name that is right."""
     answer_tokens: int
-    """Number of tokens of the answer, which ends in the last segment."""
+    """Number of tokens of the answer, which ends in the segment of its question."""
     depth: int
-    """Index of the part of the text before the last segment that holds the key."""
+    """Index of the part of the text before the questions' segments that holds the answer."""
     cut: bool
-    """Whether a segment ends within the statement of the key."""
+    """Whether a segment ends within the statement of the answer."""
 
 
 class Questions:
-    """Makes questions; each depends only on seed, length and number.
+    """Makes the questions of documents; they depend only on seed, length and number.
 
     Args:
         config: settings of the documents; segment_length is the model's, in tokens.
-        depths: number of equal parts into which the text before the last segment is divided.
+        depths: number of equal parts into which the text before the questions is divided.
         seed: different seeds make different documents.
 
     Raises:
@@ -59,30 +66,33 @@ class Questions:
         self._makers = {config.segment_length: Passkeys(config)}
         self._segment_bytes = config.segment_length
         if not self._plain:
-            text = self._document(_SAMPLE_BYTES, passkey_random(_SAMPLE), 2, None).prompt.decode()
+            text = self._sample().prompt.decode()
             bytes_per_token = len(text) / len(tokenizer.encode_array(text))
             # This probably yields enough tokens for a segment.
             self._segment_bytes = round(1.25 * bytes_per_token * config.segment_length)
 
-    def make(self, segments: int, number: int, samples: int) -> Question:
-        """Makes one of the `samples` questions of a length, whose depths are spread evenly.
+    def make(self, segments: int, number: int, samples: int) -> list[Question]:
+        """Makes the questions of one of the `samples` documents of a length.
+
+        The depths of the first keys that they ask for are spread evenly; others are at random ones.
 
         Args:
-            segments: length of the document with its answer, at least 2.
-            number: index of the question, from 0 to samples - 1.
+            segments: length of the document with its answers, at least 2.
+            number: index of the document, from 0 to samples - 1.
 
         Raises:
-            UserError: the segments are too short for the keys or the question.
+            UserError: the segments are too short for the keys or the questions.
         """
         try:
             return self._make(segments, number, samples)
         except TooShort:  # its message may name a setting of training documents
             raise UserError(
                 f"model.segment_length ({self._config.segment_length}): too short for the "
-                "statements and the question; ask with fewer --keys"
+                f"statements and the questions in {segments} segments; ask in more --segments, or "
+                "with fewer --keys"
             ) from None
 
-    def _make(self, segments: int, number: int, samples: int) -> Question:
+    def _make(self, segments: int, number: int, samples: int) -> list[Question]:
         depth = (2 * number + 1) * self._depths // (2 * samples)
         key = (self._seed, segments, number)
         within = int(passkey_random(_DEPTH, *key).random_raw()) / 2**64
@@ -90,13 +100,19 @@ class Questions:
         length = self._segment_bytes
         while True:
             document = self._document(length, passkey_random(_DOCUMENT, *key), segments, place)
-            if self._plain:
-                prompt = np.frombuffer(document.prompt, dtype=np.uint8)
-                return self._question(document, [prompt], depth, document.cut)
-            question = self._encoded(document, length, segments, depth)
-            if question:
-                return question
+            questions = self._encoded(document, segments)
+            if questions:
+                return questions
             length += length // 2  # this text has more bytes per token
+
+    def _sample(self) -> PasskeyDocument:
+        """Returns a document that shows how many bytes a token has."""
+        length = _SAMPLE_BYTES
+        while True:
+            try:
+                return self._document(length, passkey_random(_SAMPLE), 2, None)
+            except TooShort:
+                length *= 2
 
     def _document(
         self, length: int, random: np.random.Philox, segments: int, place: float | None
@@ -107,40 +123,61 @@ class Questions:
             self._makers[length] = Passkeys(config)
         return self._makers[length].document(random, segments, place)
 
-    def _encoded(
-        self, document: PasskeyDocument, length: int, segments: int, depth: int
-    ) -> Question | None:
+    def _encoded(self, document: PasskeyDocument, segments: int) -> list[Question] | None:
         """Encodes a document piece by piece; returns None if it has too few tokens."""
-        n, edge = self._config.segment_length, (segments - 1) * length - 1
-        question = document.prompt.rindex(_QUESTION)
-        spans = [found.span() for found in _STATEMENT.finditer(document.prompt, 0, edge)]
-        bounds = [0, *chain.from_iterable(spans), edge]
+        n = self._config.segment_length
+        questions = [
+            [(self._encode(asked.question), self._encode(asked.answer)) for asked in question]
+            for question in document.questions
+        ]
+        stops = [self._encode(b"."[: i > 0]) for i in range(len(questions))]
+        sizes = [
+            len(stop) + sum(len(text) + len(answer) for text, answer in question)
+            for stop, question in zip(stops, questions, strict=True)
+        ]
+        # A model may write the last answer in smaller pieces, down to its bytes.
+        longest = len(document.questions[-1][-1].answer)
+        sizes[-1] += longest - len(questions[-1][-1][1])
+        gaps = gaps_before(sizes, n)
+        before = segments * n - sum(sizes) - sum(gaps)
         # Filler and statements alternate; the first and the last piece are filler.
-        before = [self._encode(document.prompt[begin:end]) for begin, end in pairwise(bounds)]
-        after = self._encode(document.prompt[edge:question])
-        asked = self._encode(document.prompt[question:])
-        head = _fitted(before, (segments - 1) * n - 1)
-        tail = _fitted([after], n - len(asked) - self._config.digits)
-        if head is None or tail is None:
+        head = _fitted([self._encode(piece) for piece in document.before], before - 1)
+        fillers = [gap[i > 0 :] for i, gap in enumerate(document.gaps)]  # without the full stops
+        filler = self._encode(b"".join(fillers))
+        if head is None or len(filler) < sum(gaps):
             return None
-        key = 1 + 2 * [start for start, _ in spans].index(document.position - 1)
-        begin = 1 + sum(map(len, head[:key]))
-        # As in the generator's documents, the spaces around a statement do not count.
-        table = self._tokenizer.table
-        solid = [begin + i for i, token in enumerate(head[key]) if table[token].strip()]
-        cut = solid[0] // n != solid[-1] // n
-        return self._question(document, [*head, *tail, asked], depth, cut)
+        pieces, ends = [np.array([self._tokenizer.bos_id], np.uint32), *head], []
+        for stop, gap, question in zip(stops, gaps, questions, strict=True):
+            pieces += [stop, filler[:gap]]
+            filler = filler[gap:]
+            for text, answer in question:
+                pieces += [text, answer]
+                ends.append(sum(map(len, pieces)) - len(answer))
+        tokens = stored_tokens(pieces, self._tokenizer.vocab_size)
+        asked = [each for question in document.questions for each in question]
+        stated = [each for of_key in document.stated for each in of_key]
+        return [
+            Question(
+                tokens[:end],
+                before,
+                one.answer.decode(),
+                len(self._encode(one.answer)),
+                min(int(place.depth * self._depths), self._depths - 1),
+                self._is_cut(head, place),
+            )
+            for end, one, place in zip(ends, asked, stated, strict=True)
+        ]
+
+    def _is_cut(self, head: list[np.ndarray], stated: Stated) -> bool:
+        """Tells whether a segment ends within a statement, without the spaces around it."""
+        n, table = self._config.segment_length, self._tokenizer.table
+        begin = 1 + sum(map(len, head[: stated.piece]))
+        statement = head[stated.piece].tolist()
+        solid = [begin + i for i, token in enumerate(statement) if table[token].strip()]
+        return solid[0] // n != solid[-1] // n
 
     def _encode(self, text: bytes) -> np.ndarray:
         return self._tokenizer.encode_array(text.decode())
-
-    def _question(
-        self, document: PasskeyDocument, pieces: list[np.ndarray], depth: int, cut: bool
-    ) -> Question:
-        bos = np.array([self._tokenizer.bos_id], np.uint32)
-        prompt = stored_tokens([bos, *pieces], self._tokenizer.vocab_size)
-        answer = document.answer.decode()
-        return Question(prompt, answer, len(self._tokenizer.encode_array(answer)), depth, cut)
 
 
 def _fitted(pieces: list[np.ndarray], length: int) -> list[np.ndarray] | None:

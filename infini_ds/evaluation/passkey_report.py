@@ -14,11 +14,11 @@ _SHARES = ("all", "whole", "cut", "ablated")
 
 
 class Outcome(NamedTuple):
-    """The answers that a model gave for one document."""
+    """The answers that a model gave to one question."""
 
     segments: int
     depth: int
-    """Index of the part of the text before the last segment that held the key."""
+    """Index of the part of the text before the questions that held the key."""
     cut: bool
     """Whether a segment ended within the statement of the key."""
     right: bool
@@ -30,9 +30,10 @@ class Outcome(NamedTuple):
 def figures(outcomes: Sequence[Outcome], depths: int, setup: dict[str, Any]) -> dict[str, Any]:
     """Adds to `setup`, under "lengths", the shares of right answers; None if nothing was asked.
 
-    Each length has "segments" and "samples"; the share over "all" keys, over "whole" ones, over
-    those "cut" by the end of a segment, and with the memory "ablated"; and the share and the number
-    of samples of each depth, "by_depth" and "samples_by_depth".
+    Each length has "segments" and "samples", the number of answers asked for; the share over "all"
+    keys, over "whole" ones, over those "cut" by the end of a segment, and with the memory
+    "ablated"; and the share and the number of samples of each depth, "by_depth" and
+    "samples_by_depth".
     """
     lengths = []
     for segments in dict.fromkeys(outcome.segments for outcome in outcomes):
@@ -70,7 +71,7 @@ def _table(figures: dict[str, Any]) -> Table:
     result = Table(
         title=f"pass key of {figures['digits']} digits found, percent, by depth of the key\n"
         f"step {figures['step']}, segments of {figures['segment_length']} tokens, "
-        f"filler {figures['filler']}, {figures['keys']} key{'s' * (figures['keys'] > 1)}",
+        f"filler {figures['filler']}, {_keys(figures)}",
         box=SIMPLE_HEAD,
         padding=0,
     )
@@ -82,6 +83,15 @@ def _table(figures: dict[str, Any]) -> Table:
         shares = [*length["by_depth"], *(length[name] for name in _SHARES)]
         result.add_row(f"{length['segments']:,}", *map(_percent, shares), f"{length['samples']:,}")
     return result
+
+
+def _keys(figures: dict[str, Any]) -> str:
+    """Describes the keys of a document, naming what is not as it is by default."""
+    keys, queries, values = (figures[name] for name in ("keys", "queries", "values"))
+    parts = [f"{keys} key{'s' * (keys > 1)}"]
+    parts += [f"{queries} asked"] * (queries > 1) + [f"{values} values each"] * (values > 1)
+    parts += [f"form {figures['form']}"] * (figures["form"] != "sentence")
+    return ", ".join(parts)
 
 
 def _heat_map(figures: dict[str, Any]) -> Figure:

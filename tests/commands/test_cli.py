@@ -298,6 +298,11 @@ PASSKEY_MISTAKES = {
     "samples": (["--samples=0"], "--samples (0) must be at least 1"),
     "depths": (["--depths=0"], "--depths (0) must be at least 1"),
     "filler": (["--filler=sand"], "--filler (sand) must be one of standard, noise, text"),
+    "keys": (["--keys=0"], "--keys (0) must be at least 1"),
+    "queries": (["--queries=0"], "--queries (0) must be a number of at least 1, or all"),
+    "queries_in_words": (["--queries=some"], "--queries (some) must be a number of at least 1, or"),
+    "values": (["--values=0"], "--values (0) must be at least 1"),
+    "form": (["--form=list"], "--form (list) must be one of sentence, adjacent, variables"),
     "json": (["--json={run}/a.json"], "--json {run}/a.json: its directory does not exist"),
 }
 
