@@ -9,6 +9,7 @@ WORKERS = 3
 PYTEST = $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 STEPS := 300
 SEEDS := 0
+KEYS := 1
 CLUSTER := iproute2 procps hostname openssh-server openssh-client pdsh munge slurmctld slurmd \
   slurm-client
 # Without files of bytecode, every worker prepares the assertions of all tests anew.
@@ -16,6 +17,20 @@ unexport PYTHONDONTWRITEBYTECODE
 # GOAL is the run's train.steps so far. MORE adds STEPS once the run has written its report.
 GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
+
+# What `passkey` trains and asks for. The curriculum doubles the keys up to KEYS, from two; above
+# eight they need more room than documents of two segments have.
+PASSKEY = configs/passkey.yaml
+PASSKEY_RUNS = runs/passkey
+ifneq ($(KEYS),1)
+NUMBERS := $(shell k=2; while [ $$k -lt $(KEYS) ]; do printf $$k,; k=$$((2 * k)); done)$(KEYS)
+LENGTHS := $(shell [ $(KEYS) -gt 8 ] || printf 2,)4,8,16
+PASSKEY = configs/passkey_keys.yaml data.store=stores/passkey_$(KEYS)_keys \
+  data.passkey.keys=[$(NUMBERS)] train.curriculum.keys=[$(NUMBERS)] \
+  data.passkey.segments=[$(LENGTHS)] train.curriculum.segments=[$(LENGTHS)]
+PASSKEY_RUNS = runs/passkey_$(KEYS)_keys
+PASSKEY_ASKED = --keys $(KEYS) --queries 1 --segments 4,16,64,256
+endif
 
 .PHONY: pretrain passkey check test test-all test-long test-slow test-of-one-process \
   test-with-ranks test-cluster test-toolchains cluster-packages gpu-check gpu-bundle lint style \
@@ -28,14 +43,15 @@ pretrain: $(VENV)/installed
 	  --num_accelerators 2 launch/pretrain.sh configs/quickstart.yaml \
 	  train.steps=$$(( $(or $(GOAL),$(STEPS)) + $(or $(MORE),0) ))
 
-# For each seed, trains a model to remember pass keys and asks for them up to 1,048,576 bytes later.
+# For each seed, trains a model to remember pass keys and asks for them up to 1,048,576 bytes later;
+# with KEYS=4, it remembers four and is asked for one of them up to 32,768 bytes later.
 passkey: $(VENV)/installed
-	$(BIN)/infini-ds prepare configs/passkey.yaml
+	$(BIN)/infini-ds prepare $(PASSKEY)
 	for seed in $(SEEDS); do \
 	  DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level error \
-	    --num_accelerators 2 launch/pretrain.sh configs/passkey.yaml \
-	    seed=$$seed output_dir=runs/passkey/seed_$$seed \
-	  && $(BIN)/infini-ds passkey runs/passkey/seed_$$seed || exit 1; \
+	    --num_accelerators 2 launch/pretrain.sh $(PASSKEY) \
+	    seed=$$seed output_dir=$(PASSKEY_RUNS)/seed_$$seed \
+	  && $(BIN)/infini-ds passkey $(PASSKEY_RUNS)/seed_$$seed $(PASSKEY_ASKED) || exit 1; \
 	done
 
 # Types are checked while tests run.
