@@ -10,24 +10,18 @@ This module does not import torch, so that mistakes are reported at once.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from infini_ds.benchmarks.quality_progress import QualityProgress
 from infini_ds.benchmarks.quality_variants import variant_config
+from infini_ds.benchmarks.training_runs import run_all
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
-from infini_ds.errors import RunError, UserError
+from infini_ds.errors import UserError
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
-from infini_ds.system.resources import cores_at_hand
-
-if TYPE_CHECKING:
-    from infini_ds.benchmarks.quality_run import Job
 
 
 def run(
@@ -68,20 +62,19 @@ def run(
     )  # fmt: skip
     documents = 1 + max(int(plan.documents.max()) for plan in read)
     from infini_ds.benchmarks.quality_report import conclusion, summarize, table, write_plot
-    from infini_ds.benchmarks.quality_run import Job
+    from infini_ds.benchmarks.quality_run import Job, run_job
     from infini_ds.evaluation.by_position import position_bins
 
     bins = position_bins(config.model.segment_length, int(lengths[:documents].max()) - 1)
-    jobs = [
-        Job(name, variant_config(config, name, seed), documents, bins)
+    jobs = {
+        f"{name} seed {seed}": Job(name, variant_config(config, name, seed), documents, bins)
         for seed in seeds
         for name in variants
-    ]
-    console = Console()
-    with QualityProgress(console, len(jobs), config.train.steps) as progress:
-        results = _run_all(jobs, progress)
+    }
+    runs = run_all("bench quality", jobs, run_job, config.train.steps)
+    results = list(zip(jobs, runs, strict=True))
     summaries = [
-        summarize(name, [figures for job, figures in results if job.variant == name])
+        summarize(name, [figures for job, figures in results if jobs[job].variant == name])
         for name in variants
     ]
     figures = {
@@ -91,16 +84,17 @@ def run(
         "segment_length": config.model.segment_length,
         "window_length": config.train.window_segments * config.model.segment_length,
         "documents": documents,
-        "held_out_tokens": results[0][1]["held_out"]["tokens"],
+        "held_out_tokens": runs[0]["held_out"]["tokens"],
         "bins": bins,
         "variants": summaries,
         "conclusion": conclusion(summaries, len(seeds)),
     }
+    console = Console()
     console.print(table(figures))
-    for job, result in results:
+    for name, result in results:
         if result["skipped_steps"]:
             console.print(
-                f"{_name(job)}: {result['skipped_steps']} steps were skipped, as their gradient "
+                f"{name}: {result['skipped_steps']} steps were skipped, as their gradient "
                 "was not finite"
             )
     write_plot(figures, Path(plot_path))
@@ -108,49 +102,3 @@ def run(
     write_figures(json_path, figures)
     console.print(figures["conclusion"])
     return figures
-
-
-def _run_all(jobs: list[Job], progress: QualityProgress) -> list[tuple[Job, dict[str, Any]]]:
-    """Runs all jobs and returns each with its figures, in the order of the jobs."""
-    context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(jobs))
-    running: dict[Connection, tuple[Job, Any]] = {}
-    results: dict[str, dict[str, Any]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < cores_at_hand():
-                job = waiting.pop()
-                connection, other = context.Pipe()
-                process = context.Process(target=_work, args=(other, job), daemon=True)
-                process.start()
-                other.close()
-                running[connection] = job, process
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                job, process = running[connection]
-                try:
-                    message = connection.recv()
-                except EOFError:
-                    raise RunError(f"bench quality: {_name(job)} ended too early") from None
-                if isinstance(message, dict):
-                    results[_name(job)] = message
-                    del running[connection]
-                    process.join()
-                else:
-                    progress.update(_name(job), message)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-            process.join()
-    return [(job, results[_name(job)]) for job in jobs]
-
-
-def _work(connection: Connection, job: Job) -> None:
-    """Runs one job, which sends its progress and finally its figures."""
-    from infini_ds.benchmarks.quality_run import run_job
-
-    connection.send(run_job(job, connection.send))
-
-
-def _name(job: Job) -> str:
-    return f"{job.variant} seed {job.config.seed}"

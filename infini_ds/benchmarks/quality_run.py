@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from infini_ds.benchmarks.quality_variants import VARIANTS
+from infini_ds.benchmarks.single_trainer import SingleTrainer
+from infini_ds.benchmarks.training_runs import Progress
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
@@ -16,14 +17,7 @@ from infini_ds.data.opening import open_data
 from infini_ds.evaluation.by_position import means, read_documents, window_losses, windows_of
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
-from infini_ds.model.optimizer import (
-    adamw,
-    learning_rate_factor,
-    parameter_groups,
-    set_learning_rate,
-)
 from infini_ds.model.transformer import InfiniTransformer
-from infini_ds.model.write_gate import write_penalty
 from infini_ds.system.resources import keep_freed_memory
 
 STEP_COST = 3
@@ -40,19 +34,6 @@ class Job(NamedTuple):
     """Number of held-out documents that are read, counting from the first."""
     bins: list[int]
     """Positions in a document at which the bins of the evaluation begin; the first is 0."""
-
-
-class Progress(NamedTuple):
-    """Progress of a job."""
-
-    share: float
-    """Share of its work that is done, 0 to 1."""
-    step: int
-    """Training steps done."""
-    loss: float
-    """Loss of the last step, in nats per token."""
-    tokens: int
-    """Valid tokens read since the last report, in training or evaluation."""
 
 
 def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
@@ -103,15 +84,11 @@ def train(
     """
     config, began = job.config, time.perf_counter()
     store, lanes = open_data(config)
-    model = InfiniTransformer(config.model, config.seed, config.train.activation_checkpointing)
-    embedding: Tensor = model.layers[0].weight  # type: ignore[assignment]
-    groups = parameter_groups(model.named_parameters(), config.optimizer, embedding)
-    optimizer = adamw(groups, config.optimizer)
+    trainer = SingleTrainer(config)
+    model = trainer.model
     empty = Memory.empty(config.model, config.train.batch_size).layers()
-    memory, tokens, skipped, loss = empty, 0, 0, math.nan
-    for step in range(config.train.steps):
-        factor = learning_rate_factor(step, config.train.steps, config.optimizer)
-        set_learning_rate(optimizer, factor)
+    memory, tokens, loss = empty, 0, math.nan
+    for _ in range(config.train.steps):
         plan = lanes.next_plan()
         windows = windows_of(
             store.split("train"), plan, config.model.segment_length, VARIANTS[job.variant].memory
@@ -120,17 +97,9 @@ def train(
             model, windows, memory, config.train.loss_chunk_tokens
         )
         mean = (losses * windows.weights).sum() / (windows.weights.sum().item() or 1.0)
-        mass = sum((stats.mass for stats in writes), start=torch.zeros(()))
-        count = plan.num_tokens * config.model.kv_heads
-        penalty = write_penalty(config.model.memory, mass, count)
-        optimizer.zero_grad()
-        (mean + penalty).backward()
-        limit = config.optimizer.gradient_clipping or math.inf
         memory = [layer.map(torch.Tensor.detach) for layer in memory]
-        if torch.nn.utils.clip_grad_norm_(model.parameters(), limit).isfinite():
-            optimizer.step()
-        else:
-            memory, skipped = empty, skipped + 1
+        if not trainer.step(mean, writes, plan.num_tokens):
+            memory = empty
         tokens += plan.num_tokens
         loss = mean.item()
         report(loss, plan.num_tokens)
@@ -139,7 +108,7 @@ def train(
         "train_positions": config.train.steps * config.train.batch_size * width,
         "train_tokens": tokens,
         "train_loss": loss,
-        "skipped_steps": skipped,
+        "skipped_steps": trainer.skipped,
         "train_seconds": time.perf_counter() - began,
     }
 

@@ -1,13 +1,15 @@
 """`infini-ds bench`: measures alternatives side by side."""
 
 import argparse
-from collections.abc import Callable
 
 from infini_ds.benchmarks.quality_variants import VARIANTS
+from infini_ds.commands import recall
 from infini_ds.commands.options import (
     Commands,
     add_json,
+    check_distinct,
     command,
+    distinct,
     integers,
     load_config,
     with_config,
@@ -30,6 +32,7 @@ def add(commands: Commands) -> None:
         _add_context,
         _add_kernels,
         _add_quality,
+        recall.add,
     ):
         add_name(names)
 
@@ -98,7 +101,7 @@ def _add_context(names: Commands) -> None:
         help="lengths of windows (the config's)",
     )  # fmt: skip
     parser.add_argument(
-        "--ranks", action=Checked, check=_distinct(1), default=[1, 2],
+        "--ranks", action=Checked, check=distinct(1), default=[1, 2],
         help="numbers of ranks that share a window",
     )  # fmt: skip
     parser.add_argument(
@@ -146,7 +149,7 @@ def _add_quality(names: Commands) -> None:
     parser = with_config(names, "quality", about, _quality)
     parser.add_argument("--steps", type=int, help="steps of each run (the config's train.steps)")
     parser.add_argument(
-        "--seeds", action=Checked, check=_distinct(0), default=[0, 1],
+        "--seeds", action=Checked, check=distinct(0), default=[0, 1],
         help="seeds for weights and order of documents",
     )  # fmt: skip
     parser.add_argument(
@@ -160,31 +163,13 @@ def _add_quality(names: Commands) -> None:
     )  # fmt: skip
 
 
-def _distinct(least: int) -> Callable[[str, str], list[int]]:
-    """Returns a check of different integers, each at least `least`."""
-
-    def check(name: str, text: str) -> list[int]:
-        values = integers(name, text)
-        _check_distinct(name, values)
-        if min(values) < least:
-            raise UserError(f"{name} ({min(values)}) must each be at least {least}")
-        return values
-
-    return check
-
-
 def _variants(name: str, text: str) -> list[str]:
     variants = text.split(",")
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"{name} ({variant}) must be among {', '.join(VARIANTS)}")
-    _check_distinct(name, variants)
+    check_distinct(name, variants)
     return variants
-
-
-def _check_distinct(name: str, values: list) -> None:
-    if len(set(values)) < len(values):
-        raise UserError(f"{name}: each must be named once")
 
 
 def _quality(options: argparse.Namespace) -> None:

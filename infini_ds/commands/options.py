@@ -115,6 +115,29 @@ def integers(name: str, text: str) -> list[int]:
         raise UserError(f"{text!r}: must be integers with commas between them") from None
 
 
+def distinct(least: int) -> Callable[[str, str], list[int]]:
+    """Returns a check of different integers, each at least `least`."""
+
+    def check(name: str, text: str) -> list[int]:
+        values = integers(name, text)
+        check_distinct(name, values)
+        if min(values) < least:
+            raise UserError(f"{name} ({min(values)}) must each be at least {least}")
+        return values
+
+    return check
+
+
+def check_distinct(name: str, values: list) -> None:
+    """Checks that no value is named twice.
+
+    Raises:
+        UserError: one is.
+    """
+    if len(set(values)) < len(values):
+        raise UserError(f"{name}: each must be named once")
+
+
 def size(name: str, text: str) -> int:
     """Parses a size such as 500MB or 5GB into bytes.
 

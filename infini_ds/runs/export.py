@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
 from infini_ds.config import ExportConfig, ModelConfig, RunConfig, parse_export
@@ -37,6 +38,7 @@ from infini_ds.runs.weights import INDEX, SINGLE, CheckpointWeights, Safetensors
 from infini_ds.system.console import Console
 from infini_ds.system.ranges import compute_dtype, name_of
 from infini_ds.system.resources import keep_freed_memory
+from infini_ds.system.temporary import temporary_beside
 
 CONFIG = "config.yaml"
 SOURCE_CONFIG = "source_config.json"
@@ -136,6 +138,27 @@ def load_export(path: str | Path) -> tuple[InfiniTransformer, ModelConfig]:
     state = {name: weights.read(name).to(dtype) for name, dtype in dtypes.items()}
     module.load_state_dict(state, assign=True)
     return module.eval(), config.model
+
+
+def write_export(model: InfiniTransformer, directory: Path) -> None:
+    """Writes a trained model as an export without a tokenizer, in the dtype of its weights.
+
+    Args:
+        directory: where; it must not exist.
+
+    Raises:
+        UserError: it exists, or cannot be written.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(directory) as unfinished:
+            export = unfinished / directory.name
+            export.mkdir()
+            save_file(model.state_dict(), export / SINGLE, {"format": "pt"})
+            (export / CONFIG).write_text(config_text(model.config, None), encoding="utf-8")
+            export.rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
 
 
 def open_model(path: Path, step: int | None = None) -> Model:
