@@ -37,6 +37,8 @@ NEEDS = {
     "tests/benchmarks/test_packing.py::test_command_writes": ("long",),
     "tests/benchmarks/test_peer.py::test_small_comparison": ("long",),
     "tests/benchmarks/test_quality.py": ("long",),
+    "tests/benchmarks/test_recall.py::test_command_trains": ("long",),
+    "tests/benchmarks/test_recall.py::test_mistakes_are_told_before_torch": ("long",),
     "tests/cluster_commands/test_batch_job.py": ("long",),
     "tests/cluster_commands/test_preflight.py": ("long",),
     "tests/commands/test_cli.py::test_launchers_variable": ("long",),
