@@ -11,6 +11,8 @@ from infini_ds.system.paths import argument
 
 _LARGEST_FILE = 5 * 10**9
 _EXPORT = "directory of the export to make"
+_RULES_OF_SEED = ("linear", "delta")
+_RULES = (*_RULES_OF_SEED, "gated_delta")
 
 
 def add(commands: Commands) -> None:
@@ -93,15 +95,20 @@ def _dtype(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--segment-length", type=int, action=Checked, check=at_least(1), default=2048,
-        help="tokens that attend to each other; earlier ones are in the memory (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory-rule", choices=("linear", "delta", "gated_delta"), default="linear",
-        help="how a segment is written into the memory (%(default)s)",
-    )  # fmt: skip
+def _memory(rules: tuple[str, ...]) -> Callable[[argparse.ArgumentParser], None]:
+    """Makes a function that adds the options of a memory by one of some rules."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--segment-length", type=int, action=Checked, check=at_least(1), default=2048,
+            help="tokens that attend to each other; earlier ones are in the memory (%(default)s)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--memory-rule", choices=rules, default="linear",
+            help="how a segment is written into the memory (%(default)s)",
+        )  # fmt: skip
+
+    return add_options
 
 
 def _gate_init(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +125,7 @@ def _from_llama(convert, task, options: argparse.Namespace) -> None:
 _DIRECTIONS = (
     _Direction(
         "from-seed", "state_dict (.safetensors or .pt)", _EXPORT,
-        "from infini-transformer-pytorch", (_shard_size, _memory),
+        "from infini-transformer-pytorch", (_shard_size, _memory(_RULES_OF_SEED)),
         lambda convert, task, its: convert.from_seed(task, its.segment_length, its.memory_rule),
     ),
     _Direction(
@@ -128,7 +135,7 @@ _DIRECTIONS = (
     _Direction(
         "from-llama", "directory of a checkpoint, or its name on the hub (ORGANISATION/MODEL)",
         _EXPORT, "from Hugging Face Llama, Mistral, Qwen2, Qwen3",
-        (_shard_size, _without_tokenizer, _memory, _gate_init), _from_llama,
+        (_shard_size, _without_tokenizer, _memory(_RULES), _gate_init), _from_llama,
     ),
     _Direction(
         "to-llama", MODEL, "directory to make",

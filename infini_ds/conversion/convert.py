@@ -110,7 +110,7 @@ def from_llama(task: Task, segment_length: int, gate_init: float, memory_rule: s
     Args:
         segment_length: number of tokens within which local attention sees.
         gate_init: beta of all gates; the memory's share of a head's output is sigmoid(beta).
-        memory_rule: linear or delta.
+        memory_rule: name of the rule by which segments are written.
 
     Raises:
         UserError: the source cannot be read or has a feature that our model lacks, or the target

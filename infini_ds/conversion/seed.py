@@ -147,6 +147,11 @@ def check_config(config: ModelConfig, origin: str) -> None:
                 f"{origin}: model.{name} ({getattr(config, name)}) must be {value} for the seed "
                 "library"
             )
+    if not RULES[config.memory_rule].divides:
+        raise UserError(
+            f"{origin}: model.memory_rule ({config.memory_rule}) must be linear or delta for the "
+            "seed library"
+        )
     for name in ("write_gate", "short_conv"):
         if getattr(config.memory, name):
             raise UserError(

@@ -157,6 +157,7 @@ def _memory(path: Path) -> dict[str, Any]:
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "segment_length": memory.keys.shape[2],
+            "memory_rule": memory.rule,
             "dtype": str(memory.keys.dtype).removeprefix("torch."),
             "write_gate": memory.weights.shape[-1] > 0,
             "short_conv": memory.tail.shape[2] > 0,

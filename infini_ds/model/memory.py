@@ -59,6 +59,8 @@ class Memory:
     last tokens before the convolution; the third size is 0 without memory.short_conv."""
     lengths: tuple[int, ...]
     """Number of tokens in the open segment of each row."""
+    rule: str | None = None
+    """Name of the memory rule; None if it comes from a file that does not tell."""
 
     @classmethod
     def empty(
@@ -75,7 +77,7 @@ class Memory:
             )
             for name, shape in _shapes(config, batch).items()
         }
-        return cls(**tensors, lengths=(0,) * batch)
+        return cls(**tensors, lengths=(0,) * batch, rule=config.memory_rule)
 
     @property
     def batch(self) -> int:
@@ -122,13 +124,20 @@ class Memory:
 
     @classmethod
     def concatenate(cls, memories: list["Memory"]) -> "Memory":
-        """Concatenates memories along the batch, in order."""
+        """Concatenates memories along the batch, in order.
+
+        Raises:
+            ValueError: they are of different memory rules.
+        """
+        rules = {memory.rule for memory in memories} - {None}
+        if len(rules) > 1:
+            raise ValueError(f"memories of different rules ({', '.join(sorted(map(str, rules)))})")
         tensors = {
             name: torch.cat([getattr(memory, name) for memory in memories], dim=1)
             for name in _TENSORS
         }
         lengths = tuple(length for memory in memories for length in memory.lengths)
-        return cls(**tensors, lengths=lengths)
+        return cls(**tensors, lengths=lengths, rule=next(iter(rules), None))
 
     def save(self, path: str | Path, fingerprint: str | None = None) -> None:
         """Writes one safetensors file, which appears whole or not at all.
@@ -150,6 +159,8 @@ class Memory:
             "lengths": json.dumps(self.lengths),
             "segment_length": str(self.keys.shape[2]),
         }
+        if self.rule is not None:
+            metadata["memory_rule"] = self.rule
         if fingerprint is not None:
             metadata["fingerprint"] = fingerprint
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -210,10 +221,15 @@ class Memory:
             raise UserError(f"memory {path}: is damaged; read the document again") from None
         for name, tensor in tensors.items():
             check_finite(tensor, f"memory {path}: {name}")
-        return cls(**tensors, lengths=lengths)
+        return cls(**tensors, lengths=lengths, rule=metadata.get("memory_rule"))
 
     def check(self, config: ModelConfig, batch: int) -> None:
         """Raises ValueError if this memory does not fit the model or the batch."""
+        if self.rule not in (None, config.memory_rule):
+            raise ValueError(
+                f"memory of rule {self.rule} does not fit this model, whose memory_rule is "
+                f"{config.memory_rule}"
+            )
         shapes = _shapes(config, batch)
         kv_shape = shapes["kv"]
         if tuple(self.kv.shape) != kv_shape or self.keys.shape[2] != config.segment_length:
@@ -267,13 +283,18 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
     if set(tensors) != set(_TENSORS) or not all(type(length) is int for length in lengths):
         raise ValueError
     layers, batch, kv_heads, d, _ = tensors["kv"].shape
-    longest = max(lengths)
+    longest, own = max(lengths), metadata.get("memory_rule")
+    norms = {  # of the file's rule, or of all if it does not tell one that we know
+        rule.specs(kv_heads, d)["norm"]
+        for name, rule in RULES.items()
+        if own == name or own not in RULES
+    }
     used, shapes = (layers, batch, longest), {name: tensors[name].shape for name in _TENSORS}
     if not (
         len(lengths) == batch
         and 0 <= min(lengths) <= longest < int(metadata["segment_length"])
         and shapes["kv"] == (layers, batch, kv_heads, d, d)
-        and shapes["norm"] in ((layers, batch, kv_heads, d), (layers, batch, kv_heads, 0))
+        and tuple(shapes["norm"]) in {(layers, batch, *norm) for norm in norms}
         and shapes["keys"] == shapes["values"] == (*used, kv_heads, d)
         and shapes["weights"] in ((*used, kv_heads), (*used, 0))
         and len(shapes["tail"]) == 5

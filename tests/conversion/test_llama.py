@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from infini_ds import cli
 from infini_ds.conversion.llama import from_config
 from infini_ds.errors import UserError
+from infini_ds.memory import RULES
 from infini_ds.runs.export import load_export
 from tests.conversion.conftest import LLAMA3, MODELS
 
@@ -44,6 +45,23 @@ def test_imported_model_has_the_logits_of_transformers_in_its_first_segment(
         actual = model(tokens).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(model(torch.cat((tokens, tokens), dim=1)).logits).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_first_segment_of_an_imported_model_does_not_hang_on_the_rule(rule, make_plain, tmp_path):
+    source, options = make_plain("llama"), ["--segment-length", str(N)]
+    tokens = torch.randint(96, (3, 2 * N), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("linear", rule):
+        target = tmp_path / f"export_{name}_{len(found)}"
+        convert("from-llama", source, target, *options, "--memory-rule", name)
+        model, config = load_export(target)
+        assert config.memory_rule == name
+        with torch.no_grad():
+            found[name] = model(tokens).logits
+    assert torch.equal(found[rule][:, :N], found["linear"][:, :N])
+    assert torch.isfinite(found[rule]).all()
+    assert torch.equal(found[rule], found["linear"]) == (rule == "linear")
 
 
 @pytest.mark.parametrize("shard", ["20KB", "5GB"])

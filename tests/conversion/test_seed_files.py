@@ -9,6 +9,7 @@ from infini_ds.conversion.seed import check_config, to_seed
 from infini_ds.errors import UserError
 from infini_ds.runs.export import load_export
 from tests import tiny
+from tests.tiny_run import tiny_config, write_checkpoint
 
 seed_library = pytest.importorskip("infini_transformer_pytorch")
 
@@ -60,6 +61,22 @@ def test_norms_of_queries_and_keys_are_refused():
     config = tiny.model_config(hidden_act="gelu", mlp_bias=True, head_bias=True, qk_norm=True)
     with pytest.raises(UserError, match=r"here: model.qk_norm \(True\) must be False for the seed"):
         check_config(config, "here")
+
+
+def test_a_rule_that_the_library_lacks_is_refused(tmp_path, capsys):
+    settings = {"hidden_act": "gelu", "mlp_bias": True, "head_bias": True}
+    write_checkpoint(tiny_config(tmp_path / "run", memory_rule="gated_delta", **settings))
+    target = tmp_path / "back.safetensors"
+    assert run("to-seed", tmp_path / "run", target) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "model.memory_rule (gated_delta) must be linear or delta for the seed library"
+    )
+    assert not target.exists()
+    options = ("--memory-rule", "gated_delta")
+    with pytest.raises(SystemExit, match="2"):
+        run("from-seed", tmp_path / "seed.pt", tmp_path / "export", *options)
+    assert "--memory-rule: invalid choice: 'gated_delta'" in capsys.readouterr().err
 
 
 def test_mistakes_name_the_file_or_setting(saved, tmp_path, capsys):

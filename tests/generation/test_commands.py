@@ -98,6 +98,31 @@ def test_memory_file_goes_on_as_the_document_read_at_once(folder, model, book, c
     assert written(capsys, folder / "run", *arguments) == out
 
 
+def test_memory_by_a_rule_without_norm_goes_on_as_the_document(folder, capsys):
+    path = folder / "gated.safetensors"
+    write_checkpoint(tiny_config(folder / "gated", memory_rule="gated_delta"))
+    model = write_checkpoint(tiny_config(folder / "gated_model", memory_rule="gated_delta"))
+    text = TEXT[:700]
+    (folder / "short.txt").write_text(text)
+    arguments = ["memorize", folder / "gated", folder / "short.txt", "-o", path]
+    assert cli.main(list(map(str, arguments))) == 0
+    given = ["--prompt=What?", "--greedy", "--max-new-tokens=40"]
+    out = written(capsys, folder / "gated", "--memory", path, *given)
+    tokens = torch.tensor([[BYTES.bos_id, *BYTES.encode(text + "What?")]])
+    ids = model.generate(tokens, 40, temperature=0, stop_token=BYTES.eos_id)[0].tolist()
+    assert out == BYTES.decode(ids) + "\n"
+
+    tensors = Memory.load(path)
+    assert tensors.norm.numel() == 0
+    tensors.save(path)  # without the model's fingerprint
+    assert cli.main(["generate", str(folder / "run"), f"--memory={path}", *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        f"memory {path}: memory of rule gated_delta does not fit this model, whose memory_rule is "
+        "linear"
+    )
+
+
 def test_seed_decides_what_is_sampled(folder, capsys):
     arguments = [folder / "run", "--prompt=a", "--top-k=50", "--max-new-tokens=20"]
     first, again, other = (written(capsys, *arguments, "--seed", seed) for seed in (1, 1, 2))

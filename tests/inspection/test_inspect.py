@@ -12,6 +12,7 @@ from infini_ds import cli
 from infini_ds.config import DataConfig, TokenizerConfig
 from infini_ds.data.prepare import prepare
 from infini_ds.inspection.weights import parameter_counts
+from infini_ds.memory import RULES
 from infini_ds.model.layers import count_parameters
 from infini_ds.runs.checkpoint import load_run
 from tests.damage import flip
@@ -131,13 +132,15 @@ def test_store_is_described_and_its_flipped_byte_told(tmp_path, capsys):
     assert "no setting differs" in shown
 
 
-def test_memory_file_is_described(run, capsys):
-    model = write_checkpoint(tiny_config(run.parent / "other"))
+@pytest.mark.parametrize("rule", RULES)
+def test_memory_file_is_described(run, capsys, rule):
+    model = write_checkpoint(tiny_config(run.parent / "other", memory_rule=rule))
     path = run.parent / "book.safetensors"
     model(torch.zeros(1, 37, dtype=torch.int64)).memory.save(path, "f" * 64)
     shown, figures = inspect(capsys, path)
     assert figures["kind"] == "memory"
     assert figures["settings"]["segment_length"] == 32
+    assert figures["settings"]["memory_rule"] == rule
     assert (figures["open_tokens"], figures["fingerprint"]) == ([5], "f" * 64)
     assert len(figures["norms"]) == 2
     assert "f" * 30 in shown  # and the rest in the next line

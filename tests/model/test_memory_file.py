@@ -1,5 +1,6 @@
 """A document's memory as a file."""
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +11,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from infini_ds.errors import UserError
+from infini_ds.generation.generate import load_memory
+from infini_ds.memory import RULES
 from infini_ds.model.memory import Memory
 from infini_ds.system.whole_file import umask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("length", [5, 16, 21])
-def test_load_gives_back_what_was_saved(make_model, make_tokens, tmp_path, options, length, dtype):
-    model = make_model(memory=options).to(dtype)
+def test_load_gives_back_what_was_saved(
+    make_model, make_tokens, tmp_path, options, rule, length, dtype
+):
+    model = make_model(memory=options, memory_rule=rule).to(dtype)
     memory = model(make_tokens(2, length)).memory
     path = tmp_path / "memory.safetensors"
     memory.save(path)
     loaded = Memory.load(path)
-    assert loaded.lengths == memory.lengths
+    assert (loaded.lengths, loaded.rule) == (memory.lengths, memory.rule)
+    assert memory.rule == rule
+    assert (memory.norm.shape[-1] == 0) == (not RULES[rule].divides)
     for name in ("kv", "norm", "keys", "values", "weights", "tail"):
         saved = getattr(memory, name)
         assert getattr(loaded, name).dtype == saved.dtype
@@ -135,6 +142,42 @@ TENSORS = {
 @pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
 def test_file_with_altered_tensors_is_damaged(make_model, make_tokens, tmp_path, change):
     alter(make_model()(make_tokens(1, 21)).memory, tmp_path / "a", {}, change)
+    with pytest.raises(UserError, match=r"is damaged"):
+        Memory.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("written", "asked"), list(itertools.permutations(RULES, 2)))
+def test_memory_of_another_rule_is_refused(make_model, make_tokens, tmp_path, written, asked):
+    """Though two of the rules have memories of equal shapes."""
+    memory, path = make_model(memory_rule=written)(make_tokens(1, 21)).memory, tmp_path / "a"
+    memory.save(path)
+    other = make_model(memory_rule=asked)
+    message = f"^memory of rule {written} does not fit this model, whose memory_rule is {asked}$"
+    with pytest.raises(ValueError, match=message):
+        other(make_tokens(1, 3), memory=Memory.load(path))
+    with pytest.raises(UserError, match=rf"^memory {path}: memory of rule {written} does not fit"):
+        load_memory(str(path), other)
+    with pytest.raises(ValueError, match=r"^memories of different rules \("):
+        Memory.concatenate([memory, other(make_tokens(1, 3)).memory])
+
+
+def test_file_that_does_not_tell_its_rule_fits_by_shape(make_model, make_tokens, tmp_path):
+    """As earlier releases wrote them."""
+    model, tokens = make_model(memory_rule="delta"), make_tokens(1, 21)
+    memory = model(tokens).memory
+    alter(memory, tmp_path / "a", {"memory_rule": None})
+    loaded = Memory.load(tmp_path / "a")
+    assert loaded.rule is None
+    assert torch.equal(model(tokens, memory=loaded).logits, model(tokens, memory=memory).logits)
+    assert Memory.concatenate([loaded, memory]).rule == "delta"
+    with pytest.raises(ValueError, match="memory with norm of shape"):
+        make_model(memory_rule="gated_delta")(tokens, memory=loaded)
+
+
+@pytest.mark.parametrize(("rule", "told"), [("delta", "gated_delta"), ("gated_delta", "linear")])
+def test_file_without_what_its_rule_has_is_damaged(make_model, make_tokens, tmp_path, rule, told):
+    memory = make_model(memory_rule=rule)(make_tokens(1, 21)).memory
+    alter(memory, tmp_path / "a", {"memory_rule": told})
     with pytest.raises(UserError, match=r"is damaged"):
         Memory.load(tmp_path / "a")
 

@@ -42,11 +42,15 @@ def test_ranks_share_lanes_and_together_read_all_of_them(context):
     assert [lane for micro in range(3) for lane in parts[-1].lanes_of(micro)] == [*parts[-1].lanes]
 
 
-@pytest.mark.parametrize(("rule", "matrices"), [("linear", 1), ("delta", 2)])
-def test_bytes_of_an_exchange_do_not_depend_on_tokens(rule, matrices):
+@pytest.mark.parametrize(
+    ("rule", "matrices", "divides"),
+    [("linear", 1, True), ("delta", 2, True), ("gated_delta", 2, False)],
+)
+def test_bytes_of_an_exchange_do_not_depend_on_tokens(rule, matrices, divides):
     for n in (8, 64):
         model = tiny.model_config(memory_rule=rule, segment_length=n)
-        numbers = matrices * 2 * 8 * 8 + 2 * 8 + 1  # two heads of 8: of M, of z, and a flag
+        # Two heads of 8: of M, and where reads are divided by z, of z and a flag.
+        numbers = matrices * 2 * 8 * 8 + (2 * 8 + 1 if divides else 0)
         assert part(0, 4).exchange_bytes(model) == 3 * 2 * numbers * 4
         assert part(0, 1).exchange_bytes(model) == 0
         layers = 3 * 5 * 2  # micro-batches, chunks, blocks

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from infini_ds.memory import MemoryState
+from infini_ds.memory import RULES, MemoryState
 from infini_ds.parallel.lane_memory import LaneMemory
 from tests import tiny
 
@@ -80,3 +82,21 @@ def test_clear_empties_the_marked_lanes_of_a_micro_batch():
         assert not part[3].any()
         kept = [0, 1, 2, 4, 5]
         assert torch.equal(part[kept], expected[kept])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_lanes_are_read_from_the_files_of_other_ranks(tmp_path, rule):
+    config = tiny.model_config(num_layers=1, num_heads=2, head_dim=4, memory_rule=rule)
+
+    def lanes_of_a_rank(micro_batches: int) -> LaneMemory:
+        return LaneMemory(config, micro_batches, LANES, range(1), torch.device("cpu"))
+
+    whole = RULES[rule].empty(8, 2, 4).map(torch.rand_like)
+    for rank, part in enumerate(whole.chunk(2)):
+        saving = lanes_of_a_rank(2)
+        saving.load(0, part)
+        saving.save(Path(tmp_path), first_lane=4 * rank)
+    reading = lanes_of_a_rank(2)
+    reading.read(Path(tmp_path), range(2, 6))
+    for part, expected in zip(reading.stacked(0), whole, strict=True):
+        assert torch.equal(part, expected[2:6])
