@@ -46,6 +46,16 @@ def answer(folder: Path) -> None:
             max(0 if layer.keys is None else layer.keys.shape[1] for layer in cache.layers)
         )
     found["in_pieces"] = torch.cat(parts, dim=1)
+    for part in ("kv", "norm", "keys", "values"):
+        tensors = [getattr(layer, part) for layer in cache.layers]
+        if tensors[0] is not None:
+            found[part] = torch.stack(tensors)
+    if model.config.write_gate:
+        found["weights"] = torch.stack([layer.weights for layer in cache.layers])
+    rounded = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.bfloat16
+    )
+    found["bf16"] = rounded(tokens).logits
     at_ends = [numbers(model(tokens[:, : k * n], use_cache=True).past_key_values) for k in (1, 4)]
 
     options = {"max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(tokens)}

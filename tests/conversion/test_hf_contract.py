@@ -32,6 +32,10 @@ MODELS: dict[str, dict] = {
         "memory": MemoryConfig(write_gate=True, short_conv=True), "qk_norm": True,
     },
     "untied": {"head_bias": True},
+    "gated": {
+        "memory_rule": "gated_delta", "num_kv_heads": 2,
+        "memory": MemoryConfig(write_gate=True, short_conv=True),
+    },
 }  # fmt: skip
 LINES = "The  <s> memory </s>\n\té 漢 ▁ <0x41>"
 
@@ -70,6 +74,12 @@ def model(request, loaded):
 @pytest.fixture
 def tied(loaded):
     return copy.deepcopy(loaded["tied"])
+
+
+@pytest.fixture(params=["tied", "gated"])
+def writer(request, loaded):
+    """Of a rule with z and of one without, both with all that a model may learn of writing."""
+    return copy.deepcopy(loaded[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -178,34 +188,34 @@ GREEDY = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 329, "eos_to
 
 @pytest.mark.parametrize("way", SAME_TEXT)
 @torch.no_grad()
-def test_generate_writes_the_same_by(way, tied, tokens):
-    expected = tied.generate(tokens, **GREEDY)[:, LENGTH:]
-    written = tied.generate(**{**GREEDY, **SAME_TEXT[way](tied, tokens)})[:, -20:]
+def test_generate_writes_the_same_by(way, writer, tokens):
+    expected = writer.generate(tokens, **GREEDY)[:, LENGTH:]
+    written = writer.generate(**{**GREEDY, **SAME_TEXT[way](writer, tokens)})[:, -20:]
     assert torch.equal(written[:: len(written) // 2], expected)
 
 
-def test_beams_have_the_likelihood_of_their_text(tied, tokens):
-    out = tied.generate(
+def test_beams_have_the_likelihood_of_their_text(writer, tokens):
+    out = writer.generate(
         tokens, **GREEDY, num_beams=3, num_return_sequences=2, length_penalty=0.0,
         return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     with torch.no_grad():
-        logits = tied(out.sequences).logits[:, LENGTH - 1 : -1].log_softmax(-1)
+        logits = writer(out.sequences).logits[:, LENGTH - 1 : -1].log_softmax(-1)
     each = logits.gather(-1, out.sequences[:, LENGTH:, None])[..., 0]
     torch.testing.assert_close(each.sum(-1), out.sequences_scores, rtol=1e-4, atol=1e-4)
     assert out.sequences.shape == (4, LENGTH + 20)
 
 
 @torch.no_grad()
-def test_a_cache_is_repeated_for_beams_and_kept_by_deepcopy(tied, tokens):
-    cache = after(tied, tokens, N + 3)
+def test_a_cache_is_repeated_for_beams_and_kept_by_deepcopy(writer, tokens):
+    cache = after(writer, tokens, N + 3)
     kept = copy.deepcopy(cache)
     cache.batch_repeat_interleave(3)
-    with_cache = tied.generate(tokens, **GREEDY, num_beams=3, past_key_values=cache)
-    assert torch.equal(with_cache, tied.generate(tokens, **GREEDY, num_beams=3))
+    with_cache = writer.generate(tokens, **GREEDY, num_beams=3, past_key_values=cache)
+    assert torch.equal(with_cache, writer.generate(tokens, **GREEDY, num_beams=3))
     assert (kept.tokens, cache.tokens) == (N + 3, LENGTH + 19)
-    rest = tied(tokens[:, N + 3 :], past_key_values=kept).logits
-    torch.testing.assert_close(rest, tied(tokens).logits[:, N + 3 :], rtol=1e-4, atol=1e-5)
+    rest = writer(tokens[:, N + 3 :], past_key_values=kept).logits
+    torch.testing.assert_close(rest, writer(tokens).logits[:, N + 3 :], rtol=1e-4, atol=1e-5)
 
 
 def test_a_text_ends_at_each_end_and_at_a_stop_string(tied, tokens, exports):

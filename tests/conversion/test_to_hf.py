@@ -41,8 +41,13 @@ MODELS: dict[str, dict] = {
         "rope_scaling": RopeScaling(factor=4.0),
     },
     "tied": {"tie_embeddings": True, "rope_theta": 5e5, "memory_rule": "delta"},
+    "gated_delta": {
+        "memory_rule": "gated_delta", "num_kv_heads": 2,
+        "memory": MemoryConfig(write_gate=True, short_conv=True),
+    },
 }  # fmt: skip
 SHARDED = ("biased", "tied")
+BY_TOKEN = ("keys", "values", "weights")
 
 
 def make_export(directory: Path, sentencepiece: Path | None, **settings) -> None:
@@ -97,7 +102,13 @@ def test_logits_and_greedy_tokens_are_ours(name, answered):
     model, _ = load_export(folder)  # what transformers loads is an export as well
     eos = load_model(folder).tokenizer.eos_id
     with torch.no_grad():
-        expected = model(tokens).logits
+        out = model(tokens)
+    expected = out.logits
+    for part in ("kv", "norm", "keys", "values", "weights"):
+        ours = getattr(out.memory, part)[:, :, : LENGTH % N if part in BY_TOKEN else None]
+        assert (part in answer) == (ours.numel() > 0), part
+        if part in answer:
+            torch.testing.assert_close(answer[part], ours, rtol=1e-4, atol=1e-4)
     for logits in (answer["logits"], answer["in_pieces"], answer["from_hidden"]):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     written = model.generate(tokens, NEW_TOKENS, temperature=0, stop_token=eos)
@@ -110,6 +121,21 @@ def test_logits_and_greedy_tokens_are_ours(name, answered):
     assert told["hidden_states"] == 3, "the embedding, after one block, after the other and norm"
     torch.testing.assert_close(answer["embedded"], model.layers[0](tokens))
     assert told["no_attentions"].startswith("output_attentions must be false")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_bf16_is_as_near_to_ours_as_ours_to_fp32(name, answered):
+    folder = answered / name
+    tokens, answer = (load_file(folder / f"{file}.safetensors") for file in ("question", "answer"))
+    tokens = tokens["tokens"]
+    exact = load_export(folder)[0](tokens).logits
+    rounded = load_export(folder)[0].bfloat16()(tokens).logits.float()
+    rounding = (rounded - exact).norm()
+    assert 0 < rounding < 0.1 * exact.norm()
+    assert (answer["bf16"].float() - rounded).norm() < 1.5 * rounding
+    assert (answer["bf16"].float() - exact).norm() < 1.5 * rounding
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ class InfiniConfig(PretrainedConfig):
     """The settings in a checkpoint's config.json, with Llama's names where it has them.
 
     Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
-    `memory_rule`, `linear` or `delta`, how a segment is written into the memory; `write_gate`,
-    whether each token decides how much of it is written; `short_conv`, whether queries, keys and
-    values see the preceding tokens; `qk_norm`, whether each head's queries and keys are normalised.
+    `memory_rule`, `linear`, `delta` or `gated_delta`, how a segment is written into the memory;
+    `write_gate`, whether each token decides how much of it is written; `short_conv`, whether
+    queries, keys and values see the preceding tokens; `qk_norm`, whether each head's queries and
+    keys are normalised.
     """
 
     model_type = "infini_transformer"

@@ -9,6 +9,11 @@ d width of a head.
     read        sigma(q) M / (sigma(q) z), mixed with local attention by sigmoid(beta) of the head
     linear      M + sigma(k)^T v
     delta       M + sigma(k)^T (v - sigma(k) M / (sigma(k) z))
+
+By the third rule there is no z; unit(x) is SiLU(x) divided by its L2 norm.
+
+    read        unit(q) M, divided by its root mean square and mixed in the same way
+    gated_delta M + unit(k)^T (v - unit(k) M), token by token
 """
 
 import contextlib
@@ -24,6 +29,9 @@ from .configuration_infini import InfiniConfig
 
 TAPS = 4  # number of tokens a short convolution looks back
 EPSILON = 1e-10  # smallest denominator of a read
+KEY_EPSILON = 1e-6  # added to the squared length of a key of gated_delta
+READ_EPSILON = 1e-3  # added to the mean square of a read of gated_delta
+CHUNK = 64  # number of tokens that gated_delta writes at once
 
 
 @dataclass
@@ -31,7 +39,7 @@ class LayerState:
     """The state of one layer, its memory and the unfinished segment: tensors or None."""
 
     kv: Any = None  # M
-    norm: Any = None  # z
+    norm: Any = None  # z; None by gated_delta
     keys: Any = None  # [b, tokens so far, g, d], before rotary
     values: Any = None
     weights: Any = None  # [b, tokens so far, g], how much of each will be written
@@ -47,6 +55,7 @@ class InfiniAttention(nn.Module):
     def __init__(self, config: InfiniConfig):
         super().__init__()
         self.config = config
+        self.rule = RULES[config.memory_rule]()
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -80,7 +89,7 @@ class InfiniAttention(nn.Module):
         keys, values = _append(state.keys, k), _append(state.values, v)
         state.keys, state.values, state.weights = keys, values, _append(state.weights, w)
         out = self._local(q, keys, values, rotary)
-        if state.norm is not None:
+        if state.kv is not None:
             out = self._mixed(out, q, state.kv, state.norm)
         if keys.shape[1] == self.config.segment_length:
             with _in_fp32(keys.device):
@@ -103,32 +112,96 @@ class InfiniAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
         return out.transpose(1, 2)  # [b, t, h, d]
 
-    def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor) -> Tensor:
+    def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor | None) -> Tensor:
         grouped = q.unflatten(2, (self.kv_heads, -1))  # [b, t, g, queries of a group, d]
-        sigma_q = F.elu(grouped.float()) + 1
+        features = self.rule.features(grouped.float())
         with _in_fp32(q.device):  # the memory's sums exceed the range of fp16
-            denominator = torch.einsum("btgqd,bgd->btgq", sigma_q, norm).clamp(min=EPSILON)
-            read = torch.einsum("btgqd,bgde->btgqe", sigma_q, kv)
-        read = (read / denominator[..., None]).to(q.dtype).flatten(2, 3)
-        written = (norm.sum(-1) > 0).repeat_interleave(self.heads // self.kv_heads, dim=1)
+            read, written = self.rule.read(features, kv, norm)
+        read = read.to(q.dtype).flatten(2, 3)
+        written = written.repeat_interleave(self.heads // self.kv_heads, dim=1)
         gate = (self.beta.float().sigmoid() * written)[:, None, :, None].to(q.dtype)
         return gate * read + (1 - gate) * local
 
     def _write(self, state: LayerState) -> None:
         """Compresses the open segment, which is full, into the memory."""
-        sigma_k = F.elu(state.keys.float()).transpose(1, 2) + 1  # [b, g, n, d]
-        weighted_k = sigma_k * state.weights.transpose(1, 2)[..., None]
+        features = self.rule.features(state.keys.float()).transpose(1, 2)
+        weights = state.weights.transpose(1, 2)[..., None]
         values = state.values.float().transpose(1, 2)
-        added = weighted_k.sum(dim=2)
-        if state.norm is None:
-            state.kv, state.norm = weighted_k.mT @ values, added
-        else:
-            if self.config.memory_rule == "delta":
-                denominator = (sigma_k @ state.norm[..., None]).clamp(min=EPSILON)
-                damping = _damping(sigma_k, weighted_k, state.norm, added, denominator)
-                values = values - damping[..., None, None] * (sigma_k @ state.kv / denominator)
-            state.kv, state.norm = state.kv + weighted_k.mT @ values, state.norm + added
+        state.kv, state.norm = self.rule.write(state.kv, state.norm, features, weights, values)
         state.keys = state.values = state.weights = state.tail = None
+
+
+class Linear:
+    """The paper's first rule, and what both of its rules share."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.elu(x) + 1
+
+    def read(self, features: Tensor, kv: Tensor, norm) -> tuple[Tensor, Tensor]:
+        """Returns reads [b, t, g, queries of a group, d], and [b, g]: whether anything is stored.
+
+        Args:
+            features: of the queries, [b, t, g, queries of a group, d].
+        """
+        denominator = torch.einsum("btgqd,bgd->btgq", features, norm).clamp(min=EPSILON)
+        read = torch.einsum("btgqd,bgde->btgqe", features, kv)
+        return read / denominator[..., None], norm.sum(-1) > 0
+
+    def write(self, kv, norm, features: Tensor, weights: Tensor, values: Tensor) -> tuple:
+        """Returns M and z after a segment.
+
+        Args:
+            kv, norm: M and z before it, None if nothing has been written yet.
+            features, values: of the keys, and the values, [b, g, n, d].
+            weights: [b, g, n, 1].
+        """
+        weighted = features * weights
+        added = weighted.sum(dim=2)
+        if norm is None:
+            return weighted.mT @ values, added
+        left = self.left(kv, norm, features, weighted, values)
+        return kv + weighted.mT @ left, norm + added
+
+    def left(self, kv, norm, features: Tensor, weighted: Tensor, values: Tensor) -> Tensor:
+        """Returns what is left to store of the values."""
+        return values
+
+
+class Delta(Linear):
+    """The paper's second rule."""
+
+    def left(self, kv, norm, features: Tensor, weighted: Tensor, values: Tensor) -> Tensor:
+        denominator = (features @ norm[..., None]).clamp(min=EPSILON)
+        damping = _damping(features, weighted, norm, weighted.sum(dim=2), denominator)
+        return values - damping[..., None, None] * (features @ kv / denominator)
+
+
+class GatedDelta:
+    """The rule that divides by nothing; its methods are those of `Linear`, without z."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.silu(x)
+        return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + KEY_EPSILON)
+
+    def read(self, features: Tensor, kv: Tensor, norm: None) -> tuple[Tensor, Tensor]:
+        read = torch.einsum("btgqd,bgde->btgqe", features, kv)
+        scale = torch.rsqrt(read.square().mean(dim=-1, keepdim=True) + READ_EPSILON)
+        return read * scale, (kv != 0).flatten(2).any(dim=-1)
+
+    def write(self, kv, norm: None, features: Tensor, weights: Tensor, values: Tensor) -> tuple:
+        if kv is None:
+            kv = torch.zeros_like(features[:, :, :1].mT @ values[:, :, :1])
+        chunks = (x.split(CHUNK, dim=2) for x in (features, weights, values))
+        for k, w, v in zip(*chunks):  # noqa: B905
+            system = (w * (k @ k.mT)).tril(-1)  # a token's value is reduced by all before it
+            new = torch.linalg.solve_triangular(
+                system, w * (v - k @ kv), upper=False, unitriangular=True
+            )
+            kv = kv + k.mT @ new
+        return kv, None
+
+
+RULES = {"linear": Linear, "delta": Delta, "gated_delta": GatedDelta}
 
 
 @torch.no_grad()
