@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import UserError
@@ -62,6 +63,21 @@ class TestExactResume:
             assert all(0 < mass < 1 for mass in masses)
             assert metrics["train/write_penalty"] == pytest.approx(0.1 * sum(masses))
             assert all(0 <= metrics[f"memory/write_zeros/layer_{layer}"] < 1 for layer in range(2))
+
+    def test_run_by_a_rule_without_norm_goes_on_as_if_undisturbed(self, tmp_path, data):
+        settings = {"model__memory_rule": "gated_delta", "train__steps": 8}
+        whole = Run(tmp_path / "whole", data, **settings)
+        whole.finish(2)
+        norms = [
+            load_file(path)["norm"] for path in (whole.checkpoint(5) / "memory").glob("*.safe*")
+        ]
+        assert len(norms) == 2
+        assert not any(norm.numel() for norm in norms)
+        run = without_checkpoints_after(copied(whole, tmp_path / "run", data, **settings), 5)
+        assert f"resumed from {run.checkpoint(5)} at step 5" in run.finish(2)
+        assert sorted(run.losses) == list(range(1, 9))
+        assert run.losses == whole.losses
+        assert run.checksums(8) == whole.checksums(8)
 
     def test_finished_run_started_again_changes_nothing(self, tmp_path, data, undisturbed):
         run = copied(undisturbed, tmp_path, data)

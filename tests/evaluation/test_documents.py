@@ -26,8 +26,8 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain.sh"
 SEGMENT = 8
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["delta", "gated_delta"])
+def trained(request, tmp_path_factory) -> Path:
     """A finished fp32 run on documents of 1 to 300 bytes."""
     folder = tmp_path_factory.mktemp("trained")
     drawn = random.Random(0)
@@ -36,7 +36,9 @@ def trained(tmp_path_factory) -> Path:
     path = tiny.write_run(
         folder / "run.yaml",
         output_dir=str(folder / "run"),
-        model={"segment_length": SEGMENT, "initializer_range": 0.3, "memory_rule": "delta"},
+        model={
+            "segment_length": SEGMENT, "initializer_range": 0.3, "memory_rule": request.param,
+        },
         data={
             "source": "files", "files": [str(folder / "corpus.jsonl")],
             "store": str(folder / "store"), "held_out_fraction": 0.3,

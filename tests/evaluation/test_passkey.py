@@ -26,6 +26,7 @@ from infini_ds.evaluation.passkey import (
 )
 from infini_ds.evaluation.passkey_questions import Questions
 from infini_ds.evaluation.passkey_report import figures
+from infini_ds.memory import RULES
 from infini_ds.model.reading import CALL_TOKENS, call_width, read_text
 from infini_ds.model.transformer import InfiniTransformer
 from tests import tiny
@@ -288,8 +289,11 @@ def test_tokens_of_a_call_are_bounded_whatever_the_length(batch):
     assert sum(model.calls) == 5 * 899 * N
 
 
-def test_answers_of_a_model_are_those_of_reading_all_at_once():
-    config = tiny.model_config(vocab_size=258, segment_length=N, initializer_range=0.5)
+@pytest.mark.parametrize("rule", RULES)
+def test_answers_of_a_model_are_those_of_reading_all_at_once(rule):
+    config = tiny.model_config(
+        vocab_size=258, segment_length=N, initializer_range=0.5, memory_rule=rule
+    )
     model, asked = InfiniTransformer(config).eval(), questions()
     made = [asked.make(20, number, 2)[0] for number in range(2)]
     prompts = np.stack([question.prompt for question in made])
