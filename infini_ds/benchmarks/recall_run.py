@@ -138,7 +138,7 @@ def draw_window(job: Job, step: int, pairs: int) -> Window:
     """Draws the documents of a training step, which depend on the seed and the step alone."""
     config = job.config
     random = recall_random(TRAINING, config.seed, step)
-    distance = job.distances[random.integers(len(job.distances))]
+    distance = job.distances[int(random.integers(len(job.distances)))]
     size = Size(pairs, job.questions.segment_length, job.questions.keys)
     drawn = draw_documents(random, size, config.train.batch_size)
     filler = draw_filler(random, config.train.batch_size, distance * size.segment_length)

@@ -183,7 +183,7 @@ def test_command_trains_saves_and_asks_again(path, tmp_path, capsys):
     assert again["runs"][0]["cells"] == run["cells"]
     assert again["parameters"] == delta["parameters"]
 
-    assert cli.main([*command, *options, *files, f"--save={saved}"]) == 2
+    assert cli.main([*command, "--train-pairs=2,3", *options, *files, f"--save={saved}"]) == 2
     assert f"--save: {saved / 'delta_seed_3'} exists" in capsys.readouterr().err
 
 

@@ -30,7 +30,8 @@ def texts(corpus):
 def test_corpus_txt_is_one_document_with_its_line_ends(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(COMPRESS[ending]("one\r\ntwo é\n\n".encode()))
-    assert list(corpus_of(path)) == [(str(path), "one\r\ntwo é\n\n", ())]
+    (document,) = corpus_of(path)
+    assert document[:3] == (str(path), "one\r\ntwo é\n\n", ())
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
