@@ -1,7 +1,8 @@
 """Implements `infini-ds bench peer`: our training step beside `infini-transformer-pytorch`'s.
 
 Both sides compute the same function: the peer's weights are copied into our model, and the losses
-must agree before anything is timed. Each contestant is a separate process, and all are pinned to
+must agree before anything is timed. The gated delta rule, which the peer lacks, is timed beside
+them with the same weights. Each contestant is a separate process, and all are pinned to
 the same core and take steps in turn, so that whatever else the machine does slows all of them
 alike. A step is a forward and a full backward pass through a window; peak memory is that of the
 whole process.
@@ -34,7 +35,12 @@ if TYPE_CHECKING:
 PEER = "infini-transformer-pytorch"
 CHECK_SEGMENTS = 2
 """Segments over which the fp32 losses must agree; more would add to the measured peak."""
-CONTESTANTS = {"peer": PEER, "ours": "ours", "checkpointed": "ours, checkpointing blocks"}
+CONTESTANTS = {
+    "peer": PEER,
+    "ours": "ours",
+    "checkpointed": "ours, checkpointing blocks",
+    "gated_delta": "ours, gated delta rule",
+}
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
@@ -111,7 +117,7 @@ def _measure(segment: int, repeats: int, dtype: Dtype, window_tokens: int) -> di
     row["window_tokens"] = window_tokens
     row |= {f"{name}_tokens_per_second": value for name, value in speed.items()}
     row |= {f"{name}_peak_mib": value for name, value in peaks.items()}
-    for name in ("ours", "checkpointed"):
+    for name in list(CONTESTANTS)[1:]:
         row[f"{name}_speed_ratio"] = speed[name] / speed["peer"]
         row[f"{name}_memory_ratio"] = peaks[name] / peaks["peer"]
     row |= {f"{name}_loss": value for name, value in losses.items()}
@@ -189,6 +195,7 @@ def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tenso
         head_dim=128,
         intermediate_size=int(4 * 512 * 2 / 3),
         segment_length=segment,
+        memory_rule="gated_delta" if name == "gated_delta" else "linear",
         hidden_act="gelu",
         mlp_bias=True,
         head_bias=True,
@@ -229,7 +236,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 f"{row[f'{name}_peak_mib']:,.0f}",
                 f"{row.get(f'{name}_memory_ratio', 1):.2f}",
                 f"{row[f'{name}_loss']:.4f}",
-                end_section=name == "checkpointed",
+                end_section=name == list(CONTESTANTS)[-1],
             )
     console = Console()
     console.print(table)
