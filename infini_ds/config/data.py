@@ -17,6 +17,7 @@ from infini_ds.config.settings import (
 TokenizerKind = Literal["sentencepiece", "tokenizers", "bytes"]
 TOKENIZER_FILES = {"bytes": "", "sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 """Names of a tokenizer's file in stores and exports, by its kind."""
+FillerKind = Literal["standard", "noise", "text"]
 _CORPUS_NAME = "[A-Za-z0-9_-]+"
 
 
@@ -69,7 +70,7 @@ class PasskeyConfig(Settings):
     """Numbers of each key, which are stated one by one and asked for all together."""
     form: Literal["sentence", "adjacent", "variables"] = "sentence"
     """A sentence, a name with its number (` Adam=71432. `), or variables that name each other."""
-    filler: Literal["standard", "noise", "text"] = "standard"
+    filler: FillerKind = "standard"
     """The sentences of Mohtashami & Jaggi (2023) over and over, random letters, or real text."""
     text_files: list[str] = Field(default=[])
     """`filler: text`: paths and globs as in data.files; if empty, the files of `python-stdlib`."""

@@ -12,26 +12,17 @@ between an answer and the next question. `passkey_wording` has the words.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import count, pairwise
-from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from infini_ds.config import DataConfig, PasskeyConfig
 from infini_ds.data.documents import Corpus, Document
+from infini_ds.data.filler import Filler
 from infini_ds.data.passkey_wording import NAMES, Asked, asked_keys, names_needed, worded
 from infini_ds.errors import UserError
 
-STANDARD = (
-    b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
-"""The filler of Mohtashami & Jaggi (2023), arXiv 2305.16300."""
-# Six of the 32 characters are spaces, which makes words of about four letters.
-_NOISE = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", dtype=np.uint8)
-# At most this much text is kept to cut filler from.
-_TEXT_BYTES = 64 << 20
 _TRAINING = 0
 
 
@@ -153,15 +144,12 @@ class Passkeys:
             values = f" x data.passkey.values ({config.values})" * (config.form == "variables")
             raise UserError(f"data.passkey.keys ({most}){values} must be at most {len(NAMES)}")
         self._config = config
-        self._filler = {"standard": _standard, "noise": _noise, "text": self._cut_text}[
-            config.filler
-        ]
-        self._corpus = _text_corpus(config) if config.filler == "text" else None
+        self._filler = Filler(config.filler, config.text_files, "data.passkey")
 
     @property
     def snapshot(self) -> str:
         """A checksum that changes when text_files do."""
-        return self._corpus.snapshot if self._corpus else ""
+        return self._filler.snapshot
 
     def document(
         self,
@@ -204,7 +192,7 @@ class Passkeys:
         for key in range(keys):  # the values of a key are stated in their order
             own = slice(key * config.values, (key + 1) * config.values)
             places[own] = sorted(places[own])
-        filler = self._filler(random, room + sum(gaps))
+        filler = self._filler.cut(random, room + sum(gaps))
         order = sorted(range(len(texts)), key=lambda index: places[index][0])
         before = []
         begin = 0
@@ -223,27 +211,6 @@ class Passkeys:
             tuple(tuple(found[first : first + config.values]) for first in asked),
             length,
         )
-
-    def _cut_text(self, random: np.random.Philox, length: int) -> bytes:
-        """Cuts out text from the beginning of a random line."""
-        text = self._text
-        begin = text.find(b"\n", int(random.random_raw()) % len(text)) + 1
-        return _cyclic(text, begin, length)
-
-    @cached_property
-    def _text(self) -> bytes:
-        """The corpus's text without characters beyond ASCII, so that it can be cut anywhere."""
-        assert self._corpus
-        parts, size = [], 0
-        for document in self._corpus:
-            parts.append(document.text.encode("ascii", "ignore"))
-            size += len(parts[-1])
-            if size >= _TEXT_BYTES:
-                break
-        text = b"\n".join(parts)
-        if not text:
-            raise UserError("data.passkey.text_files: have no text; name others")
-        return text
 
 
 class PasskeyCorpus(Corpus):
@@ -321,27 +288,3 @@ def _described(config: PasskeyConfig, keys: int) -> str:
         described += f" with {config.values} values each"
     asked = asked_keys(config, keys)
     return f"{described}, {asked} asked," if asked > 1 else described
-
-
-def _standard(random: np.random.Philox, length: int) -> bytes:
-    return _cyclic(STANDARD, int(random.random_raw()) % len(STANDARD), length)
-
-
-def _noise(random: np.random.Philox, length: int) -> bytes:
-    raw = np.asarray(random.random_raw(-(-length // 8)), dtype="<u8").view(np.uint8)
-    return _NOISE[raw[:length] % len(_NOISE)].tobytes()
-
-
-def _cyclic(text: bytes, begin: int, length: int) -> bytes:
-    """Returns `length` bytes of an endlessly repeated text, starting at `begin`."""
-    first = text[begin : begin + length]
-    return (first + text * ceil((length - len(first)) / len(text)))[:length]
-
-
-def _text_corpus(config: PasskeyConfig) -> Corpus:
-    if not config.text_files:
-        return Corpus(DataConfig(store=""))
-    try:
-        return Corpus(DataConfig(source="files", files=config.text_files, store=""))
-    except UserError as error:
-        raise UserError(str(error).replace("data.files", "data.passkey.text_files", 1)) from None

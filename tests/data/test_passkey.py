@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from infini_ds.config import DataConfig, PasskeyConfig, TokenizerConfig
+from infini_ds.data.filler import STANDARD
 from infini_ds.data.lanes import held_out_plans
-from infini_ds.data.passkey import NAMES, STANDARD, Passkeys, passkey_random
+from infini_ds.data.passkey import NAMES, Passkeys, passkey_random
 from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.data.windows import read_windows, total_weight
