@@ -32,7 +32,7 @@ PASSKEY_RUNS = runs/passkey_$(KEYS)_keys
 PASSKEY_ASKED = --keys $(KEYS) --queries 1 --segments 4,16,64,256
 endif
 
-.PHONY: pretrain passkey check test test-all test-long test-slow test-of-one-process \
+.PHONY: pretrain passkey babilong check test test-all test-long test-slow test-of-one-process \
   test-with-ranks test-cluster test-toolchains cluster-packages gpu-check gpu-bundle lint style \
   types format docs clean
 
@@ -52,6 +52,17 @@ passkey: $(VENV)/installed
 	    --num_accelerators 2 launch/pretrain.sh $(PASSKEY) \
 	    seed=$$seed output_dir=$(PASSKEY_RUNS)/seed_$$seed \
 	  && $(BIN)/infini-ds passkey $(PASSKEY_RUNS)/seed_$$seed $(PASSKEY_ASKED) || exit 1; \
+	done
+
+# For each seed, trains a model to remember facts in real text and asks it up to 1,048,576 bytes
+# later.
+babilong: $(VENV)/installed
+	$(BIN)/infini-ds prepare configs/babilong.yaml
+	for seed in $(SEEDS); do \
+	  DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level error \
+	    --num_accelerators 2 launch/pretrain.sh configs/babilong.yaml \
+	    seed=$$seed output_dir=runs/babilong/seed_$$seed \
+	  && $(BIN)/infini-ds babilong runs/babilong/seed_$$seed || exit 1; \
 	done
 
 # Types are checked while tests run.

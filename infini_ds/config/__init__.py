@@ -7,7 +7,10 @@ reported at once.
 """
 
 from infini_ds.config.data import (
+    FEWEST_FACTS,
     TOKENIZER_FILES,
+    BabilongConfig,
+    BabilongTask,
     CorpusConfig,
     DataConfig,
     FillerKind,
@@ -26,9 +29,12 @@ from infini_ds.config.settings import RESOLVED
 from infini_ds.config.train import CurriculumConfig, TrainConfig
 
 __all__ = [
+    "FEWEST_FACTS",
     "LARGEST_GATE",
     "RESOLVED",
     "TOKENIZER_FILES",
+    "BabilongConfig",
+    "BabilongTask",
     "CorpusConfig",
     "CurriculumConfig",
     "DataConfig",

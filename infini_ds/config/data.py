@@ -18,6 +18,9 @@ TokenizerKind = Literal["sentencepiece", "tokenizers", "bytes"]
 TOKENIZER_FILES = {"bytes": "", "sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 """Names of a tokenizer's file in stores and exports, by its kind."""
 FillerKind = Literal["standard", "noise", "text"]
+BabilongTask = Literal["qa1", "qa2", "qa3", "qa8"]
+FEWEST_FACTS: dict[BabilongTask, int] = {"qa1": 1, "qa2": 2, "qa3": 3, "qa8": 1}
+"""The facts that a question of each task needs at least."""
 _CORPUS_NAME = "[A-Za-z0-9_-]+"
 
 
@@ -109,11 +112,52 @@ class PasskeyConfig(Settings):
         return "niah_multikey" if self.queries == 1 else "niah_multiquery"
 
 
+class BabilongConfig(Settings):
+    """Documents that hide facts of bAbI kind in filler and ask about them in their last segment."""
+
+    segment_length: int = Field(default=2048, ge=1)
+    """Tokens in a segment, equal to model.segment_length: a document is made of whole segments."""
+    segments: list[int] = Field(
+        default=[2, 4, 8, 16], json_schema_extra={"minItems": 1, "uniqueItems": True}
+    )
+    """Lengths of the documents, in segments, in growing order."""
+    tasks: list[BabilongTask] = Field(
+        default=["qa1", "qa2", "qa3", "qa8"],
+        json_schema_extra={"minItems": 1, "uniqueItems": True},
+    )
+    """One, two or three facts to combine (`qa1`, `qa2`, `qa3`), and lists of objects (`qa8`)."""
+    documents: int = Field(default=1000, ge=1)
+    """Number of documents of each task and length."""
+    min_facts: int = Field(default=1, ge=1)
+    """The fewest facts in a document. The tasks need at least 1, 2, 3 and 1."""
+    max_facts: int = Field(default=8, ge=1)
+    """The most facts in a document; fewer where the segments have no room for so many."""
+    filler: FillerKind = "text"
+    """As data.passkey.filler."""
+    text_files: list[str] = Field(default=[])
+    """`filler: text`: paths and globs as in data.files; if empty, the files of `python-stdlib`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BabilongConfig":
+        require_growing("segments", self.segments, least=2)
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks ({self.tasks}) must be at least one, each of them once")
+        fewest = max(FEWEST_FACTS[task] for task in self.tasks)
+        if self.max_facts < max(self.min_facts, fewest):
+            raise ValueError(
+                f"max_facts ({self.max_facts}) must be at least min_facts ({self.min_facts}), and "
+                f"{fewest} for these tasks"
+            )
+        return self
+
+
 class CorpusConfig(Settings):
     """Where documents come from, and the token store made of them."""
 
-    source: Literal["python-stdlib", "files", "huggingface", "passkey"] = "python-stdlib"
-    """The sources of Python's own library, local files, a hub dataset, or generated pass keys."""
+    source: Literal["python-stdlib", "files", "huggingface", "passkey", "babilong"] = (
+        "python-stdlib"
+    )
+    """Python's own library sources, local files, a hub dataset, or made pass keys or facts."""
     files: list[str] = Field(default=[])
     """`files`: paths or globs of .txt (one document each), .jsonl, .json, .parquet, .gz, .zst."""
     document_separator: str = ""
@@ -138,11 +182,18 @@ class CorpusConfig(Settings):
     """Directory of the token store that `infini-ds prepare` writes; must be given."""
     passkey: PasskeyConfig = PasskeyConfig()
     """`passkey`: the documents to generate."""
+    babilong: BabilongConfig = BabilongConfig()
+    """`babilong`: the documents to generate."""
+
+    @property
+    def made(self) -> PasskeyConfig | BabilongConfig | None:
+        """The settings of documents that the source makes itself, if it does."""
+        return {"passkey": self.passkey, "babilong": self.babilong}.get(self.source)
 
     @property
     def weighted(self) -> bool:
         """Whether the store has a weight for each token."""
-        return self.source == "passkey" or self.weighted_field != ""
+        return self.made is not None or self.weighted_field != ""
 
     @property
     def grouped(self) -> bool:
@@ -220,6 +271,8 @@ class DataConfig(CorpusConfig):
                 raise ValueError("store must name the directory of the token store")
             if self.source == "passkey" and self.tokenizer.kind != "bytes":
                 raise ValueError("tokenizer.kind must be bytes when source is passkey")
+            if self.source == "babilong":
+                _require_tokenizer(self.tokenizer)
             return self
         for name, field in CorpusConfig.model_fields.items():
             if getattr(self, name) != field.default:
@@ -243,3 +296,11 @@ class DataConfig(CorpusConfig):
             if other != name or not corpus.store:
                 raise ValueError(f"mixture.{name}.store must name a directory of its own")
         return self
+
+
+def _require_tokenizer(tokenizer: TokenizerConfig) -> None:
+    """Facts are placed by counting tokens, so their documents cannot train the tokenizer."""
+    if tokenizer.kind == "sentencepiece" and not tokenizer.model:
+        raise ValueError(
+            "tokenizer.model must name a model when source is babilong, or tokenizer.kind be bytes"
+        )

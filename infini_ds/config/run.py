@@ -65,10 +65,10 @@ class RunConfig(Settings):
             raise ValueError("output_dir must name a directory")
         read = self.model.segment_length
         for corpus in self.data.corpora.values():
-            made = corpus.passkey.segment_length
-            if corpus.source == "passkey" and made != read:
+            if corpus.made and corpus.made.segment_length != read:
                 raise ValueError(
-                    f"data.passkey.segment_length ({made}) must be model.segment_length ({read})"
+                    f"data.{corpus.source}.segment_length ({corpus.made.segment_length}) must be "
+                    f"model.segment_length ({read})"
                 )
         segments = self.train.window_segments // self.train.chunks
         if segments % self.parallel.context_parallel:

@@ -19,6 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
+from infini_ds.data.babilong import BabilongCorpus
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.generation_settings import GENERATION
@@ -221,7 +222,8 @@ class _SplitWriter:
 
 
 def _corpus_of(config: DataConfig) -> Corpus:
-    return PasskeyCorpus(config) if config.source == "passkey" else Corpus(config)
+    made = {"passkey": PasskeyCorpus, "babilong": BabilongCorpus}
+    return made.get(config.source, Corpus)(config)
 
 
 def _is_empty(path: Path) -> bool:
@@ -238,7 +240,7 @@ def _check_unchanged(store: Store, config: DataConfig) -> None:
     except UserError:
         return  # a finished store may be used without its sources
     if snapshot != store.manifest["source"]["snapshot"]:
-        setting = "data.passkey.text_files" if config.source == "passkey" else "data.files"
+        setting = f"data.{config.source}.text_files" if config.made else "data.files"
         raise UserError(
             f"{setting}: files have changed since data.store {store.path} was made; run "
             "`infini-ds prepare CONFIG --force`, or name another data.store"
@@ -284,6 +286,8 @@ def _describe(config: DataConfig) -> str:
         return f"{config.dataset} {config.dataset_config} {config.dataset_split}"
     if config.source == "passkey":
         return f"pass keys in {config.passkey.filler} filler"
+    if config.source == "babilong":
+        return f"{', '.join(config.babilong.tasks)} in {config.babilong.filler} filler"
     return ", ".join(config.files)
 
 

@@ -73,19 +73,18 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     """
     field = "weighted_field" if config.weighted_field else "text_field"
     names = {
-        "python-stdlib": [],
         "files": ["files", "document_separator", field],
         "huggingface": ["dataset", "dataset_config", "dataset_split", field],
-        "passkey": [],
-    }[config.source]
+    }.get(config.source, [])
     settings = {
         f"data.{name}": getattr(config, name)
         for name in ("source", *names, "max_documents", "held_out_fraction")
     }
-    if config.source == "passkey":
-        for name, value in config.passkey.model_dump().items():
-            if value != _SETTINGS_SINCE.get(f"data.passkey.{name}"):
-                settings[f"data.passkey.{name}"] = value
+    if config.made:
+        for name, value in config.made.model_dump().items():
+            setting = f"data.{config.source}.{name}"
+            if value != _SETTINGS_SINCE.get(setting):
+                settings[setting] = value
     tokenizer = config.tokenizer
     settings["data.tokenizer.kind"] = tokenizer.kind
     if tokenizer.kind != "bytes":

@@ -120,10 +120,12 @@ def config_of(checkpoint: Path) -> RunConfig:
         return next((place for place in places if os.path.exists(place) or glob.glob(place)), there)
 
     def placed(corpus: CorpusConfig) -> dict:
-        passkey = corpus.passkey
-        texts = {"text_files": [found(path) for path in passkey.text_files]}
-        store = found(corpus.store) if corpus.store else ""
-        return {"store": store, "passkey": passkey.model_copy(update=texts)}
+        placed: dict = {"store": found(corpus.store) if corpus.store else ""}
+        for name in ("passkey", "babilong"):
+            made = getattr(corpus, name)
+            texts = {"text_files": [found(path) for path in made.text_files]}
+            placed[name] = made.model_copy(update=texts)
+        return placed
 
     return config.model_copy(update={"data": config.data.with_corpora(placed)})
 

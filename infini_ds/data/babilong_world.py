@@ -1,0 +1,212 @@
+"""Simulates persons who move about and carry objects, and asks about them: facts of bAbI kind.
+
+The tasks have the numbers of Weston et al. (2015), arXiv 1502.05698; sentences and words are made
+here. Facts are told in the order in which they happen, and all questions refer to their end.
+
+| task | question | answer |
+|---|---|---|
+| qa1 | Where is Mary? | the place to which she moved last (one supporting fact) |
+| qa2 | Where is the apple? | where its carrier is, or where it was put down (two) |
+| qa3 | Where was the apple before the office? | the place before the latest time there (three) |
+| qa8 | What is Mary carrying? | objects in the order in which she took them, or "nothing" |
+"""
+
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+
+from infini_ds.config import BabilongTask
+
+PERSONS = ["Anna", "David", "John", "Laura", "Mary", "Peter"]
+PLACES = ["cellar", "garden", "kitchen", "library", "office", "stable"]
+OBJECTS = ["apple", "ball", "book", "key", "lamp", "milk"]
+NOTHING = "nothing"
+_MOVES = ["went to", "moved to"]
+_TAKES = ["picked up", "took"]
+_DROPS = ["put down", "dropped"]
+_MOST_PERSONS, _MOST_OBJECTS, _MOST_CARRIED = 4, 3, 3
+_KINDS = {
+    "qa1": ["move"],
+    "qa2": ["move", "move", "take", "drop"],
+    "qa3": ["move", "move", "move", "take", "take", "drop"],
+    "qa8": ["move", "take", "take", "drop"],
+}
+"""The kinds of facts of each task; repeated ones are more frequent."""
+
+
+class Story(NamedTuple):
+    """What happens, and a question about it."""
+
+    facts: list[str]
+    """Sentences in the order of events."""
+    question: str
+    answer: str
+    """One word, or objects with commas between them."""
+
+
+class Draws:
+    """Draws numbers from a random stream."""
+
+    def __init__(self, random: np.random.Philox):
+        self._random = random
+
+    def below(self, end: int) -> int:
+        """Draws an integer from 0 to end - 1."""
+        return int(self._random.random_raw()) % end
+
+    def share(self) -> float:
+        """Draws a number in [0, 1)."""
+        return int(self._random.random_raw()) / 2**64
+
+    def one(self, choices: list):
+        """Draws one of the choices."""
+        return choices[self.below(len(choices))]
+
+    def some(self, choices: list[str], most: int) -> list[str]:
+        """Draws from 1 to `most` different choices."""
+        order = np.argsort(self._random.random_raw(len(choices)), kind="stable")
+        return [choices[index] for index in order[: 1 + self.below(most)]]
+
+
+def tell(random: np.random.Philox, task: BabilongTask, facts: int) -> Story:
+    """Makes up a story of so many facts, at least `FEWEST_FACTS` of the task."""
+    draws = Draws(random)
+    while True:  # short stories often leave nothing to ask; the shortest of qa3 most often
+        world = _World(draws)
+        told = [world.go_on(draws.one(_KINDS[task])) for _ in range(facts)]
+        asked = _QUESTIONS[task](world)
+        if asked:
+            return Story(told, *asked)
+
+
+def all_facts() -> list[str]:
+    """Returns every sentence that a story may tell."""
+    moves = [f"{who} {verb} the {where}." for who in PERSONS for verb in _MOVES for where in PLACES]
+    verbs = [*_TAKES, *_DROPS]
+    return moves + [f"{who} {verb} the {what}." for who in PERSONS for verb in verbs
+                    for what in OBJECTS]  # fmt: skip
+
+
+def all_questions() -> list[str]:
+    """Returns every question that may be asked."""
+    return [
+        *map(_where_is, PERSONS),
+        *(_where_is(f"the {what}") for what in OBJECTS),
+        *(_where_was(what, where) for what in OBJECTS for where in PLACES),
+        *map(_what_carries, PERSONS),
+    ]
+
+
+def all_answers() -> list[str]:
+    """Returns every answer that may be right."""
+    counts = range(1, _MOST_CARRIED + 1)
+    lists = [",".join(held) for count in counts for held in permutations(OBJECTS, count)]
+    return [*PLACES, NOTHING, *lists]
+
+
+class _World:
+    """A few persons and objects; nobody knows where they are until a fact tells it."""
+
+    def __init__(self, draws: Draws):
+        self.draws = draws
+        self._persons = draws.some(PERSONS, _MOST_PERSONS)
+        self._objects = draws.some(OBJECTS, _MOST_OBJECTS)
+        self.place: dict[str, str] = {}
+        """The known places of persons."""
+        self.held: dict[str, list[str]] = {}
+        """For each person that a fact has named, the objects carried, first taken first."""
+        self.path: dict[str, list[str]] = {}
+        """For each object that has been taken, its known places, each unlike the one before."""
+
+    def go_on(self, kind: str) -> str:
+        """Lets something happen and tells it: a person moves if the given kind is impossible."""
+        who = self.draws.one(self._persons)
+        held = self.held.setdefault(who, [])
+        if kind == "take" and len(held) < _MOST_CARRIED:
+            within_reach = [what for what in self._objects if self._can_take(who, what)]
+            if within_reach:
+                return self._take(who, self.draws.one(within_reach))
+        if kind == "drop" and held and who in self.place:
+            return self._drop(who, self.draws.one(held))
+        return self._move(who)
+
+    def _can_take(self, who: str, what: str) -> bool:
+        """Whether no fact speaks against it: an object that nobody has touched may be anywhere."""
+        if what not in self.path:
+            return True
+        lies_here = self.path[what][-1:] == [self.place.get(who)]
+        return lies_here and not any(what in held for held in self.held.values())
+
+    def _take(self, who: str, what: str) -> str:
+        self.held[who].append(what)
+        self.path.setdefault(what, [])
+        if who in self.place:
+            self._arrives(what, self.place[who])
+        return f"{who} {self.draws.one(_TAKES)} the {what}."
+
+    def _drop(self, who: str, what: str) -> str:
+        self.held[who].remove(what)
+        return f"{who} {self.draws.one(_DROPS)} the {what}."
+
+    def _move(self, who: str) -> str:
+        where = self.draws.one([place for place in PLACES if place != self.place.get(who)])
+        self.place[who] = where
+        for what in self.held[who]:
+            self._arrives(what, where)
+        return f"{who} {self.draws.one(_MOVES)} the {where}."
+
+    def _arrives(self, what: str, where: str) -> None:
+        if self.path[what][-1:] != [where]:
+            self.path[what].append(where)
+
+
+def _where_is(subject: str) -> str:
+    return f"Where is {subject}?"
+
+
+def _where_was(what: str, where: str) -> str:
+    return f"Where was the {what} before the {where}?"
+
+
+def _what_carries(who: str) -> str:
+    return f"What is {who} carrying?"
+
+
+def _ask_person(world: _World) -> tuple[str, str] | None:
+    who = world.draws.one(list(world.place))
+    return _where_is(who), world.place[who]
+
+
+def _ask_object(world: _World) -> tuple[str, str] | None:
+    known = [what for what, path in world.path.items() if path]
+    if not known:
+        return None
+    what = world.draws.one(known)
+    return _where_is(f"the {what}"), world.path[what][-1]
+
+
+def _ask_before(world: _World) -> tuple[str, str] | None:
+    known = [
+        (what, path[i], path[i - 1])
+        for what, path in world.path.items()
+        for i in range(1, len(path))
+        if path[i] not in path[i + 1 :]
+    ]
+    if not known:
+        return None
+    what, where, before = world.draws.one(known)
+    return _where_was(what, where), before
+
+
+def _ask_list(world: _World) -> tuple[str, str] | None:
+    """Asks one time in four about somebody who carries nothing."""
+    empty = world.draws.below(4) == 0
+    known = [who for who, held in world.held.items() if bool(held) != empty]
+    if not known:
+        return None
+    who = world.draws.one(known)
+    return _what_carries(who), ",".join(world.held[who]) or NOTHING
+
+
+_QUESTIONS = {"qa1": _ask_person, "qa2": _ask_object, "qa3": _ask_before, "qa8": _ask_list}
