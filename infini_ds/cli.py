@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import infini_ds
 from infini_ds.commands import (
+    babilong,
     bench,
     config,
     convert,
@@ -24,8 +25,8 @@ from infini_ds.system import environment
 from infini_ds.system.exit_code import exit_code
 
 _COMMANDS = (
-    prepare, pretrain, plan, preflight, status, passkey, convert, generate, memorize, evaluate,
-    inspect, config, bench,
+    prepare, pretrain, plan, preflight, status, passkey, babilong, convert, generate, memorize,
+    evaluate, inspect, config, bench,
 )  # fmt: skip
 """The commands in the order in which the help lists them."""
 

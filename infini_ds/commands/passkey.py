@@ -3,11 +3,10 @@
 import argparse
 import typing
 
-from infini_ds.commands.options import Commands, add_json, integers, with_model, writable
+from infini_ds.commands.options import Commands, with_model
+from infini_ds.commands.questions import COUNT, add_documents, add_filler, add_places, one_of
 from infini_ds.errors import UserError
-from infini_ds.system.arguments import Checked, at_least
-
-_SEGMENTS = [16, 64, 256, 1024, 8192]
+from infini_ds.system.arguments import Checked
 
 
 def add(commands: Commands) -> None:
@@ -15,57 +14,26 @@ def add(commands: Commands) -> None:
     parser = with_model(
         commands, "passkey", "test whether a model finds digits that it read long ago", _run
     )  # fmt: skip
+    add_documents(parser, "length")
     parser.add_argument(
-        "--segments",
-        action=Checked,
-        check=_lengths,
-        default=_SEGMENTS,
-        help="lengths of documents in segments",
+        "--depths", **COUNT, default=10, help="number of places where the key is hidden"
     )
-    count = {"type": int, "action": Checked, "check": at_least(1)}
+    add_filler(parser, "data.passkey.filler")
     parser.add_argument(
-        "--depths", **count, default=10, help="number of places where the key is hidden"
-    )
-    parser.add_argument("--samples", **count, help="documents of each length (64; 8 for long ones)")
-    parser.add_argument(
-        "--filler", action=Checked, check=_filler,
-        help="standard, noise or text (the run's data.passkey.filler)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keys", **count, help="keys in each document (the run's data.passkey.keys)"
+        "--keys", **COUNT, help="keys in each document (the run's data.passkey.keys)"
     )
     parser.add_argument(
         "--queries", action=Checked, check=_queries,
         help="keys asked for in each document, or all (the run's data.passkey.queries)",
     )  # fmt: skip
     parser.add_argument(
-        "--values", **count, help="numbers of each key (the run's data.passkey.values)"
+        "--values", **COUNT, help="numbers of each key (the run's data.passkey.values)"
     )
     parser.add_argument(
         "--form", action=Checked, check=_form,
         help="sentence, adjacent or variables (the run's data.passkey.form)",
     )  # fmt: skip
-    parser.add_argument("--batch", **count, help="documents read together (8)")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        action=Checked,
-        check=at_least(0),
-        default=0,
-        help="seed of the documents",
-    )
-    add_json(parser)
-    parser.add_argument(
-        "--plot", action=Checked, check=writable, metavar="FILE",
-        help="picture of the heat map (passkey.png, in the run or here)",
-    )  # fmt: skip
-
-
-def _lengths(name: str, text: str) -> list[int]:
-    segments = integers(name, text)
-    if min(segments) < 2:
-        raise UserError(f"{name} ({text}): must each be at least 2")
-    return segments
+    add_places(parser, "passkey.png")
 
 
 def _queries(name: str, text: str) -> int | str:
@@ -74,22 +42,10 @@ def _queries(name: str, text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
-def _filler(name: str, text: str) -> str:
-    return _one_of("filler", name, text)
-
-
 def _form(name: str, text: str) -> str:
-    return _one_of("form", name, text)
-
-
-def _one_of(setting: str, name: str, text: str) -> str:
-    """Checks a text that must be one of those that a setting of data.passkey may have."""
     from infini_ds.config import PasskeyConfig
 
-    known = typing.get_args(PasskeyConfig.model_fields[setting].annotation)
-    if text not in known:
-        raise UserError(f"{name} ({text}) must be one of {', '.join(known)}")
-    return text
+    return one_of(name, text, typing.get_args(PasskeyConfig.model_fields["form"].annotation))
 
 
 def _run(options: argparse.Namespace) -> None:

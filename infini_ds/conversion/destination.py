@@ -16,7 +16,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\
 _BESIDE = re.compile(
     r"(source_|generation_)?config\.(yaml|json)|tokenizer.*|special_tokens_map\.json|vocab\.json"
     r"|added_tokens\.json|merges\.txt|chat_template.*|(configuration|layers|modeling|tokenization)_infini"
-    r"\.py|README\.md|(evaluation|passkey)\.png|tensorboard|__pycache__"
+    r"\.py|README\.md|(evaluation|passkey|babilong)\.png|tensorboard|__pycache__"
 )
 _DIRECTORIES = ("tensorboard", "__pycache__")
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from infini_ds.evaluation.heat_map import Axis, heat_map, percent
 from infini_ds.evaluation.results import Results
 
 _SHARES = ("all", "whole", "cut", "ablated")
@@ -81,7 +82,7 @@ def _table(figures: dict[str, Any]) -> Table:
         result.add_column(name, justify="right")
     for length in figures["lengths"]:
         shares = [*length["by_depth"], *(length[name] for name in _SHARES)]
-        result.add_row(f"{length['segments']:,}", *map(_percent, shares), f"{length['samples']:,}")
+        result.add_row(f"{length['segments']:,}", *map(percent, shares), f"{length['samples']:,}")
     return result
 
 
@@ -98,20 +99,12 @@ def _heat_map(figures: dict[str, Any]) -> Figure:
     lengths = figures["lengths"]
     names = _depth_names(figures["depths"])
     shares = np.array([length["by_depth"] for length in lengths], dtype=float)  # None becomes NaN
-    figure = Figure(figsize=(2 + 0.6 * len(names), 1.8 + 0.5 * len(lengths)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        if not np.isnan(share):
-            color = "black" if 0.2 < share < 0.8 else "white"  # readable on the map's dark ends
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(names)), names, fontsize=7)
-    axes.set_yticks(range(len(lengths)), [f"{length['segments']:,}" for length in lengths])
-    axes.set_xlabel("depth of the key in what is before the last segment, from")
-    axes.set_ylabel(f"segments of {figures['segment_length']}")
-    axes.set_title(f"pass key found, percent, step {figures['step']}", fontsize=10)
-    figure.colorbar(image, ax=axes)
-    return figure
+    rows = Axis(
+        [f"{length['segments']:,}" for length in lengths],
+        f"segments of {figures['segment_length']}",
+    )
+    columns = Axis(names, "depth of the key in what is before the last segment, from")
+    return heat_map(shares, rows, columns, f"pass key found, percent, step {figures['step']}")
 
 
 def _depth_names(depths: int) -> list[str]:
@@ -122,7 +115,3 @@ def _depth_names(depths: int) -> list[str]:
 def _share(rights: Iterable[bool]) -> float | None:
     counted = list(rights)
     return sum(counted) / len(counted) if counted else None
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f}"

@@ -17,13 +17,8 @@ from infini_ds.config import PasskeyConfig
 from infini_ds.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from infini_ds.data.tokenizer_base import ByteTokenizer
 from infini_ds.errors import UserError
-from infini_ds.evaluation.passkey import (
-    Outcome,
-    PasskeyOptions,
-    default_samples,
-    measure,
-    settings_of,
-)
+from infini_ds.evaluation.answers import default_samples
+from infini_ds.evaluation.passkey import Outcome, PasskeyOptions, measure, settings_of
 from infini_ds.evaluation.passkey_questions import Questions
 from infini_ds.evaluation.passkey_report import figures
 from infini_ds.memory import RULES

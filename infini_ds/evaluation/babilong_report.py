@@ -1,0 +1,106 @@
+"""Reports a BABILong evaluation: figures, table, heat map and TensorBoard scalars."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from infini_ds.evaluation.heat_map import Axis, heat_map, percent
+from infini_ds.evaluation.results import Results
+
+_SHARES = {"right": "", "ablated": "ablated", "commonest": "one answer"}
+"""The shares of a task and length with the words for them in the table."""
+
+
+class Outcome(NamedTuple):
+    """The answers that a model gave for one document."""
+
+    task: str
+    segments: int
+    answer: str
+    """The correct answer."""
+    right: bool
+    """Whether the whole answer was right."""
+    right_ablated: bool
+    """Whether the answer was right without the memory."""
+
+
+def figures(outcomes: Sequence[Outcome], setup: dict[str, Any]) -> dict[str, Any]:
+    """Adds to `setup`, under "results", the shares of right answers of each task and length.
+
+    Each entry has "task", "segments" and "samples"; the share that is "right", and the one with
+    the memory "ablated"; and the share of the "commonest" correct answer, which whoever always
+    gives that one reaches.
+    """
+    results = []
+    for task, segments in dict.fromkeys((each.task, each.segments) for each in outcomes):
+        here = [each for each in outcomes if (each.task, each.segments) == (task, segments)]
+        commonest = max(Counter(each.answer for each in here).values())
+        results.append(
+            {
+                "task": task,
+                "segments": segments,
+                "samples": len(here),
+                "right": sum(each.right for each in here) / len(here),
+                "ablated": sum(each.right_ablated for each in here) / len(here),
+                "commonest": commonest / len(here),
+            }
+        )
+    return {**setup, "results": results}
+
+
+def results(figures: dict[str, Any]) -> Results:
+    """Returns the figures in every form in which they are reported."""
+    scalars = {
+        f"babilong/{share}/{each['task']}/segments_{each['segments']}": each[share]
+        for each in figures["results"]
+        for share in ("right", "ablated")
+    }
+    tag = "babilong/by_task_and_length"
+    return Results(figures, _table(figures), _heat_map(figures), tag, scalars)
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    """Builds a table of percentages of right answers: a column per length, rows for each task."""
+    found, tasks, lengths = _by_place(figures)
+    result = Table(
+        title="facts found in text, percent, by task and length in segments\n"
+        f"step {figures['step']}, segments of {figures['segment_length']} tokens, "
+        f"filler {figures['filler']}, up to {figures['facts'][1]} facts",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    result.add_column("task")
+    result.add_column("")
+    for segments in lengths:
+        result.add_column(f"{segments:,}", justify="right")
+    for task in tasks:
+        for share, words in _SHARES.items():
+            row = [percent(found[task, segments][share]) for segments in lengths]
+            result.add_row(task if share == "right" else "", words, *row)
+    samples = [f"{found[tasks[0], segments]['samples']:,}" for segments in lengths]
+    result.add_row("n", "", *samples)
+    return result
+
+
+def _heat_map(figures: dict[str, Any]) -> Figure:
+    found, tasks, lengths = _by_place(figures)
+    shares = np.array([[found[task, segments]["right"] for segments in lengths] for task in tasks])
+    columns = Axis(
+        [f"{segments:,}" for segments in lengths], f"segments of {figures['segment_length']}"
+    )
+    title = f"facts found in text, percent, step {figures['step']}"
+    return heat_map(shares, Axis(tasks, "task"), columns, title)
+
+
+def _by_place(
+    figures: dict[str, Any],
+) -> tuple[dict[tuple[str, int], dict[str, Any]], list[str], list[int]]:
+    """Returns the results by task and length, the tasks, and the lengths."""
+    found = {(each["task"], each["segments"]): each for each in figures["results"]}
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    return found, tasks, list(dict.fromkeys(segments for _, segments in found))
