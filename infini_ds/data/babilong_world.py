@@ -22,6 +22,14 @@ PERSONS = ["Anna", "David", "John", "Laura", "Mary", "Peter"]
 PLACES = ["cellar", "garden", "kitchen", "library", "office", "stable"]
 OBJECTS = ["apple", "ball", "book", "key", "lamp", "milk"]
 NOTHING = "nothing"
+_EMPTY_SHARE = 4  # one in so many questions of qa8 is about somebody who carries nothing
+CHANCE: dict[BabilongTask, float] = {
+    "qa1": 1 / len(PLACES),
+    "qa2": 1 / len(PLACES),
+    "qa3": 1 / (len(PLACES) - 1),  # the question names another place
+    "qa8": 1 / _EMPTY_SHARE,
+}
+"""The share of right answers that the best guess without the facts reaches."""
 _MOVES = ["went to", "moved to"]
 _TAKES = ["picked up", "took"]
 _DROPS = ["put down", "dropped"]
@@ -72,8 +80,9 @@ class Draws:
 def tell(random: np.random.Philox, task: BabilongTask, facts: int) -> Story:
     """Makes up a story of so many facts, at least `FEWEST_FACTS` of the task."""
     draws = Draws(random)
+    asks_empty = draws.below(_EMPTY_SHARE) == 0
     while True:  # short stories often leave nothing to ask; the shortest of qa3 most often
-        world = _World(draws)
+        world = _World(draws, asks_empty)
         told = [world.go_on(draws.one(_KINDS[task])) for _ in range(facts)]
         asked = _QUESTIONS[task](world)
         if asked:
@@ -108,8 +117,10 @@ def all_answers() -> list[str]:
 class _World:
     """A few persons and objects; nobody knows where they are until a fact tells it."""
 
-    def __init__(self, draws: Draws):
+    def __init__(self, draws: Draws, asks_empty: bool):
         self.draws = draws
+        self.asks_empty = asks_empty
+        """Whether a question about what somebody carries is about somebody who carries nothing."""
         self._persons = draws.some(PERSONS, _MOST_PERSONS)
         self._objects = draws.some(OBJECTS, _MOST_OBJECTS)
         self.place: dict[str, str] = {}
@@ -200,9 +211,7 @@ def _ask_before(world: _World) -> tuple[str, str] | None:
 
 
 def _ask_list(world: _World) -> tuple[str, str] | None:
-    """Asks one time in four about somebody who carries nothing."""
-    empty = world.draws.below(4) == 0
-    known = [who for who, held in world.held.items() if bool(held) != empty]
+    known = [who for who, held in world.held.items() if bool(held) != world.asks_empty]
     if not known:
         return None
     who = world.draws.one(known)

@@ -188,6 +188,6 @@ def measure(
     for task, segments, samples in plan:
         for numbers in batches(samples, batch):
             documents = [[questions.make(task, segments, number)] for number in numbers]
-            for question, *rights in ask(model, tokenizer, documents, progress):
-                outcomes.append(Outcome(task, segments, question.answer, *rights))
+            for _, *rights in ask(model, tokenizer, documents, progress):
+                outcomes.append(Outcome(task, segments, *rights))
     return outcomes

@@ -1,6 +1,5 @@
 """Reports a BABILong evaluation: figures, table, heat map and TensorBoard scalars."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,20 +8,19 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from infini_ds.config import BabilongTask
+from infini_ds.data.babilong_world import CHANCE
 from infini_ds.evaluation.heat_map import Axis, heat_map, percent
 from infini_ds.evaluation.results import Results
 
-_SHARES = {"right": "", "ablated": "ablated", "commonest": "one answer"}
-"""The shares of a task and length with the words for them in the table."""
+_SHARES = ("right", "ablated")
 
 
 class Outcome(NamedTuple):
     """The answers that a model gave for one document."""
 
-    task: str
+    task: BabilongTask
     segments: int
-    answer: str
-    """The correct answer."""
     right: bool
     """Whether the whole answer was right."""
     right_ablated: bool
@@ -33,13 +31,11 @@ def figures(outcomes: Sequence[Outcome], setup: dict[str, Any]) -> dict[str, Any
     """Adds to `setup`, under "results", the shares of right answers of each task and length.
 
     Each entry has "task", "segments" and "samples"; the share that is "right", and the one with
-    the memory "ablated"; and the share of the "commonest" correct answer, which whoever always
-    gives that one reaches.
+    the memory "ablated"; and by "chance" what the best guess without the facts reaches.
     """
     results = []
     for task, segments in dict.fromkeys((each.task, each.segments) for each in outcomes):
         here = [each for each in outcomes if (each.task, each.segments) == (task, segments)]
-        commonest = max(Counter(each.answer for each in here).values())
         results.append(
             {
                 "task": task,
@@ -47,7 +43,7 @@ def figures(outcomes: Sequence[Outcome], setup: dict[str, Any]) -> dict[str, Any
                 "samples": len(here),
                 "right": sum(each.right for each in here) / len(here),
                 "ablated": sum(each.right_ablated for each in here) / len(here),
-                "commonest": commonest / len(here),
+                "chance": CHANCE[here[0].task],
             }
         )
     return {**setup, "results": results}
@@ -58,7 +54,7 @@ def results(figures: dict[str, Any]) -> Results:
     scalars = {
         f"babilong/{share}/{each['task']}/segments_{each['segments']}": each[share]
         for each in figures["results"]
-        for share in ("right", "ablated")
+        for share in _SHARES
     }
     tag = "babilong/by_task_and_length"
     return Results(figures, _table(figures), _heat_map(figures), tag, scalars)
@@ -74,16 +70,17 @@ def _table(figures: dict[str, Any]) -> Table:
         box=SIMPLE_HEAD,
         padding=0,
     )
-    result.add_column("task")
-    result.add_column("")
+    for name in ("task", "chance", "memory"):
+        result.add_column(name)
     for segments in lengths:
         result.add_column(f"{segments:,}", justify="right")
     for task in tasks:
-        for share, words in _SHARES.items():
+        for share in _SHARES:
             row = [percent(found[task, segments][share]) for segments in lengths]
-            result.add_row(task if share == "right" else "", words, *row)
+            names = (task, percent(CHANCE[task]), "on") if share == "right" else ("", "", share)
+            result.add_row(*names, *row)
     samples = [f"{found[tasks[0], segments]['samples']:,}" for segments in lengths]
-    result.add_row("n", "", *samples)
+    result.add_row("n", "", "", *samples)
     return result
 
 
@@ -94,12 +91,12 @@ def _heat_map(figures: dict[str, Any]) -> Figure:
         [f"{segments:,}" for segments in lengths], f"segments of {figures['segment_length']}"
     )
     title = f"facts found in text, percent, step {figures['step']}"
-    return heat_map(shares, Axis(tasks, "task"), columns, title)
+    return heat_map(shares, Axis(list(tasks), "task"), columns, title)
 
 
 def _by_place(
     figures: dict[str, Any],
-) -> tuple[dict[tuple[str, int], dict[str, Any]], list[str], list[int]]:
+) -> tuple[dict[tuple[BabilongTask, int], dict[str, Any]], list[BabilongTask], list[int]]:
     """Returns the results by task and length, the tasks, and the lengths."""
     found = {(each["task"], each["segments"]): each for each in figures["results"]}
     tasks = list(dict.fromkeys(task for task, _ in found))

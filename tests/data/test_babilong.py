@@ -12,7 +12,7 @@ import pytest
 
 from infini_ds.config import FEWEST_FACTS, BabilongConfig, DataConfig, TokenizerConfig
 from infini_ds.data.babilong import Babilong, babilong_random
-from infini_ds.data.babilong_world import all_answers, all_facts, all_questions, tell
+from infini_ds.data.babilong_world import CHANCE, all_answers, all_facts, all_questions, tell
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.prepare import prepare
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
@@ -124,14 +124,18 @@ class TestStories:
             assert answer in known[2]
 
     @each_task
-    def test_answers_cannot_be_guessed(self, task):
-        stories = [tell(babilong_random(2, task, number), task, 8) for number in range(600)]
-        answers = Counter(story.answer for story in stories)
-        assert max(answers.values()) < 0.33 * 600
-        assert len(answers) >= 6
-        if task == "qa8":
-            assert {answer.count(",") for answer in answers} == {0, 1, 2}
-            assert answers["nothing"] == pytest.approx(600 / 4, abs=40)
+    @pytest.mark.parametrize("more", [0, 5])
+    def test_without_the_facts_no_guess_is_better_than_chance(self, task, more):
+        count = FEWEST_FACTS[task] + more
+        stories = [tell(babilong_random(2, task, number), task, count) for number in range(1500)]
+        guesses: dict[str, Counter[str]] = {}
+        for story in stories:  # the best guess may depend on the place that qa3 names
+            named = story.question.split()[-1] if task == "qa3" else ""
+            guesses.setdefault(named, Counter())[story.answer] += 1
+        reached = sum(max(counts.values()) for counts in guesses.values()) / 1500
+        assert CHANCE[task] - 0.02 < reached < CHANCE[task] + 0.06
+        if task == "qa8" and more:
+            assert {story.answer.count(",") for story in stories} == {0, 1, 2}
 
     def test_later_facts_override_earlier_ones(self):
         """The answer is often not the last place that was told, nor that of the first fact."""
@@ -149,12 +153,12 @@ class TestStories:
         # Stores made on two machines must be equal: this must never change.
         facts, question, answer = tell(babilong_random(0, "qa3", 2, 0), "qa3", 5)
         assert facts == [
-            "Anna took the milk.", "Anna moved to the library.", "Anna moved to the cellar.",
-            "Anna went to the stable.", "Anna went to the cellar.",
+            "Anna moved to the stable.", "Anna took the lamp.", "Anna went to the kitchen.",
+            "Anna went to the cellar.", "Anna went to the garden.",
         ]  # fmt: skip
-        assert (question, answer) == ("Where was the milk before the stable?", "cellar")
+        assert (question, answer) == ("Where was the lamp before the kitchen?", "stable")
         (document,) = documents_of(maker(filler="noise"), "qa1", 2, 1, use=0)
-        assert document.answer == " garden."
+        assert document.answer == " kitchen."
         assert document.pieces[0].startswith(" bl z pj l wkcamywaqpijca nejo")
 
 
