@@ -276,8 +276,8 @@ def test_bench_names_what_must_be_integers(capsys):
 
 WRITING = [
     ["preflight", "{config}"], ["status", "none"], ["inspect", "none"], ["evaluate", "none"],
-    ["passkey", "none"], ["bench", "peer"], ["bench", "transport"], ["bench", "kernels"],
-    ["bench", "quality", "{config}"], ["bench", "context", "{config}"],
+    ["passkey", "none"], ["babilong", "none"], ["bench", "peer"], ["bench", "transport"],
+    ["bench", "kernels"], ["bench", "quality", "{config}"], ["bench", "context", "{config}"],
 ]  # fmt: skip
 
 
@@ -312,6 +312,32 @@ def test_mistake_in_passkey_is_one_line_with_code_2(tmp_path, capsys, name):
     arguments, message = PASSKEY_MISTAKES[name]
     run = tmp_path / "none"
     assert cli.main(["passkey", str(run), *(each.format(run=run) for each in arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("infini-ds: ")
+    assert message.format(run=run) in line
+
+
+BABILONG_MISTAKES = {
+    "no_such_run": ([], "run {run}: no such directory; name the output_dir of a run"),
+    "segments_not_integers": (["--segments=16,x"], "'16,x': must be integers"),
+    "segments_too_few": (["--segments=1"], "--segments (1): must each be at least 2"),
+    "samples": (["--samples=0"], "--samples (0) must be at least 1"),
+    "tasks": (["--tasks=qa1,qa4"], "--tasks (qa1,qa4) must be of qa1, qa2, qa3, qa8, with commas"),
+    "no_tasks": (["--tasks="], "--tasks () must be of qa1, qa2, qa3, qa8, with commas"),
+    "filler": (["--filler=sand"], "--filler (sand) must be one of standard, noise, text"),
+    "batch": (["--batch=0"], "--batch (0) must be at least 1"),
+    "seed": (["--seed=-1"], "--seed (-1) must be at least 0"),
+    "plot": (["--plot={run}/a.png"], "--plot {run}/a.png: its directory does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BABILONG_MISTAKES)
+def test_mistake_in_babilong_is_one_line_with_code_2(tmp_path, capsys, name):
+    arguments, message = BABILONG_MISTAKES[name]
+    run = tmp_path / "none"
+    assert cli.main(["babilong", str(run), *(each.format(run=run) for each in arguments)]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     (line,) = shown.err.splitlines()
@@ -371,7 +397,9 @@ def test_unknown_argument_is_named(config, arguments, capsys):
     assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["plan", "status", "passkey", "evaluate", "inspect", "bench"])
+@pytest.mark.parametrize(
+    "command", ["plan", "status", "passkey", "babilong", "evaluate", "inspect", "bench"]
+)
 def test_figures_that_cannot_be_written_are_told_before_they_are_made(tmp_path, capsys, command):
     (tmp_path / "lost").symlink_to(tmp_path / "none" / "a.json")
     rest = {"plan": ["a.yaml", "--processes=1"], "bench": ["kernels"]}.get(command, ["none"])

@@ -206,6 +206,14 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("data.held_out_fraction=1", "data: held_out_fraction (1.0) must be in [0, 1)"),
         ("data.weighted_field=x", "data: weighted_field must be empty unless source is files or"),
         ("data.source=passkey", "data: tokenizer.kind must be bytes when source is passkey"),
+        ("data.source=babilong", "data: tokenizer.model must name a model when source is babilong"),
+        ("data.babilong.tasks=[]", "data.babilong: tasks ([]) must be at least one, each of them"),
+        ("data.babilong.tasks=[qa1, qa1]", "tasks (['qa1', 'qa1']) must be at least one, each of"),
+        ("data.babilong.tasks=[qa4]", "tasks.0: input should be 'qa1', 'qa2', 'qa3' or 'qa8'"),
+        ("data.babilong.max_facts=2", "max_facts (2) must be at least min_facts (1), and 3 for"),
+        ("data.babilong.min_facts=9", "max_facts (8) must be at least min_facts (9), and 3 for"),
+        ("data.babilong.min_facts=0", "data.babilong: min_facts (0) must be at least 1"),
+        ("data.babilong.segments=[4, 2]", "segments ([4, 2]) must be growing numbers of at least"),
         ("data.passkey.filler=real", "passkey.filler: input should be 'standard', 'noise' or"),
         ("data.passkey.digits=0", "data.passkey: digits (0) must be at least 1"),
         ("data.passkey.segments=[]", "data.passkey: segments ([]) must be growing numbers of at"),
@@ -352,7 +360,9 @@ def test_text_that_looks_like_something_else_stays_text(file, tmp_path, text):
     assert load(tmp_path / "again.yaml") == config
 
 
-@pytest.mark.parametrize("section", ["optimizer", "evaluation", "model.memory", "data.passkey"])
+@pytest.mark.parametrize(
+    "section", ["optimizer", "evaluation", "model.memory", "data.passkey", "data.babilong"]
+)
 def test_section_without_settings_has_the_defaults(file, section):
     key = section.split(".")[0]
     assert load(file, [f"{section}="]) == load(file, [f"{section}={{}}"])
@@ -406,6 +416,15 @@ def test_curriculum_of_keys_is_of_those_that_documents_have(file):
     assert config.train.curriculum
     assert config.train.curriculum.keys == [2, 4]
     assert config.data.passkey.key_counts == [1, 2, 4]
+
+
+def test_documents_of_facts_have_the_segments_of_the_model(file):
+    babilong = ["data.source=babilong", "data.tokenizer.kind=bytes", "model.segment_length=128"]
+    message = "data.babilong.segment_length (2048) must be model.segment_length (128)"
+    assert message in message_of(file, *babilong)
+    config = load(file, [*babilong, "data.babilong.segment_length=128"])
+    assert config.data.weighted
+    assert config.data.made == config.data.babilong
 
 
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):

@@ -141,7 +141,8 @@ def test_every_setting_is_described_and_others_are_refused():
     [
         ("train.steps", 1e6), ("resume", "yes"), ("resume", False), ("data.files", "a.txt"),
         ("data.files", ["a.txt"]), ("data.weighted_field", None), ("optimizer", None),
-        ("data.passkey", None), ("train.curriculum", None), ("train.hang_timeout", None),
+        ("data.passkey", None), ("data.babilong", None), ("train.curriculum", None),
+        ("train.hang_timeout", None),
         ("train.hang_timeout", 3), ("parallel.pipeline_stages", "auto"),
         ("parallel.pipeline_stages", 2), ("parallel.zero_stage", 0), ("model.rope_scaling", {}),
         ("model.norm_eps", 1), ("data.held_out_fraction", 0), ("seed", -(2**31) + 1),
@@ -167,6 +168,7 @@ def test_what_is_read_is_valid(path, value):
         ("parallel.pipeline_stages", 0), ("parallel.pipeline_stages", "two"),
         ("parallel.zero_stage", 2), ("data.files", None), ("data.files", [1]),
         ("data.text_field", 3), ("data.held_out_fraction", 1), ("data.passkey.segments", []),
+        ("data.babilong.tasks", []), ("data.babilong.tasks", ["qa4"]),
         ("data.passkey.segments", [2, 2]), ("data.passkey.segments", [2, 4 * 10**9]),
         ("data.passkey.keys", []), ("data.passkey.keys", [2, 2]), ("data.passkey.keys", 0),
         ("data.passkey.keys", [2, 2**31]), ("data.passkey.queries", "some"),

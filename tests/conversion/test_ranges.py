@@ -98,6 +98,10 @@ COMMANDS = {
         "passkey", "{}", "--segments=5", "--samples=1", "--depths=1", "--json={out}",
         "--plot={plot}",
     ],
+    "babilong": [
+        "babilong", "{}", "--segments=9", "--samples=1", "--tasks=qa1", "--json={out}",
+        "--plot={plot}",
+    ],
 }  # fmt: skip
 
 

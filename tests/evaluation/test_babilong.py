@@ -151,9 +151,8 @@ class TestQuestions:
             assert question.prompt[0] == tokenizer.bos_id
             text = tokenizer.decode(question.prompt.tolist())
             assert text.endswith("?")
-            assert (
-                question.answer == f" {answer_to(facts_in(text), text[text.rindex(' W') + 1 :])}."
-            )
+            answer = answer_to(facts_in(text), text[text.rindex(" W") + 1 :])
+            assert question.answer == f" {answer}."
             assert longest + question.answer_tokens <= 5 * N
             last = tokenizer.decode(question.prompt[4 * N :].tolist())
             assert facts_in(last) == []
@@ -172,11 +171,8 @@ class TestQuestions:
         assert bytes(asked[1:].tolist()) != trained.encode()
 
     def test_segments_too_short_are_told_by_the_models_setting(self, pieces):
-        for asked, segments in (
-            (questions(n=40), 9),
-            (questions(n=64), 2),
-            (questions(pieces, 8), 3),
-        ):
+        short = [(questions(n=40), 9), (questions(n=64), 2), (questions(pieces, n=8), 3)]
+        for asked, segments in short:
             with pytest.raises(UserError, match=r"^model\.segment_length \(\d+\): too short"):
                 asked.make("qa3", segments, 0)
 

@@ -252,6 +252,8 @@ ARGUMENTS = {
     "status": (["status", "{}"], "directory"),
     "passkey": (["passkey", "{}"], "directory"),
     "passkey_plot": (["passkey", "run", "--plot", "{}"], "--plot"),
+    "babilong": (["babilong", "{}"], "directory"),
+    "babilong_plot": (["babilong", "run", "--plot", "{}"], "--plot"),
     "generate": (["generate", "{}", "--prompt", "a"], "directory"),
     "generate_file": (["generate", "run", "--prompt-file", "{}"], "--prompt-file"),
     "generate_memory": (["generate", "run", "--prompt", "a", "--memory", "{}"], "--memory"),

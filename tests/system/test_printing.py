@@ -82,6 +82,7 @@ COMMANDS = {
     "memorize": ["memorize", "run", "corpus.txt", "-o", "{name}"],
     "evaluate": ["evaluate", "run", "--documents", "corpus.txt", "--plot", "{name}"],
     "passkey": ["passkey", "run", "--segments=3", "--samples=1", "--depths=1", "--plot={name}"],
+    "babilong": ["babilong", "run", "--segments=5", "--samples=1", "--tasks=qa1", "--plot={name}"],
 }
 MARKUP = ["x[/y].png", "[bold]", "[link=x]"]
 
