@@ -17,7 +17,7 @@ from infini_ds.system.arguments import Checked, at_least
 from infini_ds.system.paths import argument
 
 _PLOT = "recall.png"
-_SEEDS, _TRAIN_PAIRS, _TRAIN_DISTANCES = [0, 1, 2], [4, 16], [0]
+_SEEDS, _TRAIN_PAIRS, _TRAIN_DISTANCES = [0, 1, 2], [4, 16, 64], [0]
 _OF_TRAINING = ("rules", "seeds", "steps", "train_pairs", "train_distances", "save")
 
 
