@@ -15,6 +15,7 @@ from infini_ds.benchmarks.gpu_check import compiling, plan, results, runs, steps
 from infini_ds.benchmarks.gpu_check.results import Part
 from infini_ds.benchmarks.gpu_check.steps import Command, Steps
 from infini_ds.errors import RunError, UserError
+from infini_ds.kernels.infini_attention.triton.scan import scan_kernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,10 +183,10 @@ def test_wrong_and_moving_results_are_told(part, monkeypatch):
 def test_kernels_are_compiled_ahead_by_the_path_of_the_runs(part, monkeypatch, capsys):
     """Two small ones, for Hopper, though there is no GPU."""
     compiled = []
-    run = compiling.op.scan_kernel.run
+    run = scan_kernel.run
     monkeypatch.setattr(compiling, "OF_TINY", ("scan_kernel",))
     monkeypatch.setattr(
-        compiling.op.scan_kernel, "run",
+        scan_kernel, "run",
         lambda **arguments: compiled.append(run(**arguments)),
     )  # fmt: skip
     compiling.compile_ahead(part, "linear:2:32:2:1:64:model")

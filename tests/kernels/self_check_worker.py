@@ -16,12 +16,14 @@ from tests.kernels import interpreter  # noqa: F401  (before any kernel)
 import torch
 
 from infini_ds.kernels import backend, self_check
-from infini_ds.kernels.infini_attention.triton import op, tuning
+from infini_ds.kernels.infini_attention.triton import tuning
+from infini_ds.kernels.infini_attention.triton import window as triton_window
 from infini_ds.kernels.trial import Trial
 
 LINEAR, DELTA = Trial("linear", 2, 1, 64, 12), Trial("delta", 2, 1, 64, 12)
 PACKED = LINEAR._replace(packed=True)
-_interpreted = op.launch
+GATED = Trial("gated_delta", 2, 1, 64, 20)  # two chunks of 16
+_interpreted = triton_window.launch
 _known: dict[tuple, list[torch.Tensor]] = {}
 
 
@@ -115,6 +117,10 @@ def _scaled(by, *index):
     return lambda x: x[index].mul_(by)
 
 
+def _unit(inverses):
+    inverses.copy_(torch.eye(inverses.shape[-1]))
+
+
 PLANTS = {
     "nothing, linear": (LINEAR, False, _launch),
     "nothing, delta": (DELTA, True, _launch),
@@ -136,6 +142,14 @@ PLANTS = {
     "gradient through another document": (
         DELTA, True, before("delta_gradient_kernel", "starts", torch.zeros_like)
     ),
+    "nothing, gated delta": (GATED, True, _launch),
+    "tokens of a chunk on their own": (GATED, False, after("keys_kernel", "inverses", _unit)),
+    "overlap by the wrong side": (
+        GATED, True, before("delta_gradient_kernel", "overlaps", lambda x: x.mT.contiguous())
+    ),
+    "a row of a chunk's gradient": (
+        GATED, True, after("chunks_gradient_kernel", "d_by_chunk", _scaled(1.5, 2, 0, 1, 3))
+    ),
     "nothing, packed": (PACKED, True, _launch),
     "neighbours seen": (PACKED, False, before("attend_kernel", "begins", torch.zeros_like)),
     "memory read by all": (
@@ -155,15 +169,15 @@ PLANTS = {
 def _small_tiles() -> None:
     square, wide = tuning.Tiles(16, 16, 4, 1), tuning.Tiles(16, 64, 4, 1)
     of_scores = ("attend", "query_gradient", "key_gradient")
-    op.tiles = lambda kernel, *_: square if kernel in of_scores else wide
-    op.READ_FEATURES = 64
+    triton_window.tiles = lambda kernel, *_: square if kernel in of_scores else wide
+    triton_window.READ_FEATURES = 64
     torch.set_num_threads(1)
 
 
 def _check_all(path: str) -> None:
     found = {}
     for name, (trial, gradients, launch) in PLANTS.items():
-        op.launch = launch
+        triton_window.launch = launch
         found[name] = self_check.find_fault(trial, "cpu", gradients)
         print(name, ":", found[name], flush=True)
     Path(path).write_text(json.dumps(found))
@@ -185,5 +199,5 @@ if __name__ == "__main__":
     else:
         backend.why_missing = lambda *_: ""
         self_check._choose_assembler = lambda _: None
-        op.launch = ENDINGS[ending]
+        triton_window.launch = ENDINGS[ending]
         self_check.main(sys.argv[1:])

@@ -16,6 +16,7 @@ from infini_ds.kernels.infini_attention.parallel import infini_attention_paralle
 from infini_ds.kernels.infini_attention.triton import op
 from infini_ds.kernels.launch import HOPPER, recording
 from infini_ds.kernels.trial import Trial
+from infini_ds.memory import RULES
 from infini_ds.training import kernel_check
 from tests import tiny
 from tests.kernels.test_triton import OnGpu
@@ -36,6 +37,10 @@ OF_PLANTS = {
     "a row of a gradient": "computes the gradient of k wrongly",
     "a gradient a tenth too large": "computes the gradient of the write weights wrongly",
     "gradient through another document": "computes the gradient of k wrongly",
+    "nothing, gated delta": "",
+    "tokens of a chunk on their own": "computes the output wrongly",
+    "overlap by the wrong side": "computes the gradient of k wrongly",
+    "a row of a chunk's gradient": "computes the gradient of k wrongly",
     "nothing, packed": "",
     "neighbours seen": "computes the output wrongly in packed segments on this device, by ",
     "memory read by all": "computes the output wrongly in packed segments",
@@ -100,7 +105,7 @@ def test_a_run_that_packs_also_computes_without(monkeypatch, capsys, packed, wro
     assert checked == ([False, True] if packed and wrong is not False else [False])
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_bf16_of_pytorch_is_no_fault(monkeypatch, rule):
     """What it may be off by rounding, with grouped heads and as many tokens as on a GPU."""
     monkeypatch.setattr(op, "infini_attention_triton", infini_attention_parallel)

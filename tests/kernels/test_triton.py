@@ -14,7 +14,7 @@ import triton
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
 from infini_ds.kernels.infini_attention import Inputs, infini_attention
-from infini_ds.kernels.infini_attention.triton import op
+from infini_ds.kernels.infini_attention.triton import op, window
 from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 from infini_ds.kernels.infini_attention.triton.tuning import (
     AMPERE,
@@ -75,7 +75,7 @@ def test_kernels_match_reference_in_packed_segments(results, index):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_kernels_match_reference_on_a_gpu(case, monkeypatch):
-    for module, attribute in ((test_infini_attention, "DIM"), (op, "tiles")):
+    for module, attribute in ((test_infini_attention, "DIM"), (window, "tiles")):
         monkeypatch.setattr(module, attribute, getattr(module, attribute))  # a case changes them
     check(case, compute(case, "cuda"))
 
@@ -83,7 +83,7 @@ def test_kernels_match_reference_on_a_gpu(case, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", PACKED_CASES, ids=name_packed)
 def test_kernels_match_reference_on_a_gpu_in_packed_segments(case, monkeypatch):
-    monkeypatch.setattr(op, "tiles", op.tiles)  # a case changes it
+    monkeypatch.setattr(window, "tiles", window.tiles)  # a case changes it
     check_packed(case, compute_packed(case, "cuda"))
 
 
@@ -108,7 +108,7 @@ def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window 
     return (q, k, v, out), kept, calls[:forward], calls[forward:]
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule):
     (q, k, v, out), kept, forward, _ = record(rule, group=2, gated=True)
     known = {x.data_ptr() for x in (q, k, v, out)}
@@ -121,7 +121,8 @@ def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule):
     weights = 3 * rows * 2 * n  # w, its product with the valid tokens, and those
     small = 2 * n * 32 + 4 + rows * 2  # rotary tables, beta, damping
     assert sum(x.numel() for x in others) <= states + row_sums + weights + small
-    assert {call.kernel.__name__ for call in forward} >= {"sums_kernel", "attend_kernel"}
+    writes = "sums_kernel" if RULES[rule].divides else "chunks_kernel"
+    assert {call.kernel.__name__ for call in forward} >= {writes, "attend_kernel"}
 
 
 def test_queries_keys_and_values_are_read_in_place():
@@ -133,9 +134,39 @@ def test_queries_keys_and_values_are_read_in_place():
     assert sums.arguments["x"].data_ptr() == k.data_ptr()
 
 
+def test_the_gated_delta_rule_reads_keys_and_values_in_place():
+    (q, k, v, _), _, forward, backward = record("gated_delta", group=2, gated=False)
+    for kernel, argument, wanted in (
+        ("keys_kernel", "k", k), ("chunks_kernel", "values", v), ("tokens_gradient_kernel", "v", v),
+        ("read_sums_kernel", "q", q),
+    ):  # fmt: skip
+        calls = [call for call in (*forward, *backward) if call.kernel.__name__ == kernel]
+        read = {call.arguments[argument].data_ptr() for call in calls}
+        assert wanted.data_ptr() in read, kernel
+
+
+def test_the_gated_delta_rule_damps_nothing():
+    _, _, forward, backward = record("gated_delta", group=1, gated=True)
+    walks = [call for call in (*forward, *backward) if "damping" in call.arguments]
+    assert [call.kernel.__name__ for call in walks] == ["delta_kernel", "delta_gradient_kernel"]
+    assert {call.arguments["damping"] for call in walks} == {None}
+    assert walks[1].arguments["TRANSPOSED"]
+
+
+def test_a_chunk_is_the_same_in_all_kernels():
+    """The inverse of a chunk is of as many tokens as the kernels that use it take at a time."""
+    for d, generation in product(backend.TRITON_HEAD_DIMS, (AMPERE, HOPPER, BLACKWELL)):
+        _, _, forward, backward = record("gated_delta", 1, True, generation, d)
+        calls = [call for call in (*forward, *backward) if "CHUNK" in call.arguments]
+        assert {call.kernel.__name__ for call in calls} == {
+            "keys_kernel", "chunks_kernel", "chunks_gradient_kernel", "tokens_gradient_kernel"
+        }  # fmt: skip
+        assert len({call.arguments["CHUNK"] for call in calls}) == 1
+
+
 @pytest.mark.parametrize("generation", [AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL])
 @pytest.mark.parametrize("d", backend.TRITON_HEAD_DIMS)
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", RULES)
 def test_every_kernel_has_tiles_on_every_generation(rule, d, generation):
     _, _, forward, backward = record(rule, 2, True, generation, d)
     assert all(call.options.get("num_warps", 4) in (4, 8) for call in (*forward, *backward))
@@ -150,12 +181,12 @@ def test_segments_that_are_not_packed_take_the_kernels_for_them():
 
 
 def test_rows_are_padded_to_a_multiple_of_every_tile():
-    from infini_ds.kernels.infini_attention.triton.op import ROW_PADDING
-
-    kernels = ("attend", "read_gradient", "query_gradient", "key_gradient")
+    kernels = (
+        "attend", "read_gradient", "normalized_read_gradient", "query_gradient", "key_gradient"
+    )  # fmt: skip
     generations = (AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL)
     for case in product(kernels, backend.TRITON_HEAD_DIMS, (2,), generations, (False, True)):
-        assert ROW_PADDING % tiles(*case).rows == 0
+        assert window.ROW_PADDING % tiles(*case).rows == 0
 
 
 @pytest.fixture
@@ -270,7 +301,7 @@ def test_wrong_assembler_of_hopper_is_said_once(monkeypatch, tmp_path, recwarn, 
 
 
 def test_layouts_are_all_covered():
-    for rule in ("linear", "delta"):
+    for rule in RULES:
         covered = {case["layout"] for case in CASES if case["rule"] == rule}
         assert covered == set(LAYOUTS)
 
@@ -287,4 +318,4 @@ def test_what_the_kernels_cannot_count_is_refused(segments, n, message):
     nothing = torch.empty(0, device="meta")
     starts = torch.empty(1, segments, dtype=torch.bool, device="meta")
     with pytest.raises(UserError, match=message):
-        op._Window(q, k, v, nothing, nothing, starts, "linear", nothing, nothing)
+        op.WINDOWS["linear"](q, k, v, nothing, nothing, starts, "linear", nothing, nothing)

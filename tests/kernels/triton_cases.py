@@ -4,8 +4,10 @@ import torch
 
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
 from infini_ds.kernels.infini_attention.triton import op, tuning
+from infini_ds.kernels.infini_attention.triton import window as triton_window
 from infini_ds.kernels.self_check import limit_of, unwritten_memory_is_nan
 from infini_ds.kernels.trial import Trial, Window, error, make_layout, make_window, results
+from infini_ds.memory import RULES
 from tests.kernels import test_infini_attention as plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -13,16 +15,17 @@ LIMITS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 8e-3)}
 OUTPUTS = 3  # output, kv, norm; gradients follow
 
 
-def case(layout, rule, precision, n, group=1, gated=False, d=64, tile=None):
-    """tile: rows and columns of key_gradient, the others have rows >= columns; None: a GPU's."""
+def case(layout, rule, precision, n, group=1, gated=False, d=64, tile=None, alike=False):
+    """tile: rows and columns of key_gradient, the others have rows >= columns; None: a GPU's.
+    alike: whether all keys are nearly the same, which the gated delta rule's inverse must bear."""
     return {
         "layout": layout, "rule": rule, "precision": precision, "n": n, "group": group,
-        "gated": gated, "d": d, "tile": tile,
+        "gated": gated, "d": d, "tile": tile, "alike": alike,
     }  # fmt: skip
 
 
 CASES = [
-    # Every layout by both rules, with parts of tiles and tiles that end early.
+    # Every layout by all rules, with parts of tiles and tiles that end early.
     *(
         case(layout, rule, "fp32", n, group, gated)
         for layout, n, group, gated in (
@@ -33,15 +36,19 @@ CASES = [
             ("segments without tokens", 17, 1, False),
             ("one segment", 63, 3, True),
         )
-        for rule in ("linear", "delta")
+        for rule in RULES
     ),
     case("padding", "linear", "fp32", 17, d=128),
+    # Four blocks of 16 in a chunk, then two chunks.
+    case("one segment", "gated_delta", "fp32", 100, tile=(64, 64), alike=True),
     # Small tiles, so that there are many, wider and higher ones; then those of a GPU.
     case("mid-window starts", "delta", "bf16", 40, 1, False, tile=(16, 32)),
     case("padding", "linear", "bf16", 40, 2, True, tile=(32, 16)),
     case("one segment", "linear", "bf16", 200, 2, True),
     case("one segment", "delta", "bf16", 150, 1, True, d=128),
     case("carried memory", "linear", "bf16", 128, 1, False, d=128),
+    case("padding", "gated_delta", "bf16", 40, 2, True, tile=(32, 16)),
+    case("one segment", "gated_delta", "bf16", 150, 1, True, d=128),
 ]
 
 
@@ -52,6 +59,8 @@ PACKED_CASES = [
         (Trial("delta", 2, 1, 64, 75, "fp32", packed=True), (16, 32)),
         (Trial("linear", 1, 1, 64, 50, "bf16", packed=True), (32, 16)),
         (Trial("linear", 1, 1, 128, 140, "bf16", packed=True), None),
+        (Trial("gated_delta", 2, 1, 64, 75, "fp32", packed=True), (16, 32)),
+        (Trial("gated_delta", 1, 1, 64, 50, "bf16", packed=True), (32, 16)),
     )
 ]
 """The first guests of the second segment begin and end inside tiles of all sizes."""
@@ -69,17 +78,17 @@ def name_packed(case) -> str:
 
 def _use_tiles(tile: tuple[int, int] | None) -> None:
     """Those of a case."""
-    op.tiles = tuning.tiles
+    triton_window.tiles = tuning.tiles
     if tile:
         rows, columns = tile
         small = tuning.Tiles(max(rows, columns), min(rows, columns), 4, 1)
         of_keys = tuning.Tiles(rows, columns, 4, 1)
-        op.tiles = lambda kernel, *_: of_keys if kernel == "key_gradient" else small
+        triton_window.tiles = lambda kernel, *_: of_keys if kernel == "key_gradient" else small
 
 
 def compute_packed(case: dict, device: str) -> dict[str, dict[str, float]]:
-    """Errors of the kernels, and of those in fp32 the largest gradients that reach anything else
-    from one document's output."""
+    """Errors of the kernels, and of those in fp32 how much gradient reaches anything else from one
+    document's output."""
     _use_tiles(case["tile"])
     trial = Trial(*case["trial"])
     window = make_window(trial)
@@ -105,7 +114,7 @@ def _leaks(trial: Trial, window: Window, device: str) -> dict[str, float]:
         gradient = found[f"gradient of {what}"]
         assert gradient[inside].abs().sum() > 0
         gradient[inside] = 0
-    return {what: x.abs().max().item() for what, x in found.items() if "gradient" in what}
+    return {what: x.abs().sum().item() for what, x in found.items() if "gradient" in what}
 
 
 def check_packed(case: dict, result: dict[str, dict[str, float]]) -> None:
@@ -120,11 +129,14 @@ def check_packed(case: dict, result: dict[str, dict[str, float]]) -> None:
 
 
 def compute(case: dict, device: str) -> dict[str, list[float]]:
-    """Errors of the kernels, and of the specification as PyTorch computes it in their type."""
+    """Errors of the kernels, and of the specification as PyTorch computes it in their type, if it
+    can."""
     plain.DIM = case["d"]
     _use_tiles(case["tile"])
     layout = plain.make_layout(case["layout"], case["n"])
-    inputs = plain.make_inputs(layout, case["n"], case["group"], case["gated"])
+    inputs = plain.make_inputs(layout, case["n"], case["group"], case["gated"], case["rule"])
+    if case["alike"]:
+        inputs[1] = inputs[1][:, :, :1] + inputs[1] / 64
     rule, dtype = case["rule"], DTYPES[case["precision"]]
     arguments = (inputs, layout, rule)
     exact = plain.compute(infini_attention_reference, *arguments, torch.float64, torch.float64)
@@ -132,24 +144,27 @@ def compute(case: dict, device: str) -> dict[str, list[float]]:
     torch.use_deterministic_algorithms(True)
     ours = plain.compute(op.infini_attention_triton, *arguments, dtype, torch.float32, device)
     torch.use_deterministic_algorithms(False)
-    pytorch = plain.compute(infini_attention_reference, *arguments, dtype, dtype)
-    return {"ours": _errors(exact, ours), "pytorch": _errors(exact, pytorch)}
+    errors = {"ours": _errors(exact, ours)}
+    if dtype == torch.float32 or RULES[rule].divides:  # PyTorch solves no systems in bf16
+        pytorch = plain.compute(infini_attention_reference, *arguments, dtype, dtype)
+        errors["pytorch"] = _errors(exact, pytorch)
+    return errors
 
 
 def check(case: dict, result: dict[str, list[float]]) -> None:
     """Whether a result of `compute` is close enough."""
     precision = case["precision"]
     assert len(result["ours"]) == (len(plain.NAMES) if case["gated"] else len(plain.NAMES) - 1)
-    for part, (what, ours, pytorchs) in enumerate(
-        zip(plain.NAMES, result["ours"], result["pytorch"], strict=False)
-    ):
+    pytorch = result.get("pytorch", [])
+    assert pytorch or not RULES[case["rule"]].divides
+    for part, (what, ours) in enumerate(zip(plain.NAMES, result["ours"], strict=False)):
         gradient = part >= OUTPUTS
         # A sum over all tokens whose terms largely cancel, in bf16 more than they round.
         slack = 3 if what == "gradient of beta" else 1
         assert ours <= slack * LIMITS[precision][gradient], what
-        if precision == "bf16":
+        if precision == "bf16" and pytorch:
             # Norms are sums in fp32 by both: what is left there is their order.
-            assert ours <= (3 if gradient else 2) * pytorchs + 1e-6, what
+            assert ours <= (3 if gradient else 2) * pytorch[part] + 1e-6, what
 
 
 def _errors(expected: plain.Result, actual: plain.Result) -> list[float]:

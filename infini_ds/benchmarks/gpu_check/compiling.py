@@ -9,7 +9,7 @@ import torch
 
 from infini_ds.benchmarks.gpu_check.results import Part
 from infini_ds.kernels.infini_attention.reference import Inputs
-from infini_ds.kernels.infini_attention.triton import op
+from infini_ds.kernels.infini_attention.triton import op, window
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES
 
@@ -35,7 +35,7 @@ def without_gpu() -> Iterator[None]:
 
     torch.set_num_threads(1)
     absent = mock.patch.object(driver, "_active", Absent())
-    with absent, mock.patch.object(op, "generation", return_value=capability // 10):
+    with absent, mock.patch.object(window, "generation", return_value=capability // 10):
         yield
 
 
@@ -66,7 +66,7 @@ def compile_ahead(part: Part, case: str) -> None:
     rotary = torch.empty(n, d // 2), torch.empty(n, d // 2)
     memory = RULES[rule].empty(1, kv_heads, d)
     inputs = Inputs(q, k, v, None, memory, layout, beta, rule, rotary)
-    with without_gpu(), mock.patch.object(op, "launch", launch):
+    with without_gpu(), mock.patch.object(window, "launch", launch):
         out, after = op.infini_attention_triton(inputs)
         (out.float().sum() + after.kv.sum() + after.norm.sum()).backward()
     print(case, round(time.monotonic() - began, 1), "s", flush=True)

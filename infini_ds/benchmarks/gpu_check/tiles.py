@@ -8,7 +8,7 @@ from infini_ds.benchmarks.cuda_timer import CudaTimer
 from infini_ds.benchmarks.gpu_check.compiling import OF_TINY, without_gpu
 from infini_ds.benchmarks.gpu_check.results import Part
 from infini_ds.benchmarks.kernels_timing import Shape, make_call
-from infini_ds.kernels.infini_attention.triton import op
+from infini_ds.kernels.infini_attention.triton import op, window
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles
 from infini_ds.kernels.infini_attention.triton.tuning import tiles as chosen
 from infini_ds.kernels.launch import HOPPER
@@ -96,7 +96,7 @@ def _starts(n: int, device: str, runs: bool) -> Iterator[Start]:
         runs: whether to make the call, so that the kernels get real numbers.
     """
     started: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {}
-    launch = op.launch
+    launch = window.launch
 
     def record(kernel, grid, options, **arguments) -> None:
         name = kernel.__name__.removesuffix("_kernel")
@@ -105,7 +105,7 @@ def _starts(n: int, device: str, runs: bool) -> Iterator[Start]:
             launch(kernel, grid, options, **arguments)
 
     shape = Shape(16 if runs else 2, n, HEADS, HEAD_DIM, "delta")
-    with mock.patch.object(op, "launch", record):
+    with mock.patch.object(window, "launch", record):
         make_call(op.infini_attention_triton, shape, device, "backward")()
     for name, candidates in CANDIDATES.items():
         kernel, grid, arguments = started[name]

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from infini_ds.kernels.infini_attention.triton.tiles import (
+    READ_EPSILON,
     key_tile,
     load_begins,
     load_rotary,
@@ -12,8 +13,10 @@ from infini_ds.kernels.infini_attention.triton.tiles import (
     positions_of,
     rotate,
     sigma,
+    silu,
     tile,
     tiles_with_begins,
+    unit_scale,
 )
 
 LOWEST = tl.constexpr(-3.0e38)
@@ -31,6 +34,25 @@ def gate_of(beta, head, norm):
 def gate_of_rows(gate, rows, lengths, segment):
     """The same of each row in a packed segment, whose first document alone reads the memory."""
     return tl.where(rows < tl.load(lengths + segment), gate, 0.0)
+
+
+@triton.jit
+def scale_of_read(queries, kv, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns what SiLU(q) kv is multiplied by so that features are of length 1 and reads are
+    RMS-normalised, by row.
+
+    The read itself is not kept, since it would need as many registers as attention does.
+    """
+    silu_q = silu(queries.to(tl.float32))
+    length = unit_scale(silu_q)
+    unit = (silu_q * length[:, None]).to(queries.dtype)
+    square = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        places = tl.arange(0, D)[:, None] * D + columns[None, :]
+        found = tl.dot(unit, tl.load(kv + places).to(queries.dtype), input_precision="ieee")
+        square += tl.sum(found * found, axis=1)
+    return length * tl.rsqrt(square / D + READ_EPSILON)
 
 
 @triton.jit
@@ -108,6 +130,7 @@ def attend_kernel(
     kv_heads,
     scale,
     EPSILON: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -119,9 +142,10 @@ def attend_kernel(
     Programs with the most keys come first.
 
     q [segments, n, heads, D]; rotated_k [segments, kv_heads, n, D]; v [segments, n, kv_heads, D];
-    kv, norm: the memories that the segments read; out [segments, n, heads, D]; log_sum
-    [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are. `scale` is
-    log2(e) / sqrt(D), because weights are powers of two. If segments are PACKED, there are begins
+    kv, norm: the memories that the segments read, as in `window.States`; out [segments, n, heads,
+    D]; log_sum [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are.
+    `scale` is log2(e) / sqrt(D), because weights are powers of two. By the gated delta rule, reads
+    are NORMALIZED instead of divided by the norm. If segments are PACKED, there are begins
     [segments, n] of each row's document and lengths [segments] of the first documents, int32.
     """
     tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
@@ -138,8 +162,11 @@ def attend_kernel(
     gate = gate_of(beta, head, own_norm)
     if PACKED:
         gate = gate_of_rows(gate, rows, lengths, segment)
-    sigma_q = sigma(queries.to(tl.float32))
-    share = gate / tl.maximum(tl.sum(sigma_q * own_norm[None, :], axis=1), EPSILON)
+    if NORMALIZED:
+        share = gate * scale_of_read(queries, kv + at * D * D, D, BLOCK_M, BLOCK_D)
+    else:
+        sigma_q = sigma(queries.to(tl.float32))
+        share = gate / tl.maximum(tl.sum(sigma_q * own_norm[None, :], axis=1), EPSILON)
     positions = positions_of(begins, segment, rows, n, PACKED)
     own_cos = load_rotary(cos, positions, n, D // 2)
     own_sin = load_rotary(sin, positions, n, D // 2)
@@ -175,7 +202,11 @@ def attend_kernel(
         own_queries = tl.load(
             own_q + rows[:, None] * q_row + features[None, :], mask=inside[:, None], other=0.0
         )
-        reading = (sigma(own_queries.to(tl.float32)) * share[:, None]).to(queries.dtype)
+        if NORMALIZED:
+            own_features = silu(own_queries.to(tl.float32))
+        else:
+            own_features = sigma(own_queries.to(tl.float32))
+        reading = (own_features * share[:, None]).to(queries.dtype)
         stored = tl.load(tile(kv + at * D * D, features, D, D)).to(queries.dtype)
         mixed = tl.dot(reading, stored, mixed, input_precision="ieee")
     places = tile(out + (segment * n * heads + head) * D, rows, heads * D, D)

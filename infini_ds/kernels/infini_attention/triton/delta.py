@@ -90,8 +90,8 @@ def delta_kernel(
 
     There is one program per part of the columns, lane and key-value head.
 
-    overlaps, kv [batch x segments, kv_heads, D, D]; damping [batch x segments, kv_heads]; starts
-    [batch x segments] bytes; incoming, final [batch, kv_heads, D, D].
+    overlaps, kv [batch x segments, kv_heads, D, D]; damping [batch x segments, kv_heads], or None
+    if it is 1; starts [batch x segments] bytes; incoming, final [batch, kv_heads, D, D].
     """
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     lane = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -105,7 +105,9 @@ def delta_kernel(
         state = tl.where(tl.load(starts + segment) != 0, 0.0, state)
         added = tl.load(kv + at * D * D + places)
         tl.store(kv + at * D * D + places, state)
-        overlap = load_state(overlaps, at, D) * tl.load(damping + at)
+        overlap = load_state(overlaps, at, D)
+        if damping is not None:
+            overlap = overlap * tl.load(damping + at)
         state += added - tl.dot(overlap, state, input_precision=PRECISION)
     tl.store(final + outer + places, state)
 
@@ -120,12 +122,15 @@ def delta_gradient_kernel(
     d_incoming,
     segments,
     kv_heads,
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Walks back: replaces in d_kv the gradient of what each segment found by that of the memory
-    after it, and computes d_incoming. Shapes are as in `delta_kernel`."""
+    after it, and computes d_incoming. Shapes are as in `delta_kernel`.
+
+    Overlaps are symmetric unless TRANSPOSED is set."""
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     lane = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(1) % kv_heads
@@ -137,7 +142,11 @@ def delta_gradient_kernel(
         at = segment * kv_heads + kv_head
         d_found = tl.load(d_kv + at * D * D + places)
         tl.store(d_kv + at * D * D + places, d_state)
-        overlap = load_state(overlaps, at, D) * tl.load(damping + at)
+        overlap = load_state(overlaps, at, D)
+        if damping is not None:
+            overlap = overlap * tl.load(damping + at)
+        if TRANSPOSED:
+            overlap = tl.trans(overlap)
         d_state += d_found - tl.dot(overlap, d_state, input_precision=PRECISION)
         d_state = tl.where(tl.load(starts + segment) != 0, 0.0, d_state)
     tl.store(d_incoming + outer + places, d_state)

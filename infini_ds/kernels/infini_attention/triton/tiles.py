@@ -9,6 +9,11 @@ that only pass from kernel to kernel are stored head by head, [segments, heads, 
 import triton
 import triton.language as tl
 
+from infini_ds.memory import gated_delta
+
+KEY_EPSILON = tl.constexpr(gated_delta.KEY_EPSILON)
+READ_EPSILON = tl.constexpr(gated_delta.READ_EPSILON)
+
 
 @triton.jit
 def tile(start, rows, row_stride, D: tl.constexpr):
@@ -78,6 +83,28 @@ def key_tile(start, diagonal, gap, BEGINS: tl.constexpr):
 def sigma(x):
     """Computes the memory's feature map, elu + 1, in fp32; its derivative is min(sigma(x), 1)."""
     return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def silu(x):
+    """Computes SiLU in fp32."""
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def unit_scale(silu_x):
+    """One over the length of each row; the gated delta rule's features are their product."""
+    return tl.rsqrt(tl.sum(silu_x * silu_x, axis=1) + KEY_EPSILON)
+
+
+@triton.jit
+def gradient_of_unit(x, d_unit):
+    """Returns the gradient of x from that of its features, all fp32."""
+    sigmoid = tl.sigmoid(x)
+    scale = unit_scale(x * sigmoid)[:, None]
+    unit = x * sigmoid * scale
+    along = tl.sum(unit * d_unit, axis=1)[:, None]
+    return (d_unit - unit * along) * scale * sigmoid * (1 + x * (1 - sigmoid))
 
 
 @triton.jit

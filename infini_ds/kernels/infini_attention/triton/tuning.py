@@ -85,6 +85,19 @@ _TILES = {
     ("delta_gradient", 128): {AMPERE: Tiles(128, 32, 8, 1)},
     ("overlap_gradient", 64): {AMPERE: Tiles(64, 32, 4, 1)},
     ("overlap_gradient", 128): {AMPERE: Tiles(32, 32, 8, 1), HOPPER: Tiles(64, 32, 8, 1)},
+    # The rows of "keys" are the chunk of all kernels that have chunks.
+    ("keys", 64): {AMPERE: Tiles(64, 64, 4, 1)},
+    ("keys", 128): {AMPERE: Tiles(64, 64, 8, 1)},
+    ("chunks", 64): {AMPERE: Tiles(64, 32, 4, 1)},
+    ("chunks", 128): {AMPERE: Tiles(64, 32, 4, 1)},
+    ("chunks_gradient", 64): {AMPERE: Tiles(64, 32, 4, 1)},
+    ("chunks_gradient", 128): {AMPERE: Tiles(64, 32, 4, 1)},
+    ("tokens_gradient", 64): {AMPERE: Tiles(64, 32, 4, 1)},
+    ("tokens_gradient", 128): {AMPERE: Tiles(64, 32, 8, 1)},
+    ("normalized_read_gradient", 64): {AMPERE: Tiles(64, 64, 4, 1)},
+    ("normalized_read_gradient", 128): {AMPERE: Tiles(64, 128, 8, 1)},
+    ("read_sums", 64): {AMPERE: Tiles(64, 64, 4, 1)},
+    ("read_sums", 128): {AMPERE: Tiles(64, 128, 8, 1)},
 }
 
 _PACKED_TILES = {
