@@ -101,10 +101,10 @@ def unit_scale(silu_x):
 def gradient_of_unit(x, d_unit):
     """Returns the gradient of x from that of its features, all fp32."""
     sigmoid = tl.sigmoid(x)
-    scale = unit_scale(x * sigmoid)[:, None]
-    unit = x * sigmoid * scale
-    along = tl.sum(unit * d_unit, axis=1)[:, None]
-    return (d_unit - unit * along) * scale * sigmoid * (1 + x * (1 - sigmoid))
+    silu_x = x * sigmoid
+    scale = unit_scale(silu_x)
+    along = tl.sum(silu_x * d_unit, axis=1) * scale * scale
+    return (d_unit - silu_x * along[:, None]) * (scale[:, None] * sigmoid * (1 + x - silu_x))
 
 
 @triton.jit
