@@ -158,7 +158,7 @@ class Window(ABC):
         )  # fmt: skip
         # Infinity gives padded rows the weight exp2(-inf) = 0.
         log_sum = torch.full((self.rows, self.heads, self.padded_n), math.inf, device=self.q.device)
-        size = self.tiles("attend")
+        size = self.tiles("normalized_attend" if self.normalized else "attend")
         self.launch(
             attend_kernel, self.grid(size.rows, self.heads), size.options,
             q=self.q, rotated_k=rotated_k, v=self.v, kv=states.kv, norm=states.norm,
