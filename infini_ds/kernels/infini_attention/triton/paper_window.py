@@ -85,7 +85,8 @@ class PaperWindow(Window):
         self, states: States, d_found: tuple[Tensor, ...], d_final: MemoryState
     ) -> WriteGradients:
         both = self.k.new_empty(states.kv.shape if self.rule == "delta" else 0)
-        d_written, d_incoming = self._scan_back(states, *d_found, d_final, both)
+        d_found_kv, d_found_norm = d_found
+        d_written, d_incoming = self._scan_back(states, d_found_kv, d_found_norm, d_final, both)
         dk, dv = (
             torch.empty(
                 self.batch, self.segments, self.n, self.kv_heads, self.d,
