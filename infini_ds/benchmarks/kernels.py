@@ -29,6 +29,7 @@ from infini_ds.benchmarks.kernels_timing import (
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.kernels.trial import Operation
+from infini_ds.memory import RULES
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
@@ -46,7 +47,7 @@ class Sizes(NamedTuple):
     segments: int = 16
     heads: int = 32
     head_dim: int = 128
-    accuracy: tuple[Shape, ...] = (Shape(4, 256, 4, 128), Shape(4, 256, 4, 128, "delta"))
+    accuracy: tuple[Shape, ...] = tuple(Shape(4, 256, 4, 128, rule) for rule in RULES)
     full_tokens: tuple[int, ...] = (32_768, 131_072, 1_048_576)
     models: kernels_model.Models = kernels_model.Models()
     matrix: int = 8192
@@ -134,7 +135,7 @@ def measure(
     figures["rates"] = rates._asdict()
     shapes = [
         Shape(sizes.segments, n, sizes.heads, sizes.head_dim, rule)
-        for rule in ("delta", "linear")
+        for rule in reversed(RULES)
         for n in sizes.segment_lengths
     ]
     for shape in shapes:

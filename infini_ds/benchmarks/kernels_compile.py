@@ -27,7 +27,7 @@ from rich.table import Table
 from infini_ds.benchmarks import unfinished_products
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
-from infini_ds.kernels.backend import TRITON_HEAD_DIMS, TRITON_RULES
+from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.kernels.infini_attention.reference import Inputs
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES
@@ -56,7 +56,7 @@ SEGMENT_LENGTHS = (512, 500)
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma",
 }  # fmt: skip
-VARIANTS = ("GROUP", "ROTATES", "SIZE", "REVERSE", "DELTA")
+VARIANTS = ("GROUP", "ROTATES", "SIZE", "REVERSE", "DELTA", "NORMALIZED", "TRANSPOSED", "KEEPS")
 """Constants that tell variants of a kernel apart; sizes of tiles do not, as they are tuning."""
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
@@ -104,9 +104,7 @@ def run(
         raise UserError("bench kernels: Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
-    grid = product(
-        TRITON_HEAD_DIMS, TRITON_RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True)
-    )
+    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True))
     cases = [case for case in (Case(*place) for place in grid) if is_wanted(case)]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))

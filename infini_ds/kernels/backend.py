@@ -20,9 +20,6 @@ Backend = Literal["auto", "torch", "triton"]
 TRITON_HEAD_DIMS = (64, 128)
 """Head sizes for which the Triton kernels are written."""
 
-TRITON_RULES = ("linear", "delta")
-"""Memory rules for which the Triton kernels are written."""
-
 OLDEST_TRITON = (3, 6)
 """The oldest version that the kernels are tested with."""
 
@@ -63,8 +60,8 @@ def compiles(x: Tensor) -> bool:
     return _backend != "torch" and x.is_cuda and not (_fault or _cannot_run())
 
 
-def uses_triton(q: Tensor, rule: str) -> bool:
-    """Returns whether queries [..., d] go through the Triton kernels by a memory rule.
+def uses_triton(q: Tensor) -> bool:
+    """Returns whether queries [..., d] go through the Triton kernels.
 
     With `auto` they do so on a CUDA device, in bf16, for the head sizes in TRITON_HEAD_DIMS, if
     Triton is installed. A warning names once what is missing.
@@ -72,8 +69,6 @@ def uses_triton(q: Tensor, rule: str) -> bool:
     Raises:
         UserError: the Triton kernels are asked for and cannot compute this.
     """
-    if rule not in TRITON_RULES:
-        return False
     if is_recording():  # the kernels are compiled for a GPU that need not be present
         fits = q.dtype == torch.bfloat16 and q.shape[-1] in TRITON_HEAD_DIMS
         return fits and importlib.util.find_spec("triton") is not None

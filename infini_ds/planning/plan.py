@@ -14,7 +14,7 @@ import torch
 
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.errors import UserError
-from infini_ds.kernels.backend import TRITON_HEAD_DIMS, TRITON_RULES
+from infini_ds.kernels.backend import TRITON_HEAD_DIMS
 from infini_ds.model.block import Checkpointing
 from infini_ds.model.flops import (
     forward_flops_per_token,
@@ -254,8 +254,7 @@ def _costs(
     again = tokens * block_again[train.activation_checkpointing]
     sharing = 0
     if unit.ranks > 1:
-        written = model.head_dim in TRITON_HEAD_DIMS and model.memory_rule in TRITON_RULES
-        triton = train.dtype == "bf16" and written
+        triton = train.dtype == "bf16" and model.head_dim in TRITON_HEAD_DIMS
         sharing = unit.batch * sharing_flops(model, unit.segments, unit.ranks, triton)
         again += sharing if train.activation_checkpointing != "none" else 0
     forward, more, shared = [], [], []

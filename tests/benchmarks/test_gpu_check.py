@@ -124,7 +124,7 @@ CANDIDATES = sum(
 )
 PARTS = {
     "correct": (["0"], {"correct": 1}),
-    "bench": ([], {"rates": 1, "call": 6, "kernels": 4}),
+    "bench": ([], {"rates": 1, "call": 9, "kernels": 6}),
     "sdpa": ([], {"sdpa": 1}),
     "models": ([], {"models": 5}),
     "sweep": ([], {"document": 2, "full": 1}),

@@ -13,6 +13,7 @@ from infini_ds.benchmarks.kernel_cost import Rates
 from infini_ds.benchmarks.kernels_timing import Shape, time_operation
 from infini_ds.errors import RunError
 from infini_ds.kernels.infini_attention.parallel import infini_attention_parallel
+from infini_ds.memory import RULES
 from tests import tiny
 
 SMALL = {"num_layers": 1, "segment_length": 8}
@@ -21,7 +22,7 @@ SIZES = kernels.Sizes(
     segments=2,
     heads=2,
     head_dim=8,
-    accuracy=(Shape(3, 16, 2, 8), Shape(3, 16, 2, 8, "delta")),
+    accuracy=tuple(Shape(3, 16, 2, 8, rule) for rule in RULES),
     full_tokens=(32, 64),
     models=kernels_model.Models(
         tiny.model_config(**SMALL),
@@ -49,12 +50,12 @@ def test_every_figure_follows_from_the_times(capsys):
     }  # fmt: skip
     assert [(row["rule"], row["segment_length"], row["operation"]) for row in figures["calls"]] == [
         (rule, n, name)
-        for rule in ("delta", "linear")
+        for rule in ("gated_delta", "delta", "linear")
         for n in (8, 16)
         for name in (kernels.OURS, "PyTorch", "naive PyTorch")
     ]
     rows = 2 * 8 * 2
-    delta, forward = figures["calls"][0]["forward"], figures["calls"][6]["forward"]
+    delta, forward = figures["calls"][6]["forward"], figures["calls"][12]["forward"]
     assert delta["flops_per_second"] == rows * (2 * 8 * 8 + 6 * 8 * 8) / SECONDS
     assert forward["flops_per_second"] == rows * (2 * 8 * 8 + 4 * 8 * 8) / SECONDS
     assert forward["bytes_per_second"] == rows * (4 * 8 * 2 + 4) / SECONDS
@@ -114,10 +115,10 @@ def test_each_row_is_saved_at_once_and_what_takes_seconds_measured_once(monkeypa
 
     timers = kernels.Timers(counts("operation"), counts("step"), counts("once"))
     kernels.measure(infini_attention_parallel, "cpu", timers, SIZES, save)
-    assert saved == list(range(12 + 2 + 6 + 1))
-    # Two rates, 12 operations both ways, ours and full attention over 32 tokens; the same over 64,
+    assert saved == list(range(18 + 2 + 6 + 1))
+    # Two rates, 18 operations both ways, ours and full attention over 32 tokens; the same over 64,
     # and the document; the other models.
-    assert called == {"operation": 2 + 24 + 2, "once": 2 + 1, "step": 5}
+    assert called == {"operation": 2 + 36 + 2, "once": 2 + 1, "step": 5}
 
 
 def test_backward_is_timed_as_often_as_the_timer_wants():

@@ -16,7 +16,8 @@ from infini_ds.benchmarks.kernels_compile import INSTRUCTIONS, SEGMENT_LENGTHS, 
 DOTLESS = {"scan", "damping"}
 """Kernels without a matrix product."""
 OF_PACKED = {
-    "sums", "attend", "read_gradient", "write_gradient", "query_gradient", "key_gradient",
+    "sums", "attend", "read_gradient", "write_gradient", "query_gradient", "key_gradient", "keys",
+    "normalized_read_gradient",
 }  # fmt: skip
 """Kernels that tell packed segments from others."""
 
@@ -57,7 +58,8 @@ def check_coverage(rows: list[dict], head_dims: set[int], targets: set[str]) -> 
     kernels = {
         "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
         "key_gradient", "overlap", "damping", "delta", "delta_gradient",
-        "overlap_gradient",
+        "overlap_gradient", "keys", "chunks", "chunks_gradient", "tokens_gradient",
+        "normalized_read_gradient", "read_sums",
     }  # fmt: skip
     found = {(row["kernel"], row["head_dim"], row["target"]) for row in rows}
     assert found >= set(product(kernels - {"scan"}, head_dims, targets))

@@ -145,18 +145,18 @@ ARGUMENTS = (Queries(), 2, "delta")
 @pytest.mark.usefixtures("_restored")
 def test_wrong_kernels_are_left_alone_from_then_on(monkeypatch):
     monkeypatch.setattr(self_check, "find_fault", lambda *_: "computes the output wrongly")
-    assert backend.uses_triton(OnGpu(64), "linear")
+    assert backend.uses_triton(OnGpu(64))
     assert backend.compiles(OnGpu(64))
     self_check.check(*ARGUMENTS)
     says = "^kernels.backend: triton computes the output wrongly; PyTorch's operators compute"
     with pytest.warns(UserWarning, match=says):
-        assert not backend.uses_triton(OnGpu(64), "linear")
+        assert not backend.uses_triton(OnGpu(64))
     assert not backend.compiles(OnGpu(64))
     backend.check_backend("auto", "cuda", 64)
     backend.use_backend("triton")
     refused = "^kernels.backend: triton computes the output wrongly; auto or torch computes it$"
     with pytest.raises(UserError, match=refused):
-        backend.uses_triton(OnGpu(64), "linear")
+        backend.uses_triton(OnGpu(64))
     with pytest.raises(UserError, match=refused):
         backend.check_backend("triton", "cuda", 64)
 

@@ -254,8 +254,8 @@ class OnGpu:
 @pytest.mark.parametrize(("head_dim", "triton"), [(64, True), (128, True), (96, False)])
 def test_auto_takes_triton_where_its_kernels_fit(head_dim, triton, recwarn):
     backend._warn.cache_clear()
-    assert backend.uses_triton(OnGpu(head_dim), "linear") == triton
-    assert backend.uses_triton(OnGpu(head_dim), "linear") == triton
+    assert backend.uses_triton(OnGpu(head_dim)) == triton
+    assert backend.uses_triton(OnGpu(head_dim)) == triton
     said = [str(warning.message) for warning in recwarn]
     assert said == ([] if triton else [
         "kernels.backend: triton has kernels for model.head_dim 64 and 128, not 96; "
@@ -269,7 +269,7 @@ def test_auto_leaves_older_gpus_to_pytorch(monkeypatch):
     forget()
     backend._warn.cache_clear()
     with pytest.warns(UserWarning, match="needs a GPU of compute capability 8.0 or newer"):
-        assert not backend.uses_triton(OnGpu(64), "linear")
+        assert not backend.uses_triton(OnGpu(64))
 
 
 @pytest.mark.parametrize("version", ["2.1.0", "3.2.0", "3.5.1", "3.6.0", "3.7.1+git1", "3.10.0"])
@@ -291,8 +291,8 @@ def test_wrong_assembler_of_hopper_is_said_once(monkeypatch, tmp_path, recwarn, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     forget()
-    assert backend.uses_triton(OnGpu(64), "linear")
-    assert backend.uses_triton(OnGpu(64), "linear")
+    assert backend.uses_triton(OnGpu(64))
+    assert backend.uses_triton(OnGpu(64))
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == (named == "12.8.93")
     for line in said:

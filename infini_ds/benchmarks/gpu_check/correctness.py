@@ -24,6 +24,9 @@ CASES = (
     Trial("linear", 2, 2, 128, 1000),
     Trial("delta", 8, 2, 128, 2048, packed=True),
     Trial("linear", 4, 2, 64, 500, packed=True),
+    Trial("gated_delta", 8, 2, 128, 2048),
+    Trial("gated_delta", 2, 2, 128, 512),
+    Trial("gated_delta", 4, 2, 64, 500, packed=True),
 )
 
 

@@ -16,11 +16,12 @@ from infini_ds.errors import RunError, UserError
 SECONDS = 520.0
 DRY_PATIENCE = 3.0
 """Factor on each step's limit in a dry run, because the CPU may be shared with others."""
-CORRECT_CASES = 8
+CORRECT_CASES = 11
 TILE_WORKERS = 4
 COMPILED_AHEAD = (
     "linear:16:512:32:32:128:operation", "delta:16:512:32:32:128:operation",
-    "linear:16:2048:32:32:128:operation", "delta:16:2048:32:32:128:operation",
+    "gated_delta:16:512:32:32:128:operation", "linear:16:2048:32:32:128:operation",
+    "delta:16:2048:32:32:128:operation", "gated_delta:16:2048:32:32:128:operation",
     "linear:16:2048:32:8:128:model", "delta:16:2048:16:8:128:model",
     "delta:16:2048:8:8:128:model", "linear:16:2048:8:8:128:model", "delta:2:512:4:2:128:model",
 )  # fmt: skip
