@@ -183,6 +183,7 @@ def _build_peer(_: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor],
 
 def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tensor], Any]:
     from infini_ds.conversion.seed import from_seed
+    from infini_ds.memory import RULES
     from infini_ds.model.transformer import InfiniTransformer
     from infini_ds.system.resources import keep_freed_memory
 
@@ -195,7 +196,7 @@ def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tenso
         head_dim=128,
         intermediate_size=int(4 * 512 * 2 / 3),
         segment_length=segment,
-        memory_rule="gated_delta" if name == "gated_delta" else "linear",
+        memory_rule=name if name in RULES else "linear",  # type: ignore[arg-type]
         hidden_act="gelu",
         mlp_bias=True,
         head_bias=True,

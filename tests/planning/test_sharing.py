@@ -161,10 +161,19 @@ def test_operations_are_those_of_the_products(rule, segments, ranks):
     inputs = Inputs(unused, k, v, None, memory, layout, unused, rule, (unused, unused))
     with FlopCounterMode(display=False) as counter:
         memory_before_part(inputs, Echo(ranks))
-    counted = counter.get_total_flops()
+    tokens = kv_heads * segments * n
+    # The counter does not know the triangular systems of chunks of 64 tokens.
+    counted = counter.get_total_flops() + (2 * 64 * d * tokens if rule == "gated_delta" else 0)
     assert sharing_flops(model, segments, ranks, twice=True) == pytest.approx(counted, rel=0.05)
     once = sharing_flops(model, segments, ranks, twice=False)
-    writes = 2 * d * (d + 1) * (2 if rule == "delta" else 1) * kv_heads * segments * n
+    writes = (
+        tokens
+        * {
+            "linear": 2 * d * (d + 1),
+            "delta": 4 * d * (d + 1),
+            "gated_delta": 2 * d * (2 * 64 + 2 * d) + 4 * d**3 // n,
+        }[rule]
+    )
     assert sharing_flops(model, segments, ranks, twice=True) == once + writes
 
 
