@@ -29,6 +29,7 @@ from tests.kernels import test_infini_attention
 from tests.kernels.test_infini_attention import LAYOUTS, make_inputs, make_layout
 from tests.kernels.triton_cases import (
     CASES,
+    LONG_CASES,
     PACKED_CASES,
     check,
     check_packed,
@@ -39,13 +40,21 @@ from tests.kernels.triton_cases import (
 )
 
 ROOT = Path(__file__).parents[2]
-ALL = [*PACKED_CASES, *CASES]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("triton")
-    halves = [ALL[::2], ALL[1::2]]  # for two cores
+    return interpreted(tmp_path_factory.mktemp("triton"), [*PACKED_CASES, *CASES])
+
+
+@pytest.fixture(scope="module")
+def long_results(tmp_path_factory) -> list[dict]:
+    return interpreted(tmp_path_factory.mktemp("long"), LONG_CASES)
+
+
+def interpreted(folder: Path, given_cases: list[dict]) -> list[dict]:
+    """Computes cases in the interpreter, in two processes."""
+    halves = [given_cases[::2], given_cases[1::2]]  # for two cores
     running = []
     for half, cases in enumerate(halves):
         given, taken = folder / f"cases{half}.json", folder / f"results{half}.json"
@@ -54,7 +63,7 @@ def results(tmp_path_factory) -> list[dict]:
         running.append(Popen(command, cwd=ROOT, text=True, stdout=PIPE, stderr=STDOUT))
     outputs = [process.communicate(timeout=540)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "".join(outputs)
-    results = [{}] * len(ALL)
+    results = [{}] * len(given_cases)
     for half in range(2):
         results[half::2] = json.loads((folder / f"results{half}.json").read_text())
     return results
@@ -65,6 +74,12 @@ def test_kernels_match_reference(results, index):
     check(CASES[index], results[len(PACKED_CASES) + index])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("index", range(len(LONG_CASES)), ids=[name(case) for case in LONG_CASES])
+def test_more_cases_match_reference(long_results, index):
+    check(LONG_CASES[index], long_results[index])
+
+
 @pytest.mark.parametrize(
     "index", range(len(PACKED_CASES)), ids=[name_packed(case) for case in PACKED_CASES]
 )
@@ -73,7 +88,7 @@ def test_kernels_match_reference_in_packed_segments(results, index):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", [*CASES, *LONG_CASES], ids=name)
 def test_kernels_match_reference_on_a_gpu(case, monkeypatch):
     for module, attribute in ((test_infini_attention, "DIM"), (window, "tiles")):
         monkeypatch.setattr(module, attribute, getattr(module, attribute))  # a case changes them
