@@ -317,7 +317,7 @@ def test_wrong_assembler_of_hopper_is_said_once(monkeypatch, tmp_path, recwarn, 
 
 def test_layouts_are_all_covered():
     for rule in RULES:
-        covered = {case["layout"] for case in CASES if case["rule"] == rule}
+        covered = {case["layout"] for case in [*CASES, *LONG_CASES] if case["rule"] == rule}
         assert covered == set(LAYOUTS)
 
 
