@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_ds.benchmarks.quality_variants import variant_config
-from infini_ds.benchmarks.training_runs import run_all
+from infini_ds.benchmarks.training_runs import print_skipped, run_all
 from infini_ds.config import RunConfig
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.opening import open_data, with_vocabulary
@@ -91,12 +91,7 @@ def run(
     }
     console = Console()
     console.print(table(figures))
-    for name, result in results:
-        if result["skipped_steps"]:
-            console.print(
-                f"{name}: {result['skipped_steps']} steps were skipped, as their gradient "
-                "was not finite"
-            )
+    print_skipped(results, console)
     write_plot(figures, Path(plot_path))
     console.print(f"bits per byte by position in the document: {plot_path}")
     write_figures(json_path, figures)

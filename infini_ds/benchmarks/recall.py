@@ -20,7 +20,7 @@ from infini_ds.benchmarks.recall_variants import (
     check_segments,
     variant_config,
 )
-from infini_ds.benchmarks.training_runs import run_all
+from infini_ds.benchmarks.training_runs import print_skipped, run_all
 from infini_ds.config import RunConfig
 from infini_ds.data.recall import Size, vocabulary
 from infini_ds.errors import UserError
@@ -125,12 +125,7 @@ def run(
     write_figures(json_path, figures)
     console = Console()
     report(figures, plot_path, console)
-    for name, figures_of_run in zip(jobs, results, strict=True):
-        if figures_of_run["skipped_steps"]:
-            console.print(
-                f"{name}: {figures_of_run['skipped_steps']} steps were skipped, as their gradient "
-                "was not finite"
-            )
+    print_skipped(zip(jobs, results, strict=True), console)
     if training.save:
         console.print(f"exports: {training.save}")
     return figures

@@ -6,7 +6,7 @@ This module does not import torch, so that mistakes are reported at once.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,6 +120,16 @@ def run_all(title: str, jobs: dict[str, Job], work: Work[Job], steps: int) -> li
             process.terminate()
             process.join()
     return [results[name] for name in jobs]
+
+
+def print_skipped(results: Iterable[tuple[str, dict[str, Any]]], console: Console) -> None:
+    """Names the runs, given with their figures, that had to leave out steps."""
+    for name, figures in results:
+        if figures["skipped_steps"]:
+            console.print(
+                f"{name}: {figures['skipped_steps']} steps were skipped, as their gradient "
+                "was not finite"
+            )
 
 
 def _do(connection: Connection, work: Work[Job], job: Job) -> None:

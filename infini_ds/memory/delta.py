@@ -32,11 +32,6 @@ class Delta(DividingRule):
         """A of z is one number for all heads, A of M a matrix for each; B as M and z."""
         return 1 + kv_heads * head_dim * (2 * head_dim + 1)
 
-    def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
-        """Each segment multiplies a map of 2 d columns by a matrix [d, d]; each part's A multiplies
-        the memory once."""
-        return 2 * head_dim**3 * (2 * segments + ranks)
-
 
 @torch.no_grad()
 def delta_damping(overlap: Tensor, norm: Tensor, added_norm: Tensor) -> Tensor:

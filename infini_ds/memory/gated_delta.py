@@ -67,8 +67,3 @@ class GatedDelta(MemoryRule):
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
         """A and B are a matrix each for each head."""
         return kv_heads * 2 * head_dim**2
-
-    def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
-        """As for the delta rule: each segment multiplies a map of 2 d columns by a matrix [d, d];
-        each part's A multiplies the memory once."""
-        return 2 * head_dim**3 * (2 * segments + ranks)

@@ -83,17 +83,18 @@ class MemoryRule(ABC):
         """Returns how many numbers each of the ranks that share a window tells the others about its
         part's change of a lane's memory; see `HandOn`."""
 
-    @abstractmethod
     def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
         """Counts a rank's operations on the maps of a window that it shares, forward, for one
         key-value head of a lane: the map of its own part, and then those of all parts applied.
 
-        Sums over tokens are not included.
+        If A is a matrix, each segment multiplies a map of 2 d columns by a matrix [d, d], and each
+        part's A multiplies the memory once. Sums over tokens are not included.
 
         Args:
             segments: number of segments in the rank's part.
             ranks: number of ranks that share the window.
         """
+        return 2 * head_dim**3 * (2 * segments + ranks)
 
 
 class DividingRule(MemoryRule):

@@ -2,13 +2,11 @@
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 from infini_ds import cli
 from infini_ds.config import FEWEST_FACTS, BabilongConfig
@@ -20,6 +18,7 @@ from infini_ds.evaluation.babilong import BabilongOptions, Questions, measure, w
 from infini_ds.evaluation.babilong_report import Outcome, figures
 from infini_ds.model.reading import CALL_TOKENS
 from tests.data.bab_reader import answer_to, facts_in
+from tests.evaluation.oracle import Oracle, Progress
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
@@ -41,8 +40,8 @@ def pieces(tmp_path_factory) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(path.read_bytes(), "made here")
 
 
-class Oracle(nn.Module):
-    """Keeps the text that it reads as its memory, and answers by looking through it.
+class FactOracle(Oracle):
+    """Finds the answer by the facts of the text.
 
     Args:
         forgets: leave out the last of so many facts.
@@ -50,38 +49,16 @@ class Oracle(nn.Module):
     """
 
     def __init__(self, tokenizer, says: str = ".", forgets: int = 0):
-        super().__init__()
-        self.tokenizer, self.says, self.forgets = tokenizer, says, forgets
-        self.config = SimpleNamespace(segment_length=N)
-        self.nothing = nn.Parameter(torch.zeros(()))
-        self.calls: list[int] = []
+        super().__init__(tokenizer, N)
+        self.says, self.forgets = says, forgets
 
-    def read(self, tokens, memory):
-        self.calls.append(tokens.numel())
-        assert tokens.shape[1] % N == 0
-        hidden = torch.zeros(*tokens.shape, 1)
-        return hidden, tokens if memory is None else torch.cat((memory, tokens), dim=1)
-
-    def generate(self, prompt, max_new_tokens, temperature, memory):
-        assert temperature == 0
-        assert prompt.shape[1] + max_new_tokens <= N
-        rows = prompt if memory is None else torch.cat((memory, prompt), dim=1)
-        written = [self._answer(row, memory is not None)[:max_new_tokens] for row in rows.tolist()]
-        return torch.tensor([ids + [0] * (max_new_tokens - len(ids)) for ids in written])
-
-    def _answer(self, row: list[int], reads: bool) -> list[int]:
+    def answer(self, row: list[int], reads: bool) -> list[int]:
         text = self.tokenizer.decode(row)
         assert reads == (row[0] == self.tokenizer.bos_id)
         facts = facts_in(text)
         facts = facts[: len(facts) - self.forgets]
         answer = answer_to(facts, text[text.rindex(" W") + 1 :]) if facts else "the moon"
         return self.tokenizer.encode_array(f" {answer}{self.says}", False).tolist()
-
-
-class Progress:
-    def read(self, tokens: int) -> None: ...
-
-    def answered(self, documents: int) -> None: ...
 
 
 def outcomes_of(model, asked, plan, batch=3) -> list[Outcome]:
@@ -94,7 +71,7 @@ class TestCounting:
     def test_oracle_is_always_right_but_only_with_its_memory(self, pieces, kind, task):
         tokenizer = pieces if kind == "sentencepiece" else ByteTokenizer()
         plan = [(task, 6, 10), (task, 9, 4)]
-        outcomes = outcomes_of(Oracle(tokenizer), questions(tokenizer), plan)
+        outcomes = outcomes_of(FactOracle(tokenizer), questions(tokenizer), plan)
         assert Counter(outcome.segments for outcome in outcomes) == {6: 10, 9: 4}
         assert {outcome.task for outcome in outcomes} == {task}
         assert all(outcome.right for outcome in outcomes)
@@ -102,14 +79,14 @@ class TestCounting:
 
     def test_older_news_is_wrong(self):
         outcomes = outcomes_of(
-            Oracle(ByteTokenizer(), forgets=1), questions(min_facts=4), [("qa1", 6, 40)]
+            FactOracle(ByteTokenizer(), forgets=1), questions(min_facts=4), [("qa1", 6, 40)]
         )
         assert 0 < sum(outcome.right for outcome in outcomes) < 40
 
     def test_answer_that_goes_on_is_wrong(self):
         """A list of which the right answer is only the beginning is another list."""
         outcomes = outcomes_of(
-            Oracle(ByteTokenizer(), says=",milk."), questions(), [("qa8", 4, 20)]
+            FactOracle(ByteTokenizer(), says=",milk."), questions(), [("qa8", 4, 20)]
         )
         assert not any(outcome.right for outcome in outcomes)
 
@@ -131,7 +108,7 @@ class TestCounting:
         assert (third["task"], third["samples"], third["chance"]) == ("qa3", 1, 0.2)
 
     def test_tokens_of_a_call_are_bounded_whatever_the_length(self):
-        model = Oracle(ByteTokenizer())
+        model = FactOracle(ByteTokenizer())
         outcomes = outcomes_of(model, questions(), [("qa2", 700, 4)], batch=4)
         assert all(outcome.right for outcome in outcomes)
         assert max(model.calls) <= CALL_TOKENS

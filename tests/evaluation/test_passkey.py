@@ -4,13 +4,11 @@ import json
 import re
 from collections import Counter
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 from infini_ds import cli
 from infini_ds.config import PasskeyConfig
@@ -25,6 +23,7 @@ from infini_ds.memory import RULES
 from infini_ds.model.reading import CALL_TOKENS, call_width, read_text
 from infini_ds.model.transformer import InfiniTransformer
 from tests import tiny
+from tests.evaluation.oracle import Oracle, Progress
 
 torch.set_num_threads(1)
 
@@ -46,42 +45,19 @@ def pieces(tmp_path_factory) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(path.read_bytes(), "made here")
 
 
-class Oracle(nn.Module):
-    """Keeps the text that it reads as its memory, and finds the key in it, if it looks."""
+class KeyOracle(Oracle):
+    """Finds the key in the text, if it looks."""
 
     def __init__(self, tokenizer, looks: bool):
-        super().__init__()
-        self.tokenizer, self.looks = tokenizer, looks
-        self.config = SimpleNamespace(segment_length=N)
-        self.nothing = nn.Parameter(torch.zeros(()))
-        self.calls: list[int] = []
+        super().__init__(tokenizer, N)
+        self.looks = looks
 
-    def read(self, tokens, memory):
-        self.calls.append(tokens.numel())
-        assert tokens.shape[1] % N == 0
-        hidden = torch.zeros(*tokens.shape, 1)
-        return hidden, tokens if memory is None else torch.cat((memory, tokens), dim=1)
-
-    def generate(self, prompt, max_new_tokens, temperature, memory):
-        assert temperature == 0
-        assert prompt.shape[1] + max_new_tokens <= N
-        rows = prompt if memory is None else torch.cat((memory, prompt), dim=1)
-        written = []
-        for row in rows.tolist():
-            text = self.tokenizer.decode(row)
-            assert memory is None or row[0] == self.tokenizer.bos_id
-            (asked,) = re.findall(r"What is the (pass key[^?]*)\? The \1 is $", text)
-            found = re.findall(rf"The {asked} is (\d+)\. Remember", text)
-            answer = found[0] if self.looks and found else "00000"
-            ids = self.tokenizer.encode(answer)
-            written.append((ids + [0] * max_new_tokens)[:max_new_tokens])
-        return torch.tensor(written)
-
-
-class Progress:
-    def read(self, tokens: int) -> None: ...
-
-    def answered(self, documents: int) -> None: ...
+    def answer(self, row: list[int], reads: bool) -> list[int]:
+        text = self.tokenizer.decode(row)
+        assert not reads or row[0] == self.tokenizer.bos_id
+        (asked,) = re.findall(r"What is the (pass key[^?]*)\? The \1 is $", text)
+        found = re.findall(rf"The {asked} is (\d+)\. Remember", text)
+        return self.tokenizer.encode(found[0] if self.looks and found else "00000")
 
 
 def outcomes_of(model, asked, plan, batch=3) -> list[Outcome]:
@@ -95,13 +71,13 @@ class TestCounting:
     def test_oracle_finds_every_key_but_only_with_its_memory(self, pieces, kind, keys, filler):
         tokenizer = pieces if kind == "sentencepiece" else ByteTokenizer()
         asked = questions(tokenizer, filler=filler, keys=keys)
-        outcomes = outcomes_of(Oracle(tokenizer, looks=True), asked, [(6, 10), (9, 4)])
+        outcomes = outcomes_of(KeyOracle(tokenizer, looks=True), asked, [(6, 10), (9, 4)])
         assert Counter(outcome.segments for outcome in outcomes) == {6: 10, 9: 4}
         assert all(outcome.right for outcome in outcomes)
         assert not any(outcome.right_ablated for outcome in outcomes)
 
     def test_model_that_does_not_look_finds_none(self):
-        outcomes = outcomes_of(Oracle(ByteTokenizer(), looks=False), questions(), [(5, 10)])
+        outcomes = outcomes_of(KeyOracle(ByteTokenizer(), looks=False), questions(), [(5, 10)])
         assert not any(outcome.right or outcome.right_ablated for outcome in outcomes)
 
     def test_figures_count_each_kind_apart(self):
@@ -120,7 +96,7 @@ class TestCounting:
         assert (second["segments"], second["all"], second["cut"]) == (64, 1.0, None)
 
 
-class ManyOracle(Oracle):
+class ManyOracle(KeyOracle):
     """Finds the answer to any question of any form, or only those to the first of a document."""
 
     first_only = False
@@ -130,9 +106,9 @@ class ManyOracle(Oracle):
         rows = prompt if memory is None else torch.cat((memory, prompt), dim=1)
         n = self.config.segment_length
         assert rows.shape[1] // n == (rows.shape[1] + max_new_tokens - 1) // n
-        return torch.tensor([self.answer(row, memory, max_new_tokens) for row in rows.tolist()])
+        return torch.tensor([self._answer(row, memory, max_new_tokens) for row in rows.tolist()])
 
-    def answer(self, row, memory, size):
+    def _answer(self, row, memory, size):
         before = 0 if memory is None else memory.shape[1]
         text, asked = (self.tokenizer.decode(part) for part in (row[:before], row[before:]))
         earlier = re.findall(r"[ .](?:=|(?:is|are) |[Tt]hey are )\d", asked)
@@ -277,7 +253,7 @@ def test_defaults_ask_less_of_long_documents():
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_tokens_of_a_call_are_bounded_whatever_the_length(batch):
-    model = Oracle(ByteTokenizer(), looks=True)
+    model = KeyOracle(ByteTokenizer(), looks=True)
     outcomes = outcomes_of(model, questions(), [(900, 5)], batch=batch)
     assert all(outcome.right for outcome in outcomes)
     assert max(model.calls) <= CALL_TOKENS
