@@ -1,8 +1,8 @@
 """The Infini-Transformer itself."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from infini_ds.config.settings import SMALLEST_EPSILON, Settings
 
@@ -42,8 +42,14 @@ class MemoryConfig(Settings):
     """Each token decides how much of it is written into the memory of each key-value head."""
     write_penalty: float = Field(default=0.0, ge=0)
     """With write_gate, the loss gets this times the mean write weight, summed over layers."""
-    short_conv: bool = False
-    """Queries, keys and values see the 4 tokens before them: a causal convolution, 0 at start."""
+    short_conv: int = Field(default=0, ge=0, le=64)
+    """How many tokens before it each token's queries, keys and values see: a causal convolution."""
+
+    @field_validator("short_conv", mode="before")
+    @classmethod
+    def _taps(cls, value: Any) -> Any:
+        # Configs and checkpoints of earlier versions say whether there is one.
+        return (4 if value else 0) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> "MemoryConfig":

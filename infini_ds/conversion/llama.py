@@ -169,7 +169,7 @@ def to_config(
     """
     if config.memory.short_conv:
         raise UserError(
-            f"{origin}: model.memory.short_conv must be false; the convolution is a part of local "
+            f"{origin}: model.memory.short_conv must be 0; the convolution is a part of local "
             "attention that plain models lack"
         )
     if config.head_bias:

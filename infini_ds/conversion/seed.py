@@ -152,10 +152,10 @@ def check_config(config: ModelConfig, origin: str) -> None:
             f"{origin}: model.memory_rule ({config.memory_rule}) must be linear or delta for the "
             "seed library"
         )
-    for name in ("write_gate", "short_conv"):
+    for name, off in (("write_gate", "false"), ("short_conv", "0")):
         if getattr(config.memory, name):
             raise UserError(
-                f"{origin}: model.memory.{name} must be false; the seed library has nothing like it"
+                f"{origin}: model.memory.{name} must be {off}; the seed library has nothing like it"
             )
     if config.kv_heads != config.num_heads:
         raise UserError(

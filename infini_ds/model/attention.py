@@ -21,7 +21,7 @@ from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
-from infini_ds.model.short_conv import TAPS, ShortConv
+from infini_ds.model.short_conv import ShortConv
 from infini_ds.model.write_gate import WriteGate, WriteStats, write_stats
 
 Method = TypeVar("Method", bound=Callable)
@@ -66,7 +66,8 @@ class InfiniAttention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.beta = nn.Parameter(torch.full((config.num_heads,), config.gate_init))
         channels = heads * config.head_dim
-        self.short_conv = ShortConv(channels) if config.memory.short_conv else None
+        taps = config.memory.short_conv
+        self.short_conv = ShortConv(channels, taps) if taps else None
         self.write_gate = WriteGate(config) if config.memory.write_gate else None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
@@ -181,7 +182,7 @@ class InfiniAttention(nn.Module):
         """Whole segments [batch, segments, n, heads + 2 kv_heads, d]."""
         if layout.begins is not None:
             return short_conv.packed(qkv, layout.begins)
-        nothing = qkv.new_zeros(*qkv.shape[:2], TAPS, *qkv.shape[3:])
+        nothing = qkv.new_zeros(*qkv.shape[:2], short_conv.taps, *qkv.shape[3:])
         return short_conv(qkv, nothing)[0]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:

@@ -4,7 +4,6 @@ import torch
 
 from infini_ds.config import ModelConfig
 from infini_ds.memory import RULES
-from infini_ds.model.short_conv import TAPS
 
 PEAK_BF16_FLOPS = {
     "B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
@@ -30,7 +29,7 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     local = 2 * 2 * heads * d * (n + 1) // 2
     memory = _with_norm(config, heads * 2 * d**2 + kv_heads * _write(config))
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
-    convolution = 2 * TAPS * (heads + 2 * kv_heads) * d if config.memory.short_conv else 0
+    convolution = 2 * config.memory.short_conv * (heads + 2 * kv_heads) * d
     block = projections + feed_forward + local + memory + gate + convolution
     head = 2 * hidden * config.vocab_size
     return [0, *[block] * config.num_layers, 0, head]

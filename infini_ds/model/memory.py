@@ -13,7 +13,6 @@ from torch import Tensor
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.memory import RULES, MemoryState
-from infini_ds.model.short_conv import TAPS
 from infini_ds.system.ranges import check_finite, narrowed
 from infini_ds.system.whole_file import whole_file
 
@@ -30,7 +29,7 @@ class OpenSegment(NamedTuple):
     weights: Tensor
     """[batch, segment_length, kv_heads or 0] fp32"""
     tail: Tensor
-    """[batch, TAPS or 0, heads + 2 kv_heads, d]"""
+    """[batch, memory.short_conv, heads + 2 kv_heads, d]"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,8 +54,8 @@ class Memory:
     """[layers, batch, segment_length, kv_heads] fp32, the weights with which the open segment's
     tokens will be written; the last size is 0 without memory.write_gate."""
     tail: Tensor
-    """[layers, batch, TAPS, heads + 2 kv_heads, d], queries, keys and values of the open segment's
-    last tokens before the convolution; the third size is 0 without memory.short_conv."""
+    """[layers, batch, memory.short_conv, heads + 2 kv_heads, d], queries, keys and values of the
+    open segment's last tokens before the convolution."""
     lengths: tuple[int, ...]
     """Number of tokens in the open segment of each row."""
     rule: str | None = None
@@ -316,5 +315,5 @@ def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
         "keys": (layers, batch, n, kv_heads, d),
         "values": (layers, batch, n, kv_heads, d),
         "weights": (layers, batch, n, kv_heads if config.memory.write_gate else 0),
-        "tail": (layers, batch, TAPS if config.memory.short_conv else 0, heads + 2 * kv_heads, d),
+        "tail": (layers, batch, config.memory.short_conv, heads + 2 * kv_heads, d),
     }

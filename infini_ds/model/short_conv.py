@@ -6,40 +6,43 @@ from torch.autograd.function import once_differentiable
 
 from infini_ds.layout import made_once
 
-TAPS = 4
-"""Number of earlier tokens that each token sees.
-
-With 3, the usual number, the last two of a pass key's five digits see nothing but digits. Models
-then sometimes got these two wrong in keys that repeat a digit."""
-
 
 class ShortConv(nn.Module):
     """Computes x_t + sum over i of c_i x_(t - i), with filters c_i for each channel.
 
     All c_i are 0 initially, so that the layer starts as the identity.
+
+    Args:
+        channels: number of channels.
+        taps: number of earlier tokens that each token sees.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, TAPS))
+        self.weight = nn.Parameter(torch.zeros(channels, taps))
+
+    @property
+    def taps(self) -> int:
+        """Number of earlier tokens that each token sees."""
+        return self.weight.shape[1]
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Convolves consecutive tokens of one segment.
 
         Args:
             x: [..., t, heads, d], heads x d channels.
-            before: [..., TAPS, heads, d], the preceding tokens, zeros where there are none.
+            before: [..., taps, heads, d], the preceding tokens, zeros where there are none.
 
         Returns:
-            The output in the shape of x, and the last TAPS input tokens, which are `before` for the
-            tokens that follow.
+            The output in the shape of x, and the last `taps` input tokens, which are `before` for
+            the tokens that follow.
         """
         seen = torch.cat((before, x), dim=-3)
-        taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [TAPS, heads, d]
+        taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [taps, heads, d]
         out = x
         for back, tap in enumerate(taps, start=1):
-            out = torch.addcmul(out, tap, seen.narrow(-3, TAPS - back, x.shape[-3]))
-        return out, seen.narrow(-3, x.shape[-3], TAPS)
+            out = torch.addcmul(out, tap, seen.narrow(-3, len(taps) - back, x.shape[-3]))
+        return out, seen.narrow(-3, x.shape[-3], len(taps))
 
     def packed(self, x: Tensor, begins: Tensor) -> Tensor:
         """Whole segments of several documents, none of which sees tokens of another.
@@ -51,21 +54,21 @@ class ShortConv(nn.Module):
         Returns:
             The same shape as x.
         """
-        taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [TAPS, heads, d]
-        return _Packed.apply(x, taps, _first_rows(begins))  # type: ignore[return-value]
+        taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [taps, heads, d]
+        return _Packed.apply(x, taps, _first_rows(begins, self.taps))  # type: ignore[return-value]
 
 
-def _first_rows(begins: Tensor) -> list[Tensor]:
+def _first_rows(begins: Tensor, taps: int) -> list[Tensor]:
     """Rows, of lanes and segments flattened, of the documents behind each segment's first: the
-    first rows of all of them, the second rows, and so on up to TAPS."""
+    first rows of all of them, the second rows, and so on, `taps` of them."""
 
     def make() -> list[Tensor]:
         n = begins.shape[-1]
         place = torch.arange(n, device=begins.device) - begins
         place = place.masked_fill((begins == 0) | (begins == n), -1).flatten()
-        return [(place == row).nonzero()[:, 0] for row in range(TAPS)]
+        return [(place == row).nonzero()[:, 0] for row in range(taps)]
 
-    return made_once(begins, ("first rows", TAPS), make)
+    return made_once(begins, ("first rows", taps), make)
 
 
 class _Packed(torch.autograd.Function):

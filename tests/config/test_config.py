@@ -351,6 +351,12 @@ def test_switches_may_be_spoken_the_other_way(file, text):
     assert load(file, [f"resume={text}"]).resume is False
 
 
+@pytest.mark.parametrize(("text", "taps"), [("true", 4), ("false", 0), ("8", 8), ("0", 0)])
+def test_earlier_configs_say_whether_there_is_a_convolution(file, text, taps):
+    found = load(file, [f"model.memory.short_conv={text}"]).model.memory.short_conv
+    assert (found, type(found)) == (taps, int)
+
+
 @pytest.mark.parametrize("text", ["no", "on", "yes", "1:30", "'1e6'", "'~'", "'010'"])
 def test_text_that_looks_like_something_else_stays_text(file, tmp_path, text):
     """Such as the Norwegian part of a dataset; also when it is written and read again."""

@@ -29,7 +29,7 @@ LENGTH = 3 * N + 5
 MODELS: dict[str, dict] = {
     "tied": {
         "memory_rule": "delta", "num_kv_heads": 2, "tie_embeddings": True,
-        "memory": MemoryConfig(write_gate=True, short_conv=True), "qk_norm": True,
+        "memory": MemoryConfig(write_gate=True, short_conv=6), "qk_norm": True,
     },
     "untied": {"head_bias": True},
     "gated": {

@@ -95,7 +95,7 @@ MISTAKES = {
     ),
     "memory": (
         ["model.memory.short_conv=true"], {},
-        r"model.memory.short_conv \(True\) must be False, as in init_from",
+        r"model.memory.short_conv \(4\) must be 0, as in init_from",
     ),
     "vocabulary": (["model.vocab_size=300"], {}, r"model.vocab_size \(300\) must be 258"),
     "no_export": (["init_from=nowhere"], {"model": True}, "nowhere: no such file or directory"),

@@ -33,7 +33,7 @@ MODELS: dict[str, dict] = {
     "linear": {"rope_scaling": LLAMA3, "head_bias": True},
     "delta": {
         "memory_rule": "delta", "num_kv_heads": 2,
-        "memory": MemoryConfig(write_gate=True, short_conv=True), "qk_norm": True,
+        "memory": MemoryConfig(write_gate=True, short_conv=6), "qk_norm": True,
     },
     "biased": {
         "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "num_kv_heads": 1,

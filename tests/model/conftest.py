@@ -38,7 +38,7 @@ def make_model() -> Callable[..., InfiniTransformer]:
     return make
 
 
-WRITING = {"write_gate": True, "write_penalty": 0.5, "short_conv": True}
+WRITING = {"write_gate": True, "write_penalty": 0.5, "short_conv": 6}
 """Everything on that the model can learn about writing."""
 
 

@@ -6,7 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infini_ds.memory.gated_delta import CHUNK
 from infini_ds.model.flops import forward_flops_per_token, training_flops_per_token
-from infini_ds.model.short_conv import TAPS
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -27,9 +26,9 @@ def test_formula_equals_counted_products(make_model, make_tokens, rule, options,
     counted = sum(products.values()) / (2 * 4 * n)
     local = 2 * 2 * config.num_heads * config.head_dim * (n + 1) // 2 * config.num_layers
     expected = sum(forward_flops_per_token(config)) - local
-    if config.memory.short_conv:  # not a product of matrices: TAPS multiply-adds a channel
+    if config.memory.short_conv:  # not a product of matrices: a multiply-add a tap and channel
         channels = (config.num_heads + 2 * config.kv_heads) * config.head_dim
-        expected -= 2 * TAPS * channels * config.num_layers
+        expected -= 2 * config.memory.short_conv * channels * config.num_layers
     if rule == "gated_delta":  # the counter does not know triangular systems
         expected -= 2 * CHUNK * config.kv_heads * config.head_dim * config.num_layers
     # Beyond the formula: the scan over segments or the walk, and the guard of the delta rule.

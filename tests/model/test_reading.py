@@ -89,10 +89,13 @@ def test_memory_of_another_shape_is_refused(make_model, make_tokens):
         make_model(segment_length=4)(make_tokens(2, 4), memory=memory)
 
 
-@pytest.mark.parametrize(("option", "name"), [("write_gate", "weights"), ("short_conv", "tail")])
-def test_memory_of_other_options_is_refused(make_model, make_tokens, option, name):
-    plain, other = make_model(), make_model(memory={option: True})
-    for one, two, value in ((plain, other, True), (other, plain, False)):
+@pytest.mark.parametrize(
+    ("option", "name", "on", "off"),
+    [("write_gate", "weights", True, False), ("short_conv", "tail", 8, 4)],
+)
+def test_memory_of_other_options_is_refused(make_model, make_tokens, option, name, on, off):
+    plain, other = make_model(memory={option: off}), make_model(memory={option: on})
+    for one, two, value in ((plain, other, on), (other, plain, off)):
         with pytest.raises(ValueError, match=f"with {name} .* memory.{option} is {value}"):
             two(make_tokens(1, 4), memory=one(make_tokens(1, 4)).memory)
 

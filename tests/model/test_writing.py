@@ -5,15 +5,16 @@ import torch
 
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES
-from infini_ds.model.short_conv import TAPS, ShortConv
+from infini_ds.model.short_conv import ShortConv
 from infini_ds.model.write_gate import write_stats
 
 N = 8
+TAPS = 4
 PENALTY = 0.5  # of the tests' models
 
 
 def conv_with(weight) -> ShortConv:
-    conv = ShortConv(len(weight))
+    conv = ShortConv(len(weight), len(weight[0]))
     conv.weight.data = torch.tensor(weight)
     return conv
 

@@ -8,8 +8,8 @@ class InfiniConfig(PretrainedConfig):
 
     Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
     `memory_rule`, `linear`, `delta` or `gated_delta`, how a segment is written into the memory;
-    `write_gate`, whether each token decides how much of it is written; `short_conv`, whether
-    queries, keys and values see the preceding tokens; `qk_norm`, whether each head's queries and
+    `write_gate`, whether each token decides how much of it is written; `short_conv`, how
+    many tokens before them queries, keys and values see; `qk_norm`, whether each head's queries and
     keys are normalised.
     """
 
@@ -28,7 +28,7 @@ class InfiniConfig(PretrainedConfig):
         segment_length=2048,
         memory_rule="linear",
         write_gate=False,
-        short_conv=False,
+        short_conv=0,
         hidden_act="silu",
         rotary_base=10000.0,
         rotary_scaling=None,

@@ -27,7 +27,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_infini import InfiniConfig
 
-TAPS = 4  # number of tokens a short convolution looks back
 EPSILON = 1e-10  # smallest denominator of a read
 KEY_EPSILON = 1e-6  # added to the squared length of a key of gated_delta
 READ_EPSILON = 1e-3  # added to the mean square of a read of gated_delta
@@ -43,7 +42,7 @@ class LayerState:
     keys: Any = None  # [b, tokens so far, g, d], before rotary
     values: Any = None
     weights: Any = None  # [b, tokens so far, g], how much of each will be written
-    tail: Any = None  # [b, TAPS, h + 2 g, d], the last tokens before the convolution
+    tail: Any = None  # [b, taps, h + 2 g, d], the last tokens before the convolution
 
     def select(self, rows: Tensor) -> None:
         for name, tensor in vars(self).items():
@@ -71,7 +70,7 @@ class InfiniAttention(nn.Module):
         self.beta = nn.Parameter(torch.zeros(self.heads))
         self.short_conv = self.write_gate = None
         if config.short_conv:
-            self.short_conv = ShortConv(channels)
+            self.short_conv = ShortConv(channels, config.short_conv)
         if config.write_gate:
             self.write_gate = nn.Linear(config.hidden_size, self.kv_heads)
 
@@ -239,19 +238,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class ShortConv(nn.Module):
     """Computes x_t + sum over i of c_i x_(t - i), with c_i per channel, within a segment."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, TAPS))
+        self.weight = nn.Parameter(torch.zeros(channels, taps))
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        if before is None:
-            before = x.new_zeros(x.shape[0], TAPS, *x.shape[2:])
-        seen = torch.cat((before, x), dim=1)
         taps = self.weight.mT.unflatten(1, x.shape[2:])
+        if before is None:
+            before = x.new_zeros(x.shape[0], len(taps), *x.shape[2:])
+        seen = torch.cat((before, x), dim=1)
         out = x
         for back, tap in enumerate(taps, start=1):
-            out = torch.addcmul(out, tap, seen.narrow(1, TAPS - back, x.shape[1]))
-        return out, seen[:, -TAPS:]
+            out = torch.addcmul(out, tap, seen.narrow(1, len(taps) - back, x.shape[1]))
+        return out, seen[:, -len(taps) :]
 
 
 class FeedForward(nn.Module):
