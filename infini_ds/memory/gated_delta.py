@@ -6,7 +6,6 @@ finds one value instead of a mean of all that was stored.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from infini_ds.memory.rule import MemoryRule, of_each_query
@@ -23,8 +22,8 @@ about 0.1, so that a key for which nothing is stored reads little."""
 
 
 class GatedDelta(MemoryRule):
-    """M <- (I - w k^T k) M + w k^T v for each token in turn, where k and q are SiLU over their L2
-    norm; what a segment reads, q M with M from before the segment, is RMS-normalised.
+    """M <- (I - w k^T k) M + w k^T v for each token in turn, where k and q are divided by their L2
+    norms; what a segment reads, q M with M from before the segment, is RMS-normalised.
 
     A segment is an affine map. With K its keys, V its values and w its write weights,
 
@@ -37,7 +36,6 @@ class GatedDelta(MemoryRule):
     divides = False
 
     def features(self, x: Tensor) -> Tensor:
-        x = F.silu(x)
         return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + KEY_EPSILON)
 
     def read(self, features: Tensor, memory: MemoryState) -> Tensor:

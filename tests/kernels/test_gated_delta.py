@@ -50,7 +50,7 @@ def test_it_is_the_rule_of_transformers():
     kv = torch.randn(2, 3, 16, 16)
     for function in (other.torch_recurrent_gated_delta_rule, other.torch_chunk_gated_delta_rule):
         _, expected = function(
-            q, *(torch.nn.functional.silu(k), v), g=torch.zeros_like(w), beta=w, initial_state=kv,
+            q, k, v, g=torch.zeros_like(w), beta=w, initial_state=kv,
             output_final_state=True, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
         written = RULE.write(MemoryState(kv, kv[..., :0]), RULE.features(k), w, v).kv
@@ -82,14 +82,12 @@ def test_the_memory_does_not_grow(function):
     assert max(sizes[half:]) < 1.5 * max(sizes[:half])
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [("gated_delta", 0.75, 1), ("linear", 0, 0.5)])
+@pytest.mark.parametrize(("name", "least", "most"), [("gated_delta", 0.95, 1), ("linear", 0, 0.5)])
 def test_pairs_are_told_apart(name, least, most):
     """16 random pairs in a head of 32: the value of a key is nearest to what the key reads."""
     rule, d, pairs, documents = RULES[name], 32, 16, 50
     torch.manual_seed(0)
     keys, values = torch.randn(2, documents, pairs, 1, d).unbind()
-    if not rule.divides:
-        keys = keys * 3  # SiLU's keys are signed where they are large
     features = rule.features(keys)
     memory = rule.write(
         rule.empty(documents, 1, d), features, torch.ones(documents, pairs, 1), values

@@ -10,7 +10,7 @@ d width of a head.
     linear      M + sigma(k)^T v
     delta       M + sigma(k)^T (v - sigma(k) M / (sigma(k) z))
 
-By the third rule there is no z; unit(x) is SiLU(x) divided by its L2 norm.
+By the third rule there is no z; unit(x) is x divided by its L2 norm.
 
     read        unit(q) M, divided by its root mean square and mixed in the same way
     gated_delta M + unit(k)^T (v - unit(k) M), token by token
@@ -179,7 +179,6 @@ class GatedDelta:
     """The rule that divides by nothing; its methods are those of `Linear`, without z."""
 
     def features(self, x: Tensor) -> Tensor:
-        x = F.silu(x)
         return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + KEY_EPSILON)
 
     def read(self, features: Tensor, kv: Tensor, norm: None) -> tuple[Tensor, Tensor]:

@@ -40,28 +40,21 @@ class UnitKeys(NamedTuple):
     """Features of the gated delta rule, in fp32, and what their gradient needs."""
 
     keys: Tensor
-    """[..., d]: SiLU(x) over its length."""
+    """[..., d]: x over its length."""
     scale: Tensor
     """[..., 1]: one over the length."""
-    sigmoid: Tensor
-    """[..., d], of x."""
-    x: Tensor
-    """[..., d]."""
 
     @classmethod
     def of(cls, x: Tensor) -> "UnitKeys":
         """Computes the features of queries or keys [..., d]."""
         x = x.float()
-        sigmoid = x.sigmoid()
-        keys = x * sigmoid
-        scale = torch.linalg.vecdot(keys, keys)[..., None].add_(KEY_EPSILON).rsqrt_()
-        return cls(keys.mul_(scale), scale, sigmoid, x)
+        scale = torch.linalg.vecdot(x, x)[..., None].add_(KEY_EPSILON).rsqrt_()
+        return cls(x * scale, scale)
 
     def gradient(self, d_keys: Tensor) -> Tensor:
         """Returns the gradient of x from that of the features."""
         along = torch.linalg.vecdot(self.keys, d_keys)[..., None]
-        d_silu = torch.addcmul(d_keys, self.keys, along, value=-1).mul_(self.scale)
-        return d_silu.mul_(self.sigmoid * (1 + self.x * (1 - self.sigmoid)))
+        return torch.addcmul(d_keys, self.keys, along, value=-1).mul_(self.scale)
 
 
 class _SegmentMaps(torch.autograd.Function):

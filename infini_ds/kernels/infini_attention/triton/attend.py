@@ -13,7 +13,6 @@ from infini_ds.kernels.infini_attention.triton.tiles import (
     positions_of,
     rotate,
     sigma,
-    silu,
     tile,
     tiles_with_begins,
     unit_scale,
@@ -38,14 +37,14 @@ def gate_of_rows(gate, rows, lengths, segment):
 
 @triton.jit
 def scale_of_read(queries, kv, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns what SiLU(q) kv is multiplied by so that features are of length 1 and reads are
+    """Returns what q kv is multiplied by so that features are of length 1 and reads are
     RMS-normalised, by row.
 
     The read itself is not kept, since it would need as many registers as attention does.
     """
-    silu_q = silu(queries.to(tl.float32))
-    length = unit_scale(silu_q)
-    unit = (silu_q * length[:, None]).to(queries.dtype)
+    features = queries.to(tl.float32)
+    length = unit_scale(features)
+    unit = (features * length[:, None]).to(queries.dtype)
     square = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
@@ -203,7 +202,7 @@ def attend_kernel(
             own_q + rows[:, None] * q_row + features[None, :], mask=inside[:, None], other=0.0
         )
         if NORMALIZED:
-            own_features = silu(own_queries.to(tl.float32))
+            own_features = own_queries.to(tl.float32)
         else:
             own_features = sigma(own_queries.to(tl.float32))
         reading = (own_features * share[:, None]).to(queries.dtype)

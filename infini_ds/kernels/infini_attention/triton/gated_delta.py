@@ -21,7 +21,6 @@ from infini_ds.kernels.infini_attention.triton.tiles import (
     load_rows,
     positions_of,
     rotate,
-    silu,
     tile,
     unit_scale,
 )
@@ -61,8 +60,7 @@ def keys_kernel(
     inside = rows < n
     own_k = load_rows(k + segment * k_segment + kv_head * k_head, rows, k_row, n, D)
     features = own_k.to(tl.float32)
-    silu_k = silu(features)
-    unit = (silu_k * unit_scale(silu_k)[:, None]).to(own_k.dtype)
+    unit = (features * unit_scale(features)[:, None]).to(own_k.dtype)
     tl.store(tile(keys + at * n * D, rows, D, D), unit, mask=inside[:, None])
 
     positions = positions_of(begins, segment, rows, n, PACKED)

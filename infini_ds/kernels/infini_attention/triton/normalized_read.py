@@ -16,7 +16,6 @@ from infini_ds.kernels.infini_attention.triton.tiles import (
     load_state,
     positions_of,
     rotate,
-    silu,
     tile,
     unit_scale,
 )
@@ -67,8 +66,8 @@ def normalized_read_gradient_kernel(
 
     own_q = q + segment * q_segment + head * q_head
     queries = load_rows(own_q, rows, q_row, n, D)
-    silu_q = silu(queries.to(tl.float32))
-    unit = (silu_q * unit_scale(silu_q)[:, None]).to(queries.dtype)
+    features = queries.to(tl.float32)
+    unit = (features * unit_scale(features)[:, None]).to(queries.dtype)
     stored = load_state(kv, at, D).to(queries.dtype)
     found = tl.dot(unit, stored, input_precision="ieee")
     scale = tl.rsqrt(tl.sum(found * found, axis=1) / D + READ_EPSILON)
@@ -133,12 +132,12 @@ def read_sums_kernel(
         own_d_read = d_read + (segment * kv_heads * GROUP + head) * n * D
         for start in range(0, n, BLOCK_ROWS):
             rows = start + tl.arange(0, BLOCK_ROWS)
-            silu_q = silu(load_rows(own_q, rows, q_row, n, D).to(tl.float32))
+            features = load_rows(own_q, rows, q_row, n, D).to(tl.float32)
             gradient = tl.load(
                 own_d_read + rows[:, None] * D + columns[None, :],
                 mask=(rows < n)[:, None], other=0.0,
             )  # fmt: skip
-            unit = (silu_q * unit_scale(silu_q)[:, None]).to(gradient.dtype)
+            unit = (features * unit_scale(features)[:, None]).to(gradient.dtype)
             total = tl.dot(tl.trans(unit), gradient, total, input_precision="ieee")
     places = tl.arange(0, D)[:, None] * D + columns[None, :]
     tl.store(d_found + (segment * kv_heads + kv_head) * D * D + places, total)

@@ -86,25 +86,17 @@ def sigma(x):
 
 
 @triton.jit
-def silu(x):
-    """Computes SiLU in fp32."""
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
-def unit_scale(silu_x):
+def unit_scale(x):
     """One over the length of each row; the gated delta rule's features are their product."""
-    return tl.rsqrt(tl.sum(silu_x * silu_x, axis=1) + KEY_EPSILON)
+    return tl.rsqrt(tl.sum(x * x, axis=1) + KEY_EPSILON)
 
 
 @triton.jit
 def gradient_of_unit(x, d_unit):
     """Returns the gradient of x from that of its features, all fp32."""
-    sigmoid = tl.sigmoid(x)
-    silu_x = x * sigmoid
-    scale = unit_scale(silu_x)
-    along = tl.sum(silu_x * d_unit, axis=1) * scale * scale
-    return (d_unit - silu_x * along[:, None]) * (scale[:, None] * sigmoid * (1 + x - silu_x))
+    scale = unit_scale(x)
+    along = tl.sum(x * d_unit, axis=1) * scale * scale
+    return (d_unit - x * along[:, None]) * scale[:, None]
 
 
 @triton.jit
