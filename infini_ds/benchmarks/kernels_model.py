@@ -11,13 +11,13 @@ from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernels_timing import Timer, seconds_if_it_fits
 from infini_ds.benchmarks.peer import PEER
 from infini_ds.config import ModelConfig
-from infini_ds.memory import RULES
 from infini_ds.model.block import Block
 from infini_ds.model.flops import (
     device_peak_flops,
     forward_flops_per_token,
     training_flops_per_token,
 )
+from infini_ds.model.layer_state import empty_state
 from infini_ds.model.transformer import InfiniTransformer, full_layout
 
 BLOCK = ModelConfig(
@@ -139,7 +139,7 @@ def _block_step(config: ModelConfig, segments: int, device: str) -> Call:
     )  # fmt: skip
     upstream = torch.randn_like(hidden)
     layout = full_layout(1, segments, n, torch.device(device))
-    memory = RULES[config.memory_rule].empty(1, config.kv_heads, config.head_dim, device)
+    memory = empty_state(config, 1, device)
 
     def step() -> None:
         block.zero_grad()

@@ -120,6 +120,11 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
+        if self.memory.short_conv > self.segment_length:
+            raise ValueError(
+                f"memory.short_conv ({self.memory.short_conv}) must be at most segment_length "
+                f"({self.segment_length})"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.kv_heads})"

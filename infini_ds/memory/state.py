@@ -1,6 +1,6 @@
 """The compressive memory of one layer, which is passed on along a document."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,17 @@ class MemoryState(NamedTuple):
     norm: Tensor
     """[batch, kv_heads, d_k]: z, the sum of sigma(k), all zero where nothing was written. By rules
     that do not divide, [batch, kv_heads, 0]."""
+    tail: Tensor | None = None
+    """[batch, memory.short_conv, heads + 2 kv_heads, d], queries, keys and values of the last
+    tokens before the convolution, which no rule knows; None without a convolution."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Goes through the tensors that are there, in the order of the fields."""
+        return iter([tensor for tensor in tuple.__iter__(self) if tensor is not None])
+
+    def with_tail(self, tail: Tensor | None) -> "MemoryState":
+        """Returns the same memory with another tail, or without one."""
+        return MemoryState(self.kv, self.norm, tail)
 
     @classmethod
     def cat(cls, memories: Sequence["MemoryState"]) -> "MemoryState":

@@ -17,7 +17,7 @@ from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
 from infini_ds.layout import Layout, valid_tokens
 from infini_ds.memory import MemoryState
-from infini_ds.memory.hand_on import Exchange
+from infini_ds.memory.hand_on import Change, Exchange, HandOn
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
@@ -95,9 +95,10 @@ class InfiniAttention(nn.Module):
         """
         hidden = rearrange(hidden, "b (s n) c -> b s n c", s=layout.starts.shape[1])
         n = hidden.shape[2]
-        qkv = self._project(hidden)
+        qkv, tail = self._project(hidden), None
         if self.short_conv is not None:
-            qkv = self._convolved(self.short_conv, qkv, layout)
+            before, tail = self._tails(qkv, layout, memory.tail, exchange)
+            qkv = self._convolved(self.short_conv, qkv, layout, before)
         q, k, v = self._split(qkv)
         w, stats = None, None
         if self.write_gate is not None:
@@ -105,11 +106,20 @@ class InfiniAttention(nn.Module):
             stats = write_stats(w, valid_tokens(layout, n))
         cos, sin = self._rotary_table(hidden.device)
         inputs = Inputs(
-            q, k, v, w, memory, layout, self.beta, self.config.memory_rule, (cos[:n], sin[:n])
+            q,
+            k,
+            v,
+            w,
+            memory.with_tail(None),
+            layout,
+            self.beta,
+            self.config.memory_rule,
+            (cos[:n], sin[:n]),
         )
         with _without_autocast(hidden.device):
             out, memory = infini_attention(inputs, exchange)
-        return self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)")), memory, stats
+        out = self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)"))
+        return out, memory.with_tail(tail), stats
 
     @_not_compiled
     def extend(
@@ -147,7 +157,7 @@ class InfiniAttention(nn.Module):
         keys, values = keys.scatter(1, index, k), values.scatter(1, index, v)
         cos, sin = self._rotary_table(hidden.device)
         causal = torch.arange(used, device=hidden.device) <= positions[..., None]  # [b, t, used]
-        states = memory.map(lambda tensor: tensor[:, None])
+        states = memory.with_tail(None).map(lambda tensor: tensor[:, None])
         with _without_autocast(hidden.device):
             a_dot = F.scaled_dot_product_attention(
                 rearrange(rotate(q, cos[positions], sin[positions]), "b t h d -> b h t d"),
@@ -171,19 +181,42 @@ class InfiniAttention(nn.Module):
             torch.full((batch, 1), n, dtype=torch.int32, device=keys.device),
         )
         with _without_autocast(keys.device):
-            return memory_scan(keys, values, w, memory, layout, self.config.memory_rule)[1]
+            rule, state = self.config.memory_rule, memory.with_tail(None)
+            return memory_scan(keys, values, w, state, layout, rule)[1].with_tail(memory.tail)
 
     def _project(self, hidden: Tensor) -> Tensor:
         """Projects [..., hidden_size] to [..., heads + 2 kv_heads, d]."""
         return self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
 
+    def _tails(
+        self, qkv: Tensor, layout: Layout, tail: Tensor | None, exchange: Exchange | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the tokens that the convolution sees before each segment, and after the window.
+
+        Args:
+            qkv: whole segments, [batch, segments, n, heads + 2 kv_heads, d].
+            tail: [batch, taps, heads + 2 kv_heads, d] fp32, the tokens before the window.
+
+        Returns:
+            [batch, segments, taps, ...] in qkv's type, zeros where a document begins, and
+            [batch, taps, ...] in fp32.
+        """
+        assert tail is not None
+        taps = tail.shape[1]
+        starts = layout.starts[..., None, None, None]
+        after = torch.cat((tail.masked_fill(starts[:, 0], 0), qkv[:, -1]), dim=1)[:, -taps:].float()
+        if exchange is not None:
+            replaced = Change(after.new_zeros(len(after)), [after])
+            (tail,), (after,) = HandOn(replaced, exchange).finish([tail])
+        before = torch.cat((tail[:, None].to(qkv.dtype), qkv[:, :-1, -taps:]), dim=1)
+        return before.masked_fill(starts, 0), after
+
     @staticmethod
-    def _convolved(short_conv: ShortConv, qkv: Tensor, layout: Layout) -> Tensor:
-        """Whole segments [batch, segments, n, heads + 2 kv_heads, d]."""
+    def _convolved(short_conv: ShortConv, qkv: Tensor, layout: Layout, before: Tensor) -> Tensor:
+        """Whole segments [batch, segments, n, heads + 2 kv_heads, d], and `_tails` before them."""
         if layout.begins is not None:
-            return short_conv.packed(qkv, layout.begins)
-        nothing = qkv.new_zeros(*qkv.shape[:2], short_conv.taps, *qkv.shape[3:])
-        return short_conv(qkv, nothing)[0]
+            return short_conv.packed(qkv, layout.begins, before)
+        return short_conv(qkv, before)[0]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Returns queries [..., heads, d], keys and values [..., kv_heads, d].

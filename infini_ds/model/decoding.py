@@ -51,6 +51,4 @@ def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
     lengths = tuple(
         0 if is_full else length for is_full, length in zip(full, memory.lengths, strict=True)
     )
-    # The first tokens of the next segment have no predecessors.
-    tail = memory.tail.masked_fill(chosen[:, None, None, None], 0)
-    return replace(memory.with_layers(layers), tail=tail, lengths=lengths)
+    return replace(memory.with_layers(layers), lengths=lengths)

@@ -13,6 +13,7 @@ from torch import Tensor
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.memory import RULES, MemoryState
+from infini_ds.model.layer_state import tail_shape
 from infini_ds.system.ranges import check_finite, narrowed
 from infini_ds.system.whole_file import whole_file
 
@@ -55,7 +56,7 @@ class Memory:
     tokens will be written; the last size is 0 without memory.write_gate."""
     tail: Tensor
     """[layers, batch, memory.short_conv, heads + 2 kv_heads, d], queries, keys and values of the
-    open segment's last tokens before the convolution."""
+    last tokens before the convolution."""
     lengths: tuple[int, ...]
     """Number of tokens in the open segment of each row."""
     rule: str | None = None
@@ -84,12 +85,15 @@ class Memory:
         return len(self.lengths)
 
     def layers(self) -> list[MemoryState]:
-        """Returns the compressive memory of each layer."""
-        return MemoryState(self.kv, self.norm).unstack()
+        """Returns what each layer passes on to the next segment."""
+        tail = self.tail.float() if self.tail.shape[2] else None
+        return MemoryState(self.kv, self.norm, tail).unstack()
 
     def with_layers(self, layers: list[MemoryState]) -> "Memory":
-        """Returns a copy with other compressive memories and the same open segments."""
-        return replace(self, **MemoryState.stack(layers)._asdict())
+        """Returns a copy with what `layers` returns replaced, and the same open segments."""
+        stacked = MemoryState.stack(layers)
+        tail = self.tail if stacked.tail is None else stacked.tail.to(self.tail.dtype)
+        return replace(self, kv=stacked.kv, norm=stacked.norm, tail=tail)
 
     def segments(self) -> list[OpenSegment]:
         """Returns the open segment of each layer."""
@@ -308,12 +312,12 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
 def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a memory's tensors by name."""
     layers, n, d = config.num_layers, config.segment_length, config.head_dim
-    heads, kv_heads = config.num_heads, config.kv_heads
+    kv_heads = config.kv_heads
     states = RULES[config.memory_rule].specs(kv_heads, d)
     return {
         **{name: (layers, batch, *shape) for name, shape in states.items()},
         "keys": (layers, batch, n, kv_heads, d),
         "values": (layers, batch, n, kv_heads, d),
         "weights": (layers, batch, n, kv_heads if config.memory.write_gate else 0),
-        "tail": (layers, batch, config.memory.short_conv, heads + 2 * kv_heads, d),
+        "tail": (layers, batch, *tail_shape(config)),
     }

@@ -44,18 +44,22 @@ class ShortConv(nn.Module):
             out = torch.addcmul(out, tap, seen.narrow(-3, len(taps) - back, x.shape[-3]))
         return out, seen.narrow(-3, x.shape[-3], len(taps))
 
-    def packed(self, x: Tensor, begins: Tensor) -> Tensor:
+    def packed(self, x: Tensor, begins: Tensor, before: Tensor) -> Tensor:
         """Whole segments of several documents, none of which sees tokens of another.
 
         Args:
             x: [batch, segments, n, heads, d].
             begins: as in Layout, [batch, segments, n].
+            before: [batch, segments, taps, heads, d], the tokens before the first document's.
 
         Returns:
             The same shape as x.
         """
         taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [taps, heads, d]
-        return _Packed.apply(x, taps, _first_rows(begins, self.taps))  # type: ignore[return-value]
+        out: Tensor = _Packed.apply(x, taps, _first_rows(begins, self.taps))  # type: ignore
+        first = begins[:, :, : self.taps, None, None] == 0
+        seen = self(torch.zeros_like(before), before)[0]  # what is seen of them alone
+        return torch.cat((out[:, :, : self.taps] + seen * first, out[:, :, self.taps :]), dim=2)
 
 
 def _first_rows(begins: Tensor, taps: int) -> list[Tensor]:

@@ -1,13 +1,15 @@
 """The memories of a stage's lanes between windows."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from infini_ds.config import ModelConfig
-from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory import MemoryState
+from infini_ds.model.layer_state import empty_state, state_shapes
 
 
 class LaneMemory:
@@ -27,9 +29,9 @@ class LaneMemory:
     ):
         self.blocks = blocks
         self._device = device
-        rule = RULES[config.memory_rule]
+        self._shapes = state_shapes(config)
         self.by_micro_batch: list[dict[int, MemoryState]] = [
-            {block: rule.empty(lanes, config.kv_heads, config.head_dim, device) for block in blocks}
+            {block: empty_state(config, lanes, device) for block in blocks}
             for _ in range(micro_batches)
         ]
 
@@ -71,6 +73,16 @@ class LaneMemory:
             tensors = {name: x.cpu() for name, x in self.stacked(block)._asdict().items()}
             save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
 
+    def _part(self, file: Any, low: int, high: int) -> MemoryState:
+        """Reads some lanes of an open file, in which earlier versions kept no tail."""
+        kept = file.keys()
+        return MemoryState(
+            *(
+                file.get_slice(name)[low:high] if name in kept else torch.zeros(high - low, *shape)
+                for name, shape in self._shapes.items()
+            )
+        )
+
     def read(self, directory: Path, lanes: range) -> None:
         """Reads this stage's blocks and lanes from all ranks' files, whatever layout wrote them.
 
@@ -82,11 +94,10 @@ class LaneMemory:
             for path in sorted(directory.glob(f"block_{block:03d}.lanes_*.safetensors")):
                 first = int(path.stem.rpartition("_")[2])
                 with safe_open(path, framework="pt") as file:
-                    saved = {name: file.get_slice(name) for name in MemoryState._fields}
-                    count = saved["norm"].get_shape()[0]
+                    count = file.get_slice("norm").get_shape()[0]
                     low, high = max(lanes.start - first, 0), min(lanes.stop - first, count)
                     if low < high:
-                        pieces.append(MemoryState(**{k: v[low:high] for k, v in saved.items()}))
+                        pieces.append(self._part(file, low, high))
             memory = MemoryState.cat(pieces)
             assert len(memory.norm) == len(lanes)
             self.load(block, memory)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from infini_ds.config import ModelConfig
-from infini_ds.memory import RULES
+from infini_ds.model.layer_state import told_numbers
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Part:
 
         They do not depend on the number of tokens.
         """
-        numbers = RULES[model.memory_rule].handed_on(model.kv_heads, model.head_dim)
-        return (self.context - 1) * self.micro_batch_size * numbers * torch.float32.itemsize
+        lanes = (self.context - 1) * self.micro_batch_size
+        return lanes * told_numbers(model) * torch.float32.itemsize
 
     def step_exchange_bytes(self, model: ModelConfig, chunks: int) -> int:
         """Returns the bytes that this rank sends for `exchange_bytes` in a training step.

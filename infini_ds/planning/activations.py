@@ -9,9 +9,9 @@ from torch._subclasses import FakeTensorMode
 
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.launch import HOPPER, recording
-from infini_ds.memory import RULES
 from infini_ds.memory.hand_on import Exchange, Message
 from infini_ds.model.block import Block, Checkpointing
+from infini_ds.model.layer_state import empty_state, told_numbers
 from infini_ds.model.transformer import full_layout
 
 
@@ -55,8 +55,7 @@ def _bytes(
 ) -> int:
     if ranks > 1 and checkpointing != "none":
         # A layer that is computed again keeps what it was told, and else what it keeps alone.
-        numbers = RULES[model.memory_rule].handed_on(model.kv_heads, model.head_dim)
-        told = ranks * numbers * torch.float32.itemsize
+        told = ranks * told_numbers(model) * torch.float32.itemsize
         return told + _bytes(model, segments, 1, dtype, checkpointing)  # type: ignore[arg-type]
     kept = {}
 
@@ -70,7 +69,7 @@ def _bytes(
         size = (1, segments * model.segment_length, model.hidden_size)
         hidden = torch.empty(size, dtype=dtype, requires_grad=True)
         layout = full_layout(1, segments, model.segment_length, hidden.device)
-        memory = RULES[model.memory_rule].empty(1, model.kv_heads, model.head_dim)
+        memory = empty_state(model, 1)
         exchange = _Silent(ranks) if ranks > 1 else None
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             block(hidden, layout, memory, exchange)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_ds.memory import RULES
+from infini_ds.model.layer_state import empty_state
 from infini_ds.model.transformer import full_layout
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_first_block_may_read_tokens(make_model, make_tokens, checkpointing):
     embedding, block = model.layers[0], model.blocks[0]
     tokens = make_tokens(2, 16)
     layout = full_layout(2, 16 // model.config.segment_length, model.config.segment_length, CPU)
-    memory = RULES[model.config.memory_rule].empty(2, model.config.kv_heads, model.config.head_dim)
+    memory = empty_state(model.config, 2)
     kept = set()
     results = []
     for inputs, before in ((embedding(tokens), None), (tokens, embedding)):

@@ -112,7 +112,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def packed_window(n: int, rule: str, dtype: torch.dtype = torch.float32) -> tuple[Window, list]:
+def packed_window(
+    n: int, rule: str, dtype: torch.dtype = torch.float32, taps: int = WRITING["short_conv"]
+) -> tuple[Window, list]:
     """Random tokens in all lanes, with a label for each, and the documents."""
     lanes = lanes_of(n)
     layout = layout_of(lanes, n)
@@ -125,7 +127,8 @@ def packed_window(n: int, rule: str, dtype: torch.dtype = torch.float32) -> tupl
     for _ in range(2):
         stored = torch.rand(len(lanes), 2, 50, 8, generator=random).to(dtype)
         values = torch.randn(len(lanes), 2, 50, 8, generator=random).to(dtype)
-        memory.append(MemoryState(stored.mT @ values, stored.sum(-2)[..., :size]))
+        tail = torch.randn(len(lanes), taps, 6, 8, generator=random).to(dtype) if taps else None
+        memory.append(MemoryState(stored.mT @ values, stored.sum(-2)[..., :size], tail))
     return Window(tokens, labels, layout, memory), list(documents_of(lanes))
 
 
@@ -194,7 +197,9 @@ def close(expected: Tensor, actual: Tensor, limit: float, what: str) -> None:
 
 
 def check_same_alone(model, n: int, limit: float, dtype: torch.dtype = torch.float32) -> None:
-    window, documents = packed_window(n, model.config.memory_rule, dtype)
+    window, documents = packed_window(
+        n, model.config.memory_rule, dtype, model.config.memory.short_conv
+    )
     count = int((window.labels >= 0).sum())
     packed = read(model, window, count)
     (d_embedded, *d_incoming), d_parameters = gradients(packed, model)

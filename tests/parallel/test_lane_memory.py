@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infini_ds.memory import RULES, MemoryState
+from infini_ds.model.layer_state import empty_state
 from infini_ds.parallel.lane_memory import LaneMemory
 from tests import tiny
 
@@ -84,14 +86,17 @@ def test_clear_empties_the_marked_lanes_of_a_micro_batch():
         assert torch.equal(part[kept], expected[kept])
 
 
+@pytest.mark.parametrize("taps", [0, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_lanes_are_read_from_the_files_of_other_ranks(tmp_path, rule):
-    config = tiny.model_config(num_layers=1, num_heads=2, head_dim=4, memory_rule=rule)
+def test_lanes_are_read_from_the_files_of_other_ranks(tmp_path, rule, taps):
+    config = tiny.model_config(
+        num_layers=1, num_heads=2, head_dim=4, memory_rule=rule, memory={"short_conv": taps}
+    )
 
     def lanes_of_a_rank(micro_batches: int) -> LaneMemory:
         return LaneMemory(config, micro_batches, LANES, range(1), torch.device("cpu"))
 
-    whole = RULES[rule].empty(8, 2, 4).map(torch.rand_like)
+    whole = empty_state(config, 8).map(torch.rand_like)
     for rank, part in enumerate(whole.chunk(2)):
         saving = lanes_of_a_rank(2)
         saving.load(0, part)
@@ -100,3 +105,18 @@ def test_lanes_are_read_from_the_files_of_other_ranks(tmp_path, rule):
     reading.read(Path(tmp_path), range(2, 6))
     for part, expected in zip(reading.stacked(0), whole, strict=True):
         assert torch.equal(part, expected[2:6])
+
+
+def test_files_of_earlier_versions_have_no_tail(tmp_path):
+    config = tiny.model_config(num_layers=1, memory={"short_conv": 4})
+    saving = LaneMemory(config, 1, 2, range(1), torch.device("cpu"))
+    stored = empty_state(config, 2).map(torch.rand_like)
+    save_file(
+        {"kv": stored.kv, "norm": stored.norm}, tmp_path / "block_000.lanes_00000.safetensors"
+    )
+    saving.load(0, stored)
+    saving.read(tmp_path, range(2))
+    read = saving.stacked(0)
+    assert torch.equal(read.kv, stored.kv)
+    assert read.tail is not None
+    assert not read.tail.any()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from infini_ds.config import ModelConfig
-from infini_ds.memory import RULES
 from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.block import Block
+from infini_ds.model.layer_state import empty_state
 from infini_ds.model.transformer import full_layout
 from infini_ds.planning.activations import Unit, block_bytes
 from tests import tiny
@@ -46,7 +46,7 @@ def really_kept(model, unit, checkpointing) -> int:
     length = segments * model.segment_length
     hidden = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
     layout = full_layout(batch, segments, model.segment_length, hidden.device)
-    memory = RULES[model.memory_rule].empty(batch, model.kv_heads, model.head_dim)
+    memory = empty_state(model, batch)
     kept = {}
 
     def keep(x):

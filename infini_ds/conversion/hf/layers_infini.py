@@ -127,7 +127,7 @@ class InfiniAttention(nn.Module):
         weights = state.weights.transpose(1, 2)[..., None]
         values = state.values.float().transpose(1, 2)
         state.kv, state.norm = self.rule.write(state.kv, state.norm, features, weights, values)
-        state.keys = state.values = state.weights = state.tail = None
+        state.keys = state.values = state.weights = None
 
 
 class Linear:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
-from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory import MemoryState
+from infini_ds.model.layer_state import state_shapes
 
 ALIGNMENT = 16
 """Each part of a message is aligned to this many bytes."""
@@ -33,9 +34,11 @@ class Wire:
     Bytes of a forward hop: batch x length x hidden_size x (2 in bf16, 4 in fp32), plus batch x
     segments x 2 x 4 for the layout and, if segments are packed, batch x length x 4 for where each
     token's document begins, plus batch x kv_heads x (head_dim + 1) x head_dim x 4 for each
-    travelling memory; hidden states, layout, beginnings, all kv and all norms are each rounded up
-    to 16 bytes. A backward hop consists of the first term alone, the gradient of the hidden states.
-    The return from the last stage to the first consists of the memories of all layers.
+    travelling memory and, with a short convolution, batch x short_conv x (heads + 2 kv_heads) x
+    head_dim x 4 for what it sees next; hidden states, layout, beginnings, and all kv, norms and
+    tails are each rounded up to 16 bytes. A backward hop consists of the first term alone, the
+    gradient of the hidden states. The return from the last stage to the first consists of the
+    memories of all layers.
     """
 
     config: ModelConfig
@@ -101,9 +104,8 @@ class Wire:
     def _memory_parts(self, memories: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if not memories:
             return []
-        rule = RULES[self.config.memory_rule]
-        specs = rule.specs(self.config.kv_heads, self.config.head_dim).values()
-        return [((memories, self.batch, *shape), torch.float32) for shape in specs]
+        shapes = state_shapes(self.config).values()
+        return [((memories, self.batch, *shape), torch.float32) for shape in shapes]
 
     def _stack(self, memories: dict[int, MemoryState]) -> list[Tensor]:
         if not memories:

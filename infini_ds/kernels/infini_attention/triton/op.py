@@ -33,7 +33,16 @@ def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     if w is not None:
         weight = (weight * w.float().mT).contiguous()
     out, kv, norm = _InfiniAttention.apply(  # type: ignore[misc]
-        q, k, v, weight, *memory, beta, layout.starts, rule, *rotary, documents_of(layout, n)
+        q,
+        k,
+        v,
+        weight,
+        *memory,
+        beta,
+        layout.starts,
+        rule,
+        *rotary,
+        documents_of(layout, n),
     )
     return out, MemoryState(kv, norm)
 
