@@ -67,8 +67,9 @@ class PasskeyConfig(Settings):
         | Annotated[list[int], Field(json_schema_extra={"minItems": 1, "uniqueItems": True})]
     ) = 1
     """Pass keys in a document, with names if they are several; a list makes documents of each."""
-    queries: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    """How many of the keys are asked for, one after another, in a random order of their own."""
+    queries: Annotated[int, Field(ge=1)] | Literal["all", "some"] = 1
+    """How many of the keys are asked for, one after another, in a random order of their own; `some`
+    draws the number anew for each document."""
     values: int = Field(default=1, ge=1)
     """Numbers of each key, which are stated one by one and asked for all together."""
     form: Literal["sentence", "adjacent", "variables"] = "sentence"
@@ -88,10 +89,10 @@ class PasskeyConfig(Settings):
         if isinstance(self.keys, list):
             require_growing("keys", self.keys, least=1)
         fewest = self.key_counts[0]
-        if self.queries != "all" and self.queries > fewest:
+        if isinstance(self.queries, int) and self.queries > fewest:
             raise ValueError(
                 f"queries ({self.queries}) must be at most the fewest keys of a document "
-                f"({fewest}), or all"
+                f"({fewest}), or all or some"
             )
         return self
 

@@ -78,12 +78,15 @@ def worded(config: PasskeyConfig, keys: int, random: np.random.Philox) -> Wordin
         questions.append(
             [Asked(*(text.encode() for text in pair)) for pair in zip(leads, answers, strict=True)]
         )
-    return Wording(statements, questions[: asked_keys(config, keys)])
+    asked = asked_keys(config, keys)
+    if config.queries == "some":
+        asked = 1 + int(random.random_raw()) % keys
+    return Wording(statements, questions[:asked])
 
 
 def asked_keys(config: PasskeyConfig, keys: int) -> int:
-    """Returns how many of so many keys are asked for."""
-    return keys if config.queries == "all" else config.queries
+    """Returns how many of so many keys are asked for, at most."""
+    return config.queries if isinstance(config.queries, int) else keys
 
 
 def _sentences(name: str, numbers: list[str]) -> tuple[list[str], str]:

@@ -42,7 +42,7 @@ class PasskeyOptions(NamedTuple):
     keys: int | None
     """As data.passkey.keys; by default, the (largest) value in the run's config."""
     queries: int | Literal["all"] | None
-    """As data.passkey.queries; by default, the value in the run's config."""
+    """As data.passkey.queries; by default, the value in the run's config, and all for some."""
     values: int | None
     """As data.passkey.values; by default, the value in the run's config."""
     form: str | None
@@ -110,14 +110,14 @@ def settings_of(passkey: PasskeyConfig, n: int, options: PasskeyOptions) -> Pass
         "segment_length": n,
         "filler": options.filler,
         "keys": options.keys or passkey.key_counts[-1],
-        "queries": options.queries,
+        "queries": options.queries or ("all" if passkey.queries == "some" else None),
         "values": options.values,
         "form": options.form,
     }
     made = passkey.model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
-    if made.queries != "all" and made.queries > given["keys"]:
+    if isinstance(made.queries, int) and made.queries > given["keys"]:
         raise UserError(
             f"--queries ({made.queries}) must be at most the keys of a document "
             f"({given['keys']}), or all"

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from itertools import permutations
 
 import numpy as np
@@ -117,6 +118,13 @@ def test_document_asks_for_as_many_keys_as_it_should(queries):
         assert len(dict(asked)) == len(asked) == (5 if queries == "all" else queries)
         assert dict(asked).items() <= stated.items()
         assert [answer for _, answer in asked] == document.texts[1::2]
+
+
+def test_some_keys_are_asked_for_of_which_there_is_any_number():
+    documents = documents_of(config_of(keys=4, queries="some", form="adjacent"), 4)
+    counts = Counter(len(document.questions) for document in documents)
+    assert sorted(counts) == [1, 2, 3, 4]
+    assert min(counts.values()) > 10
 
 
 def test_keys_are_asked_for_in_any_order_whatever_the_order_of_their_statements():
@@ -242,6 +250,7 @@ def test_more_variables_than_names_are_refused():
         ({}, "niah_single"), ({"queries": "all"}, "niah_single"), ({"keys": 4}, "niah_multikey"),
         ({"keys": [1, 2]}, "niah_multikey"), ({"keys": 4, "queries": 2}, "niah_multiquery"),
         ({"keys": [2, 4], "queries": "all", "form": "adjacent"}, "niah_multiquery"),
+        ({"keys": [2, 4], "queries": "some", "form": "adjacent"}, "niah_multiquery"),
         ({"values": 4}, "niah_multivalue"), ({"form": "variables", "values": 5}, "vt"),
     ],
 )  # fmt: skip

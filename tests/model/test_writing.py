@@ -5,11 +5,14 @@ import torch
 
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES
+from infini_ds.model.layer_state import empty_state
 from infini_ds.model.short_conv import ShortConv
+from infini_ds.model.transformer import full_layout
 from infini_ds.model.write_gate import write_stats
 
 N = 8
 TAPS = 4
+CPU = torch.device("cpu")
 PENALTY = 0.5  # of the tests' models
 
 
@@ -51,6 +54,35 @@ def test_convolution_in_two_pieces_equals_one(cut):
     second, last = conv(x[:, cut:], last)
     torch.testing.assert_close(torch.cat((first, second), 1), whole)
     assert torch.equal(last, end)
+
+
+def test_convolution_sees_the_tokens_before_the_segment_and_the_window(make_model, make_tokens):
+    """Where local attention cannot, and where no document begins."""
+    taps = 3
+    model = make_model(num_layers=1, memory={"short_conv": taps})
+    model.blocks[0].self_attn.beta.data.fill_(-100)  # nothing is read from the memory
+    tokens = make_tokens(1, 4 * N)
+    starts = torch.tensor([[True, False, True]])
+    layout = Layout(starts, torch.full((1, 3), N, dtype=torch.int32))
+    memory = [state.map(torch.rand_like) for state in [empty_state(model.config, 1)]]
+
+    def first_rows(tokens: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            window, after, _ = model.read_window(tokens[:, : 3 * N], layout, memory)
+            rest, _, _ = model.read_window(tokens[:, 3 * N :], full_layout(1, 1, N, CPU), after)
+        return list(torch.cat((window, rest), dim=1)[0, ::N])
+
+    before = first_rows(tokens)
+    for back in range(1, N + 1):
+        changed = tokens.clone()
+        for segment in (1, 2, 3):
+            changed[0, segment * N - back] += 1
+        changed %= model.config.vocab_size
+        same = [torch.equal(a, b) for a, b in zip(before, first_rows(changed), strict=True)]
+        if back == N:  # the segments' own first tokens
+            assert not any(same[1:3])
+        else:
+            assert same == [True, back > taps, True, back > taps]
 
 
 def test_options_at_their_start_change_nothing_but_the_share_that_is_written(
