@@ -61,13 +61,23 @@ def run(
         config.train.batch_size, config.evaluation.max_segments,
     )  # fmt: skip
     documents = 1 + max(int(plan.documents.max()) for plan in read)
-    from infini_ds.benchmarks.quality_report import conclusion, summarize, table, write_plot
+    from infini_ds.benchmarks.quality_report import (
+        conclusion,
+        kinds_table,
+        summarize,
+        table,
+        write_plot,
+    )
     from infini_ds.benchmarks.quality_run import Job, run_job
     from infini_ds.evaluation.by_position import position_bins
+    from infini_ds.evaluation.token_kinds import token_kinds
 
-    bins = position_bins(config.model.segment_length, int(lengths[:documents].max()) - 1)
+    n, held_out = config.model.segment_length, store.split("held_out")
+    bins = position_bins(n, int(lengths[:documents].max()) - 1)
+    texts = [held_out.tokens(place, 0, int(lengths[place])) for place in range(documents)]
+    kinds = token_kinds(store.split("train"), texts, config.model.vocab_size, n)
     jobs = {
-        f"{name} seed {seed}": Job(name, variant_config(config, name, seed), documents, bins)
+        f"{name} seed {seed}": Job(name, variant_config(config, name, seed), documents, bins, kinds)
         for seed in seeds
         for name in variants
     }
@@ -91,6 +101,7 @@ def run(
     }
     console = Console()
     console.print(table(figures))
+    console.print(kinds_table(figures))
     print_skipped(results, console)
     write_plot(figures, Path(plot_path))
     console.print(f"bits per byte by position in the document: {plot_path}")

@@ -94,6 +94,38 @@ def table(figures: dict[str, Any]) -> Table:
     return result
 
 
+def kinds_table(figures: dict[str, Any]) -> Table:
+    """Builds a table of bits per byte by kind of token, and of the memory's gain there."""
+    result = Table(
+        title="bits per byte by kind of token; in brackets the gain over the ablated memory",
+        caption=f"recalled: ends a rare pair of tokens that stood more than "
+        f"{figures['segment_length']:,} tokens before; near: at most so many",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    result.add_column("variant", no_wrap=True)
+    first = figures["variants"][0]["runs"][0]["held_out"]["by_kind"]
+    total = sum(one["tokens"] for one in first.values())
+    for kind, one in first.items():
+        result.add_column(f"{kind} ({one['tokens'] / total:.1%})", justify="right")
+    for one in figures["variants"]:
+        result.add_row(one["variant"], *(_of_kind(one["runs"], kind) for kind in first))
+    return result
+
+
+def _of_kind(runs: list[dict[str, Any]], kind: str) -> str:
+    means = {
+        name: _mean([run[name]["by_kind"][kind]["bits_per_byte"] for run in runs])
+        for name in ("held_out", "ablated")
+        if name in runs[0] and runs[0][name]["by_kind"][kind]["bits_per_byte"] is not None
+    }
+    shown = _bits(means.get("held_out"))
+    if "ablated" in means:
+        shown += f" ({means['ablated'] - means['held_out']:+.4f})"
+    return shown
+
+
 def write_plot(figures: dict[str, Any], path: Path) -> None:
     """Plots bits per byte by position in the document: a line per variant, a band for its seeds."""
     begins = figures["bins"]

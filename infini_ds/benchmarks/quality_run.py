@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from infini_ds.benchmarks.quality_variants import VARIANTS
@@ -14,7 +15,14 @@ from infini_ds.config import RunConfig
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
-from infini_ds.evaluation.by_position import means, read_documents, window_losses, windows_of
+from infini_ds.evaluation.by_position import (
+    means,
+    parts_of,
+    read_documents,
+    window_losses,
+    windows_of,
+)
+from infini_ds.evaluation.token_kinds import KINDS
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
@@ -34,6 +42,8 @@ class Job(NamedTuple):
     """Number of held-out documents that are read, counting from the first."""
     bins: list[int]
     """Positions in a document at which the bins of the evaluation begin; the first is 0."""
+    kinds: Sequence[np.ndarray] = ()
+    """Kinds of the held-out documents' tokens, see `token_kinds`."""
 
 
 def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
@@ -60,12 +70,14 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
 
     model, figures = train(job, trained)
     for memory in on_and_ablated:
-        totals = read_documents(
+        totals, by_kind = read_documents(
             model, store.split("held_out"), plans, job.bins, memory, store.tokenizer.token_bytes,
-            job.config.train.loss_chunk_tokens, read,
+            job.config.train.loss_chunk_tokens, read, job.kinds,
         )  # fmt: skip
         ablated = not memory and VARIANTS[job.variant].memory
-        figures["ablated" if ablated else "held_out"] = means(totals)
+        figures["ablated" if ablated else "held_out"] = {
+            **means(totals), "by_kind": dict(zip(KINDS, parts_of(by_kind), strict=True))
+        }  # fmt: skip
     return {"seed": job.config.seed, "parameters": count_parameters(job.config.model), **figures}
 
 

@@ -29,6 +29,9 @@ VARIANTS = {
     "linear": Variant(lambda _: {}),
     "delta": Variant(lambda _: {"memory_rule": "delta"}),
     "linear-write-gate": Variant(lambda config: {"memory": _write_gate(config)}),
+    "gated_delta": Variant(
+        lambda config: {"memory_rule": "gated_delta", "memory": _write_gate(config)}
+    ),
     # A Transformer whose context is the window.
     "full-attention": Variant(lambda config: {"segment_length": _window(config)}, memory=False),
 }
@@ -38,7 +41,8 @@ def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
     """Returns the config of one run; all variants read the same number of positions per step."""
     from infini_ds.config import MemoryConfig
 
-    linear = {"memory_rule": "linear", "memory": MemoryConfig()}
+    memory = MemoryConfig(short_conv=config.model.memory.short_conv)
+    linear = {"memory_rule": "linear", "memory": memory}
     changes = linear | VARIANTS[name].changes(config)
     model = config.model.model_copy(update=changes)
     segments = _window(config) // model.segment_length
@@ -56,4 +60,6 @@ def _write_gate(config: RunConfig) -> MemoryConfig:
     from infini_ds.config import MemoryConfig
 
     penalty = config.model.memory.write_penalty or WRITE_PENALTY
-    return MemoryConfig(write_gate=True, write_penalty=penalty)
+    return MemoryConfig(
+        write_gate=True, write_penalty=penalty, short_conv=config.model.memory.short_conv
+    )

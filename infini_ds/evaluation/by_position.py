@@ -1,7 +1,7 @@
 """Measures, on one device, the loss of whole documents by the position of each token."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from infini_ds.data.lanes import Plan
 from infini_ds.data.store import Split
 from infini_ds.data.windows import Windows, read_windows
+from infini_ds.evaluation.token_kinds import KINDS
 from infini_ds.memory import MemoryState
 from infini_ds.model.head import token_losses
 from infini_ds.model.memory import Memory
@@ -20,7 +21,7 @@ from infini_ds.system.ranges import require_finite
 
 
 class Totals(NamedTuple):
-    """Sums over the tokens of each bin of positions; all are fp64 [bins]."""
+    """Sums over the tokens of each bin of positions, or of each kind; all are fp64 [bins]."""
 
     loss: Tensor
     """In nats."""
@@ -39,8 +40,9 @@ def read_documents(
     token_bytes: np.ndarray,
     loss_chunk_tokens: int,
     report: Callable[[Plan], None],
-) -> Totals:
-    """Reads documents and sums their losses.
+    kinds: Sequence[np.ndarray] = (),
+) -> tuple[Totals, Totals]:
+    """Reads documents and sums their losses, by position and by kind.
 
     Args:
         model: the model, which is left in evaluation mode.
@@ -52,6 +54,7 @@ def read_documents(
         loss_chunk_tokens: number of tokens whose logits exist at the same time; 0 chooses one that
             suits the device.
         report: called with each window after it has been read.
+        kinds: see `token_kinds`; if empty, the sums by kind are zeros.
 
     Raises:
         RunError: a loss is not finite.
@@ -62,6 +65,10 @@ def read_documents(
     layers = Memory.empty(model.config, lanes, parameter.device, parameter.dtype).layers()
     text_bytes = torch.from_numpy(token_bytes).double() * split.byte_scale
     sums = torch.zeros(3, len(bins), dtype=torch.float64)
+    by_kind = torch.zeros(3, len(KINDS), dtype=torch.float64)
+    if kinds:
+        flat_kinds = np.concatenate(kinds)
+        begins = np.cumsum([0, *map(len, kinds)])
     for plan in plans:
         windows = windows_of(split, plan, n, memory)
         losses, layers, _ = window_losses(model, windows, layers, loss_chunk_tokens)
@@ -72,9 +79,14 @@ def read_documents(
         index = bin_of(positions[valid], bins)
         labels = windows.labels[valid]
         one = torch.ones(len(labels), dtype=torch.float64)
-        sums.index_add_(1, index, torch.stack((losses[valid].double(), one, text_bytes[labels])))
+        found = torch.stack((losses[valid].double(), one, text_bytes[labels]))
+        sums.index_add_(1, index, found)
+        if kinds:
+            own = begins[np.repeat(plan.documents, n, axis=1)[valid.numpy()]]
+            index = torch.from_numpy(flat_kinds[own + positions[valid].numpy()]).long()
+            by_kind.index_add_(1, index, found)
         report(plan)
-    return Totals(*sums)
+    return Totals(*sums), Totals(*by_kind)
 
 
 def windows_of(split: Split, plan: Plan, segment_length: int, memory: bool) -> Windows:
@@ -126,8 +138,12 @@ def bin_of(positions: Tensor, bins: list[int]) -> Tensor:
 def means(totals: Totals) -> dict[str, Any]:
     """Returns nats per token and bits per byte, over all tokens and over those of each bin."""
     everything = _means(*(float(part.sum()) for part in totals))
-    parts = zip(*(part.tolist() for part in totals), strict=True)
-    return {**everything, "by_position": [_means(*part) for part in parts]}
+    return {**everything, "by_position": parts_of(totals)}
+
+
+def parts_of(totals: Totals) -> list[dict[str, Any]]:
+    """Returns nats per token and bits per byte over the tokens of each bin or kind."""
+    return [_means(*part) for part in zip(*(part.tolist() for part in totals), strict=True)]
 
 
 def _means(loss: float, tokens: float, text_bytes: float) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def run(
             progress.update(done, plan.num_tokens)
 
         for name, memory in (("with_memory", True), ("ablated", False)):
-            totals = read_documents(
+            totals, _ = read_documents(
                 model, split, plans, bins, memory, loaded.tokenizer.token_bytes,
                 reading.loss_chunk_tokens, read,
             )  # fmt: skip

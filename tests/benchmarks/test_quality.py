@@ -4,6 +4,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,12 @@ from infini_ds.config import RunConfig
 from infini_ds.data.opening import open_data
 from infini_ds.data.prepare import prepare
 from infini_ds.evaluation.by_position import position_bins
+from infini_ds.evaluation.token_kinds import KINDS
 from tests import tiny
 
 STEPS, LANES, SEGMENTS, SEGMENT = 2, 2, 4, 8
 BINS = position_bins(SEGMENT, 200)
+MEMORIES = ("linear", "delta", "linear-write-gate", "gated_delta")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,7 @@ def test_all_variants_have_almost_as_many_parameters(runs):
     counts = {name: figures["parameters"] for name, (figures, _) in runs.items()}
     gate = 2 * (16 * 2 + 2)  # layers x (weights and biases of two heads)
     assert counts.pop("linear-write-gate") == counts["linear"] + gate
+    assert counts.pop("gated_delta") == counts["linear"] + gate
     assert len(set(counts.values())) == 1
 
 
@@ -93,13 +97,29 @@ def test_all_variants_read_the_same_held_out_tokens(runs, config):
         ]
 
 
+def test_kinds_of_tokens_are_told_apart_and_add_up(config):
+    """Kinds of tokens that are drawn so that each document has its own loss."""
+    store, _ = open_data(config)
+    lengths = store.split("held_out").lengths[:5]
+    drawn = np.random.default_rng(0)
+    kinds = [drawn.integers(len(KINDS), size=length - 1, dtype=np.int8) for length in lengths]
+    job = Job("linear", variant_config(config, "linear", 0), 5, BINS, kinds)
+    figures = run_job(job, lambda _: None)
+    for name in ("held_out", "ablated"):
+        by_kind = figures[name]["by_kind"]
+        counts = [int(sum((own == kind).sum() for own in kinds)) for kind in range(len(KINDS))]
+        assert [by_kind[kind]["tokens"] for kind in KINDS] == counts
+        total = sum(one["loss"] * one["tokens"] for one in by_kind.values())
+        assert total == pytest.approx(figures[name]["loss"] * figures[name]["tokens"])
+
+
 def test_only_variants_with_memory_are_ablated(runs):
     ablated = {name for name, (figures, _) in runs.items() if "ablated" in figures}
-    assert ablated == {"linear", "delta", "linear-write-gate"}
+    assert ablated == set(MEMORIES)
 
 
 def test_memory_is_of_no_use_to_the_first_segment_of_a_document(runs):
-    for name in ("linear", "delta", "linear-write-gate"):
+    for name in MEMORIES:
         figures, _ = runs[name]
         on, ablated = figures["held_out"]["by_position"], figures["ablated"]["by_position"]
         assert on[0] == pytest.approx(ablated[0], rel=1e-6)
@@ -155,9 +175,10 @@ def test_write_penalty_is_the_configs_if_it_has_one(config):
     model = config.model.model_copy(update={"memory": memory})
     gated = config.model_copy(update={"model": model})
     options = variant_config(gated, "linear-write-gate", 0).model.memory
-    assert options == configuration.MemoryConfig(write_gate=True, write_penalty=0.5)
-    for name in set(VARIANTS) - {"linear-write-gate"}:
-        assert variant_config(gated, name, 0).model.memory == configuration.MemoryConfig()
+    assert options == memory
+    plain = configuration.MemoryConfig(short_conv=True)
+    for name in set(VARIANTS) - {"linear-write-gate", "gated_delta"}:
+        assert variant_config(gated, name, 0).model.memory == plain
 
 
 def run_of(on: float, ablated: float | None = None) -> dict:
