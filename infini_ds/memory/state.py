@@ -1,7 +1,7 @@
 """The compressive memory of one layer, which is passed on along a document."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ EPSILON = 1e-10
 """Smallest denominator of a read; it matters only where nothing was written."""
 
 
-class MemoryState(NamedTuple):
+@dataclass(frozen=True)
+class MemoryState:
     """The memory that one layer has of each lane's document, in fp32.
 
     Code that passes memories on (lanes, stages, files, windows) treats them as tensors whose first
@@ -28,7 +29,11 @@ class MemoryState(NamedTuple):
 
     def __iter__(self) -> Iterator[Tensor]:
         """Goes through the tensors that are there, in the order of the fields."""
-        return iter([tensor for tensor in tuple.__iter__(self) if tensor is not None])
+        return iter([tensor for tensor in (self.kv, self.norm, self.tail) if tensor is not None])
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors that are there, by the names of their fields."""
+        return dict(zip(("kv", "norm", "tail"), self, strict=False))
 
     def with_tail(self, tail: Tensor | None) -> "MemoryState":
         """Returns the same memory with another tail, or without one."""

@@ -70,7 +70,7 @@ class LaneMemory:
     def save(self, directory: Path, first_lane: int) -> None:
         """Writes one file for each block, named after it and the first of this rank's lanes."""
         for block in self.blocks:
-            tensors = {name: x.cpu() for name, x in self.stacked(block)._asdict().items()}
+            tensors = {name: x.cpu() for name, x in self.stacked(block).named().items()}
             save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
 
     def _part(self, file: Any, low: int, high: int) -> MemoryState:

@@ -136,7 +136,7 @@ def train(config: RunConfig) -> dict:
         result["writes"].append(engine.written())
     result["weights"] = {name: parameter.detach() for name, parameter in names.items()}
     result["memories"] = {
-        block: dict(engine.memories.stacked(block)._asdict()) for block in engine.memories.blocks
+        block: engine.memories.stacked(block).named() for block in engine.memories.blocks
     }
     result["limits"] = sorted(limits_of_groups())
     result["exchanged_bytes"] = engine.exchanged_bytes

@@ -403,7 +403,7 @@ def assert_as_reference(ranks: list[dict], expected: dict, tolerance: float) -> 
             assert distance(weight, expected["weights"][name]) < tolerance, name
         for block, memory in rank["memories"].items():
             mine = slice(rank["first_lane"], rank["first_lane"] + len(memory["norm"]))
-            for part, tensor in expected["memory"][block]._asdict().items():
+            for part, tensor in expected["memory"][block].named().items():
                 assert memory[part].shape == tensor[mine].shape
                 if tensor.numel():  # some rules have no norm
                     far = distance(memory[part], tensor[mine])

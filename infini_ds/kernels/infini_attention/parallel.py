@@ -99,7 +99,7 @@ class _Part:
         self._maps = None
         goes_on = (~self._starts.any(dim=1)).to(added.kv)
         if not changes.removes:
-            self._way = HandOn(Change(goes_on, added.map(self._sum_of_last_document)), exchange)
+            self._way = HandOn(Change(goes_on, [*map(self._sum_of_last_document, added)]), exchange)
             return
         self._norm, self._final_norm = memory.norm, memory.norm
         if added.norm.numel():
@@ -115,7 +115,7 @@ class _Part:
     def finish(self) -> tuple[MemoryState, MemoryState]:
         """Returns the memory before the part and the one after the window."""
         if self._maps is None:
-            before, final = self._way.finish(self._memory)
+            before, final = self._way.finish([*self._memory])
             return MemoryState(*before), MemoryState(*final)
         (kv,), (final_kv,) = self._way.finish([self._memory.kv])
         return MemoryState(kv, self._norm), MemoryState(final_kv, self._final_norm)
