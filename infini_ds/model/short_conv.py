@@ -1,8 +1,8 @@
 """A causal convolution over the preceding tokens, with one filter for each channel."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from infini_ds.layout import made_once
 
@@ -27,7 +27,7 @@ class ShortConv(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolves consecutive tokens of one segment.
+        """Convolves consecutive tokens.
 
         Args:
             x: [..., t, heads, d], heads x d channels.
@@ -38,11 +38,10 @@ class ShortConv(nn.Module):
             the tokens that follow.
         """
         seen = torch.cat((before, x), dim=-3)
-        taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [taps, heads, d]
-        out = x
-        for back, tap in enumerate(taps, start=1):
-            out = torch.addcmul(out, tap, seen.narrow(-3, len(taps) - back, x.shape[-3]))
-        return out, seen.narrow(-3, x.shape[-3], len(taps))
+        # As images of one row, [..., channels, 1, tokens], whose channels are last in memory.
+        images = seen.flatten(-2).flatten(end_dim=-3).mT.unsqueeze(2)
+        out = F.conv2d(images, self._filters()[:, None, None], groups=len(self.weight))
+        return out.squeeze(2).mT.reshape(x.shape), seen.narrow(-3, x.shape[-3], self.taps)
 
     def packed(self, x: Tensor, begins: Tensor, before: Tensor) -> Tensor:
         """Whole segments of several documents, none of which sees tokens of another.
@@ -55,59 +54,33 @@ class ShortConv(nn.Module):
         Returns:
             The same shape as x.
         """
-        taps = self.weight.mT.unflatten(1, x.shape[-2:])  # [taps, heads, d]
-        out: Tensor = _Packed.apply(x, taps, _first_rows(begins, self.taps))  # type: ignore
-        first = begins[:, :, : self.taps, None, None] == 0
-        seen = self(torch.zeros_like(before), before)[0]  # what is seen of them alone
-        return torch.cat((out[:, :, : self.taps] + seen * first, out[:, :, self.taps :]), dim=2)
+        out, _ = self(x, before)
+        rows, sources, inside = _first_rows(begins, self.taps)
+        filters = self._filters().mT.unflatten(1, x.shape[-2:])  # [taps + 1, heads, d]
+        own = (x.flatten(0, 2)[sources] * inside[..., None, None] * filters).sum(dim=1)
+        return out.flatten(0, 2).index_copy(0, rows, own.to(out.dtype)).view_as(out)
+
+    def _filters(self) -> Tensor:
+        """[channels, taps + 1], of the earliest token first, and 1 for the token itself."""
+        return torch.cat((self.weight.flip(1), torch.ones_like(self.weight[:, :1])), dim=1)
 
 
-def _first_rows(begins: Tensor, taps: int) -> list[Tensor]:
-    """Rows, of lanes and segments flattened, of the documents behind each segment's first: the
-    first rows of all of them, the second rows, and so on, `taps` of them."""
+def _first_rows(begins: Tensor, taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the rows, of lanes and segments flattened, that begin documents behind a segment's
+    first and would see tokens of the document before.
 
-    def make() -> list[Tensor]:
+    Returns:
+        The rows, [rows]; the rows that they see with themselves last, [rows, taps + 1]; and which
+        of these are of their own document, bool [rows, taps + 1].
+    """
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
         n = begins.shape[-1]
         place = torch.arange(n, device=begins.device) - begins
-        place = place.masked_fill((begins == 0) | (begins == n), -1).flatten()
-        return [(place == row).nonzero()[:, 0] for row in range(taps)]
+        behind = (begins > 0) & (begins < n) & (place < taps)
+        (rows,) = behind.flatten().nonzero(as_tuple=True)
+        back = torch.arange(taps, -1, -1, device=begins.device)
+        inside = back <= place.flatten()[rows][:, None]
+        return rows, (rows[:, None] - back).clamp(min=0), inside
 
     return made_once(begins, ("first rows", taps), make)
-
-
-class _Packed(torch.autograd.Function):
-    """The convolution by rows: those of a document that have too few before them are left out."""
-
-    @staticmethod
-    def forward(ctx, x, taps, first_rows):
-        ctx.save_for_backward(x, taps)
-        ctx.first_rows = first_rows
-        out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, taps.dtype), device=x.device)
-        out.copy_(x)
-        rows = out.flatten(0, 2)
-        for back, tap in _within(taps, x.shape[2]):
-            outside = torch.cat(first_rows[:back])
-            kept = rows[outside]
-            out[:, :, back:].addcmul_(tap, x[:, :, :-back])
-            rows[outside] = kept
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, taps = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(gradient)
-        d_taps = torch.zeros_like(taps)
-        inside = gradient.clone(memory_format=torch.contiguous_format)
-        rows = inside.flatten(0, 2)
-        for back, tap in _within(taps, x.shape[2]):
-            rows[ctx.first_rows[back - 1]] = 0
-            later = inside[:, :, back:]
-            dx[:, :, :-back].addcmul_(tap, later)
-            d_taps[back - 1] = (later * x[:, :, :-back]).sum(dim=(0, 1, 2))
-        return dx, d_taps, None
-
-
-def _within(taps: Tensor, n: int) -> list[tuple[int, Tensor]]:
-    """How far back each tap reaches, of those that reach a token of the same segment."""
-    return list(enumerate(taps[: n - 1], start=1))
