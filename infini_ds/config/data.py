@@ -68,8 +68,7 @@ class PasskeyConfig(Settings):
     ) = 1
     """Pass keys in a document, with names if they are several; a list makes documents of each."""
     queries: Annotated[int, Field(ge=1)] | Literal["all", "some"] = 1
-    """How many of the keys are asked for, one after another, in a random order of their own; `some`
-    draws the number anew for each document."""
+    """How many of the keys are asked for, in a random order of their own; `some` is any number."""
     values: int = Field(default=1, ge=1)
     """Numbers of each key, which are stated one by one and asked for all together."""
     form: Literal["sentence", "adjacent", "variables"] = "sentence"

@@ -86,6 +86,7 @@ def test_each_step_draws_its_distance(path):
     assert lengths == {4, 8}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", variants())
 def test_whole_model_learns_from_the_answers(path, name):
     job = job_of(path, name)
@@ -109,6 +110,7 @@ def test_learning_rate_falls_to_its_end_in_few_steps(path):
     assert config.optimizer.decay_steps == STEPS
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_run_is_reproducible_and_its_progress_reaches_the_end(path):
     timed = {"train_seconds", "train_cpu_seconds", "evaluation_cpu_seconds"}

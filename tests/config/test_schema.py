@@ -171,7 +171,7 @@ def test_what_is_read_is_valid(path, value):
         ("data.babilong.tasks", []), ("data.babilong.tasks", ["qa4"]),
         ("data.passkey.segments", [2, 2]), ("data.passkey.segments", [2, 4 * 10**9]),
         ("data.passkey.keys", []), ("data.passkey.keys", [2, 2]), ("data.passkey.keys", 0),
-        ("data.passkey.keys", [2, 2**31]), ("data.passkey.queries", "some"),
+        ("data.passkey.keys", [2, 2**31]), ("data.passkey.queries", "any"),
         ("data.mixture", {"a b": {"store": "stores/a"}}), ("resume", "maybe"),
         ("output_dir", None), ("data.tokenizer.vocab_size", 319), ("data", {"files": "a.txt"}),
     ],

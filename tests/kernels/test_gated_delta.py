@@ -57,6 +57,7 @@ def test_it_is_the_rule_of_transformers():
         torch.testing.assert_close(written, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "function", [infini_attention_reference, infini_attention_parallel], ids=["plain", "parallel"]
 )
