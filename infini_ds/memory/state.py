@@ -71,14 +71,24 @@ class MemoryState:
         return self.map(lambda tensor: tensor.masked_fill(_beside(lanes, tensor), 0))
 
     def cleared_where_broken(self) -> "MemoryState":
-        """Returns the memory with each lane's head set to zero if it holds a non-finite number."""
-        fine = torch.stack([tensor.isfinite().flatten(2).all(-1) for tensor in self]).all(0)
-        return self.map(lambda tensor: tensor.masked_fill(_beside(~fine, tensor), 0))
+        """Returns the memory with each lane's head, and each lane's tail, set to zero if it holds a
+        non-finite number."""
+        broken = ~(_finite(self.kv, 2) & _finite(self.norm, 2))
+        kv, norm = (x.masked_fill(_beside(broken, x), 0) for x in (self.kv, self.norm))
+        tail = self.tail
+        if tail is not None:
+            tail = tail.masked_fill(_beside(~_finite(tail, 1), tail), 0)
+        return MemoryState(kv, norm, tail)
 
     def replaced(self, lanes: Tensor, other: "MemoryState") -> "MemoryState":
         """Returns the memory with the marked lanes, bool [batch], taken from another one."""
         pairs = zip(self, other, strict=True)
         return MemoryState(*(torch.where(_beside(lanes, old), new, old) for old, new in pairs))
+
+
+def _finite(tensor: Tensor, dims: int) -> Tensor:
+    """Tells what is finite along all dimensions but the first `dims`."""
+    return tensor.isfinite().flatten(dims).all(-1)
 
 
 def _beside(mask: Tensor, tensor: Tensor) -> Tensor:

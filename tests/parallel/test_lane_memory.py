@@ -120,3 +120,27 @@ def test_files_of_earlier_versions_have_no_tail(tmp_path):
     assert torch.equal(read.kv, stored.kv)
     assert read.tail is not None
     assert not read.tail.any()
+
+
+@pytest.mark.parametrize("taps", [0, 3])
+def test_what_is_not_finite_is_cleared_by_heads_and_the_tail_by_lanes(taps):
+    config = tiny.model_config(
+        num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, memory={"short_conv": taps}
+    )
+    lanes = LaneMemory(config, 1, 3, range(1), torch.device("cpu"))
+    stored = empty_state(config, 3).map(torch.rand_like)
+    stored.kv[0, 1, 2, 3] = torch.nan
+    stored.norm[1, 0, 2] = torch.inf
+    if stored.tail is not None:
+        stored.tail[2, 1, 0, 3] = -torch.inf
+    lanes.load(0, stored)
+    lanes.clear_broken()
+    found = lanes.stacked(0)
+    broken = torch.tensor([[False, True], [True, False], [False, False]])
+    for part, before in ((found.kv, stored.kv), (found.norm, stored.norm)):
+        assert not part[broken].any()
+        assert torch.equal(part[~broken], before[~broken])
+    if found.tail is not None:
+        assert stored.tail is not None
+        assert not found.tail[2].any()
+        assert torch.equal(found.tail[:2], stored.tail[:2])
