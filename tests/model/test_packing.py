@@ -102,6 +102,8 @@ class Found(NamedTuple):
     """Tensors of the memory before the window."""
     after: list[Tensor]
     """Tensors of the memory after it."""
+    tails: list[Tensor]
+    """What convolutions see after it, of use only to a document that goes on."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def packed_window(
     for _ in range(2):
         stored = torch.rand(len(lanes), 2, 50, 8, generator=random).to(dtype)
         values = torch.randn(len(lanes), 2, 50, 8, generator=random).to(dtype)
-        tail = torch.randn(len(lanes), taps, 6, 8, generator=random).to(dtype) if taps else None
+        tail = torch.randn(len(lanes), taps, 8, 8, generator=random).to(dtype) if taps else None
         memory.append(MemoryState(stored.mT @ values, stored.sum(-2)[..., :size], tail))
     return Window(tokens, labels, layout, memory), list(documents_of(lanes))
 
@@ -155,17 +157,20 @@ def read(model, window: Window, count: int) -> Found:
     batch, segments, n = window.tokens.shape
     embedded = model.layers[0](window.tokens.flatten(1)).detach().requires_grad_()
     memory = [state.map(lambda x: x.detach().clone().requires_grad_()) for state in window.memory]
-    hidden, after, mass = embedded, [], 0.0
+    hidden, after, tails, mass = embedded, [], [], 0.0
     for block, state in zip(model.blocks, memory, strict=True):
         hidden, state, stats = block(hidden, window.layout, state)
-        after += [*state]
+        after += [*state.with_tail(None)]
+        tails += [] if state.tail is None else [state.tail]
         mass = mass + (0.0 if stats is None else stats.mass)
     hidden = model.layers[1 + len(model.blocks)](hidden)
     losses = token_losses(hidden, *model.head(), window.labels.flatten(1), 0)
     penalty = write_penalty(model.config.memory, mass, 2 * count)
     incoming = [x for state in memory for x in state if x.numel()]  # some rules have no norm
     loss = losses.sum() / count + penalty
-    return Found(hidden.view(batch, segments, n, -1), losses, loss, embedded, incoming, after)
+    return Found(
+        hidden.view(batch, segments, n, -1), losses, loss, embedded, incoming, after, tails
+    )
 
 
 def rows_of(x: Tensor, pieces: list[Piece], n: int) -> Tensor:
@@ -218,6 +223,9 @@ def check_same_alone(model, n: int, limit: float, dtype: torch.dtype = torch.flo
         if pieces[0].rows.start == 0 and is_last(documents, pieces):
             for want, have in zip(own.after, packed.after, strict=True):
                 close(want[0], have[lane], limit, f"{what}: memory")
+            for want, have in zip(own.tails, packed.tails, strict=True):
+                if pieces[-1].rows.stop == n:
+                    close(want[0], have[lane], limit, f"{what}: tail")
         loss = loss + own.loss.detach()
         sums = [total + x for total, x in zip(sums, own_parameters, strict=True)]
     close(loss, packed.loss.detach(), limit, "loss")
