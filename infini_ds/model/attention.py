@@ -105,17 +105,8 @@ class InfiniAttention(nn.Module):
             w = self.write_gate(hidden)
             stats = write_stats(w, valid_tokens(layout, n))
         cos, sin = self._rotary_table(hidden.device)
-        inputs = Inputs(
-            q,
-            k,
-            v,
-            w,
-            memory.with_tail(None),
-            layout,
-            self.beta,
-            self.config.memory_rule,
-            (cos[:n], sin[:n]),
-        )
+        rule, state = self.config.memory_rule, memory.with_tail(None)
+        inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, (cos[:n], sin[:n]))
         with _without_autocast(hidden.device):
             out, memory = infini_attention(inputs, exchange)
         out = self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)"))
