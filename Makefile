@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Workers, to which tests/conftest.py gives whole files. Tests of ranks wait for processes, so four
+# Workers, to which tests/conftest.py gives whole files. Tests of ranks wait for processes, so three
 # keep two cores busy.
-WORKERS = 4
+WORKERS = 3
 PYTEST = $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 STEPS := 300
 SEEDS := 0

@@ -195,7 +195,8 @@ class InfiniAttention(nn.Module):
         assert tail is not None
         taps = tail.shape[1]
         starts = layout.starts[..., None, None, None]
-        after = torch.cat((tail.masked_fill(starts[:, 0], 0), qkv[:, -1]), dim=1)[:, -taps:].float()
+        ends = (tail.masked_fill(starts[:, 0], 0), qkv[:, -1, -taps:])  # a segment may be shorter
+        after = torch.cat(ends, dim=1)[:, -taps:].float()
         if exchange is not None:
             replaced = Change(after.new_zeros(len(after)), [after])
             (tail,), (after,) = HandOn(replaced, exchange).finish([tail])

@@ -57,7 +57,9 @@ class ShortConv(nn.Module):
         out, _ = self(x, before)
         rows, sources, inside = _first_rows(begins, self.taps)
         filters = self._filters().mT.unflatten(1, x.shape[-2:])  # [taps + 1, heads, d]
-        own = (x.flatten(0, 2)[sources] * inside[..., None, None] * filters).sum(dim=1)
+        # A product with 0 would keep numbers of another document that are not finite.
+        seen = x.flatten(0, 2)[sources].masked_fill(~inside[..., None, None], 0)
+        own = (seen * filters).sum(dim=1)
         return out.flatten(0, 2).index_copy(0, rows, own.to(out.dtype)).view_as(out)
 
     def _filters(self) -> Tensor:
