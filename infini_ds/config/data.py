@@ -132,6 +132,8 @@ class BabilongConfig(Settings):
     """The fewest facts in a document. The tasks need at least 1, 2, 3 and 1."""
     max_facts: int = Field(default=8, ge=1)
     """The most facts in a document; fewer where the segments have no room for so many."""
+    max_questions: int = Field(default=1, ge=1)
+    """The most questions in a document; their number is drawn. Asking for much teaches faster."""
     filler: FillerKind = "text"
     """As data.passkey.filler."""
     text_files: list[str] = Field(default=[])

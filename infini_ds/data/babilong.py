@@ -4,8 +4,9 @@
 
 The tasks are those of `babilong_world`, and the form follows BABILong (Kuratov et al. 2024,
 arXiv 2406.10149). The facts stand in their order at random places between words before the last
-segment; the end of a segment may cut them. The question ends at the same position of the last
-segment in every document, so that the room left for the answer says nothing about it.
+segment; the end of a segment may cut them. The last question ends at the same position of the last
+segment in every document, so that the room left for the answer says nothing about it. Questions
+before it stand with their answers right before it, so that a document teaches more.
 
 With any tokenizer, a document's pieces are encoded one by one, and spaces fill what no whole word
 does, so that lengths in tokens are exact.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infini_ds.config import FEWEST_FACTS, BabilongConfig, BabilongTask, DataConfig
-from infini_ds.data.babilong_world import Draws, all_answers, all_facts, all_questions, tell
+from infini_ds.data.babilong_world import Asked, Draws, all_answers, all_facts, all_questions, tell
 from infini_ds.data.documents import Corpus
 from infini_ds.data.filler import Filler
 from infini_ds.data.passkey import TooShort, passkey_random
@@ -39,12 +40,12 @@ class BabilongDocument(NamedTuple):
     """A document without its BOS and EOS."""
 
     pieces: list[str]
-    """Everything before the answer, in pieces that are encoded one by one."""
-    answer: str
-    """The answer with the space before it and the full stop after it."""
+    """Everything up to the first question, in pieces that are encoded one by one."""
+    asked: list[Asked]
+    """The questions with the space before each, and the answers with the space before and the full
+    stop after each, encoded one by one too."""
     facts: list[str]
     """The sentences that are hidden, in their order."""
-    question: str
 
 
 class Babilong:
@@ -81,7 +82,8 @@ class Babilong:
     ) -> BabilongDocument:
         """Generates one document of ASCII text.
 
-        With BOS, its pieces have segments x segment_length - longest_answer tokens.
+        With BOS, everything before the last answer has segments x segment_length - longest_answer
+        tokens.
 
         Args:
             random: stream from `passkey_random`; equal streams give equal documents.
@@ -95,15 +97,30 @@ class Babilong:
         before = (segments - 1) * n - 1
         fewest, most = self._bounds(task, segments, before)
         draws = Draws(random)
-        story = tell(random, task, fewest + draws.below(most - fewest + 1))
+        facts = fewest + draws.below(most - fewest + 1)
+        story = tell(random, task, facts, self._config.max_questions)
         places = sorted(draws.share() for _ in story.facts)
         head = self._filled(random, before, list(map(_spaced, story.facts)), places)
-        question = _spaced(story.question)
-        room = n - self.longest_answer - self.count(question)
-        pieces = [*head, *self._filled(random, room), question]
+        asked, room = self._fitting(story.asked)
+        pieces = [*head, *self._filled(random, room)]
         if self._plain:
             pieces = ["".join(pieces)]
-        return BabilongDocument(pieces, _as_answer(story.answer), story.facts, story.question)
+        return BabilongDocument(pieces, asked, story.facts)
+
+    def _fitting(self, asked: list[Asked]) -> tuple[list[Asked], int]:
+        """Returns as many questions as fit into the last segment, worded, and the tokens that they
+        leave before them."""
+        fitting, room = [], self._config.segment_length - self.longest_answer
+        for question, answer in asked:
+            spaced = Asked(_spaced(question), _as_answer(answer))
+            needed = self.count(spaced.question)
+            if fitting:
+                needed += self.count(fitting[-1].answer)
+            if needed > room:
+                break
+            fitting.append(spaced)
+            room -= needed
+        return fitting, room
 
     def _bounds(self, task: BabilongTask, segments: int, before: int) -> tuple[int, int]:
         """Returns the fewest and the most facts that fit before the last segment."""
@@ -171,8 +188,8 @@ class Babilong:
 class BabilongCorpus(Corpus):
     """The documents of `data.source: babilong`: equally many of each task and length, in turns.
 
-    The loss weight of an answer is chosen so that the weighted sum over a document, divided by its
-    number of tokens, is the mean over all its tokens plus the mean over the answer's tokens.
+    The loss weight of answers is chosen so that the weighted sum over a document, divided by its
+    number of tokens, is the mean over all its tokens plus the mean over the answers' tokens.
     """
 
     def __init__(self, config: DataConfig):
@@ -202,10 +219,16 @@ class BabilongCorpus(Corpus):
                     )
 
     def _weighted(self, document: BabilongDocument, positions: int) -> list[tuple[str, float]]:
-        answer = self._babilong.count(document.answer)
-        weight = 1 + (positions - self._babilong.longest_answer + answer) / answer
+        sizes = [self._babilong.count(answer) for _, answer in document.asked]
+        length = positions - self._babilong.longest_answer + sizes[-1]
+        weight = 1 + length / sum(sizes)
+        asked = [
+            piece
+            for question, answer in document.asked
+            for piece in ((question, 1.0), (answer, weight))
+        ]
         # The last piece, which has no characters, carries the weight of EOS.
-        return [*((piece, 1.0) for piece in document.pieces), (document.answer, weight), ("", 1.0)]
+        return [*((piece, 1.0) for piece in document.pieces), *asked, ("", 1.0)]
 
 
 def babilong_random(use: int, task: BabilongTask, *key: int) -> np.random.Philox:

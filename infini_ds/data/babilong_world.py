@@ -43,14 +43,21 @@ _KINDS = {
 """The kinds of facts of each task; repeated ones are more frequent."""
 
 
-class Story(NamedTuple):
-    """What happens, and a question about it."""
+class Asked(NamedTuple):
+    """A question about a story."""
 
-    facts: list[str]
-    """Sentences in the order of events."""
     question: str
     answer: str
     """One word, or objects with commas between them."""
+
+
+class Story(NamedTuple):
+    """What happens, and questions about it."""
+
+    facts: list[str]
+    """Sentences in the order of events."""
+    asked: list[Asked]
+    """At least one, each of them once."""
 
 
 class Draws:
@@ -71,22 +78,42 @@ class Draws:
         """Draws one of the choices."""
         return choices[self.below(len(choices))]
 
-    def some(self, choices: list[str], most: int) -> list[str]:
-        """Draws from 1 to `most` different choices."""
+    def shuffled(self, choices: list) -> list:
+        """Returns the choices in a random order."""
         order = np.argsort(self._random.random_raw(len(choices)), kind="stable")
-        return [choices[index] for index in order[: 1 + self.below(most)]]
+        return [choices[index] for index in order]
+
+    def some(self, choices: list, most: int) -> list:
+        """Draws from 1 to `most` different choices."""
+        return self.shuffled(choices)[: 1 + self.below(most)]
 
 
-def tell(random: np.random.Philox, task: BabilongTask, facts: int) -> Story:
-    """Makes up a story of so many facts, at least `FEWEST_FACTS` of the task."""
+def tell(
+    random: np.random.Philox, task: BabilongTask, facts: int, most_questions: int = 1
+) -> Story:
+    """Makes up a story.
+
+    Args:
+        facts: how many, at least `FEWEST_FACTS` of the task.
+        most_questions: their number is drawn from 1 to this, fewer where there is less to ask.
+    """
     draws = Draws(random)
     asks_empty = draws.below(_EMPTY_SHARE) == 0
     while True:  # short stories often leave nothing to ask; the shortest of qa3 most often
         world = _World(draws, asks_empty)
         told = [world.go_on(draws.one(_KINDS[task])) for _ in range(facts)]
-        asked = _QUESTIONS[task](world)
-        if asked:
-            return Story(told, *asked)
+        questions = _QUESTIONS[task](world)
+        if questions:
+            return Story(told, _drawn(draws, questions, most_questions))
+
+
+def _drawn(draws: Draws, questions: list[Asked], most: int) -> list[Asked]:
+    """Draws from 1 to `most` of the questions, in any order."""
+    first = draws.one(questions)
+    if most == 1:
+        return [first]
+    others = draws.shuffled([asked for asked in questions if asked != first])
+    return [first, *others][: 1 + draws.below(most)]
 
 
 def all_facts() -> list[str]:
@@ -184,38 +211,29 @@ def _what_carries(who: str) -> str:
     return f"What is {who} carrying?"
 
 
-def _ask_person(world: _World) -> tuple[str, str] | None:
-    who = world.draws.one(list(world.place))
-    return _where_is(who), world.place[who]
+def _ask_person(world: _World) -> list[Asked]:
+    return [Asked(_where_is(who), where) for who, where in world.place.items()]
 
 
-def _ask_object(world: _World) -> tuple[str, str] | None:
-    known = [what for what, path in world.path.items() if path]
-    if not known:
-        return None
-    what = world.draws.one(known)
-    return _where_is(f"the {what}"), world.path[what][-1]
+def _ask_object(world: _World) -> list[Asked]:
+    return [Asked(_where_is(f"the {what}"), path[-1]) for what, path in world.path.items() if path]
 
 
-def _ask_before(world: _World) -> tuple[str, str] | None:
-    known = [
-        (what, path[i], path[i - 1])
+def _ask_before(world: _World) -> list[Asked]:
+    return [
+        Asked(_where_was(what, path[i]), path[i - 1])
         for what, path in world.path.items()
         for i in range(1, len(path))
         if path[i] not in path[i + 1 :]
     ]
-    if not known:
-        return None
-    what, where, before = world.draws.one(known)
-    return _where_was(what, where), before
 
 
-def _ask_list(world: _World) -> tuple[str, str] | None:
-    known = [who for who, held in world.held.items() if bool(held) != world.asks_empty]
-    if not known:
-        return None
-    who = world.draws.one(known)
-    return _what_carries(who), ",".join(world.held[who]) or NOTHING
+def _ask_list(world: _World) -> list[Asked]:
+    return [
+        Asked(_what_carries(who), ",".join(held) or NOTHING)
+        for who, held in world.held.items()
+        if bool(held) != world.asks_empty
+    ]
 
 
 _QUESTIONS = {"qa1": _ask_person, "qa2": _ask_object, "qa3": _ask_before, "qa8": _ask_list}

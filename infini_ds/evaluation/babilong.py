@@ -98,12 +98,14 @@ class Questions:
                 "other --tasks"
             ) from None
         tokenizer = self._tokenizer
+        (asked,) = document.asked
         pieces = [
-            tokenizer.encode_array(piece, index == 0) for index, piece in enumerate(document.pieces)
+            tokenizer.encode_array(piece, index == 0)
+            for index, piece in enumerate((*document.pieces, asked.question))
         ]
         bos = np.array([tokenizer.bos_id], np.uint32)
         prompt = stored_tokens([bos, *pieces], tokenizer.vocab_size)
-        answer = tokenizer.encode_array(document.answer, begins=False).tolist()
+        answer = tokenizer.encode_array(asked.answer, begins=False).tolist()
         before = (segments - 1) * self._config.segment_length
         return Question(prompt, before, tokenizer.decode(answer), len(answer))
 
@@ -156,12 +158,14 @@ def run(
 def with_options(
     trained: BabilongConfig, options: BabilongOptions, segment_length: int
 ) -> BabilongConfig:
-    """Returns the settings of the documents to ask about, with enough facts for every task."""
+    """Returns the settings of the documents to ask about, with enough facts for every task, and one
+    question each."""
     tasks = list(dict.fromkeys(options.tasks or trained.tasks))
     changes = {
         "segment_length": segment_length,
         "tasks": tasks,
         "filler": options.filler or trained.filler,
+        "max_questions": 1,
         "max_facts": max(trained.max_facts, *(FEWEST_FACTS[task] for task in tasks)),
     }
     return trained.model_copy(update=changes)

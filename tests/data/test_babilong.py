@@ -1,5 +1,6 @@
 """Stories are right by an independent reader, and documents hide them as they should."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from infini_ds.config import FEWEST_FACTS, BabilongConfig, DataConfig, TokenizerConfig
-from infini_ds.data.babilong import Babilong, babilong_random
+from infini_ds.data.babilong import Babilong, BabilongDocument, babilong_random
 from infini_ds.data.babilong_world import CHANCE, all_answers, all_facts, all_questions, tell
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.prepare import prepare
@@ -65,6 +66,11 @@ def documents_of(made: Babilong, task, segments: int, count: int = 50, use: int 
     ]
 
 
+def prompt_of(document: BabilongDocument) -> list[str]:
+    """Everything before the last answer."""
+    return [*document.pieces, *itertools.chain(*document.asked)][:-1]
+
+
 class TestReader:
     """The reader of the tests itself, on stories with known answers."""
 
@@ -112,13 +118,14 @@ class TestStories:
             facts = facts_in(" ".join(story.facts))
             assert len(facts) == count
             assert contradictions(facts) == []
-            assert answer_to(facts, story.question) == story.answer, story
+            ((question, answer),) = story.asked
+            assert answer_to(facts, question) == answer, story
 
     @each_task
     def test_use_only_sentences_that_are_known(self, task):
         known = set(all_facts()), set(all_questions()), set(all_answers())
         stories = [tell(babilong_random(1, task, number), task, 12) for number in range(200)]
-        for facts, question, answer in stories:
+        for facts, ((question, answer),) in stories:
             assert set(facts) <= known[0]
             assert question in known[1]
             assert answer in known[2]
@@ -129,13 +136,24 @@ class TestStories:
         count = FEWEST_FACTS[task] + more
         stories = [tell(babilong_random(2, task, number), task, count) for number in range(1500)]
         guesses: dict[str, Counter[str]] = {}
-        for story in stories:  # the best guess may depend on the place that qa3 names
-            named = story.question.split()[-1] if task == "qa3" else ""
-            guesses.setdefault(named, Counter())[story.answer] += 1
+        for _, ((question, answer),) in stories:  # qa3's best guess may depend on the place named
+            named = question.split()[-1] if task == "qa3" else ""
+            guesses.setdefault(named, Counter())[answer] += 1
         reached = sum(max(counts.values()) for counts in guesses.values()) / 1500
         assert CHANCE[task] - 0.02 < reached < CHANCE[task] + 0.06
         if task == "qa8" and more:
-            assert {story.answer.count(",") for story in stories} == {0, 1, 2}
+            assert {story.asked[0].answer.count(",") for story in stories} == {0, 1, 2}
+
+    @each_task
+    def test_several_questions_are_different_and_all_answered_right(self, task):
+        counts = set()
+        for number in range(150):
+            story = tell(babilong_random(1, task, number), task, 12, most_questions=3)
+            facts = facts_in(" ".join(story.facts))
+            assert all(answer_to(facts, question) == answer for question, answer in story.asked)
+            assert len(set(story.asked)) == len(story.asked)
+            counts.add(len(story.asked))
+        assert counts == {1, 2, 3}
 
     def test_later_facts_override_earlier_ones(self):
         """The answer is often not the last place that was told, nor that of the first fact."""
@@ -144,21 +162,21 @@ class TestStories:
             for number in range(300):
                 story = tell(babilong_random(3, task, number), task, 8)
                 places = [f.what for f in facts_in(" ".join(story.facts)) if f.act == "move"]
-                last += story.answer == places[-1]
-                first += story.answer == places[0]
+                last += story.asked[0].answer == places[-1]
+                first += story.asked[0].answer == places[0]
             assert 0.2 * 300 < last < 0.8 * 300
             assert first < 0.5 * 300
 
     def test_are_those_of_other_machines(self):
         # Stores made on two machines must be equal: this must never change.
-        facts, question, answer = tell(babilong_random(0, "qa3", 2, 0), "qa3", 5)
+        facts, ((question, answer),) = tell(babilong_random(0, "qa3", 2, 0), "qa3", 5)
         assert facts == [
             "Anna moved to the stable.", "Anna took the lamp.", "Anna went to the kitchen.",
             "Anna went to the cellar.", "Anna went to the garden.",
         ]  # fmt: skip
         assert (question, answer) == ("Where was the lamp before the kitchen?", "stable")
         (document,) = documents_of(maker(filler="noise"), "qa1", 2, 1, use=0)
-        assert document.answer == " kitchen."
+        assert document.asked[0].answer == " kitchen."
         assert document.pieces[0].startswith(" bl z pj l wkcamywaqpijca nejo")
 
 
@@ -166,30 +184,39 @@ class TestDocuments:
     @each_task
     @pytest.mark.parametrize("segments", [2, 3, 16])
     @pytest.mark.parametrize("filler", ["standard", "noise", "text"])
+    @pytest.mark.parametrize("max_questions", [1, 9])
     def test_fill_their_segments_and_keep_facts_before_the_last(
-        self, tokenizer, text, task, segments, filler
+        self, tokenizer, text, task, segments, filler, max_questions
     ):
-        made = maker(tokenizer, filler=filler, text_files=[str(text)])
+        made = maker(tokenizer, filler=filler, text_files=[str(text)], max_questions=max_questions)
         for document in documents_of(made, task, segments, 8):
-            pieces = document.pieces
+            pieces = prompt_of(document)
             tokens = [tokenizer.encode_array(piece, begins=not i) for i, piece in enumerate(pieces)]
             assert sum(map(len, tokens)) == segments * N - made.longest_answer - 1
-            assert len(tokenizer.encode_array(document.answer, False)) <= made.longest_answer
+            longest = max(
+                len(tokenizer.encode_array(answer, False)) for _, answer in document.asked
+            )
+            assert longest <= made.longest_answer
             head = tokenizer.decode(np.concatenate(tokens)[: (segments - 1) * N - 1])
             whole = "".join(pieces)
             whole.encode("ascii")
             told = facts_in(head)
             assert told == facts_in(" ".join(document.facts)) == facts_in(whole)
-            asked = QUESTION.search(whole)
-            assert asked
-            assert asked[1] == document.question
-            assert document.answer == f" {answer_to(told, asked[1])}."
+            assert whole.endswith(document.asked[-1].question)
+            for question, answer in document.asked:
+                assert QUESTION.fullmatch(question)
+                assert answer == f" {answer_to(told, question[1:])}."
+
+    def test_ask_as_much_as_fits_into_a_segment(self):
+        made = maker(max_questions=9, min_facts=8)
+        counts = Counter(len(d.asked) for d in documents_of(made, "qa1", 16, 100))
+        assert set(counts) == {1, 2, 3, 4}  # a fifth would need more than the 128 bytes
 
     def test_never_cut_words(self, tokenizer, text):
         made = maker(tokenizer, filler="text", text_files=[str(text)])
         for document in documents_of(made, "qa2", 6):
             words = "".join(document.pieces)
-            for sentence in [*document.facts, document.question]:
+            for sentence in document.facts:
                 words = words.replace(sentence, "", 1)
             cut = [word for word in words.split() if not re.fullmatch(rf"{WORD}\d{{4}}", word)]
             assert cut == []
@@ -229,7 +256,7 @@ class TestDocuments:
         began = time.process_time()
         (document,) = documents_of(made, "qa8", 8192, 1)
         assert time.process_time() - began < 1  # about 5 ms on an idle core
-        assert len("".join(document.pieces)) == 8192 * N - made.longest_answer - 1
+        assert len("".join(prompt_of(document))) == 8192 * N - made.longest_answer - 1
 
     def test_refuse_segments_that_are_too_short(self):
         says = r"^data\.babilong\.segment_length \(56\) must be at least 57 for a question"
@@ -300,6 +327,29 @@ class TestCorpus:
         assert sum(counts.values()) == 4 * 2 * 15
         assert {segments for segments, _ in counts} == {2, 4}
         assert counts[2, "was"] == counts[4, "was"] == 15
+
+    @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+    def test_all_answers_of_a_document_have_one_weight(self, tmp_path, model, kind):
+        config = data_config(
+            tmp_path, model if kind == "sentencepiece" else None, tasks=["qa1"], max_questions=4
+        )
+        store = prepare(config, workers=1)
+        split, several = store.split("train"), 0
+        assert split.weights is not None
+        for begin, stored in zip(split.offsets.tolist(), split.lengths.tolist(), strict=False):
+            tokens = split.data[begin : begin + stored]
+            weights = split.weights[begin : begin + stored]
+            answers = weights > 1
+            weight = np.float32(1 + (stored - 1) / answers.sum())
+            assert set(weights[answers].tolist()) == {weight}
+            facts = facts_in(store.tokenizer.decode(tokens))
+            told = store.tokenizer.decode(tokens)
+            asked = re.findall(r" (Where is \w+\?) (\w+)\.", told)
+            assert asked
+            assert all(answer_to(facts, question) == answer for question, answer in asked)
+            assert store.tokenizer.decode(tokens[answers]).split() == [f"{a}." for _, a in asked]
+            several += len(asked) > 1
+        assert several > 3
 
     def test_windows_have_one_answer_for_each_document(self, tmp_path):
         split = prepare(data_config(tmp_path), workers=1).split("train")
