@@ -170,10 +170,12 @@ def walk(
     """Works like `scan` for eq. (5), where each segment also subtracts `overlaps` @ the state."""
     kv = incoming
     before = []
-    for s in range(starts.shape[1]):
-        kv = kv.masked_fill(starts[:, s, None, None, None], 0)
+    begins = starts[..., None, None, None]
+    # Views that are taken one by one would each have a gradient as large as all of them.
+    for begin, own, overlap in zip(*(x.unbind(1) for x in (begins, added, overlaps)), strict=True):
+        kv = kv.masked_fill(begin, 0)
         before.append(kv)
-        kv = kv + added[:, s] - overlaps[:, s] @ kv
+        kv = kv + own - overlap @ kv
     return torch.stack(before, dim=1), kv
 
 
