@@ -29,7 +29,8 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     local = 2 * 2 * heads * d * (n + 1) // 2
     memory = _with_norm(config, heads * 2 * d**2 + kv_heads * _write(config))
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
-    convolution = 2 * config.memory.short_conv * (heads + 2 * kv_heads) * d
+    taps = config.memory.short_conv
+    convolution = 2 * (taps + 1) * (heads + 2 * kv_heads) * d if taps else 0
     block = projections + feed_forward + local + memory + gate + convolution
     head = 2 * hidden * config.vocab_size
     return [0, *[block] * config.num_layers, 0, head]

@@ -47,9 +47,9 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
 
     They are the same whichever process builds the layer. Weights are normally distributed
     with deviation initializer_range, divided by sqrt(2 L) in projections that end a branch so that
-    the residual stream does not grow with depth (GPT-2). Norms are 1, biases and convolutions 0.
-    Write gates have a deviation of their own, and are drawn last so that all other weights are the
-    same as without them.
+    the residual stream does not grow with depth (GPT-2). Norms are 1, biases 0, and convolutions
+    leave tokens as they are. Write gates have a deviation of their own, and are drawn last so that
+    all other weights are the same as without them.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     gates_last = sorted(layer.named_parameters(), key=lambda item: _is_write_gate(item[0]))

@@ -8,9 +8,11 @@ from infini_ds.layout import made_once
 
 
 class ShortConv(nn.Module):
-    """Computes x_t + sum over i of c_i x_(t - i), with filters c_i for each channel.
+    """Computes the sum over i from 0 to taps of c_i x_(t - i), with filters c_i for each channel.
 
-    All c_i are 0 initially, so that the layer starts as the identity.
+    c_0 is 1 and all others are 0 initially, so that the layer starts as the identity. That c_0 is
+    learnt matters for recall: a key of the tokens before, without the token itself, is what a query
+    one token earlier can match.
 
     Args:
         channels: number of channels.
@@ -19,12 +21,13 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, taps))
+        self.weight = nn.Parameter(identity(channels, taps))
+        """[channels, taps + 1]: c_taps first, c_0 last."""
 
     @property
     def taps(self) -> int:
         """Number of earlier tokens that each token sees."""
-        return self.weight.shape[1]
+        return self.weight.shape[1] - 1
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Convolves consecutive tokens.
@@ -40,7 +43,7 @@ class ShortConv(nn.Module):
         seen = torch.cat((before, x), dim=-3)
         # As images of one row, [..., channels, 1, tokens], whose channels are last in memory.
         images = seen.flatten(-2).flatten(end_dim=-3).mT.unsqueeze(2)
-        out = F.conv2d(images, self._filters()[:, None, None], groups=len(self.weight))
+        out = F.conv2d(images, self.weight[:, None, None], groups=len(self.weight))
         return out.squeeze(2).mT.reshape(x.shape), seen.narrow(-3, x.shape[-3], self.taps)
 
     def packed(self, x: Tensor, begins: Tensor, before: Tensor) -> Tensor:
@@ -56,15 +59,16 @@ class ShortConv(nn.Module):
         """
         out, _ = self(x, before)
         rows, sources, inside = _first_rows(begins, self.taps)
-        filters = self._filters().mT.unflatten(1, x.shape[-2:])  # [taps + 1, heads, d]
+        filters = self.weight.mT.unflatten(1, x.shape[-2:])  # [taps + 1, heads, d]
         # A product with 0 would keep numbers of another document that are not finite.
         seen = x.flatten(0, 2)[sources].masked_fill(~inside[..., None, None], 0)
         own = (seen * filters).sum(dim=1)
         return out.flatten(0, 2).index_copy(0, rows, own.to(out.dtype)).view_as(out)
 
-    def _filters(self) -> Tensor:
-        """[channels, taps + 1], of the earliest token first, and 1 for the token itself."""
-        return torch.cat((self.weight.flip(1), torch.ones_like(self.weight[:, :1])), dim=1)
+
+def identity(channels: int, taps: int) -> Tensor:
+    """Returns the filters that leave every token as it is, [channels, taps + 1]."""
+    return F.pad(torch.ones(channels, 1), (taps, 0))
 
 
 def _first_rows(begins: Tensor, taps: int) -> tuple[Tensor, Tensor, Tensor]:

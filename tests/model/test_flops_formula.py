@@ -28,7 +28,7 @@ def test_formula_equals_counted_products(make_model, make_tokens, rule, options,
     expected = sum(forward_flops_per_token(config)) - local
     if config.memory.short_conv:  # not a product of matrices: a multiply-add a tap and channel
         channels = (config.num_heads + 2 * config.kv_heads) * config.head_dim
-        expected -= 2 * config.memory.short_conv * channels * config.num_layers
+        expected -= 2 * (config.memory.short_conv + 1) * channels * config.num_layers
     if rule == "gated_delta":  # the counter does not know triangular systems
         expected -= 2 * CHUNK * config.kv_heads * config.head_dim * config.num_layers
     # Beyond the formula: the scan over segments or the walk, and the guard of the delta rule.

@@ -22,7 +22,7 @@ def test_options_change_no_other_initial_weight(make_model):
         assert torch.equal(other.get_parameter(name), parameter), name
 
 
-def test_write_gates_start_near_one_half_and_convolutions_at_zero(make_model):
+def test_write_gates_start_near_one_half_and_convolutions_as_the_identity(make_model):
     config = make_model(
         hidden_size=512, initializer_range=0.3, memory={"write_gate": True, "short_conv": True}
     ).config
@@ -32,7 +32,8 @@ def test_write_gates_start_near_one_half_and_convolutions_at_zero(make_model):
     weight = block.get_parameter("self_attn.write_gate.weight")
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not block.get_parameter("self_attn.write_gate.bias").any()
-    assert not block.get_parameter("self_attn.short_conv.weight").any()
+    taps = block.get_parameter("self_attn.short_conv.weight")
+    assert torch.equal(taps, torch.eye(5)[-1:].expand_as(taps))
 
 
 def test_gates_start_at_gate_init(make_model):

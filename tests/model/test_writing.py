@@ -6,7 +6,7 @@ import torch
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES
 from infini_ds.model.layer_state import empty_state
-from infini_ds.model.short_conv import ShortConv
+from infini_ds.model.short_conv import ShortConv, identity
 from infini_ds.model.transformer import full_layout
 from infini_ds.model.write_gate import write_stats
 
@@ -17,22 +17,23 @@ PENALTY = 0.5  # of the tests' models
 
 
 def conv_with(weight) -> ShortConv:
-    conv = ShortConv(len(weight), len(weight[0]))
-    conv.weight.data = torch.tensor(weight)
+    """A convolution whose weights are those of the token itself, the one before it and so on."""
+    conv = ShortConv(len(weight), len(weight[0]) - 1)
+    conv.weight.data = torch.tensor(weight).flip(1)
     return conv
 
 
 def test_convolution_adds_the_weighted_tokens_before():
     x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).view(1, 5, 1, 1)
-    conv = conv_with([[0.1, 0.01, 0.001, 0.0001]])
+    conv = conv_with([[10.0, 0.1, 0.01, 0.001, 0.0001]])
     mixed, last = conv(x, torch.zeros(1, TAPS, 1, 1))
-    expected = [1.0, 2.1, 4.21, 8.421, 16.8421]
+    expected = [10.0, 20.1, 40.21, 80.421, 160.8421]
     torch.testing.assert_close(mixed.flatten(), torch.tensor(expected))
     assert last.flatten().tolist() == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_convolution_has_taps_of_each_channel():
-    conv = conv_with(torch.eye(5, TAPS).tolist())
+    conv = conv_with(torch.cat((torch.ones(5, 1), torch.eye(5, TAPS)), dim=1).tolist())
     x = torch.randn(2, 6, 5, 1)
     mixed, _ = conv(x, torch.zeros(2, TAPS, 5, 1))
     difference = (mixed - x).flatten(2)
@@ -47,7 +48,7 @@ def test_convolution_has_taps_of_each_channel():
 @pytest.mark.parametrize("cut", [1, 2, 5])
 def test_convolution_in_two_pieces_equals_one(cut):
     torch.manual_seed(0)
-    conv = conv_with(torch.randn(6, TAPS).tolist())
+    conv = conv_with(torch.randn(6, TAPS + 1).tolist())
     x, nothing = torch.randn(2, 7, 3, 2), torch.zeros(2, TAPS, 3, 2)
     whole, end = conv(x, nothing)
     first, last = conv(x[:, :cut], nothing)
@@ -94,8 +95,10 @@ def test_options_at_their_start_change_nothing_but_the_share_that_is_written(
     plain = make_model(memory_rule=rule)
     other = make_model(memory_rule=rule, memory={"write_gate": True, "short_conv": True})
     for name, parameter in other.named_parameters():
-        if "write_gate" in name or "short_conv" in name:
+        if "write_gate" in name:
             parameter.data.fill_(3 if share == 1 and name.endswith("write_gate.bias") else 0)
+        if "short_conv" in name:
+            parameter.data.copy_(identity(len(parameter), TAPS))
     tokens = make_tokens(2, 2 * N)
     with torch.no_grad():
         expected, actual = plain(tokens), other(tokens)

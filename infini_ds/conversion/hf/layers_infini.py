@@ -235,21 +235,28 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Computes x_t + sum over i of c_i x_(t - i), with c_i per channel, within a segment."""
+    """Computes the sum over i from 0 to taps of c_i x_(t - i), with c_i per channel, c_0 last."""
 
     def __init__(self, channels: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, taps))
+        self.weight = nn.Parameter(torch.empty(channels, taps + 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begins as the identity."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[:, -1])
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        taps = self.weight.mT.unflatten(1, x.shape[2:])
+        *earlier, own = self.weight.mT.unflatten(1, x.shape[2:])
+        taps = len(earlier)
         if before is None:
-            before = x.new_zeros(x.shape[0], len(taps), *x.shape[2:])
+            before = x.new_zeros(x.shape[0], taps, *x.shape[2:])
         seen = torch.cat((before, x), dim=1)
-        out = x
-        for back, tap in enumerate(taps, start=1):
-            out = torch.addcmul(out, tap, seen.narrow(1, len(taps) - back, x.shape[1]))
-        return out, seen[:, -len(taps) :]
+        out = own * x
+        for place, tap in enumerate(earlier):
+            out = torch.addcmul(out, tap, seen.narrow(1, place, x.shape[1]))
+        return out, seen[:, -taps:]
 
 
 class FeedForward(nn.Module):

@@ -79,8 +79,10 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ShortConv):
+            module.reset_parameters()
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "beta" or isinstance(module, ShortConv):
+            if name == "beta":
                 nn.init.zeros_(parameter)
 
     def get_input_embeddings(self) -> nn.Module:
