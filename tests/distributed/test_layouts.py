@@ -35,7 +35,8 @@ from tests.distributed.processes import run_ranks
 TOLERANCE = 1e-5
 
 # (pipeline, data, accumulation)
-LAYOUTS = [(1, 1, 4), (2, 1, 4), (1, 2, 2), (2, 2, 2), (3, 1, 4), (4, 1, 4)]
+DEEP = [(3, 1, 4), (4, 1, 4)]
+LAYOUTS = [(1, 1, 4), (2, 1, 4), (1, 2, 2), (2, 2, 2), *DEEP]
 
 FACTORS = {
     "parallel.memory_transport": ("carried", "resident"),
@@ -300,7 +301,15 @@ FP32_CASES = (
     | CONTEXT_CASES
 )  # fmt: skip
 DEFAULT_CASES = FP32_CASES | BF16_CASES
+DEEP_CASES = cases(DEEP, CHOICES)
+"""Pipelines of more processes than most machines have cores for, in the long suite."""
 SLOW_CASES = sampled(LAYOUTS, 12)
+
+
+def marked(names: dict) -> list:
+    """Parameters for all cases of a set."""
+    marks = {name: [pytest.mark.long] if name in DEEP_CASES else [] for name in names}
+    return [pytest.param(name, marks=own) for name, own in marks.items()]
 
 
 RANKS = 96
@@ -316,7 +325,11 @@ class Results:
 
     def of(self, name: str, known: dict[str, tuple[int, dict]]) -> list[dict]:
         world, _ = known[name]
-        equal = [other for other, (size, _) in known.items() if size == world]
+        equal = [
+            other
+            for other, (size, _) in known.items()
+            if size == world and (other in DEEP_CASES) == (name in DEEP_CASES)
+        ]
         first = equal.index(name) // (RANKS // world) * (RANKS // world)
         together = equal[first : first + RANKS // world]
         cases = json.dumps({other: known[other][1] for other in together})
@@ -412,7 +425,7 @@ def assert_as_reference(ranks: list[dict], expected: dict, tolerance: float) -> 
     assert held == set(range(len(expected["memory"])))
 
 
-@pytest.mark.parametrize("name", FP32_CASES)
+@pytest.mark.parametrize("name", marked(FP32_CASES))
 def test_training_agrees_with_plain_pytorch(results, name):
     expected = expected_of(FP32_CASES[name][1])
     assert expected["norms"][0] > 0.5, "clipping must be active"
@@ -494,7 +507,7 @@ def test_bytes_that_ranks_of_a_window_exchange_are_counted_by_hand(results, name
         assert rank["exchanged_bytes"] == STEPS * expected
 
 
-@pytest.mark.parametrize("name", DEFAULT_CASES)
+@pytest.mark.parametrize("name", marked(DEFAULT_CASES))
 def test_initial_weights_are_those_of_one_process(results, name):
     case = DEFAULT_CASES[name][1]
     dtype = torch.bfloat16 if case.get("train.dtype") == "bf16" else torch.float32
@@ -507,7 +520,7 @@ def test_initial_weights_are_those_of_one_process(results, name):
     assert seen == set(expected)
 
 
-@pytest.mark.parametrize("name", DEFAULT_CASES)
+@pytest.mark.parametrize("name", marked(DEFAULT_CASES))
 def test_module_state_is_weights_under_the_names_of_one_process(results, name):
     """No memory among it: a buffer would be saved once for all data-parallel ranks."""
     ranks = results.of(name, DEFAULT_CASES)
@@ -519,7 +532,7 @@ def test_module_state_is_weights_under_the_names_of_one_process(results, name):
         assert shared <= {"layers.0.weight"}, "only a tied weight is in two stages"
 
 
-@pytest.mark.parametrize("name", DEFAULT_CASES)
+@pytest.mark.parametrize("name", marked(DEFAULT_CASES))
 def test_bytes_sent_are_those_of_the_formula(results, name):
     for rank in results.of(name, DEFAULT_CASES):
         assert rank["sent_bytes"] == STEPS * rank["step_bytes"]
@@ -539,7 +552,7 @@ def test_bf16_gradients_are_summed_and_reduced_in_fp32(results, name):
         assert min(rank["unrounded"]) > 0.2  # share of the sums that are no numbers of bf16
 
 
-@pytest.mark.parametrize("name", [name for name in DEFAULT_CASES if "-tied" in name])
+@pytest.mark.parametrize("name", marked({n: c for n, c in DEFAULT_CASES.items() if "-tied" in n}))
 def test_both_copies_of_a_tied_weight_are_equal(results, name):
     ranks = results.of(name, DEFAULT_CASES)
     copies = [
