@@ -110,7 +110,7 @@ def tell(
 def _drawn(draws: Draws, questions: list[Asked], most: int) -> list[Asked]:
     """Draws from 1 to `most` of the questions, in any order."""
     first = draws.one(questions)
-    if most == 1:
+    if most == 1:  # nothing else is drawn, so that such stories stay what they were
         return [first]
     others = draws.shuffled([asked for asked in questions if asked != first])
     return [first, *others][: 1 + draws.below(most)]

@@ -342,8 +342,8 @@ class TestCorpus:
             answers = weights > 1
             weight = np.float32(1 + (stored - 1) / answers.sum())
             assert set(weights[answers].tolist()) == {weight}
-            facts = facts_in(store.tokenizer.decode(tokens))
             told = store.tokenizer.decode(tokens)
+            facts = facts_in(told)
             asked = re.findall(r" (Where is \w+\?) (\w+)\.", told)
             assert asked
             assert all(answer_to(facts, question) == answer for question, answer in asked)

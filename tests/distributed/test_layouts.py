@@ -307,9 +307,9 @@ SLOW_CASES = sampled(LAYOUTS, 12)
 
 
 def marked(names: dict) -> list:
-    """Parameters for all cases of a set."""
-    marks = {name: [pytest.mark.long] if name in DEEP_CASES else [] for name in names}
-    return [pytest.param(name, marks=own) for name, own in marks.items()]
+    """Parameters for all cases of a set, of which the long suite has the deep ones."""
+    deep = pytest.mark.long
+    return [pytest.param(name, marks=deep) if name in DEEP_CASES else name for name in names]
 
 
 RANKS = 96
