@@ -273,8 +273,6 @@ class DataConfig(CorpusConfig):
                 raise ValueError("store must name the directory of the token store")
             if self.source == "passkey" and self.tokenizer.kind != "bytes":
                 raise ValueError("tokenizer.kind must be bytes when source is passkey")
-            if self.source == "babilong":
-                _require_tokenizer(self.tokenizer)
             return self
         for name, field in CorpusConfig.model_fields.items():
             if getattr(self, name) != field.default:
@@ -298,11 +296,3 @@ class DataConfig(CorpusConfig):
             if other != name or not corpus.store:
                 raise ValueError(f"mixture.{name}.store must name a directory of its own")
         return self
-
-
-def _require_tokenizer(tokenizer: TokenizerConfig) -> None:
-    """Facts are placed by counting tokens, so their documents cannot train the tokenizer."""
-    if tokenizer.kind == "sentencepiece" and not tokenizer.model:
-        raise ValueError(
-            "tokenizer.model must name a model when source is babilong, or tokenizer.kind be bytes"
-        )

@@ -9,11 +9,12 @@ segment in every document, so that the room left for the answer says nothing abo
 before it stand with their answers right before it, so that a document teaches more.
 
 With any tokenizer, a document's pieces are encoded one by one, and spaces fill what no whole word
-does, so that lengths in tokens are exact.
+does, so that lengths in tokens are exact. A tokenizer that is still to be trained is trained on
+documents of the same kind, whose lengths are counted in bytes.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from infini_ds.errors import UserError
 # The keys of evaluated documents' random streams begin with other numbers, see `passkey_random`.
 _TRAINING, _SAMPLE = 0, 3
 _SAMPLE_BYTES = 8192
+_TOKEN_BYTES = 4
+"""About the bytes of a token that is not known yet."""
 # Text that is 128 times as long as needed and still has too few tokens has no words to speak of.
 _DOUBLINGS = 8
 
@@ -156,13 +159,14 @@ class Babilong:
         """
         begins = sentences is not None
         sentences = sentences or []
-        room = tokens - sum(map(self.count, sentences))
+        count = cache(self.count)  # all pieces but one stay what they are when a word is dropped
+        room = tokens - sum(map(count, sentences))
         text, found = self._text(random, room)
         fillers = cut_to_words(text, len(text) * room // found, places or [])
         while True:
             mixed = chain.from_iterable(zip_longest(fillers, sentences, fillvalue=""))
             pieces = [piece for piece in mixed if piece]
-            used = sum(self.count(piece, begins and i == 0) for i, piece in enumerate(pieces))
+            used = sum(count(piece, begins and i == 0) for i, piece in enumerate(pieces))
             if used <= tokens:
                 return pieces + [" "] * (tokens - used)
             drop_a_word(fillers)
@@ -190,13 +194,22 @@ class BabilongCorpus(Corpus):
 
     The loss weight of answers is chosen so that the weighted sum over a document, divided by its
     number of tokens, is the mean over all its tokens plus the mean over the answers' tokens.
+
+    Args:
+        tokenizer: None takes that of the config or, where that is still to be trained, makes
+            documents to train it on.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None):
         super().__init__(config)
         self._made = config.babilong
-        tokenizer = load_tokenizer(config.tokenizer.kind, config.tokenizer.model)
-        self._babilong = Babilong(config.babilong, tokenizer)
+        untrained = config.tokenizer.kind == "sentencepiece" and not config.tokenizer.model
+        if tokenizer is None and untrained:
+            tokenizer = ByteTokenizer()
+            n = _TOKEN_BYTES * self._made.segment_length
+            self._made = self._made.model_copy(update={"segment_length": n})
+        tokenizer = tokenizer or load_tokenizer(config.tokenizer.kind, config.tokenizer.model)
+        self._babilong = Babilong(self._made, tokenizer)
         # Progress is counted in positions, since a document's bytes are known when it is made.
         documents = self._made.documents * len(self._made.tasks)
         self.total_bytes = documents * sum(self._made.segments) * self._made.segment_length

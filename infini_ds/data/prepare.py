@@ -116,6 +116,8 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces")
         train_tokenizer(corpus, config, model)
     tokenizer = load_tokenizer(kind, model)
+    if config.source == "babilong":  # lengths of documents are counted in the tokenizer's tokens
+        corpus = BabilongCorpus(config, tokenizer)
 
     dtype = token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:

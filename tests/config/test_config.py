@@ -206,7 +206,6 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("data.held_out_fraction=1", "data: held_out_fraction (1.0) must be in [0, 1)"),
         ("data.weighted_field=x", "data: weighted_field must be empty unless source is files or"),
         ("data.source=passkey", "data: tokenizer.kind must be bytes when source is passkey"),
-        ("data.source=babilong", "data: tokenizer.model must name a model when source is babilong"),
         ("data.babilong.tasks=[]", "data.babilong: tasks ([]) must be at least one, each of them"),
         ("data.babilong.tasks=[qa1, qa1]", "tasks (['qa1', 'qa1']) must be at least one, each of"),
         ("data.babilong.tasks=[qa4]", "tasks.0: input should be 'qa1', 'qa2', 'qa3' or 'qa8'"),

@@ -286,8 +286,13 @@ class TestDocuments:
             maker(Spaceless())
 
 
-def data_config(folder, model=None, **settings) -> DataConfig:
-    tokenizer = {"kind": "sentencepiece", "model": str(model)} if model else {"kind": "bytes"}
+TRAINED = {"kind": "sentencepiece", "vocab_size": 400}
+
+
+def data_config(folder, model=None, tokenizer=None, **settings) -> DataConfig:
+    if model:
+        tokenizer = {"kind": "sentencepiece", "model": str(model)}
+    tokenizer = tokenizer or {"kind": "bytes"}
     made = {"segment_length": N, "segments": [2, 4], "documents": 15, "filler": "standard"}
     return DataConfig(
         source="babilong",
@@ -299,9 +304,10 @@ def data_config(folder, model=None, **settings) -> DataConfig:
 
 
 class TestCorpus:
-    @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+    @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "trained"])
     def test_store_has_documents_of_whole_segments_and_weighs_answers(self, tmp_path, model, kind):
-        config = data_config(tmp_path, model if kind == "sentencepiece" else None)
+        tokenizer = TRAINED if kind == "trained" else None
+        config = data_config(tmp_path, model if kind == "sentencepiece" else None, tokenizer)
         store = prepare(config, workers=1)
         room = Babilong(config.babilong, store.tokenizer).longest_answer
         counts: Counter[tuple[int, str]] = Counter()
@@ -361,6 +367,11 @@ class TestCorpus:
                 weights = windows.weights[row].flatten()
                 answer = windows.labels[row].flatten()[weights > 1].tolist()
                 assert re.fullmatch(rb" [a-z,]+\.", bytes(answer))
+
+    def test_trained_tokenizer_knows_the_words_of_facts(self, tmp_path):
+        store = prepare(data_config(tmp_path, tokenizer=TRAINED), workers=1)
+        for word in (" Mary", " kitchen", " went"):
+            assert len(store.tokenizer.encode_array(word, False)) == 1
 
     def test_other_settings_are_refused(self, tmp_path):
         config = data_config(tmp_path)
