@@ -51,10 +51,11 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
     torch.set_num_threads(1)
     keep_freed_memory()
     store, _ = open_data(job.config)
-    on_and_ablated = (True, False) if VARIANTS[job.variant].memory else (False,)
+    variant = VARIANTS[job.variant]
+    ways = (True, False) if variant.memory else (variant.connected,)
     plans = evaluation_plans(job.config, store, job.documents)
     step_cost = STEP_COST * job.config.train.batch_size
-    read_cost = sum(len(plan.lengths) for plan in plans) * len(on_and_ablated)
+    read_cost = sum(len(plan.lengths) for plan in plans) * len(ways)
     work = job.config.train.steps * step_cost + read_cost
     done, step, loss = 0, 0, math.nan
 
@@ -69,13 +70,12 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
         report(Progress(done / work, step, loss, plan.num_tokens))
 
     model, figures = train(job, trained)
-    for memory in on_and_ablated:
+    for way in ways:
         totals, by_kind = read_documents(
-            model, store.split("held_out"), plans, job.bins, memory, store.tokenizer.token_bytes,
+            model, store.split("held_out"), plans, job.bins, way, store.tokenizer.token_bytes,
             job.config.train.loss_chunk_tokens, read, job.kinds,
         )  # fmt: skip
-        ablated = not memory and VARIANTS[job.variant].memory
-        figures["ablated" if ablated else "held_out"] = {
+        figures["held_out" if way == ways[0] else "ablated"] = {
             **means(totals), "by_kind": dict(zip(KINDS, parts_of(by_kind), strict=True))
         }  # fmt: skip
     return {"seed": job.config.seed, "parameters": count_parameters(job.config.model), **figures}
@@ -103,7 +103,7 @@ def train(
     for _ in range(config.train.steps):
         plan = lanes.next_plan()
         windows = windows_of(
-            store.split("train"), plan, config.model.segment_length, VARIANTS[job.variant].memory
+            store.split("train"), plan, config.model.segment_length, VARIANTS[job.variant].connected
         )
         losses, memory, writes = window_losses(
             model, windows, memory, config.train.loss_chunk_tokens

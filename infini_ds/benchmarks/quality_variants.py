@@ -21,19 +21,31 @@ class Variant(NamedTuple):
     changes: Callable[[RunConfig], dict[str, Any]]
     """Takes the config and returns the model's settings that differ from the linear memory's."""
     memory: bool = True
-    """If False, every segment starts with an empty memory, in training and in evaluation."""
+    """Whether it has a memory, so that this can be ablated."""
+    connected: bool = True
+    """If False, every segment is read as if a document began, in training and in evaluation."""
 
 
 VARIANTS = {
-    "segments-only": Variant(lambda _: {}, memory=False),
+    "segments-only": Variant(lambda _: {}, memory=False, connected=False),
+    "sliding-window": Variant(lambda _: _sliding_window_alone(), memory=False),
     "linear": Variant(lambda _: {}),
     "delta": Variant(lambda _: {"memory_rule": "delta"}),
     "linear-write-gate": Variant(lambda config: {"memory": _write_gate(config)}),
     "gated_delta": Variant(
         lambda config: {"memory_rule": "gated_delta", "memory": _write_gate(config)}
     ),
+    "gated_delta-sliding-window": Variant(
+        lambda config: {
+            "memory_rule": "gated_delta",
+            "memory": _write_gate(config),
+            "use_sliding_window": True,
+        }
+    ),
     # A Transformer whose context is the window.
-    "full-attention": Variant(lambda config: {"segment_length": _window(config)}, memory=False),
+    "full-attention": Variant(
+        lambda config: {"segment_length": _window(config)}, memory=False, connected=False
+    ),
 }
 
 
@@ -42,7 +54,7 @@ def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
     from infini_ds.config import MemoryConfig
 
     memory = MemoryConfig(short_conv=config.model.memory.short_conv)
-    linear = {"memory_rule": "linear", "memory": memory}
+    linear = {"memory_rule": "linear", "memory": memory, "use_sliding_window": False}
     changes = linear | VARIANTS[name].changes(config)
     model = config.model.model_copy(update=changes)
     segments = _window(config) // model.segment_length
@@ -54,6 +66,13 @@ def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
 
 def _window(config: RunConfig) -> int:
     return config.train.window_segments * config.model.segment_length
+
+
+def _sliding_window_alone() -> dict[str, Any]:
+    from infini_ds.config.model import LARGEST_GATE
+
+    # Gates that let nothing of the memory through, and have no gradient.
+    return {"use_sliding_window": True, "gate_init": -LARGEST_GATE}
 
 
 def _write_gate(config: RunConfig) -> MemoryConfig:

@@ -79,6 +79,8 @@ class ModelConfig(Settings):
     """Width of the gated feed-forward; 0 means 8/3 of hidden_size, rounded up to 64."""
     segment_length: int = Field(default=2048, ge=1, le=_LARGEST_SIZE)
     """Tokens of one segment (n): local attention stays inside it, the memory spans all of them."""
+    use_sliding_window: bool = False
+    """Local attention sees the segment before too: each token attends to segment_length tokens."""
     memory_rule: Literal["linear", "delta", "gated_delta"] = "linear"
     """How segments are written: eq. (4), the delta rule (5), or the gated delta rule, by token."""
     memory: MemoryConfig = MemoryConfig()

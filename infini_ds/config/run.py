@@ -70,6 +70,11 @@ class RunConfig(Settings):
                     f"data.{corpus.source}.segment_length ({corpus.made.segment_length}) must be "
                     f"model.segment_length ({read})"
                 )
+        if self.model.use_sliding_window and self.kernels.backend == "triton":
+            raise ValueError(
+                "kernels.backend (triton) must be auto or torch with model.use_sliding_window, "
+                "which the Triton kernels do not compute"
+            )
         segments = self.train.window_segments // self.train.chunks
         if segments % self.parallel.context_parallel:
             raise ValueError(

@@ -73,6 +73,7 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "segment_length": config.segment_length,
+        "use_sliding_window": config.use_sliding_window,
         "memory_rule": config.memory_rule,
         "write_gate": config.memory.write_gate,
         "short_conv": config.memory.short_conv,

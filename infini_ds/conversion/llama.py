@@ -172,6 +172,11 @@ def to_config(
             f"{origin}: model.memory.short_conv must be 0; the convolution is a part of local "
             "attention that plain models lack"
         )
+    if config.use_sliding_window:
+        raise UserError(
+            f"{origin}: model.use_sliding_window must be false; without their memory, such models "
+            "read no further than a segment"
+        )
     if config.head_bias:
         raise UserError(f"{origin}: model.head_bias must be false; plain models have none")
     if config.hidden_size % config.num_heads and not config.qk_norm:

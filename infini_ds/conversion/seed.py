@@ -139,6 +139,7 @@ def check_config(config: ModelConfig, origin: str) -> None:
     needed = {
         "hidden_act": "gelu", "mlp_bias": True, "head_bias": True, "attention_bias": False,
         "attention_out_bias": False, "qk_norm": False, "rope_theta": 10000.0, "rope_scaling": None,
+        "use_sliding_window": False,
         "tie_embeddings": False,
     }  # fmt: skip
     for name, value in needed.items():

@@ -161,6 +161,7 @@ def _memory(path: Path) -> dict[str, Any]:
             "dtype": str(memory.keys.dtype).removeprefix("torch."),
             "write_gate": memory.weights.shape[-1] > 0,
             "short_conv": memory.tail.shape[2] > 0,
+            "use_sliding_window": memory.window.shape[2] > 0,
         },
         "fingerprint": metadata.get("fingerprint"),
         "open_tokens": list(memory.lengths),

@@ -1,7 +1,7 @@
 """The compressive memory of one layer, which is passed on along a document."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,37 +26,40 @@ class MemoryState:
     tail: Tensor | None = None
     """[batch, memory.short_conv, heads + 2 kv_heads, d], queries, keys and values of the last
     tokens before the convolution, which no rule knows; None without a convolution."""
+    window: Tensor | None = None
+    """[batch, segment_length, 2 kv_heads, d], keys and values of the segment before, which no rule
+    knows; keys are zero where there is no token. None without model.use_sliding_window."""
 
     def __iter__(self) -> Iterator[Tensor]:
         """Goes through the tensors that are there, in the order of the fields."""
-        return iter([tensor for tensor in (self.kv, self.norm, self.tail) if tensor is not None])
+        return iter(self.named().values())
 
     def named(self) -> dict[str, Tensor]:
         """The tensors that are there, by the names of their fields."""
-        return dict(zip(("kv", "norm", "tail"), self, strict=False))
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
-    def with_tail(self, tail: Tensor | None) -> "MemoryState":
-        """Returns the same memory with another tail, or without one."""
-        return MemoryState(self.kv, self.norm, tail)
+    def compressed(self) -> "MemoryState":
+        """Returns what memory rules know of it."""
+        return MemoryState(self.kv, self.norm)
 
     @classmethod
     def cat(cls, memories: Sequence["MemoryState"]) -> "MemoryState":
         """Concatenates memories along the batch, in order."""
-        return cls(*map(torch.cat, zip(*memories, strict=True)))
+        return memories[0]._with(map(torch.cat, zip(*memories, strict=True)))
 
     @classmethod
     def stack(cls, memories: Sequence["MemoryState"]) -> "MemoryState":
         """Stacks memories along a new first dimension."""
-        return cls(*map(torch.stack, zip(*memories, strict=True)))
+        return memories[0]._with(map(torch.stack, zip(*memories, strict=True)))
 
     def unstack(self) -> list["MemoryState"]:
         """Undoes `stack`."""
-        return [MemoryState(*tensors) for tensors in zip(*self, strict=True)]
+        return [self._with(tensors) for tensors in zip(*self, strict=True)]
 
     def chunk(self, count: int) -> list["MemoryState"]:
         """Splits a memory into `count` of equal batch size, the inverse of `cat`."""
         parts = (tensor.chunk(count) for tensor in self)
-        return [MemoryState(*tensors) for tensors in zip(*parts, strict=True)]
+        return [self._with(tensors) for tensors in zip(*parts, strict=True)]
 
     def mean_norm(self) -> float:
         """Mean Frobenius norm of the memories of all lanes and heads."""
@@ -64,26 +67,31 @@ class MemoryState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         """Applies a function to each tensor of the memory."""
-        return MemoryState(*map(function, self))
+        return self._with(map(function, self))
 
     def cleared(self, lanes: Tensor) -> "MemoryState":
         """Returns the memory with the marked lanes, bool [batch], set to zero."""
         return self.map(lambda tensor: tensor.masked_fill(_beside(lanes, tensor), 0))
 
     def cleared_where_broken(self) -> "MemoryState":
-        """Returns the memory with each lane's head, and each lane's tail, set to zero if it holds a
-        non-finite number."""
+        """Returns the memory with each lane's head, and each lane's tail and window, set to zero if
+        it holds a non-finite number."""
         broken = ~(_finite(self.kv, 2) & _finite(self.norm, 2))
         kv, norm = (x.masked_fill(_beside(broken, x), 0) for x in (self.kv, self.norm))
-        tail = self.tail
-        if tail is not None:
-            tail = tail.masked_fill(_beside(~_finite(tail, 1), tail), 0)
-        return MemoryState(kv, norm, tail)
+        tail, window = (
+            None if x is None else x.masked_fill(_beside(~_finite(x, 1), x), 0)
+            for x in (self.tail, self.window)
+        )
+        return MemoryState(kv, norm, tail, window)
 
     def replaced(self, lanes: Tensor, other: "MemoryState") -> "MemoryState":
         """Returns the memory with the marked lanes, bool [batch], taken from another one."""
         pairs = zip(self, other, strict=True)
-        return MemoryState(*(torch.where(_beside(lanes, old), new, old) for old, new in pairs))
+        return self._with(torch.where(_beside(lanes, old), new, old) for old, new in pairs)
+
+    def _with(self, tensors: Iterable[Tensor]) -> "MemoryState":
+        """Returns a memory of other tensors, in the order of those that are there."""
+        return replace(self, **dict(zip(self.named(), tensors, strict=True)))
 
 
 def _finite(tensor: Tensor, dims: int) -> Tensor:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from infini_ds.kernels.infini_attention import Inputs, infini_attention
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
 from infini_ds.kernels.local_attention import rotate
-from infini_ds.layout import Layout, valid_tokens
+from infini_ds.layout import Layout, memory_tokens, valid_tokens
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Change, Exchange, HandOn
 from infini_ds.model.memory import OpenSegment
@@ -100,17 +101,20 @@ class InfiniAttention(nn.Module):
             before, tail = self._tails(qkv, layout, memory.tail, exchange)
             qkv = self._convolved(self.short_conv, qkv, layout, before)
         q, k, v = self._split(qkv)
+        previous, window = None, None
+        if memory.window is not None:
+            previous, window = self._windows(k, v, layout, memory.window, exchange)
         w, stats = None, None
         if self.write_gate is not None:
             w = self.write_gate(hidden)
             stats = write_stats(w, valid_tokens(layout, n))
-        cos, sin = self._rotary_table(hidden.device)
-        rule, state = self.config.memory_rule, memory.with_tail(None)
-        inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, (cos[:n], sin[:n]))
+        rule, state = self.config.memory_rule, memory.compressed()
+        rotary = self._rotary_table(hidden.device, n)
+        inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, rotary, previous)
         with _without_autocast(hidden.device):
             out, memory = infini_attention(inputs, exchange)
         out = self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)"))
-        return out, memory.with_tail(tail), stats
+        return out, replace(memory, tail=tail, window=window), stats
 
     @_not_compiled
     def extend(
@@ -146,15 +150,24 @@ class InfiniAttention(nn.Module):
             stats = write_stats(w, torch.ones_like(positions, dtype=torch.bool))
         index = positions[..., None, None].expand_as(k)
         keys, values = keys.scatter(1, index, k), values.scatter(1, index, v)
-        cos, sin = self._rotary_table(hidden.device)
-        causal = torch.arange(used, device=hidden.device) <= positions[..., None]  # [b, t, used]
-        states = memory.with_tail(None).map(lambda tensor: tensor[:, None])
+        cos, sin = self._rotary_table(hidden.device, used)
+        seen = torch.arange(used, device=hidden.device) <= positions[..., None]  # [b, t, used]
+        seen_k, seen_v, behind = keys[:, :used], values[:, :used], 0
+        if memory.window is not None:
+            earlier_k, earlier_v = memory.window.to(keys.dtype).chunk(2, dim=2)
+            behind = earlier_k.shape[1]
+            there = (earlier_k != 0).flatten(2).any(dim=-1)[:, None]
+            near = torch.arange(behind, device=hidden.device) > positions[..., None]
+            seen = torch.cat((there & near, seen), dim=-1)
+            seen_k, seen_v = torch.cat((earlier_k, seen_k), 1), torch.cat((earlier_v, seen_v), 1)
+        places = behind + positions
+        states = memory.compressed().map(lambda tensor: tensor[:, None])
         with _without_autocast(hidden.device):
             a_dot = F.scaled_dot_product_attention(
-                rearrange(rotate(q, cos[positions], sin[positions]), "b t h d -> b h t d"),
-                rearrange(rotate(keys[:, :used], cos[:used], sin[:used]), "b n h d -> b h n d"),
-                rearrange(values[:, :used], "b n h d -> b h n d"),
-                attn_mask=causal[:, None],
+                rearrange(rotate(q, cos[places], sin[places]), "b t h d -> b h t d"),
+                rearrange(rotate(seen_k, cos, sin), "b n h d -> b h n d"),
+                rearrange(seen_v, "b n h d -> b h n d"),
+                attn_mask=seen[:, None],
                 enable_gqa=self.config.num_heads != self.config.kv_heads,
             )
             a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
@@ -172,8 +185,12 @@ class InfiniAttention(nn.Module):
             torch.full((batch, 1), n, dtype=torch.int32, device=keys.device),
         )
         with _without_autocast(keys.device):
-            rule, state = self.config.memory_rule, memory.with_tail(None)
-            return memory_scan(keys, values, w, state, layout, rule)[1].with_tail(memory.tail)
+            rule, state = self.config.memory_rule, memory.compressed()
+            _, after = memory_scan(keys, values, w, state, layout, rule)
+        window = memory.window
+        if window is not None:
+            window = torch.cat((segment.keys, segment.values), dim=2).to(window.dtype)
+        return replace(after, tail=memory.tail, window=window)
 
     def _project(self, hidden: Tensor) -> Tensor:
         """Projects [..., hidden_size] to [..., heads + 2 kv_heads, d]."""
@@ -204,6 +221,35 @@ class InfiniAttention(nn.Module):
         return before.masked_fill(starts, 0), after
 
     @staticmethod
+    def _windows(
+        k: Tensor, v: Tensor, layout: Layout, window: Tensor, exchange: Exchange | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values before each segment, and those that follow the window of
+        segments, which are its last segment's.
+
+        Args:
+            k, v: whole segments, [batch, segments, n, kv_heads, d].
+            window: [batch, segment_length, 2 kv_heads, d] fp32, those before the first segment.
+
+        Returns:
+            [batch, segments, segment_length, 2 kv_heads, d] in k's type, zeros where a document
+            begins, and [batch, segment_length, 2 kv_heads, d] in fp32.
+        """
+        own = torch.cat((k, v), dim=3)
+        own = own.masked_fill(~memory_tokens(layout, k.shape[2])[..., None, None], 0)
+        after = own[:, -1].float()
+        if after.shape[1] < window.shape[1]:  # of one segment, which may be shorter
+            kept = window.masked_fill(layout.starts[:, 0, None, None, None], 0)
+            after = torch.cat((kept, after), dim=1)[:, -window.shape[1] :]
+        if exchange is not None:
+            replaced = Change(after.new_zeros(len(after)), [after])
+            (window,), (after,) = HandOn(replaced, exchange).finish([window])
+        previous = window[:, None].to(k.dtype)
+        if k.shape[1] > 1:
+            previous = torch.cat((previous, own[:, :-1]), dim=1)
+        return previous.masked_fill(layout.starts[..., None, None, None], 0), after
+
+    @staticmethod
     def _convolved(short_conv: ShortConv, qkv: Tensor, layout: Layout, before: Tensor) -> Tensor:
         """Whole segments [batch, segments, n, heads + 2 kv_heads, d], and `_tails` before them."""
         if layout.begins is not None:
@@ -219,8 +265,12 @@ class InfiniAttention(nn.Module):
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)
         return self.q_norm(q), self.k_norm(k), v
 
-    def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rotary_table(self, device: torch.device, tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin for so many tokens of a segment, and for all that a sliding window
+        sees before them, [..., d / 2]."""
         if self._rotary is None or self._rotary[0].device != device:
             with torch.inference_mode(False):  # training may use the table later
                 self._rotary = rotary_table(self.config, device)
-        return self._rotary
+        cos, sin = self._rotary
+        end = len(cos) - self.config.segment_length + tokens
+        return cos[:end], sin[:end]

@@ -17,16 +17,15 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     """Counts the operations for one token in each layer of `layer_list`, then in the head.
 
     A multiply-add counts as 2. Attention is causal inside a segment, so a token meets (n + 1) / 2
-    keys on average. The memory costs a read (d x d per query head) and a write per key-value head,
-    see `MemoryRule.write_flops`. A write gate is a small
-    projection, and a short convolution takes a few multiply-adds per channel of queries, keys and
-    values.
+    keys on average, and n in a sliding window. The memory costs a read (d x d per query head) and a
+    write per key-value head, see `MemoryRule.write_flops`. A write gate is a small projection, and
+    a short convolution takes a few multiply-adds per channel of queries, keys and values.
     """
     hidden, d, n = config.hidden_size, config.head_dim, config.segment_length
     heads, kv_heads = config.num_heads, config.kv_heads
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     feed_forward = 2 * hidden * 3 * config.mlp_size
-    local = 2 * 2 * heads * d * (n + 1) // 2
+    local = 2 * 2 * heads * d * (2 * n if config.use_sliding_window else n + 1) // 2
     memory = _with_norm(config, heads * 2 * d**2 + kv_heads * _write(config))
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
     taps = config.memory.short_conv

@@ -1,4 +1,7 @@
-"""What a layer of a model passes on along a document: its memory and what its convolution sees."""
+"""What a layer of a model passes on along a document: its memory, and what its convolution and its
+sliding window see."""
+
+import math
 
 import torch
 
@@ -12,6 +15,8 @@ def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = RULES[config.memory_rule].specs(config.kv_heads, config.head_dim)
     if config.memory.short_conv:
         shapes["tail"] = tail_shape(config)
+    if config.use_sliding_window:
+        shapes["window"] = window_shape(config)
     return shapes
 
 
@@ -20,18 +25,26 @@ def tail_shape(config: ModelConfig) -> tuple[int, int, int]:
     return config.memory.short_conv, config.num_heads + 2 * config.kv_heads, config.head_dim
 
 
+def window_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Returns the shape of the keys and values before a segment that a lane's tokens attend to."""
+    tokens = config.segment_length if config.use_sliding_window else 0
+    return tokens, 2 * config.kv_heads, config.head_dim
+
+
 def empty_state(
     config: ModelConfig, batch: int, device: torch.device | str | None = None
 ) -> MemoryState:
     """Makes the states of documents of which nothing has been read yet."""
-    shapes = state_shapes(config).values()
-    return MemoryState(*(torch.zeros(batch, *shape, device=device) for shape in shapes))
+    shapes = state_shapes(config).items()
+    return MemoryState(
+        **{name: torch.zeros(batch, *shape, device=device) for name, shape in shapes}
+    )
 
 
 def told_numbers(config: ModelConfig) -> int:
     """Returns how many numbers each of the ranks that share a window tells the others about a lane
-    and a layer: its part's change of the memory, and what the convolution sees of the part's end
-    with the number that this replaces what was seen before."""
+    and a layer: its part's change of the memory, and what the convolution and the sliding window
+    see of the part's end, each with the number that this replaces what was seen before."""
     numbers = RULES[config.memory_rule].handed_on(config.kv_heads, config.head_dim)
-    taps, channels, d = tail_shape(config)
-    return numbers + (taps * channels * d + 1 if taps else 0)
+    seen = (math.prod(shape(config)) for shape in (tail_shape, window_shape))
+    return numbers + sum(count + 1 for count in seen if count)

@@ -13,7 +13,7 @@ from torch import Tensor
 from infini_ds.config import ModelConfig
 from infini_ds.errors import UserError
 from infini_ds.memory import RULES, MemoryState
-from infini_ds.model.layer_state import tail_shape
+from infini_ds.model.layer_state import tail_shape, window_shape
 from infini_ds.system.ranges import check_finite, narrowed
 from infini_ds.system.whole_file import whole_file
 
@@ -57,6 +57,9 @@ class Memory:
     tail: Tensor
     """[layers, batch, memory.short_conv, heads + 2 kv_heads, d], queries, keys and values of the
     last tokens before the convolution."""
+    window: Tensor
+    """[layers, batch, segment_length or 0, 2 kv_heads, d], keys and values of the last full
+    segment, to which the open one attends with model.use_sliding_window."""
     lengths: tuple[int, ...]
     """Number of tokens in the open segment of each row."""
     rule: str | None = None
@@ -86,14 +89,13 @@ class Memory:
 
     def layers(self) -> list[MemoryState]:
         """Returns what each layer passes on to the next segment."""
-        tail = self.tail.float() if self.tail.shape[2] else None
-        return MemoryState(self.kv, self.norm, tail).unstack()
+        tail, window = (x.float() if x.shape[2] else None for x in (self.tail, self.window))
+        return MemoryState(self.kv, self.norm, tail, window).unstack()
 
     def with_layers(self, layers: list[MemoryState]) -> "Memory":
         """Returns a copy with what `layers` returns replaced, and the same open segments."""
-        stacked = MemoryState.stack(layers)
-        tail = self.tail if stacked.tail is None else stacked.tail.to(self.tail.dtype)
-        return replace(self, kv=stacked.kv, norm=stacked.norm, tail=tail)
+        stacked = MemoryState.stack(layers).named().items()
+        return replace(self, **{name: x.to(getattr(self, name).dtype) for name, x in stacked})
 
     def segments(self) -> list[OpenSegment]:
         """Returns the open segment of each layer."""
@@ -208,6 +210,10 @@ class Memory:
         except (OSError, SafetensorError) as error:
             raise UserError(f"memory {path}: cannot be read ({error})") from None
         try:
+            if "window" not in tensors:  # earlier versions had none
+                layers, batch, kv_heads, d, _ = tensors["kv"].shape
+                empty = (layers, batch, 0, 2 * kv_heads, d)
+                tensors["window"] = tensors["keys"].new_empty(empty)
             lengths = _saved_lengths(tensors, metadata)
             for name in _BY_TOKEN:
                 used = tensors[name]
@@ -240,12 +246,15 @@ class Memory:
                 f"memory of shape {tuple(self.kv.shape)} and segment {self.keys.shape[2]} does not "
                 f"fit this model and batch: {kv_shape} and segment {config.segment_length}"
             )
-        for name, option in (("weights", "write_gate"), ("tail", "short_conv")):
+        for name, option, value in (
+            ("weights", "memory.write_gate", config.memory.write_gate),
+            ("tail", "memory.short_conv", config.memory.short_conv),
+            ("window", "use_sliding_window", config.use_sliding_window),
+        ):
             if tuple(getattr(self, name).shape) != shapes[name]:
                 raise ValueError(
                     f"memory with {name} of shape {tuple(getattr(self, name).shape)} does not fit "
-                    f"this model, whose memory.{option} is {getattr(config.memory, option)}: "
-                    f"{shapes[name]}"
+                    f"this model, whose {option} is {value}: {shapes[name]}"
                 )
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
@@ -271,9 +280,9 @@ class Memory:
         return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
 
 
-_TENSORS = ("kv", "norm", "keys", "values", "weights", "tail")
+_TENSORS = ("kv", "norm", "keys", "values", "weights", "tail", "window")
 _BY_TOKEN = ("keys", "values", "weights")  # only the open segment's tokens are used
-_COMPUTED = ("keys", "values", "tail")  # stored in the compute dtype
+_COMPUTED = ("keys", "values", "tail", "window")  # stored in the compute dtype
 
 
 def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, ...]:
@@ -287,6 +296,7 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
         raise ValueError
     layers, batch, kv_heads, d, _ = tensors["kv"].shape
     longest, own = max(lengths), metadata.get("memory_rule")
+    segment_length = int(metadata["segment_length"])
     norms = {  # of the file's rule, or of all if it does not tell one that we know
         rule.specs(kv_heads, d)["norm"]
         for name, rule in RULES.items()
@@ -295,12 +305,13 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
     used, shapes = (layers, batch, longest), {name: tensors[name].shape for name in _TENSORS}
     if not (
         len(lengths) == batch
-        and 0 <= min(lengths) <= longest < int(metadata["segment_length"])
+        and 0 <= min(lengths) <= longest < segment_length
         and shapes["kv"] == (layers, batch, kv_heads, d, d)
         and tuple(shapes["norm"]) in {(layers, batch, *norm) for norm in norms}
         and shapes["keys"] == shapes["values"] == (*used, kv_heads, d)
         and shapes["weights"] in ((*used, kv_heads), (*used, 0))
         and len(shapes["tail"]) == 5
+        and shapes["window"] in {(layers, batch, x, 2 * kv_heads, d) for x in (0, segment_length)}
         and all(tensors[name].dtype == torch.float32 for name in ("kv", "norm", "weights"))
         and all(tensors[name].is_floating_point() for name in _COMPUTED)
         and all(tensors[name].itemsize > 1 for name in _COMPUTED)
@@ -320,4 +331,5 @@ def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
         "values": (layers, batch, n, kv_heads, d),
         "weights": (layers, batch, n, kv_heads if config.memory.write_gate else 0),
         "tail": (layers, batch, *tail_shape(config)),
+        "window": (layers, batch, *window_shape(config)),
     }

@@ -9,14 +9,20 @@ from infini_ds.config import ModelConfig, RopeScaling
 
 
 def rotary_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin for each position of a segment, [segment_length, head_dim / 2] fp32."""
+    """Returns cos and sin for each position of what local attention sees, [segment_length, or twice
+    as many with use_sliding_window, head_dim / 2] fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling:
         frequencies = _scale(frequencies, config.rope_scaling)
-    positions = torch.arange(config.segment_length, dtype=torch.float64)
+    positions = torch.arange(seen_tokens(config), dtype=torch.float64)
     angles = positions[:, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def seen_tokens(config: ModelConfig) -> int:
+    """Returns how many tokens local attention reads for a segment, with those before it."""
+    return config.segment_length * (2 if config.use_sliding_window else 1)
 
 
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -77,10 +77,12 @@ class LaneMemory:
         """Reads some lanes of an open file, in which earlier versions kept no tail."""
         kept = file.keys()
         return MemoryState(
-            *(
-                file.get_slice(name)[low:high] if name in kept else torch.zeros(high - low, *shape)
+            **{
+                name: file.get_slice(name)[low:high]
+                if name in kept
+                else torch.zeros(high - low, *shape)
                 for name, shape in self._shapes.items()
-            )
+            }
         )
 
     def read(self, directory: Path, lanes: range) -> None:

@@ -105,5 +105,6 @@ def layer_parameters(model: ModelConfig) -> list[int]:
 
 
 def memory_bytes(model: ModelConfig) -> int:
-    """Returns the bytes of one lane's memory in one layer."""
-    return 4 * model.kv_heads * model.head_dim * (model.head_dim + 1)
+    """Returns the bytes of one lane's memory in one layer, with what a sliding window sees."""
+    window = 2 * model.segment_length if model.use_sliding_window else 0
+    return 4 * model.kv_heads * model.head_dim * (model.head_dim + 1 + window)

@@ -432,6 +432,13 @@ def test_documents_of_facts_have_the_segments_of_the_model(file):
     assert config.data.made == config.data.babilong
 
 
+def test_triton_kernels_have_no_sliding_window(file):
+    sliding = "model.use_sliding_window=true"
+    assert load(file, [sliding]).model.use_sliding_window
+    message = "kernels.backend (triton) must be auto or torch with model.use_sliding_window"
+    assert message in message_of(file, sliding, "kernels.backend=triton")
+
+
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):
     assert load(file).train.curriculum is None
     config = load(file, ["train.window_segments=16", "train.curriculum={}"])

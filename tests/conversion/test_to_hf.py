@@ -43,7 +43,7 @@ MODELS: dict[str, dict] = {
     "tied": {"tie_embeddings": True, "rope_theta": 5e5, "memory_rule": "delta"},
     "gated_delta": {
         "memory_rule": "gated_delta", "num_kv_heads": 2,
-        "memory": MemoryConfig(write_gate=True, short_conv=True),
+        "memory": MemoryConfig(write_gate=True, short_conv=True), "use_sliding_window": True,
     },
 }  # fmt: skip
 SHARDED = ("biased", "tied")

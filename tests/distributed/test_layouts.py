@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infini_ds import InfiniTransformer
-from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory import RULES
 from infini_ds.model.head import token_losses
 from infini_ds.model.layer_state import empty_state
 from infini_ds.model.optimizer import (
@@ -177,6 +177,24 @@ NORMALISED = {
         },
     ),
 }  # fmt: skip
+SLIDING = {
+    f"sliding-{name}": (
+        2, {**WRITING, "model.use_sliding_window": True, "model.num_kv_heads": 2, **settings}
+    )
+    for name, settings in {
+        "pipeline2-chunks2": {"parallel.pipeline_stages": 2, "train.chunks": 2},
+        "pipeline2-resident-packed": {
+            "parallel.pipeline_stages": 2, "parallel.memory_transport": "resident",
+            "data.packing": True, "train.activation_checkpointing": "block",
+        },
+        "context2": {"parallel.context_parallel": 2, "train.micro_batch_size": 2},
+        "context2-chunks2-packed": {
+            "parallel.context_parallel": 2, "train.micro_batch_size": 2, "train.chunks": 2,
+            "data.packing": True, "model.memory_rule": "gated_delta",
+            "train.activation_checkpointing": "attention",
+        },
+    }.items()
+}  # fmt: skip
 PACKED = {
     f"packed-pipeline{pipeline}-data{data}-{transport}-{rule}": (
         pipeline * data,
@@ -298,7 +316,7 @@ SLOW_CONTEXT_CASES = {
 }
 FP32_CASES = (
     cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
-    | CONTEXT_CASES
+    | SLIDING | CONTEXT_CASES
 )  # fmt: skip
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 DEEP_CASES = cases(DEEP, CHOICES)
@@ -376,7 +394,7 @@ def reference(settings: str) -> dict:
     for step in range(STEPS):
         windows, count = windows_of(step, config)
         hidden, memory, stats = model.read_window(windows.tokens, windows.layout, memory)
-        memory = [MemoryState(*(tensor.detach() for tensor in layer)) for layer in memory]
+        memory = [layer.map(torch.Tensor.detach) for layer in memory]
         loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
         means = [layer.mass / (count * config.model.kv_heads) for layer in stats]
         optimizer.zero_grad()

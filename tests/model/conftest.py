@@ -44,9 +44,14 @@ WRITING = {"write_gate": True, "write_penalty": 0.5, "short_conv": 6}
 """Everything on that the model can learn about writing."""
 
 
-@pytest.fixture(params=[{}, WRITING], ids=["plain", "writing"])
+SLIDING = {"use_sliding_window": True, "memory": {"short_conv": 3}}
+
+
+@pytest.fixture(
+    params=[{}, {"memory": WRITING}, SLIDING], ids=["plain", "writing", "sliding window"]
+)
 def options(request) -> dict:
-    """Options of the memory, all off and all on."""
+    """Options of the model: all off, all of the memory on, and a sliding window."""
     return request.param
 
 

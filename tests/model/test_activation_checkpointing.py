@@ -15,7 +15,7 @@ def test_gradients_are_identical(make_model, make_tokens, rule, options, checkpo
     tokens = make_tokens(2, 33)
     gradients = []
     for choice in ("none", checkpointing):
-        model = make_model(choice, memory_rule=rule, memory=options).to(dtype).train()
+        model = make_model(choice, memory_rule=rule, **options).to(dtype).train()
         model.loss(tokens).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():

@@ -26,7 +26,7 @@ def change(tokens, where):
 
 @pytest.mark.parametrize("place", [0, 5, 8, 19, 31])
 def test_changed_token_changes_no_earlier_output(make_model, make_tokens, rule, options, place):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(1, SEGMENTS * N)
     with torch.no_grad():
         before = model(tokens).logits
         after = model(change(tokens, (0, place))).logits
@@ -36,7 +36,7 @@ def test_changed_token_changes_no_earlier_output(make_model, make_tokens, rule, 
 
 
 def test_documents_of_one_lane_are_isolated_bitwise(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, SEGMENTS * N)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(2, SEGMENTS * N)
     starts, lengths = [[1, 0, 1, 0], [0, 0, 0, 1]], [[N] * 4] * 2
     hidden, memory = read(model, tokens, starts, lengths)
 
@@ -56,7 +56,7 @@ def test_documents_of_one_lane_are_isolated_bitwise(make_model, make_tokens, rul
 
 
 def test_document_start_drops_carried_memory_bitwise(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(1, SEGMENTS * N)
     layout = Layout(torch.tensor([[True, False, False, False]]), torch.full((1, SEGMENTS), N))
     with torch.no_grad():
         carried = model(make_tokens(1, 2 * N, seed=1)).memory
@@ -70,7 +70,7 @@ def test_document_start_drops_carried_memory_bitwise(make_model, make_tokens, ru
 
 
 def test_padding_changes_nothing_bitwise(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(1, SEGMENTS * N)
     lengths = [[N, 3, N, 0]]
     hidden, memory = read(model, tokens, [[1, 0, 1, 1]], lengths)
     padding = torch.arange(N) >= torch.tensor(lengths[0])[:, None]  # [segments, n]
@@ -83,7 +83,7 @@ def test_padding_changes_nothing_bitwise(make_model, make_tokens, rule, options)
 
 
 def test_segment_without_tokens_leaves_memory_alone(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, SEGMENTS * N)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(1, SEGMENTS * N)
     _, memory = read(model, tokens, [[0] * 4], [[N, N, 0, 0]])
     with torch.no_grad():
         expected = model(tokens[:, : 2 * N]).memory

@@ -13,7 +13,7 @@ def test_formula_equals_counted_products(make_model, make_tokens, rule, options,
     n = 64
     model = make_model(
         memory_rule=rule, num_kv_heads=kv_heads, head_dim=16, segment_length=n, hidden_size=64,
-        memory=options,
+        **options,
     )  # fmt: skip
     config = model.config
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -24,7 +24,8 @@ def test_formula_equals_counted_products(make_model, make_tokens, rule, options,
         if "attention" not in str(operation)
     }
     counted = sum(products.values()) / (2 * 4 * n)
-    local = 2 * 2 * config.num_heads * config.head_dim * (n + 1) // 2 * config.num_layers
+    met = 2 * n if config.use_sliding_window else n + 1
+    local = 2 * 2 * config.num_heads * config.head_dim * met // 2 * config.num_layers
     expected = sum(forward_flops_per_token(config)) - local
     if config.memory.short_conv:  # not a product of matrices: a multiply-add a tap and channel
         channels = (config.num_heads + 2 * config.kv_heads) * config.head_dim

@@ -20,13 +20,13 @@ def greedy_by_full_forward(model, prompt, count):
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 20])
 def test_greedy_equals_argmax_of_full_forward(make_model, make_tokens, rule, options, length):
-    model, prompt = make_model(memory_rule=rule, memory=options), make_tokens(2, length)
+    model, prompt = make_model(memory_rule=rule, **options), make_tokens(2, length)
     expected = greedy_by_full_forward(model, prompt, 2 * N + 3)
     assert torch.equal(model.generate(prompt, 2 * N + 3, temperature=0), expected)
 
 
 def test_ragged_prompts_equal_single_ones(make_model, make_tokens, rule, options):
-    model = make_model(memory_rule=rule, memory=options)
+    model = make_model(memory_rule=rule, **options)
     prompts = [make_tokens(1, length, seed=length)[0] for length in (3, 8, 21)]
     together = model.generate(prompts, 20, temperature=0)
     for prompt, row in zip(prompts, together, strict=True):
@@ -34,7 +34,7 @@ def test_ragged_prompts_equal_single_ones(make_model, make_tokens, rule, options
 
 
 def test_memory_continuation_equals_whole_prompt(make_model, make_tokens, rule, options):
-    model, prompt = make_model(memory_rule=rule, memory=options), make_tokens(2, 27)
+    model, prompt = make_model(memory_rule=rule, **options), make_tokens(2, 27)
     memory = model(prompt[:, :19]).memory.detach()
     expected = model.generate(prompt, 12, temperature=0)
     assert torch.equal(model.generate(prompt[:, 19:], 12, temperature=0, memory=memory), expected)

@@ -22,7 +22,7 @@ from infini_ds.system.whole_file import umask
 def test_load_gives_back_what_was_saved(
     make_model, make_tokens, tmp_path, options, rule, length, dtype
 ):
-    model = make_model(memory=options, memory_rule=rule).to(dtype)
+    model = make_model(**options, memory_rule=rule).to(dtype)
     memory = model(make_tokens(2, length)).memory
     path = tmp_path / "memory.safetensors"
     memory.save(path)
@@ -30,7 +30,7 @@ def test_load_gives_back_what_was_saved(
     assert (loaded.lengths, loaded.rule) == (memory.lengths, memory.rule)
     assert memory.rule == rule
     assert (memory.norm.shape[-1] == 0) == (not RULES[rule].divides)
-    for name in ("kv", "norm", "keys", "values", "weights", "tail"):
+    for name in ("kv", "norm", "keys", "values", "weights", "tail", "window"):
         saved = getattr(memory, name)
         assert getattr(loaded, name).dtype == saved.dtype
         assert torch.equal(getattr(loaded, name), saved), name
@@ -45,6 +45,25 @@ def test_file_is_small_when_no_segment_is_open(make_model, make_tokens, tmp_path
     memory.save(path)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert path.stat().st_size < 4 * (memory.kv.numel() + memory.norm.numel()) + 1000
+
+
+def test_file_of_a_version_without_windows_is_read(make_model, make_tokens, tmp_path):
+    path, model, tokens = tmp_path / "memory.safetensors", make_model(), make_tokens(1, 21)
+    memory = model(tokens).memory
+    memory.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "window"}  # noqa: SIM118
+    save_file(tensors, path, metadata)
+    loaded = Memory.load(path)
+    loaded.check(model.config, 1)
+    assert loaded.window.shape == memory.window.shape
+
+
+def test_memory_without_a_window_does_not_fit_a_sliding_one(make_model, make_tokens):
+    memory = make_model()(make_tokens(1, 21)).memory
+    with pytest.raises(ValueError, match="whose use_sliding_window is True"):
+        make_model(use_sliding_window=True)(make_tokens(1, 5), memory=memory)
 
 
 def test_missing_file_is_the_users_mistake(tmp_path):

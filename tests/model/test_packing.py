@@ -115,7 +115,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def packed_window(
-    n: int, rule: str, dtype: torch.dtype = torch.float32, taps: int = WRITING["short_conv"]
+    n: int,
+    rule: str,
+    dtype: torch.dtype = torch.float32,
+    taps: int = WRITING["short_conv"],
+    sliding: bool = False,
 ) -> tuple[Window, list]:
     """Random tokens in all lanes, with a label for each, and the documents."""
     lanes = lanes_of(n)
@@ -130,7 +134,8 @@ def packed_window(
         stored = torch.rand(len(lanes), 2, 50, 8, generator=random).to(dtype)
         values = torch.randn(len(lanes), 2, 50, 8, generator=random).to(dtype)
         tail = torch.randn(len(lanes), taps, 8, 8, generator=random).to(dtype) if taps else None
-        memory.append(MemoryState(stored.mT @ values, stored.sum(-2)[..., :size], tail))
+        seen = torch.randn(len(lanes), n, 4, 8, generator=random).to(dtype) if sliding else None
+        memory.append(MemoryState(stored.mT @ values, stored.sum(-2)[..., :size], tail, seen))
     return Window(tokens, labels, layout, memory), list(documents_of(lanes))
 
 
@@ -160,8 +165,8 @@ def read(model, window: Window, count: int) -> Found:
     hidden, after, tails, mass = embedded, [], [], 0.0
     for block, state in zip(model.blocks, memory, strict=True):
         hidden, state, stats = block(hidden, window.layout, state)
-        after += [*state.with_tail(None)]
-        tails += [] if state.tail is None else [state.tail]
+        after += [*state.compressed()]
+        tails += [x for x in (state.tail, state.window) if x is not None]
         mass = mass + (0.0 if stats is None else stats.mass)
     hidden = model.layers[1 + len(model.blocks)](hidden)
     losses = token_losses(hidden, *model.head(), window.labels.flatten(1), 0)
@@ -202,8 +207,9 @@ def close(expected: Tensor, actual: Tensor, limit: float, what: str) -> None:
 
 
 def check_same_alone(model, n: int, limit: float, dtype: torch.dtype = torch.float32) -> None:
+    config = model.config
     window, documents = packed_window(
-        n, model.config.memory_rule, dtype, model.config.memory.short_conv
+        n, config.memory_rule, dtype, config.memory.short_conv, config.use_sliding_window
     )
     count = int((window.labels >= 0).sum())
     packed = read(model, window, count)
@@ -225,7 +231,7 @@ def check_same_alone(model, n: int, limit: float, dtype: torch.dtype = torch.flo
                 close(want[0], have[lane], limit, f"{what}: memory")
             for want, have in zip(own.tails, packed.tails, strict=True):
                 if pieces[-1].rows.stop == n:
-                    close(want[0], have[lane], limit, f"{what}: tail")
+                    close(want[0], have[lane], limit, f"{what}: tail or window")
         loss = loss + own.loss.detach()
         sums = [total + x for total, x in zip(sums, own_parameters, strict=True)]
     close(loss, packed.loss.detach(), limit, "loss")
@@ -244,7 +250,7 @@ def is_last(documents, pieces: list[Piece]) -> bool:
 
 @pytest.mark.parametrize("n", LENGTHS)
 def test_documents_are_the_same_alone_and_packed(make_model, rule, options, n):
-    model = make_model(memory_rule=rule, memory=options, segment_length=n, tie_embeddings=False)
+    model = make_model(memory_rule=rule, **options, segment_length=n, tie_embeddings=False)
     check_same_alone(model, n, 1e-5)
 
 
@@ -257,15 +263,21 @@ def test_documents_are_the_same_alone_and_packed_in_fp64(make_model, rule, path,
         monkeypatch.setattr(
             attention, "infini_attention", lambda inputs, _: infini_attention_reference(inputs)
         )
-    model = make_model(memory_rule=rule, memory=WRITING, segment_length=n, tie_embeddings=False)
+    model = make_model(
+        memory_rule=rule, memory=WRITING, use_sliding_window=n < 300, segment_length=n,
+        tie_embeddings=False,
+    )  # fmt: skip
     check_same_alone(model.double(), n, 1e-10, torch.float64)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
 def test_no_gradient_of_a_document_reaches_another(make_model, rule, n):
-    memory = WRITING | {"write_penalty": 0.0}
-    model = make_model(memory_rule=rule, memory=memory, segment_length=n, tie_embeddings=False)
-    window, documents = packed_window(n, rule)
+    memory, sliding = WRITING | {"write_penalty": 0.0}, n == 100
+    model = make_model(
+        memory_rule=rule, memory=memory, use_sliding_window=sliding, segment_length=n,
+        tie_embeddings=False,
+    )  # fmt: skip
+    window, documents = packed_window(n, rule, sliding=sliding)
     found = read(model, window, 1)
     rows = torch.arange(window.tokens.numel()).view(window.tokens.shape)
     for carried, pieces in documents:

@@ -17,6 +17,7 @@ def assert_same_memory(actual: Memory, expected: Memory) -> None:
     torch.testing.assert_close(actual.kv, expected.kv, rtol=1e-4, atol=rounding)
     torch.testing.assert_close(actual.norm, expected.norm, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(actual.tail, expected.tail, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.window, expected.window, rtol=1e-4, atol=1e-5)
     for row, length in enumerate(expected.lengths):
         for name in ("keys", "values", "weights"):
             torch.testing.assert_close(
@@ -30,7 +31,7 @@ def assert_same_memory(actual: Memory, expected: Memory) -> None:
 @pytest.mark.parametrize("cut", [1, 7, 8, 9, 16, 20, 24, 28])
 @torch.no_grad()
 def test_reading_in_two_pieces_equals_one_call(make_model, make_tokens, rule, options, cut):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, LENGTH)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(2, LENGTH)
     whole = model(tokens)
     first = model(tokens[:, :cut])
     second = model(tokens[:, cut:], memory=first.memory)
@@ -41,7 +42,7 @@ def test_reading_in_two_pieces_equals_one_call(make_model, make_tokens, rule, op
 
 @torch.no_grad()
 def test_reading_token_by_token_equals_one_call(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, LENGTH)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(2, LENGTH)
     whole = model(tokens)
     memory, logits = None, []
     for token in tokens.split(1, dim=1):
@@ -56,7 +57,7 @@ def test_reading_token_by_token_equals_one_call(make_model, make_tokens, rule, o
 def test_rows_with_open_segments_of_different_lengths_go_on_together(
     make_model, make_tokens, rule, options
 ):
-    model = make_model(memory_rule=rule, memory=options)
+    model = make_model(memory_rule=rule, **options)
     rows = [make_tokens(1, 11, seed=1), make_tokens(1, 22, seed=2)]
     more = make_tokens(2, 13, seed=3)
     together = model(more, memory=Memory.concatenate([model(row).memory for row in rows]))
@@ -69,7 +70,7 @@ def test_rows_with_open_segments_of_different_lengths_go_on_together(
 
 def test_gradients_flow_through_an_open_segment(make_model, make_tokens, rule, options):
     """The loss of a length that ends inside a segment, whole or cut there, has one gradient."""
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(1, LENGTH)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(1, LENGTH)
     model(tokens).logits.square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

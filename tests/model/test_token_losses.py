@@ -86,7 +86,7 @@ def test_tied_head_is_the_embedding(make_model, make_tokens):
 
 
 def test_backward_over_one_window_equals_loss_backward(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, 30)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(2, 30)
     loss = model.loss(tokens)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -97,7 +97,7 @@ def test_backward_over_one_window_equals_loss_backward(make_model, make_tokens, 
 
 
 def test_backward_over_short_windows_has_the_same_loss(make_model, make_tokens, rule, options):
-    model, tokens = make_model(memory_rule=rule, memory=options), make_tokens(2, 30)
+    model, tokens = make_model(memory_rule=rule, **options), make_tokens(2, 30)
     loss = model.loss(tokens).detach()
     torch.testing.assert_close(model.backward(tokens, window_segments=1), loss)
 

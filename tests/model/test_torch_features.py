@@ -14,7 +14,7 @@ N = 8
 
 @pytest.mark.parametrize("length", [2 * N, 2 * N + 3])
 def test_autocast_reads_and_trains(make_model, make_tokens, options, length):
-    model, tokens = make_model(memory=options), make_tokens(2, length + 1)
+    model, tokens = make_model(**options), make_tokens(2, length + 1)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(tokens)
         text = model.generate(tokens, 3, temperature=0)
@@ -29,12 +29,12 @@ def test_a_memory_goes_on_in_a_model_of_another_type(
     make_model, make_tokens, options, written, read
 ):
     tokens = make_tokens(1, 2 * N + 5)
-    memory = make_model(memory=options).to(written)(tokens[:, :-4]).memory
-    out = make_model(memory=options).to(read)(tokens[:, -4:], memory=memory)
+    memory = make_model(**options).to(written)(tokens[:, :-4]).memory
+    out = make_model(**options).to(read)(tokens[:, -4:], memory=memory)
     assert out.memory.keys.dtype == read
     assert out.memory.kv.dtype == out.memory.norm.dtype == torch.float32
-    whole = make_model(memory=options)(tokens).logits[:, -4:]
-    torch.testing.assert_close(out.logits.float(), whole, rtol=0.2, atol=0.2)
+    whole = make_model(**options)(tokens).logits[:, -4:]
+    torch.testing.assert_close(out.logits.float(), whole, rtol=0.2, atol=0.3)
 
 
 def test_memory_of_another_type_keeps_fp32_where_it_is_compressed(make_model, make_tokens):
@@ -60,12 +60,12 @@ def test_compiled_for_any_length_it_is_the_same(make_model, make_tokens):
 
 
 def test_loss_goes_on_after_a_memory(make_model, make_tokens, options):
-    model, tokens = make_model(memory=options), make_tokens(2, 4 * N + 4)
+    model, tokens = make_model(**options), make_tokens(2, 4 * N + 4)
     memory = model(tokens[:, : 2 * N + 3]).memory
     rest = tokens[:, 2 * N + 3 :]
     losses = [model.loss(rest, memory=memory), model.backward(rest, 1, memory=memory)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
-    if not options:
+    if "memory" not in options:
         logits = model(rest[:, :-1], memory=memory).logits
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rest[:, 1:].flatten())
         assert losses[0].item() == pytest.approx(expected.item(), rel=1e-5)

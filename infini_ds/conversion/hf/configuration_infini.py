@@ -7,8 +7,9 @@ class InfiniConfig(PretrainedConfig):
     """The settings in a checkpoint's config.json, with Llama's names where it has them.
 
     Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
-    `memory_rule`, `linear`, `delta` or `gated_delta`, how a segment is written into the memory;
-    `write_gate`, whether each token decides how much of it is written; `short_conv`, how
+    `use_sliding_window`, whether each token attends to as many tokens, also to those of the segment
+    before; `memory_rule`, `linear`, `delta` or `gated_delta`, how a segment is written into the
+    memory; `write_gate`, whether each token decides how much of it is written; `short_conv`, how
     many tokens before them queries, keys and values see; `qk_norm`, whether each head's queries and
     keys are normalised.
     """
@@ -26,6 +27,7 @@ class InfiniConfig(PretrainedConfig):
         num_key_value_heads=0,
         head_dim=128,
         segment_length=2048,
+        use_sliding_window=False,
         memory_rule="linear",
         write_gate=False,
         short_conv=0,
@@ -54,6 +56,7 @@ class InfiniConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.segment_length = segment_length
+        self.use_sliding_window = use_sliding_window
         self.memory_rule = memory_rule
         self.write_gate = write_gate
         self.short_conv = short_conv

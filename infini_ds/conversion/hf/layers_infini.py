@@ -43,6 +43,7 @@ class LayerState:
     values: Any = None
     weights: Any = None  # [b, tokens so far, g], how much of each will be written
     tail: Any = None  # [b, taps, h + 2 g, d], the last tokens before the convolution
+    window: Any = None  # [b, segment_length, 2 g, d], keys and values of the segment before
 
     def select(self, rows: Tensor) -> None:
         for name, tensor in vars(self).items():
@@ -87,10 +88,15 @@ class InfiniAttention(nn.Module):
             w = F.hardsigmoid(self.write_gate(hidden).float())
         keys, values = _append(state.keys, k), _append(state.values, v)
         state.keys, state.values, state.weights = keys, values, _append(state.weights, w)
+        if state.window is not None:
+            earlier_k, earlier_v = state.window.chunk(2, dim=2)
+            keys, values = _append(earlier_k, keys), _append(earlier_v, values)
         out = self._local(q, keys, values, rotary)
         if state.kv is not None:
             out = self._mixed(out, q, state.kv, state.norm)
-        if keys.shape[1] == self.config.segment_length:
+        if state.keys.shape[1] == self.config.segment_length:
+            if self.config.use_sliding_window:
+                state.window = torch.cat((state.keys, state.values), dim=2)
             with _in_fp32(keys.device):
                 self._write(state)
         return self.o_proj(out.flatten(2))
@@ -107,8 +113,9 @@ class InfiniAttention(nn.Module):
         if begin == 0:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            causal = torch.ones(used, used, dtype=torch.bool, device=q.device).tril()[begin:]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
+            seen = torch.ones(used, used, dtype=torch.bool, device=q.device).tril()
+            seen = seen.triu(1 - self.config.segment_length)[begin:]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return out.transpose(1, 2)  # [b, t, h, d]
 
     def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor | None) -> Tensor:

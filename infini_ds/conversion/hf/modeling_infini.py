@@ -295,14 +295,16 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         return self.layers[-1](hidden)
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin for the positions in a segment, [n, d / 2]; each segment restarts."""
+        """Returns cos and sin for the positions in a segment, and in a sliding window behind the
+        segment before it, [n or 2 n, d / 2]; each segment restarts."""
         if self._rotary is None or self._rotary[0].device != device:
             config = self.config
             exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
             frequencies = config.rotary_base**-exponents
             if config.rotary_scaling:
                 frequencies = _scaled(frequencies, config.rotary_scaling)
-            positions = torch.arange(config.segment_length, dtype=torch.float64)
+            seen = config.segment_length * (2 if config.use_sliding_window else 1)
+            positions = torch.arange(seen, dtype=torch.float64)
             angles = positions[:, None] * frequencies
             with torch.inference_mode(False):  # training may use the table later
                 angles = angles.clone()

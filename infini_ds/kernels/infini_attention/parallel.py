@@ -29,13 +29,14 @@ def infini_attention_parallel(
         exchange: if given, the inputs are this rank's part of a window, and so is the output;
             `memory` is the memory before the whole window, and the one after it is returned.
     """
-    q, k, v, w, memory, layout, beta, rule, rotary = inputs
+    q, k, v, w, memory, layout, beta, rule, rotary, previous = inputs
     if exchange is None:
-        a_dot = local_attention(q, k, v, rotary, layout.begins)
+        a_dot = local_attention(q, k, v, rotary, layout.begins, previous)
         states, final = memory_scan(k, v, w, memory, layout, rule)
     else:
         part = _Part(inputs, exchange)
-        a_dot = local_attention(q, k, v, rotary, layout.begins)  # while messages are on their way
+        # While messages are on their way.
+        a_dot = local_attention(q, k, v, rotary, layout.begins, previous)
         before, final = part.finish()
         states = part.found(before)
     return read_and_mix(a_dot, q, states, beta, rule, layout), final
@@ -92,7 +93,9 @@ class _Part:
     """
 
     def __init__(self, inputs: Inputs, exchange: Exchange):
-        _, k, v, w, memory, layout, _, rule, _ = inputs
+        k, v, w, memory, layout, rule = (
+            inputs.k, inputs.v, inputs.w, inputs.memory, inputs.layout, inputs.rule
+        )  # fmt: skip
         changes = _changes(k, v, w, layout, rule)
         added, self._added = changes.added, changes.added
         self._memory, self._starts = memory, layout.starts

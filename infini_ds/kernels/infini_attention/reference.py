@@ -34,7 +34,11 @@ class Inputs(NamedTuple):
     rule: str
     """Name of the memory rule, a key of `memory.RULES`."""
     rotary: tuple[Tensor, Tensor]
-    """cos and sin, each [n, d / 2]."""
+    """cos and sin, each [n, d / 2], or with `previous` [n of previous + n, d / 2]."""
+    previous: Tensor | None = None
+    """[batch, segments, segment_length, 2 kv_heads, d]: of a sliding window, keys before rotary and
+    values of the segment before each one, zero where the document has no token there. A segment's
+    first document attends to them as far as segment_length tokens back. None: no window."""
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     Returns:
         The output, [batch, segments, n, heads, d], and the memory after the window.
     """
-    q, k, v, w, memory, layout, beta, rule, rotary = inputs
+    q, k, v, w, memory, layout, beta, rule, rotary, previous = inputs
     own = RULES[rule]
     _, segments, n, heads, d = q.shape
     group = heads // k.shape[3]
@@ -75,6 +79,22 @@ def infini_attention_reference(inputs: Inputs) -> tuple[Tensor, MemoryState]:
         local_v = v[:, s].repeat_interleave(group, dim=2)
         scores = torch.einsum("b i h d, b j h d -> b h i j", local_q, local_k) / d**0.5
         seen = (begin[..., None] <= position) & (position <= position[:, None])  # [batch, n, n]
+        if previous is not None:
+            earlier_k, earlier_v = previous[:, s].to(k.dtype).chunk(2, dim=2)
+            width = earlier_k.shape[1]
+            # A token's distance to the earlier ones is its position here, as their first is at 0.
+            cos, sin = (table[width : width + n] for table in rotary)
+            far_q = rotate(q[:, s], cos, sin)
+            cos, sin = (table[:width] for table in rotary)
+            far_k = rotate(earlier_k, cos, sin).repeat_interleave(group, dim=2)
+            far = torch.einsum("b i h d, b j h d -> b h i j", far_q, far_k) / d**0.5
+            scores = torch.cat((far, scores), dim=-1)
+            there = (earlier_k != 0).flatten(2).any(dim=-1)[:, None]  # [batch, 1, width]
+            if layout.begins is not None:  # documents that are packed behind the first see none
+                there = there & (layout.begins[:, s] == 0)[..., None]
+            near = torch.arange(width, device=q.device) > position[:, None]  # [n, width]
+            seen = torch.cat((there & near, seen), dim=-1)
+            local_v = torch.cat((earlier_v.repeat_interleave(group, dim=2), local_v), dim=1)
         attention = scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
         a_dot = torch.einsum("b h i j, b j h d -> b i h d", attention, local_v)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from infini_ds.kernels.local_attention.cpu import local_attention_cpu
 from infini_ds.kernels.local_attention.rotary import rotate
 from infini_ds.kernels.local_attention.runs import Run, positions_of, runs_of, unseen
+from infini_ds.kernels.local_attention.sliding import sliding_attention
 from infini_ds.layout import begins_with_padding, made_once
 
 LONG = 512
@@ -39,6 +40,7 @@ def local_attention(
     v: Tensor,
     rotary: tuple[Tensor, Tensor],
     begins: Tensor | None = None,
+    previous: Tensor | None = None,
 ) -> Tensor:
     """Computes causal softmax attention inside each document of a segment.
 
@@ -48,10 +50,13 @@ def local_attention(
         rotary: cos and sin, each [n, d / 2].
         begins: as in Layout, [batch, segments, n]; None: each segment is of one document. Padding
             counts as documents of one token.
+        previous: if given, the window slides, see `sliding_attention`.
 
     Returns:
         [batch, segments, n, heads, d].
     """
+    if previous is not None:
+        return sliding_attention(q, k, v, rotary, previous, begins)
     n = q.shape[2]
     if begins is None or all(own[0].is_whole(n) for own in runs_of(begins)):
         if q.is_cpu and torch.get_num_threads() == 1 and n >= LONG:

@@ -35,8 +35,9 @@ class Wire:
     segments x 2 x 4 for the layout and, if segments are packed, batch x length x 4 for where each
     token's document begins, plus batch x kv_heads x (head_dim + 1) x head_dim x 4 for each
     travelling memory and, with a short convolution, batch x short_conv x (heads + 2 kv_heads) x
-    head_dim x 4 for what it sees next; hidden states, layout, beginnings, and all kv, norms and
-    tails are each rounded up to 16 bytes. A backward hop consists of the first term alone, the
+    head_dim x 4 for what it sees next and, with a sliding window, batch x segment_length x 2
+    kv_heads x head_dim x 4; hidden states, layout, beginnings, and all kv, norms, tails and
+    windows are each rounded up to 16 bytes. A backward hop consists of the first term alone, the
     gradient of the hidden states. The return from the last stage to the first consists of the
     memories of all layers.
     """
@@ -115,7 +116,8 @@ class Wire:
     def _unstack(self, parts: list[Tensor], blocks: list[int]) -> dict[int, MemoryState]:
         if not blocks:
             return {}
-        return dict(zip(blocks, MemoryState(*parts).unstack(), strict=True))
+        memory = MemoryState(**dict(zip(state_shapes(self.config), parts, strict=True)))
+        return dict(zip(blocks, memory.unstack(), strict=True))
 
     def _write(self, tensors: list[Tensor], parts: list) -> Tensor:
         message = torch.empty(_total(parts), dtype=torch.uint8, device=self.device)

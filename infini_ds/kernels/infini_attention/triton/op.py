@@ -27,7 +27,7 @@ WINDOWS: dict[str, type[Window]] = {
 
 def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     """Computes the results of `infini_attention_reference`, for head sizes in TRITON_HEAD_DIMS."""
-    q, k, v, w, memory, layout, beta, rule, rotary = inputs
+    q, k, v, w, memory, layout, beta, rule, rotary, _ = inputs
     n = k.shape[2]
     weight = whole_weights(layout, n, k.shape[3])
     if w is not None:
