@@ -55,7 +55,7 @@ passkey: $(VENV)/installed
 	  && $(BIN)/infini-ds passkey $(PASSKEY_RUNS)/seed_$$seed $(PASSKEY_ASKED) || exit 1; \
 	done
 
-# For each seed, trains a model to remember facts in real text and asks it up to 1,048,576 bytes
+# For each seed, trains a model to remember facts in real text and asks it up to 1,048,576 tokens
 # later.
 babilong: $(VENV)/installed
 	$(BIN)/infini-ds prepare configs/babilong.yaml
