@@ -72,7 +72,7 @@ def table(figures: dict[str, Any]) -> Table:
         f"documents, after {figures['steps']:,} steps of {figures['batch_size']} x "
         f"{figures['window_length']:,} positions in segments of {figures['segment_length']:,}",
         caption=f"means over seeds {', '.join(map(str, figures['seeds']))}; spread: largest less "
-        "smallest; ablated: every segment reads an empty memory; gain: extra bits per byte then; "
+        "smallest; ablated: no token reads the memory; gain: extra bits per byte then; "
         "train tokens: positions without padding",
         box=SIMPLE_HEAD,
         padding=0,

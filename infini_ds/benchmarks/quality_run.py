@@ -12,6 +12,7 @@ from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.benchmarks.single_trainer import SingleTrainer
 from infini_ds.benchmarks.training_runs import Progress
 from infini_ds.config import RunConfig
+from infini_ds.config.model import LARGEST_GATE
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
@@ -23,6 +24,7 @@ from infini_ds.evaluation.by_position import (
     windows_of,
 )
 from infini_ds.evaluation.token_kinds import KINDS
+from infini_ds.inspection.weights import is_gate
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
@@ -52,7 +54,7 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
     keep_freed_memory()
     store, _ = open_data(job.config)
     variant = VARIANTS[job.variant]
-    ways = (True, False) if variant.memory else (variant.connected,)
+    ways = ("held_out", "ablated") if variant.memory else ("held_out",)
     plans = evaluation_plans(job.config, store, job.documents)
     step_cost = STEP_COST * job.config.train.batch_size
     read_cost = sum(len(plan.lengths) for plan in plans) * len(ways)
@@ -70,15 +72,25 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
         report(Progress(done / work, step, loss, plan.num_tokens))
 
     model, figures = train(job, trained)
+    held_out, token_bytes = store.split("held_out"), store.tokenizer.token_bytes
     for way in ways:
+        if way == "ablated":
+            close_gates(model)
         totals, by_kind = read_documents(
-            model, store.split("held_out"), plans, job.bins, way, store.tokenizer.token_bytes,
+            model, held_out, plans, job.bins, variant.connected, token_bytes,
             job.config.train.loss_chunk_tokens, read, job.kinds,
         )  # fmt: skip
-        figures["held_out" if way == ways[0] else "ablated"] = {
-            **means(totals), "by_kind": dict(zip(KINDS, parts_of(by_kind), strict=True))
-        }  # fmt: skip
+        kinds = dict(zip(KINDS, parts_of(by_kind), strict=True))
+        figures[way] = {**means(totals), "by_kind": kinds}
     return {"seed": job.config.seed, "parameters": count_parameters(job.config.model), **figures}
+
+
+@torch.no_grad()
+def close_gates(model: InfiniTransformer) -> None:
+    """Leaves local attention alone, with all that it sees: nothing of the memory is read."""
+    for name, parameter in model.named_parameters():
+        if is_gate(name):
+            parameter.fill_(-LARGEST_GATE)
 
 
 def train(

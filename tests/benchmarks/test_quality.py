@@ -22,7 +22,8 @@ from tests import tiny
 
 STEPS, LANES, SEGMENTS, SEGMENT = 2, 2, 4, 8
 BINS = position_bins(SEGMENT, 200)
-MEMORIES = ("linear", "delta", "linear-write-gate", "gated_delta")
+GATED = ("linear-write-gate", "gated_delta", "gated_delta-sliding-window")
+MEMORIES = ("linear", "delta", *GATED)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,8 @@ def test_all_variants_train_on_as_many_positions(runs):
 def test_all_variants_have_almost_as_many_parameters(runs):
     counts = {name: figures["parameters"] for name, (figures, _) in runs.items()}
     gate = 2 * (16 * 2 + 2)  # layers x (weights and biases of two heads)
-    assert counts.pop("linear-write-gate") == counts["linear"] + gate
-    assert counts.pop("gated_delta") == counts["linear"] + gate
+    for name in GATED:
+        assert counts.pop(name) == counts["linear"] + gate
     assert len(set(counts.values())) == 1
 
 
@@ -131,8 +132,15 @@ def test_gates_learn_only_where_there_is_memory(config, name):
     model, _ = quality_run.train(
         Job(name, variant_config(config, name, 0), 5, BINS), lambda *_: None
     )
-    moved = [bool(block.self_attn.beta.any()) for block in model.blocks]  # type: ignore[union-attr]
+    began = model.config.gate_init
+    moved = [bool((block.self_attn.beta != began).any()) for block in model.blocks]  # type: ignore[union-attr]
     assert moved == [VARIANTS[name].memory] * 2
+
+
+def test_a_sliding_window_alone_reads_no_memory(config):
+    model = variant_config(config, "sliding-window", 0).model
+    assert model.use_sliding_window
+    assert torch.tensor(model.gate_init).sigmoid() == 0
 
 
 def test_a_run_is_reproducible(runs, config):
@@ -177,7 +185,7 @@ def test_write_penalty_is_the_configs_if_it_has_one(config):
     options = variant_config(gated, "linear-write-gate", 0).model.memory
     assert options == memory
     plain = configuration.MemoryConfig(short_conv=True)
-    for name in set(VARIANTS) - {"linear-write-gate", "gated_delta"}:
+    for name in set(VARIANTS) - set(GATED):
         assert variant_config(gated, name, 0).model.memory == plain
 
 
@@ -237,7 +245,7 @@ def test_command_writes_what_it_prints(path, tmp_path, capsys, plot):
 
 
 MISTAKES = {
-    "variant": (["--variants=linear,cubic"], "--variants (cubic) must be among segments-only, lin"),
+    "variant": (["--variants=linear,cubic"], "--variants (cubic) must be among segments-only, sli"),
     "variant_twice": (["--variants=delta,delta"], "--variants: each must be named once"),
     "seeds": (["--seeds=0,x"], "'0,x': must be integers"),
     "seed_twice": (["--seeds=1,1"], "--seeds: each must be named once"),
