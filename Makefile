@@ -30,7 +30,7 @@ PASSKEY = configs/passkey_keys.yaml data.store=stores/passkey_$(KEYS)_keys \
   data.passkey.keys=[$(NUMBERS)] train.curriculum.keys=[$(NUMBERS)] \
   data.passkey.segments=[$(LENGTHS)] train.curriculum.segments=[$(LENGTHS)]
 PASSKEY_RUNS = runs/passkey_$(KEYS)_keys
-PASSKEY_ASKED = --keys $(KEYS) --queries 1 --segments 4,16,64,256
+PASSKEY_ASKED = --keys $(KEYS) --queries 1 --segments 4,16,64,256 --samples 256
 endif
 
 .PHONY: pretrain passkey babilong check test test-all test-long test-slow test-of-one-process \
