@@ -115,9 +115,9 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
     elif kind == "sentencepiece":
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces")
         train_tokenizer(corpus, config, model)
+        if isinstance(corpus, BabilongCorpus):  # lengths are counted in the tokenizer's tokens
+            corpus = BabilongCorpus(config, load_tokenizer(kind, model))
     tokenizer = load_tokenizer(kind, model)
-    if config.source == "babilong":  # lengths of documents are counted in the tokenizer's tokens
-        corpus = BabilongCorpus(config, tokenizer)
 
     dtype = token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:

@@ -15,14 +15,14 @@ from infini_ds.config import ModelConfig
 from infini_ds.kernels.infini_attention import Inputs, infini_attention
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
-from infini_ds.kernels.local_attention import rotate
+from infini_ds.kernels.local_attention import rotate, within_reach
 from infini_ds.layout import Layout, memory_tokens, valid_tokens
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Change, Exchange, HandOn
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
-from infini_ds.model.short_conv import ShortConv
+from infini_ds.model.short_conv import ShortConv, of_earlier_tokens
 from infini_ds.model.write_gate import WriteGate, WriteStats, write_stats
 
 Method = TypeVar("Method", bound=Callable)
@@ -71,6 +71,25 @@ class InfiniAttention(nn.Module):
         self.short_conv = ShortConv(channels, taps) if taps else None
         self.write_gate = WriteGate(config) if config.memory.write_gate else None
         self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def begin_with_induction(self) -> None:
+        """With a convolution, makes keys equal to queries of earlier tokens.
+
+        A query then finds what stood after its own token earlier in the document, in local
+        attention and in the memory, from the first step on: a layer is an induction head (Olsson et
+        al. 2022, arXiv 2209.11895) by a shift of its keys (Xu et al. 2024, arXiv 2411.19574). Keys
+        have the projection of the first query of their group, and of each token's key half the
+        channels hold the token before, and the others tokens farther back.
+        """
+        if self.short_conv is None:
+            return
+        heads, kv_heads = self.config.num_heads, self.config.kv_heads
+        keys = slice(heads, heads + kv_heads)
+        projections = self.qkv_proj.weight.unflatten(0, (-1, self.config.head_dim))
+        projections[keys] = projections[: heads : heads // kv_heads]
+        filters = self.short_conv.weight.unflatten(0, (-1, self.config.head_dim))
+        filters[keys] = of_earlier_tokens(self.config.head_dim, self.short_conv.taps).to(filters)
 
     @_not_compiled
     def forward(
@@ -156,9 +175,7 @@ class InfiniAttention(nn.Module):
         if memory.window is not None:
             earlier_k, earlier_v = memory.window.to(keys.dtype).chunk(2, dim=2)
             behind = earlier_k.shape[1]
-            there = (earlier_k != 0).flatten(2).any(dim=-1)[:, None]
-            near = torch.arange(behind, device=hidden.device) > positions[..., None]
-            seen = torch.cat((there & near, seen), dim=-1)
+            seen = torch.cat((within_reach(earlier_k, positions), seen), dim=-1)
             seen_k, seen_v = torch.cat((earlier_k, seen_k), 1), torch.cat((earlier_v, seen_v), 1)
         places = behind + positions
         states = memory.compressed().map(lambda tensor: tensor[:, None])

@@ -47,15 +47,16 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
 
     They are the same whichever process builds the layer. Weights are normally distributed
     with deviation initializer_range, divided by sqrt(2 L) in projections that end a branch so that
-    the residual stream does not grow with depth (GPT-2). Norms are 1, biases 0, and convolutions
-    leave tokens as they are. Write gates have a deviation of their own, and are drawn last so that
-    all other weights are the same as without them.
+    the residual stream does not grow with depth (GPT-2). Norms are 1 and biases 0. Write gates
+    have a deviation of their own, and are drawn last so that all other weights are the same as
+    without them. With a convolution, keys begin as queries of earlier tokens, see
+    `InfiniAttention.begin_with_induction`.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     gates_last = sorted(layer.named_parameters(), key=lambda item: _is_write_gate(item[0]))
     for name, parameter in gates_last:
         if parameter.dim() < 2 or name.endswith("short_conv.weight"):
-            continue  # the constructors set norms, biases, gates and convolutions
+            continue  # set by the constructors or below
         ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
         scale = math.sqrt(2 * config.num_layers) if ends_branch else 1.0
         deviation = INITIAL_DEVIATION if _is_write_gate(name) else config.initializer_range / scale
@@ -65,6 +66,8 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
     for name, parameter in layer.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
+    if isinstance(layer, Block):
+        layer.self_attn.begin_with_induction()
 
 
 def _is_write_gate(name: str) -> bool:

@@ -15,14 +15,10 @@ def rotary_table(config: ModelConfig, device: torch.device | str) -> tuple[Tenso
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling:
         frequencies = _scale(frequencies, config.rope_scaling)
-    positions = torch.arange(seen_tokens(config), dtype=torch.float64)
+    seen = config.segment_length * (2 if config.use_sliding_window else 1)
+    positions = torch.arange(seen, dtype=torch.float64)
     angles = positions[:, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def seen_tokens(config: ModelConfig) -> int:
-    """Returns how many tokens local attention reads for a segment, with those before it."""
-    return config.segment_length * (2 if config.use_sliding_window else 1)
 
 
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

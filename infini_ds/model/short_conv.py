@@ -10,9 +10,8 @@ from infini_ds.layout import made_once
 class ShortConv(nn.Module):
     """Computes the sum over i from 0 to taps of c_i x_(t - i), with filters c_i for each channel.
 
-    c_0 is 1 and all others are 0 initially, so that the layer starts as the identity. That c_0 is
-    learnt matters for recall: a key of the tokens before, without the token itself, is what a query
-    one token earlier can match.
+    c_0 is 1 and all others are 0 initially, so that the layer starts as the identity; models in
+    training begin with other filters for keys (`InfiniAttention.begin_with_induction`).
 
     Args:
         channels: number of channels.
@@ -69,6 +68,19 @@ class ShortConv(nn.Module):
 def identity(channels: int, taps: int) -> Tensor:
     """Returns the filters that leave every token as it is, [channels, taps + 1]."""
     return F.pad(torch.ones(channels, 1), (taps, 0))
+
+
+def of_earlier_tokens(channels: int, taps: int) -> Tensor:
+    """Returns filters each of which picks one earlier token, [channels, taps + 1].
+
+    Every other channel picks the token before; the channels between them pick the tokens 2 to
+    `taps` before in turn. Channels of the first half and of the second are alike, because rotary
+    positions rotate them as pairs.
+    """
+    channel = torch.arange(channels) % max(1, channels // 2)
+    farther = 2 + (channel // 2) % max(1, taps - 1)
+    back = torch.where(channel % 2 == 0, 1, farther.clamp(max=taps))
+    return F.one_hot(taps - back, taps + 1).float()
 
 
 def _first_rows(begins: Tensor, taps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """Computes a run's minimum needs in bytes, without activations and what libraries take."""
 
+import math
 from typing import NamedTuple
 
 from infini_ds.config import ModelConfig, RunConfig
+from infini_ds.model.layer_state import state_shapes
 from infini_ds.parallel.pipeline.balance import balance
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 
@@ -105,6 +107,6 @@ def layer_parameters(model: ModelConfig) -> list[int]:
 
 
 def memory_bytes(model: ModelConfig) -> int:
-    """Returns the bytes of one lane's memory in one layer, with what a sliding window sees."""
-    window = 2 * model.segment_length if model.use_sliding_window else 0
-    return 4 * model.kv_heads * model.head_dim * (model.head_dim + 1 + window)
+    """Returns the bytes that one lane hands on in one layer, fp32: its memory, and what a
+    convolution and a sliding window see."""
+    return 4 * sum(map(math.prod, state_shapes(model).values()))

@@ -16,24 +16,60 @@ def test_layer_built_alone_has_the_same_weights(make_model):
             assert torch.equal(parameter, model.layers[index].get_parameter(name)), name
 
 
-def test_options_change_no_other_initial_weight(make_model):
-    plain, other = make_model(), make_model(memory={"write_gate": True, "short_conv": True})
+def test_write_gates_change_no_other_initial_weight(make_model):
+    plain, other = make_model(), make_model(memory={"write_gate": True})
     for name, parameter in plain.named_parameters():
         assert torch.equal(other.get_parameter(name), parameter), name
 
 
-def test_write_gates_start_near_one_half_and_convolutions_as_the_identity(make_model):
-    config = make_model(
-        hidden_size=512, initializer_range=0.3, memory={"write_gate": True, "short_conv": True}
-    ).config
+def initial_block(config):
     layer = layer_list(config)[1]
     block = layer.module(*layer.args)
     initialize(block, 1, config, seed=0)
+    return block
+
+
+def test_write_gates_start_near_one_half(make_model):
+    config = make_model(hidden_size=512, initializer_range=0.3, memory={"write_gate": True}).config
+    block = initial_block(config)
     weight = block.get_parameter("self_attn.write_gate.weight")
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not block.get_parameter("self_attn.write_gate.bias").any()
-    taps = block.get_parameter("self_attn.short_conv.weight")
-    assert torch.equal(taps, torch.eye(5)[-1:].expand_as(taps))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 8])
+def test_keys_start_as_queries_of_earlier_tokens(make_model, taps):
+    tokens = 12
+    config = make_model(
+        num_heads=4, num_kv_heads=2, head_dim=32, memory={"short_conv": taps}
+    ).config
+    attention = initial_block(config).self_attn
+    projected = attention._project(torch.randn(1, 1, tokens, config.hidden_size))
+    convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, taps, 8, 32))
+    unchanged = [0, 1, 2, 3, 6, 7]  # queries and values
+    assert torch.equal(convolved[..., unchanged, :], projected[..., unchanged, :])
+    q, k, _ = (x[0, 0] for x in attention._split(convolved))
+    firsts = q[:, ::2]  # the first query of each group
+    held = [
+        [i for i in range(taps + 1) if torch.equal(k[i:, :, c], firsts[: tokens - i, :, c])]
+        for c in range(32)
+    ]
+    assert all(len(back) == 1 for back in held)
+    assert {back for (back,) in held} == set(range(1, taps + 1))
+    assert held[:16] == held[16:]  # rotary positions rotate them as pairs
+
+
+@pytest.mark.parametrize("taps", [1, 4, 8])
+def test_a_query_finds_what_followed_its_token(make_model, taps):
+    config = make_model(
+        num_heads=1, num_kv_heads=1, hidden_size=256, head_dim=256, memory={"short_conv": taps}
+    ).config
+    attention = initial_block(config).self_attn
+    tokens = torch.randn(31, 256)[[*range(31), 7]]  # token 7 comes again
+    projected = attention._project(tokens[None, None])
+    convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, taps, 3, 256))
+    q, k, _ = (x[0, 0, :, 0] for x in attention._split(convolved))
+    assert (q[-1] @ k.T).argmax() == 8
 
 
 def test_gates_start_at_gate_init(make_model):

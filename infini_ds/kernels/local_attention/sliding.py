@@ -61,13 +61,26 @@ def seen_before(earlier_k: Tensor, t: int, begins: Tensor | None) -> Tensor:
     Returns:
         bool [batch, segments, t, n + t].
     """
-    n, device = earlier_k.shape[2], earlier_k.device
-    place = torch.arange(t, device=device)
-    near = torch.arange(n, device=device) > place[:, None]  # [t, n]
-    there = (earlier_k != 0).flatten(3).any(dim=-1)[:, :, None]  # [batch, segments, 1, n]
+    place = torch.arange(t, device=earlier_k.device)
+    earlier = within_reach(earlier_k, place)
     own = place <= place[:, None]  # [t, t]
     if begins is None:
-        return torch.cat((near & there, own.expand(*there.shape[:2], t, t)), dim=-1)
+        return torch.cat((earlier, own.expand(*earlier.shape[:2], t, t)), dim=-1)
     first = (begins == 0)[..., None]  # [batch, segments, t, 1]
     in_document = begins_with_padding(begins)[..., None] <= place
-    return torch.cat((near & there & first, own & in_document), dim=-1)
+    return torch.cat((earlier & first, own & in_document), dim=-1)
+
+
+def within_reach(earlier_k: Tensor, place: Tensor) -> Tensor:
+    """Tells which tokens of the segment before each token attends to.
+
+    Args:
+        earlier_k: [..., n, kv_heads, d], zero where there is no token.
+        place: [..., t], places of the tokens in their segment.
+
+    Returns:
+        bool [..., t, n].
+    """
+    there = (earlier_k != 0).flatten(-2).any(dim=-1)[..., None, :]
+    near = torch.arange(earlier_k.shape[-3], device=place.device) > place[..., None]
+    return there & near
