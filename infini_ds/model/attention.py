@@ -76,20 +76,28 @@ class InfiniAttention(nn.Module):
     def begin_with_induction(self) -> None:
         """With a convolution, makes keys equal to queries of earlier tokens.
 
-        A query then finds what stood after its own token earlier in the document, in local
-        attention and in the memory, from the first step on: a layer is an induction head (Olsson et
-        al. 2022, arXiv 2209.11895) by a shift of its keys (Xu et al. 2024, arXiv 2411.19574). Keys
-        have the projection of the first query of their group, and of each token's key half the
-        channels hold the token before, and the others tokens farther back.
+        A query then finds what followed its own token earlier in the document, in local attention
+        and in the memory, from the first step on: a layer is an induction head (Olsson et al. 2022,
+        arXiv 2209.11895) by a shift of its keys (Xu et al. 2024, arXiv 2411.19574).
+
+        Half the channels of each key hold the token before, and the others tokens farther back. Of
+        the first two query heads of a group, which have the key's projection, those with even
+        numbers hold their own token in all channels, and so find it anywhere in a key. Those with
+        odd numbers hold what the key of the next token holds, and so find the same sequence.
         """
         if self.short_conv is None:
             return
-        heads, kv_heads = self.config.num_heads, self.config.kv_heads
-        keys = slice(heads, heads + kv_heads)
-        projections = self.qkv_proj.weight.unflatten(0, (-1, self.config.head_dim))
-        projections[keys] = projections[: heads : heads // kv_heads]
-        filters = self.short_conv.weight.unflatten(0, (-1, self.config.head_dim))
-        filters[keys] = of_earlier_tokens(self.config.head_dim, self.short_conv.taps).to(filters)
+        d, heads, kv_heads = self.config.head_dim, self.config.num_heads, self.config.kv_heads
+        projections = self.qkv_proj.weight.unflatten(0, (-1, d))
+        filters = self.short_conv.weight.unflatten(0, (-1, d))
+        earlier = of_earlier_tokens(d, self.short_conv.taps).to(filters)
+        group = heads // kv_heads
+        filters[heads : heads + kv_heads] = earlier
+        for head in range(heads):
+            if head % group < 2:
+                projections[head] = projections[heads + head // group]
+                if head % 2:
+                    filters[head] = earlier.roll(1, dims=-1)
 
     @_not_compiled
     def forward(

@@ -46,17 +46,26 @@ def test_keys_start_as_queries_of_earlier_tokens(make_model, taps):
     attention = initial_block(config).self_attn
     projected = attention._project(torch.randn(1, 1, tokens, config.hidden_size))
     convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, taps, 8, 32))
-    unchanged = [0, 1, 2, 3, 6, 7]  # queries and values
+    unchanged = [0, 2, 6, 7]  # queries with even numbers, and values
     assert torch.equal(convolved[..., unchanged, :], projected[..., unchanged, :])
     q, k, _ = (x[0, 0] for x in attention._split(convolved))
-    firsts = q[:, ::2]  # the first query of each group
+    own, next_key = q[:, ::2], q[:, 1::2]
     held = [
-        [i for i in range(taps + 1) if torch.equal(k[i:, :, c], firsts[: tokens - i, :, c])]
+        [i for i in range(taps + 1) if torch.equal(k[i:, :, c], own[: tokens - i, :, c])]
         for c in range(32)
     ]
     assert all(len(back) == 1 for back in held)
     assert {back for (back,) in held} == set(range(1, taps + 1))
     assert held[:16] == held[16:]  # rotary positions rotate them as pairs
+    assert torch.equal(next_key[:-1], k[1:])
+
+
+def test_of_many_queries_of_a_group_two_start_like_its_key(make_model):
+    config = make_model(num_heads=8, num_kv_heads=2, head_dim=32, memory={"short_conv": 4}).config
+    attention = initial_block(config).self_attn
+    projections = attention.qkv_proj.weight.unflatten(0, (-1, 32))
+    same = [[torch.equal(projections[q], projections[8 + k]) for q in range(8)] for k in (0, 1)]
+    assert [[q for q in range(8) if row[q]] for row in same] == [[0, 1], [4, 5]]
 
 
 @pytest.mark.parametrize("taps", [1, 4, 8])
@@ -70,6 +79,21 @@ def test_a_query_finds_what_followed_its_token(make_model, taps):
     convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, taps, 3, 256))
     q, k, _ = (x[0, 0, :, 0] for x in attention._split(convolved))
     assert (q[-1] @ k.T).argmax() == 8
+
+
+def test_a_query_finds_the_longest_sequence(make_model):
+    """Of two heads, the second."""
+    config = make_model(
+        num_heads=2, num_kv_heads=2, hidden_size=256, head_dim=256, memory={"short_conv": 4}
+    ).config
+    attention = initial_block(config).self_attn
+    places = [*range(9), 7, *range(10, 20), 5, 6, 7]  # 7 three times, once after 6
+    projected = attention._project(torch.randn(20, 256)[places][None, None])
+    convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, 4, 6, 256))
+    q, k, _ = (x[0, 0, :, 1] for x in attention._split(convolved))
+    scores = q[-1] @ k.T
+    assert scores.argmax() == 8
+    assert scores[8] > 1.5 * scores[10]
 
 
 def test_gates_start_at_gate_init(make_model):
