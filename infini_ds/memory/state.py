@@ -28,7 +28,8 @@ class MemoryState:
     tokens before the convolution, which no rule knows; None without a convolution."""
     window: Tensor | None = None
     """[batch, segment_length, 2 kv_heads, d], keys and values of the segment before, which no rule
-    knows; keys are zero where there is no token. None without model.use_sliding_window."""
+    knows; keys are zero where there is no token. None without model.use_sliding_window. While text
+    is generated, it has the type of the model."""
 
     def __iter__(self) -> Iterator[Tensor]:
         """Goes through the tensors that are there, in the order of the fields."""

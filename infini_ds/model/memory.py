@@ -89,7 +89,8 @@ class Memory:
 
     def layers(self) -> list[MemoryState]:
         """Returns what each layer passes on to the next segment."""
-        tail, window = (x.float() if x.shape[2] else None for x in (self.tail, self.window))
+        tail = self.tail.float() if self.tail.shape[2] else None
+        window = self.window if self.window.shape[2] else None
         return MemoryState(self.kv, self.norm, tail, window).unstack()
 
     def with_layers(self, layers: list[MemoryState]) -> "Memory":
