@@ -80,10 +80,13 @@ class InfiniAttention(nn.Module):
         and in the memory, from the first step on: a layer is an induction head (Olsson et al. 2022,
         arXiv 2209.11895) by a shift of its keys (Xu et al. 2024, arXiv 2411.19574).
 
-        Half the channels of each key hold the token before, and the others tokens farther back. Of
-        the first two query heads of a group, which have the key's projection, those with even
-        numbers hold their own token in all channels, and so find it anywhere in a key. Those with
-        odd numbers hold what the key of the next token holds, and so find the same sequence.
+        Half the channels of each key hold the token before, and the others tokens farther back. All
+        hold a tenth of the key's own token, or the first key of a document would be zero, and the
+        gradient of its direction a thousand times that of others.
+
+        The first two query heads of a group have the key's projection. Those with even numbers hold
+        their own token in all channels, and so find it anywhere in a key. Those with odd numbers
+        hold what the key of the next token holds before itself, and so find the same sequence.
         """
         if self.short_conv is None:
             return
@@ -93,6 +96,7 @@ class InfiniAttention(nn.Module):
         earlier = of_earlier_tokens(d, self.short_conv.taps).to(filters)
         group = heads // kv_heads
         filters[heads : heads + kv_heads] = earlier
+        filters[heads : heads + kv_heads, :, -1] = 0.1
         for head in range(heads):
             if head % group < 2:
                 projections[head] = projections[heads + head // group]
