@@ -1,6 +1,6 @@
 """Tiny plain models as Hugging Face writes them, and checkpoints of tiny runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +54,17 @@ def make_plain(tmp_path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hf_modules(tmp_path_factory) -> Iterator[None]:
+    """Lets transformers keep the code of exports in one folder, since a process imports it once."""
+    import transformers
+    from transformers import dynamic_module_utils
+
+    folder = tmp_path_factory.mktemp("modules")
+    transformers.utils.logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield

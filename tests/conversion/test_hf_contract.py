@@ -8,7 +8,6 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from infini_ds import cli
 from infini_ds.config import MemoryConfig
@@ -41,19 +40,15 @@ LINES = "The  <s> memory </s>\n\té 漢 ▁ <0x41>"
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Iterator[Path]:
+def exports(tmp_path_factory, hf_modules) -> Path:
     """A folder with an export of each of MODELS, `tied` with a sentencepiece model."""
     folder = tmp_path_factory.mktemp("contract")
-    transformers.utils.logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder / "modules")
-        patch.syspath_prepend(folder / "modules")
-        train_sentencepiece(iter([LINES, "a segment of all memory"] * 20), 320, folder / "sp.model")
-        for name, settings in MODELS.items():
-            source = folder / "source" / name
-            make_export(source, folder / "sp.model" if name == "tied" else None, **settings)
-            assert cli.main(["convert", "to-hf", str(source), str(folder / name)]) == 0
-        yield folder
+    train_sentencepiece(iter([LINES, "a segment of all memory"] * 20), 320, folder / "sp.model")
+    for name, settings in MODELS.items():
+        source = folder / "source" / name
+        make_export(source, folder / "sp.model" if name == "tied" else None, **settings)
+        assert cli.main(["convert", "to-hf", str(source), str(folder / name)]) == 0
+    return folder
 
 
 def load(folder: str | Path, **settings):
@@ -249,22 +244,6 @@ def test_a_streamer_gets_the_prompt_and_every_token(tied, tokens):
 
 
 REFUSED = {
-    "padding-at-the-left": (
-        lambda m, t: m(t, attention_mask=(torch.arange(LENGTH) > 2).expand(2, -1)),
-        "attention_mask must be all ones",
-    ),
-    "padding-at-the-right": (
-        lambda m, t: m(t, attention_mask=(torch.arange(LENGTH) < 9).expand(2, -1)),
-        "attention_mask must be all ones",
-    ),
-    "padding-in-generate": (
-        lambda m, t: m.generate(t, attention_mask=(torch.arange(LENGTH) > 2).expand(2, -1).long()),
-        "attention_mask must be all ones",
-    ),
-    "a-mask-of-four-dimensions": (
-        lambda m, t: m(t, attention_mask=torch.ones(2, 1, LENGTH, LENGTH)),
-        "attention_mask must be all ones",
-    ),
     "packed-texts": (
         lambda m, t: m(t, position_ids=torch.arange(LENGTH)[None] % 9),
         "position_ids must go on from 0",

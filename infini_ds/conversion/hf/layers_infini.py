@@ -18,7 +18,7 @@ By the third rule there is no z; unit(x) is x divided by its L2 norm.
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,50 @@ READ_EPSILON = 1e-3  # added to the mean square of a read of gated_delta
 CHUNK = 64  # number of tokens that gated_delta writes at once
 
 
+class Piece(NamedTuple):
+    """Where tokens [b, t] stand, each row's inside one segment; rows are texts of any length."""
+
+    used: list[int]  # tokens of the open segment that each row has read already
+    new: list[int]  # tokens that each row reads now; what follows them is padding
+    begun: list[bool]  # whether the row's text has a segment before this one
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows stand at the same place and read equally much."""
+        return len(set(zip(*self))) == 1  # noqa: B905
+
+    @property
+    def after(self) -> list[int]:
+        """Tokens of its open segment that each row has read after this."""
+        return [used + new for used, new in zip(self.used, self.new)]  # noqa: B905
+
+    def places(self, t: int, device: torch.device) -> Tensor:
+        """Returns the place of each token in its segment, [b, t], or [1, t] if rows are even."""
+        used = self.used[:1] if self.even else self.used
+        return torch.tensor(used, device=device)[:, None] + torch.arange(t, device=device)
+
+    def append(self, before: Tensor | None, new: Tensor) -> Tensor:
+        """Puts tokens [b, t, ...] behind those of their row's open segment, [b, tokens, ...]."""
+        if self.even:
+            return new if before is None else torch.cat((before, new), dim=1)
+        end, shape = max(self.after), new.shape[2:]
+        places = self.places(new.shape[1], new.device)
+        read = torch.tensor(self.after, device=new.device)[:, None]
+        places = places.where(places < read, end)  # padding goes behind the end
+        room = new.new_zeros(len(new), end + 1, *shape)
+        if before is not None:
+            room = torch.cat((before.to(new.dtype), room[:, before.shape[1] :]), dim=1)
+        places = places.view(*places.shape, *(1 for _ in shape)).expand_as(new)
+        return room.scatter(1, places, new)[:, :end]
+
+
 @dataclass
 class LayerState:
-    """The state of one layer, its memory and the unfinished segment: tensors or None."""
+    """The state of one layer, its memory and the unfinished segment: tensors or None.
+
+    Where texts have unequal lengths, a row has zeros for a memory that is empty, and anything
+    behind the tokens of its open segment.
+    """
 
     kv: Any = None  # M
     norm: Any = None  # z; None by gated_delta
@@ -75,47 +116,58 @@ class InfiniAttention(nn.Module):
         if config.write_gate:
             self.write_gate = nn.Linear(config.hidden_size, self.kv_heads)
 
-    def forward(self, hidden: Tensor, state: LayerState, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, hidden: Tensor, state: LayerState, rotary: tuple[Tensor, Tensor], piece: Piece
+    ) -> Tensor:
         """Reads tokens [b, t, hidden_size] that continue an open segment without exceeding it."""
         batch, t = hidden.shape[:2]
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         if self.short_conv is not None:
-            qkv, state.tail = self.short_conv(qkv, state.tail)
+            qkv, state.tail = self.short_conv(qkv, state.tail, piece)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         w = hidden.new_ones(batch, t, self.kv_heads, dtype=torch.float32)
         if self.write_gate is not None:
             w = F.hardsigmoid(self.write_gate(hidden).float())
-        keys, values = _append(state.keys, k), _append(state.values, v)
-        state.keys, state.values, state.weights = keys, values, _append(state.weights, w)
-        if state.window is not None:
-            earlier_k, earlier_v = state.window.chunk(2, dim=2)
-            keys, values = _append(earlier_k, keys), _append(earlier_v, values)
-        out = self._local(q, keys, values, rotary)
+        state.keys, state.values = piece.append(state.keys, k), piece.append(state.values, v)
+        state.weights = piece.append(state.weights, w)
+        out = self._local(q, state, rotary, piece)
         if state.kv is not None:
             out = self._mixed(out, q, state.kv, state.norm)
-        if state.keys.shape[1] == self.config.segment_length:
-            if self.config.use_sliding_window:
-                state.window = torch.cat((state.keys, state.values), dim=2)
-            with _in_fp32(keys.device):
-                self._write(state)
+        after, n = piece.after, self.config.segment_length
+        if full := [row for row, read in enumerate(after) if read == n]:
+            with _in_fp32(hidden.device):
+                self._write(state, full)
+            left = max((read for row, read in enumerate(after) if row not in full), default=0)
+            state.keys, state.values, state.weights = (
+                x[:, :left] if left else None for x in (state.keys, state.values, state.weights)
+            )
         return self.o_proj(out.flatten(2))
 
-    def _local(self, q: Tensor, keys: Tensor, values: Tensor, rotary) -> Tensor:
-        used = keys.shape[1]
-        begin = used - q.shape[1]
-        cos, sin = (table[:used, None].to(q.dtype) for table in rotary)
-        q = _rotate(q, cos[begin:], sin[begin:]).transpose(1, 2)
-        k = _rotate(keys, cos, sin).transpose(1, 2)
+    def _local(self, q: Tensor, state: LayerState, rotary, piece: Piece) -> Tensor:
+        keys, values, earlier = state.keys, state.values, 0
+        if state.window is not None:
+            earlier = state.window.shape[1]
+            earlier_k, earlier_v = state.window.chunk(2, dim=2)
+            keys = torch.cat((earlier_k, keys), dim=1)
+            values = torch.cat((earlier_v, values), dim=1)
+        seen, t = keys.shape[1], q.shape[1]
+        cos, sin = (table[:, None].to(q.dtype) for table in rotary)
+        k = _rotate(keys, cos[:seen], sin[:seen]).transpose(1, 2)
         v = values.transpose(1, 2)
         group = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        if begin == 0:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            seen = torch.ones(used, used, dtype=torch.bool, device=q.device).tril()
-            seen = seen.triu(1 - self.config.segment_length)[begin:]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if seen == t and piece.even:
+            q = _rotate(q, cos[:seen], sin[:seen]).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        places = (earlier + piece.places(t, q.device)).clamp(max=len(cos) - 1)
+        q = _rotate(q, cos[places], sin[places]).transpose(1, 2)
+        place, column = places[..., None], torch.arange(seen, device=q.device)
+        mask = (column <= place) & (column > place - self.config.segment_length)
+        if earlier and not piece.even:
+            begun = torch.tensor(piece.begun, device=q.device)[:, None, None]
+            mask = mask & (begun | (column >= earlier))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
         return out.transpose(1, 2)  # [b, t, h, d]
 
     def _mixed(self, local: Tensor, q: Tensor, kv: Tensor, norm: Tensor | None) -> Tensor:
@@ -128,13 +180,22 @@ class InfiniAttention(nn.Module):
         gate = (self.beta.float().sigmoid() * written)[:, None, :, None].to(q.dtype)
         return gate * read + (1 - gate) * local
 
-    def _write(self, state: LayerState) -> None:
-        """Compresses the open segment, which is full, into the memory."""
-        features = self.rule.features(state.keys.float()).transpose(1, 2)
-        weights = state.weights.transpose(1, 2)[..., None]
-        values = state.values.float().transpose(1, 2)
-        state.kv, state.norm = self.rule.write(state.kv, state.norm, features, weights, values)
-        state.keys = state.values = state.weights = None
+    def _write(self, state: LayerState, full: list[int]) -> None:
+        """Compresses the open segments of these rows, which are full, into their memories."""
+        if self.config.use_sliding_window:
+            window = torch.cat((state.keys, state.values), dim=2)
+            state.window = _with_rows(state.window, _rows(window, full), full, len(window))
+        keys, values, weights = _rows(state.keys, full), _rows(state.values, full), state.weights
+        features = self.rule.features(keys.float()).transpose(1, 2)
+        kv, norm = self.rule.write(
+            _rows(state.kv, full),
+            _rows(state.norm, full),
+            features,
+            _rows(weights, full).transpose(1, 2)[..., None],
+            values.float().transpose(1, 2),
+        )
+        state.kv = _with_rows(state.kv, kv, full, len(weights))
+        state.norm = _with_rows(state.norm, norm, full, len(weights))
 
 
 class Linear:
@@ -232,8 +293,19 @@ def _in_fp32(device: torch.device):
     return contextlib.nullcontext()
 
 
-def _append(before: Tensor | None, new: Tensor) -> Tensor:
-    return new if before is None else torch.cat((before, new), dim=1)
+def _rows(x: Tensor | None, rows: list[int]) -> Any:
+    if x is None or rows == list(range(len(x))):
+        return x
+    return x[rows]
+
+
+def _with_rows(before: Tensor | None, new: Tensor | None, rows: list[int], batch: int):
+    """Returns the tensor of all rows after these have changed; None stands for zeros."""
+    if new is None or rows == list(range(batch)):
+        return new
+    if before is None:
+        before = new.new_zeros(batch, *new.shape[1:])
+    return before.index_copy(0, torch.tensor(rows, device=new.device), new)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -254,7 +326,7 @@ class ShortConv(nn.Module):
         nn.init.zeros_(self.weight)
         nn.init.ones_(self.weight[:, -1])
 
-    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, before: Tensor | None, piece: Piece) -> tuple[Tensor, Tensor]:
         *earlier, own = self.weight.mT.unflatten(1, x.shape[2:])
         taps = len(earlier)
         if before is None:
@@ -263,7 +335,11 @@ class ShortConv(nn.Module):
         out = own * x
         for place, tap in enumerate(earlier):
             out = torch.addcmul(out, tap, seen.narrow(1, place, x.shape[1]))
-        return out, seen[:, -taps:]
+        if piece.even:
+            return out, seen[:, -taps:]
+        new = torch.tensor(piece.new, device=x.device)[:, None]
+        places = (new + torch.arange(taps, device=x.device))[..., None, None]
+        return out, seen.gather(1, places.expand(-1, -1, *x.shape[2:]))
 
 
 class FeedForward(nn.Module):
@@ -287,13 +363,15 @@ class InfiniBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, *before: Tensor | None) -> tuple:
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, piece: Piece, *before: Tensor | None
+    ) -> tuple:
         """Returns hidden states and the fields of a new LayerState; the given one stays unchanged.
 
         This way the block can be recomputed in the backward pass. All tensors are separate
         arguments, as re-entrant checkpointing requires.
         """
         state = LayerState(*before)
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), state, (cos, sin))
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), state, (cos, sin), piece)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return (hidden, *vars(state).values())

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import TransformersKwargs
 
 from .configuration_infini import InfiniConfig
-from .layers_infini import InfiniBlock, LayerState, ShortConv
+from .layers_infini import InfiniBlock, LayerState, Piece, ShortConv
 
 # Arguments of `generate` meant for the model; they are passed on, and refused there if unknown.
 _ASKED = ("use_cache", "logits_to_keep", "position_ids", *TransformersKwargs.__optional_keys__)
@@ -34,8 +34,8 @@ class InfiniCache:
     """
 
     layers: list[LayerState] = field(default_factory=list)
-    tokens: int = 0  # number read so far
-    rows: int = 0  # number of texts in the batch
+    tokens: int = 0  # number given so far, padding included
+    read: list[int] = field(default_factory=list)  # tokens that each text has, without padding
     is_compileable = False
     is_croppable = False
 
@@ -45,10 +45,10 @@ class InfiniCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:
             layer.select(beam_idx)
-        self.rows = len(beam_idx)
+        self.read = [self.read[row] for row in beam_idx.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self.read)).repeat_interleave(repeats))
 
     def crop(self, *args, **kwargs) -> None:
         raise NotImplementedError("an InfiniCache cannot be cropped: what was read stays read")
@@ -122,10 +122,12 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         """Reads tokens [b, any length] after those in the cache, at most one segment at a time.
 
         Args:
-            attention_mask: all ones, because all rows of a batch have the same length.
+            attention_mask: 1 for text and 0 for padding, which may stand anywhere and is not read,
+                [b, tokens], of these tokens or of those in the cache as well. The logits of padding
+                are those of the last token before it.
             past_key_values: the cache that an earlier call returned.
             inputs_embeds: [b, any length, hidden_size], in place of input_ids.
-            labels: shaped like input_ids, with -100 where there is no loss.
+            labels: shaped like input_ids, with -100 where there is no loss, as at padding.
             use_cache: whether to return the cache; by default only outside of training.
             logits_to_keep: number of last tokens, or indices of tokens, that get logits; 0: all.
             output_hidden_states: whether to return the input of each block and the output of the
@@ -147,19 +149,21 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.layers[0](input_ids)
         given: Tensor = inputs_embeds if inputs_embeds is not None else input_ids  # type: ignore
         cache = self._opened(past_key_values, given)
-        _check_mask(attention_mask)
-        _check_positions(kwargs, cache.tokens, given.shape[1])
+        text = _text(attention_mask, given, cache.tokens)
+        _check_positions(kwargs, cache, given, text)
         losses = labels is not None or shift_labels is not None
         if losses and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep must be 0 where there are labels: all logits count")
         some = isinstance(logits_to_keep, int) and logits_to_keep > 0
         hidden, states = self._read_all(
-            given, cache, int(logits_to_keep) if some else 0, output_hidden_states
+            given, text, cache, int(logits_to_keep) if some else 0, output_hidden_states
         )
         if not isinstance(logits_to_keep, int):
             hidden = hidden[:, logits_to_keep]
         logits, loss = self._head(hidden), None
         if losses:
+            if labels is not None and text is not None:
+                labels = labels.masked_fill(text.cumsum(dim=1) < 2, -100)  # nothing before it
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch, shift_labels=shift_labels,
@@ -234,58 +238,106 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if not cache.layers:
             cache.layers = [LayerState() for _ in range(self.config.num_hidden_layers)]
-            cache.rows = len(given)
+            cache.read = [0] * len(given)
         if len(cache.layers) != self.config.num_hidden_layers:
             raise ValueError(
                 f"past_key_values has {len(cache.layers)} layers: it is another model's"
             )
-        if cache.rows != len(given):
+        if len(cache.read) != len(given):
             raise ValueError(
-                f"past_key_values holds {cache.rows} texts, the batch {len(given)}: make as many "
-                "with its batch_repeat_interleave"
+                f"past_key_values holds {len(cache.read)} texts, the batch {len(given)}: make as "
+                "many with its batch_repeat_interleave"
             )
         return cache
 
     def _read_all(
-        self, given: Tensor, cache: InfiniCache, keep: int, inner: bool
+        self, given: Tensor, text: Tensor | None, cache: InfiniCache, keep: int, inner: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Returns final hidden states and, if wanted, each block's input and the final output.
 
         Args:
             given: token ids [b, t], or embeddings [b, t, hidden_size].
+            text: which of them are not padding, bool [b, t]; None means all.
             keep: number of last tokens whose final hidden states are returned; 0 means all.
         """
+        if text is not None or len(set(cache.read)) > 1:
+            final, states = self._read_rows(given, text, cache, inner)
+        else:
+            final, states = self._read_even(given, cache, keep, inner)
+        cache.tokens += given.shape[1]
+        if not inner:
+            return final[:, -keep:], None
+        _, *between, last = states
+        return final[:, -keep:], (given, *between, last)
+
+    def _read_even(
+        self, given: Tensor, cache: InfiniCache, keep: int, inner: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Reads texts of which all have equally many tokens, without padding."""
         n, length = self.config.segment_length, given.shape[1]
         wanted_from = length - keep if keep else 0
         kept, states, begin = [], [], 0
         while begin < length:
-            end = min(length, begin + n - cache.tokens % n)
-            piece = given[:, begin:end]
-            hidden = piece if given.ndim == 3 else self.layers[0](piece)
-            into = self._read(hidden, cache)
+            end = min(length, begin + n - cache.read[0] % n)
+            into = self._read(given[:, begin:end], [end - begin] * len(given), cache)
             if end > wanted_from:
                 kept.append(into[-1][:, max(wanted_from - begin, 0) :])
             if inner:
                 states.append(into)
             begin = end
-        final = torch.cat(kept, dim=1)
-        if not inner:
-            return final, None
-        _, *between, last = (torch.cat(parts, dim=1) for parts in zip(*states))  # noqa: B905
-        return final, (given, *between, last if keep else final)
+        whole = [torch.cat(parts, dim=1) for parts in zip(*states)]  # noqa: B905
+        return torch.cat(kept, dim=1), whole
 
-    def _read(self, hidden: Tensor, cache: InfiniCache) -> list[Tensor]:
-        """Returns each block's input and the final norm's output for a part of the open segment.
+    def _read_rows(
+        self, given: Tensor, text: Tensor | None, cache: InfiniCache, inner: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Reads texts of any lengths, each from its own place in its own segment."""
+        if text is None:
+            text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+        n, lengths = self.config.segment_length, text.sum(dim=1).tolist()
+        order = text.long().argsort(dim=1, descending=True, stable=True)  # text before padding
+        done, parts, places = [0] * len(given), [], []
+        while any(begin < length for begin, length in zip(done, lengths)):  # noqa: B905
+            counts = [
+                min(length - begin, n - read % n)
+                for begin, length, read in zip(done, lengths, cache.read)  # noqa: B905
+            ]
+            row = torch.arange(max(counts), device=given.device)
+            begin = torch.tensor(done, device=given.device)[:, None]
+            index = order.gather(1, (begin + row).clamp(max=order.shape[1] - 1))
+            if given.ndim == 3:
+                index = index[..., None].expand(-1, -1, given.shape[2])
+            into = self._read(given.gather(1, index), counts, cache)
+            parts.append(into if inner else into[-1:])
+            # What is padding goes behind the end.
+            end = torch.tensor(counts, device=given.device)[:, None]
+            places.append((begin + row).where(row < end, max(lengths)))
+            done = [begin + count for begin, count in zip(done, counts)]  # noqa: B905
+        # Each token takes what came of it, and padding what came of the last token before it.
+        source = (text.long().cumsum(dim=1) - 1).clamp(min=0)
+        whole = [_spread(pieces, places, source) for pieces in zip(*parts)]  # noqa: B905
+        return whole[-1], whole
+
+    def _read(self, given: Tensor, counts: list[int], cache: InfiniCache) -> list[Tensor]:
+        """Returns each block's input and the final norm's output for parts of open segments.
 
         The cache is updated only after all layers have run.
+
+        Args:
+            given: token ids or embeddings, [b, most of the counts, ...].
+            counts: number of them that each row has; padding follows.
         """
-        into, after = [], []
+        hidden = given if given.ndim == 3 else self.layers[0](given)
+        n = self.config.segment_length
+        used, begun = [read % n for read in cache.read], [read >= n for read in cache.read]
+        piece, into, after = Piece(used, counts, begun), [], []
         cos, sin = self._rotary_table(hidden.device)
         for layer, state in zip(self.layers[1:], cache.layers):  # noqa: B905, norm and head follow
             into.append(hidden)
-            hidden, *fields = layer(hidden, cos, sin, *vars(state).values())
+            hidden, *fields = layer(hidden, cos, sin, piece, *vars(state).values())
             after.append(LayerState(*fields))
-        cache.layers, cache.tokens = after, cache.tokens + hidden.shape[1]
+        cache.layers = after
+        cache.read = [read + count for read, count in zip(cache.read, counts)]  # noqa: B905
         return [*into, self.layers[1 + self.config.num_hidden_layers](hidden)]
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -312,24 +364,65 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         return self._rotary
 
 
-def _check_mask(mask: Tensor | None) -> None:
-    if mask is not None and not (mask.ndim == 2 and bool((mask == 1).all())):
+def _spread(parts: tuple[Tensor, ...], places: list[Tensor], source: Tensor) -> Tensor:
+    """Puts parts of rows together, [b, t, hidden_size].
+
+    Args:
+        parts: [b, tokens, hidden_size] each.
+        places: of their tokens among those of the row, [b, tokens] each; the largest is for none.
+        source: which token of the row each place of the result takes, [b, t].
+    """
+    place, size = torch.cat(places, dim=1), parts[0].shape[-1]
+    room = parts[0].new_zeros(len(source), source.shape[1] + 1, size)
+    room = room.scatter(1, place[..., None].expand(-1, -1, size), torch.cat(parts, dim=1))
+    return room.gather(1, source[..., None].expand(-1, -1, size))
+
+
+def _text(mask: Tensor | None, given: Tensor, seen: int) -> Tensor | None:
+    """Returns which of the given tokens are not padding, bool [b, t], or None if all are.
+
+    Args:
+        mask: of the given tokens, or of `seen` tokens before them as well.
+    """
+    rows, t = given.shape[:2]
+    if mask is None:
+        return None
+    if mask.ndim != 2 or len(mask) != rows or mask.shape[1] not in (t, seen + t):
         raise ValueError(
-            "attention_mask must be all ones: padding would be read as text; put texts of one "
-            "length into a batch"
+            f"attention_mask {[*mask.shape]} must be [{rows}, {t}], or [{rows}, {seen + t}] with "
+            "the tokens in the cache: 1 for text, 0 for padding"
         )
+    mask = mask[:, -t:].to(given.device)
+    text = mask == 1
+    if not bool((text | (mask == 0)).all()):
+        raise ValueError("attention_mask must have 1 for text and 0 for padding")
+    if not bool(text.any()):
+        raise ValueError("attention_mask must leave at least one token that is not padding")
+    return None if bool(text.all()) else text
 
 
-def _check_positions(given: dict[str, Any], seen: int, length: int) -> None:
-    for name, positions in given.items():
+def _check_positions(
+    options: dict[str, Any], cache: InfiniCache, given: Tensor, text: Tensor | None
+) -> None:
+    rows, t = given.shape[:2]
+    if text is None:
+        text = torch.ones(rows, t, dtype=torch.bool)
+    for name, positions in options.items():
         if name not in ("position_ids", "cache_position"):
             raise TypeError(f"{name} is not supported: this model does not know it")
-        if positions is not None:
-            expected = torch.arange(seen, seen + length, device=positions.device)
-            if positions.shape[-1] != length or not bool((positions == expected).all()):
-                raise ValueError(
-                    f"{name} must go on from {seen}, one per token: each row is one whole text"
-                )
+        if positions is None:
+            continue
+        # Places in the cache count padding, positions in a text do not.
+        counted = text if name == "position_ids" else torch.ones_like(text)
+        seen = cache.read if name == "position_ids" else [cache.tokens] * rows
+        expected = torch.tensor(seen)[:, None] + counted.cumsum(dim=1).cpu() - 1
+        right = (positions.cpu() == expected) | ~counted.cpu() if positions.shape[-1] == t else None
+        if right is not None and bool(right.all()):
+            continue
+        begin = ", ".join(map(str, dict.fromkeys(cache.read)))
+        raise ValueError(
+            f"{name} must go on from {begin}, one per token: each row is one whole text"
+        )
 
 
 def _scaled(frequencies: Tensor, scaling: dict) -> Tensor:
