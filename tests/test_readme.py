@@ -46,6 +46,7 @@ EXAMPLES = {
     "model": "import torch\nfrom infini_ds import InfiniTransformer",
     "load_model": "import torch\nfrom infini_ds import load_model",
     "memory": "import torch\nfrom infini_ds.kernels.infini_attention import",
+    "recorder": "from infini_ds.training.recorders import",
 }
 
 
@@ -82,6 +83,13 @@ def test_the_memory_alone_runs_as_shown():
     exec(python_example("memory"), names)
     assert names["out"].shape == names["v"].shape
     assert names["memory"].kv.shape == (1, 8, 128, 128)
+
+
+def test_the_recorder_runs_as_shown(tmp_path, capsys):
+    names: dict = {}
+    exec(python_example("recorder"), names)
+    names["Printed"](tiny_config(tmp_path), 0).scalars(7, {"train/loss": 1.5})
+    assert capsys.readouterr().out == "7 1.5\n"
 
 
 # Commands

@@ -24,7 +24,13 @@ from infini_ds.config.model import LARGEST_GATE, MemoryConfig, ModelConfig, Rope
 from infini_ds.config.optimizer import OptimizerConfig
 from infini_ds.config.parallel import ParallelConfig
 from infini_ds.config.reference import reference, schema
-from infini_ds.config.run import EvaluationConfig, KernelsConfig, RunConfig
+from infini_ds.config.run import (
+    EvaluationConfig,
+    KernelsConfig,
+    MonitorConfig,
+    RunConfig,
+    WandbConfig,
+)
 from infini_ds.config.settings import RESOLVED
 from infini_ds.config.train import CurriculumConfig, TrainConfig
 
@@ -45,6 +51,7 @@ __all__ = [
     "MemoryConfig",
     "MixtureCorpus",
     "ModelConfig",
+    "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PasskeyConfig",
@@ -52,6 +59,7 @@ __all__ = [
     "RunConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "WandbConfig",
     "dump",
     "load",
     "load_resolved",

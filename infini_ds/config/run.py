@@ -33,6 +33,26 @@ class EvaluationConfig(Settings):
     """Text that the sample continues. If empty, the sample is the beginning of a document."""
 
 
+class WandbConfig(Settings):
+    """A run of Weights & Biases with the figures of this run; needs `infini-ds[wandb]`."""
+
+    project: str = "infini-ds"
+    """Project that the run belongs to."""
+    entity: str = ""
+    """User or team that owns the project; if empty, the one that is logged in."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes only into output_dir, from where `wandb sync` sends it."""
+
+
+class MonitorConfig(Settings):
+    """Where the run's figures go, beside metrics.jsonl and TensorBoard."""
+
+    wandb: WandbConfig | None = None
+    """A run of Weights & Biases. By default there is none."""
+    recorders: list[str] = Field(default=[])
+    """Classes of your own that get the figures too, as package.module:Class (`Recorder`)."""
+
+
 class RunConfig(Settings):
     """A complete run."""
 
@@ -58,6 +78,8 @@ class RunConfig(Settings):
     """The implementation of Infini-attention."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation on held-out documents."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Where the run's figures go, beside metrics.jsonl and TensorBoard."""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -14,18 +14,34 @@ class Axis(NamedTuple):
     label: str
 
 
-def heat_map(shares: np.ndarray, rows: Axis, columns: Axis, title: str) -> Figure:
-    """Draws shares from 0 to 1, [rows, columns]; where nothing was asked, NaN leaves it white."""
-    size = (2 + 0.6 * len(columns.names), 1.8 + 0.5 * len(rows.names))
+_LIGHT = (0.299, 0.587, 0.114)
+"""How light red, green and blue look."""
+_MOST_NUMBERS = 256
+"""Of a larger map, only the colours can be told apart."""
+
+
+def heat_map(
+    shares: np.ndarray, rows: Axis, columns: Axis, title: str, colors: str = "RdYlGn"
+) -> Figure:
+    """Draws shares from 0 to 1, [rows, columns]; where nothing was asked, NaN leaves it white.
+
+    Args:
+        colors: one of matplotlib's colour maps.
+    """
+    numbers = shares.size <= _MOST_NUMBERS
+    width, height = (0.6, 0.5) if numbers else (0.12, 0.12)
+    size = (2 + width * len(columns.names), 1.8 + height * len(rows.names))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        if not np.isnan(share):
-            color = "black" if 0.2 < share < 0.8 else "white"  # readable on the map's dark ends
+        if numbers and not np.isnan(share):
+            light = np.dot(image.to_rgba(share)[:3], _LIGHT) > 0.5
+            color = "black" if light else "white"
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(columns.names)), columns.names, fontsize=7)
-    axes.set_yticks(range(len(rows.names)), rows.names)
+    every = 1 if numbers else 8
+    axes.set_xticks(range(0, len(columns.names), every), columns.names[::every], fontsize=7)
+    axes.set_yticks(range(0, len(rows.names), every), rows.names[::every])
     axes.set_xlabel(columns.label)
     axes.set_ylabel(rows.label)
     axes.set_title(title, fontsize=10)

@@ -1,21 +1,20 @@
-"""Everything that rank 0 shows and writes: one live line, metrics.jsonl, TensorBoard."""
+"""What rank 0 shows of a run, one live line, and hands on to the recorders of its figures."""
 
-import json
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from rich.live import Live
 from rich.text import Text
-from torch.utils.tensorboard.writer import SummaryWriter
 
+from infini_ds.config import RunConfig, dump
 from infini_ds.errors import RunError
+from infini_ds.evaluation.heat_map import Axis, heat_map
+from infini_ds.system.causes import one_line
 from infini_ds.system.console import Console, leave_to_the_caller
+from infini_ds.training.recorders import JsonLines, Recorder, open_recorders
 
 _SECONDS_BETWEEN_LINES = 10.0
 _TIMED_STEPS, _TIMED_SECONDS = 3, 5.0
@@ -42,43 +41,34 @@ class Monitor:
     """Shows and records the progress of one run, on rank 0 only.
 
     Args:
-        output_dir: the run's directory.
+        config: the resolved config.
         step: the step that the run starts from; an earlier process's records of later steps are
             dropped.
-        steps: the step at which the run ends.
-        config: the resolved config as text.
+
+    Raises:
+        UserError: a recorder of `config.monitor` cannot be opened.
     """
 
-    def __init__(self, output_dir: Path, step: int, steps: int, config: str):
+    def __init__(self, config: RunConfig, step: int):
         self.console = _Shown()
-        self._first_step, self._last_step, self._steps = step, step, steps
+        self._first_step, self._last_step, self._steps = step, step, config.train.steps
         self._began = time.monotonic()
         self._next_line = self._began
         self._timed_from: tuple[int, float] | None = None
         """Step and time that timing starts from: after a process's first step, which is slower."""
         self._has_said_how_long = False
+        self._complained: set[Recorder] = set()
+        self._recorders = open_recorders(config, step)
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self._output_dir = output_dir
-        self._complained = False
         leave_to_the_caller()
-        self._open(step)
-        self.text(step, "config", config, "yaml")
-
-    def _open(self, step: int) -> None:
-        path = self._output_dir / "metrics.jsonl"
-        _drop_steps_after(path, step)
-        self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=step + 1)
+        self.text(step, "config", dump(config), "yaml")
 
     def go_back_to(self, step: int) -> None:
-        """Drops what was written after a step, because the run makes those steps again."""
-        self._metrics.close()
-        self._board.close()
-        self._open(step)
+        """Drops what was recorded after a step, because the run makes those steps again."""
+        self._tell(lambda recorder: recorder.go_back_to(step))
         self._timed_from = step, time.monotonic()
 
     def step(self, step: int, metrics: dict[str, Any], log: bool) -> None:
@@ -119,34 +109,32 @@ class Monitor:
         return left
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes a step's figures to metrics.jsonl and TensorBoard."""
-        # JSON has no infinity.
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self._writing():
-            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        """Records a step's figures."""
+        self._tell(lambda recorder: recorder.scalars(step, metrics))
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl has the evaluation of a step."""
-        lines = map(json.loads, (self._output_dir / "metrics.jsonl").read_text().splitlines())
-        return any(line["step"] == step and "memory/norm_of_block_000" in line for line in lines)
+        """Whether the evaluation of a step is on record."""
+        lines = (each for each in self._recorders if isinstance(each, JsonLines))
+        return any(each.has_evaluation(step) for each in lines)
 
     def say(self, message: str) -> None:
         """Prints a line that stays."""
         self.console.print(message)
 
     def gates(self, step: int, gates: np.ndarray) -> None:
-        """Records the memory's share of every head, [layers, heads], as histogram and image."""
-        pixels = np.kron(gates, np.ones((16, 16)))[None]
-        with self._writing():
-            self._board.add_histogram("memory/gate", gates, step)
-            self._board.add_image("memory/gate_by_layer_and_head", pixels, step)
+        """Records the memory's share of every head, [layers, heads], as histogram and drawing."""
+        layers, heads = (list(map(str, range(count))) for count in gates.shape)
+        figure = heat_map(
+            gates, Axis(layers, "layer"), Axis(heads, "head"), "percent read from the memory",
+            colors="viridis",
+        )  # fmt: skip
+        self._tell(lambda recorder: recorder.histogram(step, "memory/gate", gates))
+        name = "memory/gate_by_layer_and_head"
+        self._tell(lambda recorder: recorder.figure(step, name, figure))
 
     def text(self, step: int, name: str, text: str, language: str = "text") -> None:
-        """Writes text to TensorBoard."""
-        with self._writing():
-            self._board.add_text(name, f"```{language}\n{text}\n```", step)
+        """Records a text."""
+        self._tell(lambda recorder: recorder.text(step, name, text, language))
 
     def close(self) -> None:
         """Prints how long the run took and writes everything out."""
@@ -155,38 +143,20 @@ class Monitor:
         if self._last_step > self._first_step:
             taken = f"{self._last_step - self._first_step:,} steps"
             self.console.print(f"{taken} in {_duration(time.monotonic() - self._began)}")
-        with self._writing():
-            self._metrics.close()
-            self._board.close()
+        self._tell(lambda recorder: recorder.close())
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Lets a run go on without its figures where they cannot be written; warns once."""
-        try:
-            yield
-        except OSError as error:
-            if not self._complained:
-                self.console.print(
-                    f"warning: {self._output_dir}: figures cannot be written ({error.strerror}), "
-                    "and are missing from here on; the run goes on"
-                )
-            self._complained = True
-
-
-def _drop_steps_after(path: Path, step: int) -> None:
-    """Drops the steps after `step`, which a killed process made after its last save."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # the line was cut off
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    def _tell(self, record: Callable[[Recorder], None]) -> None:
+        """Lets the run go on without figures that a recorder cannot take; warns of each once."""
+        for recorder in self._recorders:
+            try:
+                record(recorder)
+            except recorder.faults as error:
+                if recorder not in self._complained:
+                    self.console.print(
+                        f"warning: {type(recorder).__name__}: figures cannot be recorded "
+                        f"({one_line(error)}), and are missing from here on; the run goes on"
+                    )
+                self._complained.add(recorder)
 
 
 def _roughly(seconds: float) -> str:

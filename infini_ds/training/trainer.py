@@ -97,13 +97,13 @@ class Trainer:
             if is_first_rank():
                 kind = self.config.data.tokenizer.kind
                 keep_tokenizer(self.data.tokenizer, kind, Path(self.config.output_dir))
-        self.monitor = None
+        self.monitor, output_dir = None, Path(self.config.output_dir)
+        with together():
+            if is_first_rank():
+                self.monitor = Monitor(self.config, self.step)
         if is_first_rank():
-            output_dir = Path(self.config.output_dir)
-            text = configuration.dump(self.config)
-            self.monitor = Monitor(output_dir, self.step, self.config.train.steps, text)
             with whole_file(output_dir / "config.yaml", "output_dir", RunError) as file:
-                file.write_text(text)
+                file.write_text(configuration.dump(self.config))
             if self.step < self.config.train.steps:
                 (output_dir / REPORT).unlink(missing_ok=True)  # left from a shorter run
             self._introduce(opened)

@@ -128,12 +128,13 @@ def test_conversion_says_what_is_full_and_leaves_nothing(place, capfd, direction
 
 def test_run_goes_on_without_its_figures_and_says_so_once(place, capfd):
     elsewhere = place.parents[1] / "board"
-    monitor = Monitor(elsewhere, 0, 3, "seed: 0")
-    monitor._metrics = open(place / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+    elsewhere.mkdir()
+    monitor = Monitor(tiny_config(elsewhere), 0)
+    monitor._recorders[0]._file = open(place / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
     for step in (1, 2, 3):
         monitor.record(step, {"train/loss": 1.0})
     shown = capfd.readouterr()
-    assert shown.out.count("figures cannot be written (No space left on device)") == 1
+    assert shown.out.count("figures cannot be recorded (No space left on device)") == 1
     assert "Traceback" not in shown.err
 
 

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_ds.training.monitor import Monitor, _duration, _roughly
+from tests import tiny
 
 
 def metrics(loss=1.5, skipped=0, rollbacks=0):
@@ -26,8 +27,12 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def opened(folder, first=0, last=10, **changes):
+    return Monitor(tiny.run_config(output_dir=str(folder), train__steps=last, **changes), first)
+
+
 def run(folder, first, steps, last=10, **changes):
-    monitor = Monitor(folder, first, last, "seed: 0")
+    monitor = opened(folder, first, last)
     for step in steps:
         monitor.step(step, metrics(**changes), log=True)
     monitor.close()
@@ -39,14 +44,14 @@ def test_metrics_have_a_line_for_each_step(tmp_path):
 
 
 def test_metrics_are_written_at_once(tmp_path):
-    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor = opened(tmp_path)
     monitor.step(1, metrics(), log=True)
     assert len(records(tmp_path)) == 1
     monitor.close()
 
 
 def test_steps_that_are_not_logged_are_not_written(tmp_path):
-    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor = opened(tmp_path)
     for step in range(1, 7):
         monitor.step(step, metrics(), log=step % 3 == 0)
     monitor.close()
@@ -61,23 +66,23 @@ def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path):
 
 
 def test_figures_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys):
-    monitor = Monitor(tmp_path, 0, 10, "")
-    monitor._metrics.close()
-    monitor._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monitor = opened(tmp_path)
+    monitor._recorders[0]._file.close()
+    monitor._recorders[0]._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     for step in (1, 2):
         monitor.step(step, metrics(), log=True)
     monitor.close()
     said = capsys.readouterr().out
-    assert said.count(f"warning: {tmp_path}: figures cannot be written (No space left on") == 1
+    assert said.count("warning: JsonLines: figures cannot be recorded (No space left") == 1
 
 
 def test_evaluation_of_a_step_is_found_by_the_next_process(tmp_path):
-    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor = opened(tmp_path)
     monitor.step(1, metrics(), log=True)
     assert not monitor.has_evaluation(1)
     monitor.record(1, {"memory/norm_of_block_000": 1.0})
     monitor.close()
-    again = Monitor(tmp_path, 1, 10, "")
+    again = opened(tmp_path, 1)
     assert again.has_evaluation(1)
     assert not again.has_evaluation(0)
     again.close()
@@ -92,7 +97,7 @@ def test_resuming_drops_a_line_that_was_cut_off(tmp_path):
 
 
 def test_going_back_drops_the_steps_after_the_checkpoint(tmp_path):
-    monitor = Monitor(tmp_path, 0, 10, "")
+    monitor = opened(tmp_path)
     for step in (1, 2, 3):
         monitor.step(step, metrics(), log=True)
     monitor.go_back_to(1)
@@ -104,7 +109,7 @@ def test_going_back_drops_the_steps_after_the_checkpoint(tmp_path):
 
 @pytest.fixture
 def board(tmp_path):
-    monitor = Monitor(tmp_path, 0, 10, "seed: 17")
+    monitor = opened(tmp_path, seed=17)
     monitor.step(1, metrics(), log=True)
     monitor.record(1, {"held_out/bits_per_byte": 2.5, "memory/norm_of_block_000": 0.5})
     monitor.gates(1, np.array([[0.1, 0.9], [0.5, 0.5]]))
@@ -126,7 +131,8 @@ def test_board_has_every_number(board):
 def test_board_has_the_gates_as_histogram_and_image(board):
     assert board.Tags()["histograms"] == ["memory/gate"]
     (image,) = board.Images("memory/gate_by_layer_and_head")
-    assert (image.width, image.height) == (32, 32)
+    assert image.width > 100, "with axes and a scale"
+    assert image.height > 100
 
 
 def test_board_has_the_sample_and_the_config(board):
@@ -146,7 +152,7 @@ def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
 
 
 def test_end_says_how_long_the_steps_of_this_process_took(tmp_path, capsys, clock):
-    monitor = Monitor(tmp_path, 2, 10, "")
+    monitor = opened(tmp_path, 2)
     for step in (3, 4):
         monitor.step(step, metrics(), log=True)
     clock.now = 185.0
@@ -177,7 +183,7 @@ def clock(monkeypatch):
 def test_how_long_it_takes_is_told_once_by_steps_after_the_first(
     first, last, seconds_each, told_after, text, tmp_path, capsys, clock
 ):
-    monitor = Monitor(tmp_path, first, last, "")
+    monitor = opened(tmp_path, first, last)
     clock.now += 60.0  # the first step of a process is slow
     told = []
     for step in range(first + 1, last + 1):
@@ -202,7 +208,7 @@ def test_rough_duration_is_written_as(seconds, text):
 
 
 def test_time_left_is_that_of_the_steps_after_going_back(tmp_path, capsys, clock):
-    monitor = Monitor(tmp_path, 0, 100, "")
+    monitor = opened(tmp_path, last=100)
     for step in (1, 2, 3):
         clock.now += 100.0
         monitor.step(step, metrics(), log=False)
@@ -238,9 +244,8 @@ def test_duration_is_written_as(seconds, text):
 
 SHOWING = """
 import sys
-from pathlib import Path
-from infini_ds.training.monitor import Monitor
-monitor = Monitor(Path(sys.argv[1]), 0, 10, "")
+from tests.training.test_monitor import opened
+monitor = opened(sys.argv[1])
 monitor.say("the first line [red]")
 sys.stdin.read(1)
 for _ in range(3):
@@ -267,7 +272,7 @@ def test_run_goes_on_when_its_terminal_is_closed(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with open(its, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        monitor = Monitor(tmp_path, 0, 10, "")
+        monitor = opened(tmp_path)
         assert monitor._live
         monitor.step(1, metrics(), log=True)
         os.close(ours)
