@@ -32,7 +32,7 @@ from infini_ds.config.run import (
     WandbConfig,
 )
 from infini_ds.config.settings import RESOLVED
-from infini_ds.config.train import CurriculumConfig, TrainConfig
+from infini_ds.config.train import CurriculumConfig, ProfileConfig, TrainConfig
 
 __all__ = [
     "FEWEST_FACTS",
@@ -55,6 +55,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PasskeyConfig",
+    "ProfileConfig",
     "RopeScaling",
     "RunConfig",
     "TokenizerConfig",

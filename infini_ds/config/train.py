@@ -33,6 +33,21 @@ class CurriculumConfig(Settings):
         return self
 
 
+class ProfileConfig(Settings):
+    """Traces of a few steps on every rank, in output_dir/profile."""
+
+    steps: list[int] = Field(json_schema_extra={"minItems": 2, "maxItems": 2})
+    """The first and the last step that are traced."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ProfileConfig":
+        if len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(
+                f"steps ({self.steps}) must be the first step and the last, such as [20, 24]"
+            )
+        return self
+
+
 class TrainConfig(Settings):
     """A run: how much it reads in a step, for how long it trains, and what it keeps."""
 
@@ -72,6 +87,8 @@ class TrainConfig(Settings):
     """CPU threads of a process; 0 divides the machine's cores among its local processes."""
     curriculum: CurriculumConfig | None = None
     """Documents of growing lengths. By default all documents are read in one random order."""
+    profile: ProfileConfig | None = None
+    """Steps of which PyTorch's profiler makes traces. By default there are none."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

@@ -17,6 +17,11 @@ def is_first_rank() -> bool:
     return dist.get_rank() == 0
 
 
+def own_rank() -> int:
+    """Returns this process's number among all."""
+    return dist.get_rank()
+
+
 def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size()

@@ -25,7 +25,7 @@ from infini_ds.model.optimizer import learning_rate_factor
 from infini_ds.model.write_gate import write_penalty
 from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
-from infini_ds.parallel.ranks import is_first_rank, together, world_size
+from infini_ds.parallel.ranks import is_first_rank, own_rank, together, world_size
 from infini_ds.runs import failures
 from infini_ds.runs.directory import REPORT
 from infini_ds.runs.tokenizer import keep_tokenizer
@@ -37,6 +37,7 @@ from infini_ds.training.checkpoint import Saved
 from infini_ds.training.kernel_check import find_fault
 from infini_ds.training.monitor import Monitor
 from infini_ds.training.opening import Opened, open_run
+from infini_ds.training.profile import Profile
 from infini_ds.training.report import report
 
 
@@ -101,6 +102,10 @@ class Trainer:
         with together():
             if is_first_rank():
                 self.monitor = Monitor(self.config, self.step)
+        self.profile = Profile(
+            self.config.train.profile, output_dir / "profile", own_rank(), self.engine.device,
+            self._say,
+        )  # fmt: skip
         if is_first_rank():
             with whole_file(output_dir / "config.yaml", "output_dir", RunError) as file:
                 file.write_text(configuration.dump(self.config))
@@ -121,7 +126,8 @@ class Trainer:
             if self.step in self.bad_steps.skip:
                 self._skip_step()
             else:
-                stopping = self._train_step()
+                with self.profile.step(self.step + 1):
+                    stopping = self._train_step()
             self.watchdog.step_done(self.step)
             if self.saved == self.step:
                 continue  # the run went back to a checkpoint
@@ -132,6 +138,7 @@ class Trainer:
                 self._save()
             if not stopping and (ended or self._evaluation_is_due()):
                 quality = self._evaluate()
+        self.profile.finish(self.step)
         if self.saved != self.step:
             self._save()
         if stopping:

@@ -1,5 +1,6 @@
 """Whole runs through launch/pretrain.sh: resumed, moved, killed, stopped, broken."""
 
+import gzip
 import json
 import os
 import re
@@ -84,6 +85,25 @@ class TestExactResume:
         run.finish(2)
         assert run.losses == undisturbed.losses
         assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+
+def test_traces_of_every_rank_name_stages_and_units_and_change_nothing(tmp_path, data, undisturbed):
+    run = Run(tmp_path, data, train__profile={"steps": [2, 3]})
+    said = run.finish(2)
+    assert f"steps 2 to 3: traces of all ranks in {run.output / 'profile'}" in said
+    assert run.losses == undisturbed.losses
+    for rank in range(2):
+        (path,) = (run.output / "profile").glob(f"steps_2_to_3_rank_00{rank}.trace.json.gz")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        for kind in ("forward", "backward"):
+            for chunk in range(2):
+                name = f"stage {rank}: {kind} of micro-batch 1, chunk {chunk}"
+                assert names.count(name) == 2, "once a step"
+        assert names.count("optimizer") == names.count("sum of gradients") == 2
+        assert any(event["name"] == "aten::mm" for event in events)
+        table = path.with_name(path.name.replace("trace.json.gz", "operations.txt"))
+        assert "Self CPU" in table.read_text()
 
 
 def test_run_keeps_others_out_of_its_directory_while_it_trains(tmp_path, data):

@@ -47,7 +47,7 @@ from infini_ds.parallel.pipeline.schedule import (
     train_schedule,
 )
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
-from infini_ds.parallel.pipeline.unit import Scale, Unit
+from infini_ds.parallel.pipeline.unit import Scale, Unit, traced
 from infini_ds.parallel.ranks import gathered
 from infini_ds.system.resources import give_back_freed_memory
 
@@ -157,9 +157,11 @@ class InfiniEngine(CorrectedEngine):
         reduced = self._clock("pipeline", begin)
         fault = self._find_fault()
         if not fault:
-            self.reduce_gradients()
+            with traced("sum of gradients"):
+                self.reduce_gradients()
         stepped = self._clock("reduce", reduced)
-        fault = self._update(fault)
+        with traced("optimizer"):
+            fault = self._update(fault)
         self._clock("optimizer", stepped)
         asked = torch.tensor(float(stop), dtype=torch.float64, device=self.device)
         sums = self.all_sum(torch.stack((self._loss_sum, asked, *self._answers)))
@@ -294,19 +296,21 @@ class InfiniEngine(CorrectedEngine):
         self._windows: dict[int, Windows] = {}
         self._passing: dict[int, dict[int, MemoryState]] = {}
         for unit in schedule:
-            if isinstance(unit, Forward):
-                self._forward(unit, read, memories, scale is not None)
-                if scale is None and unit.chunk == self._train.chunks - 1:
-                    self._hops.flush()  # without gradients, nothing else limits this stage's lead
-            else:
-                assert scale is not None
-                if unit.chunk == self._train.chunks - 1:
-                    self._hand_over.take_back(unit.micro_batch, memories)
-                self._backward(unit, scale)
+            kind = type(unit).__name__.lower()
+            name = f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}"
+            with traced(f"stage {self.part.stage}: {name}"):
+                if isinstance(unit, Forward):
+                    self._forward(unit, read, memories, scale is not None)
+                    if scale is None and unit.chunk == self._train.chunks - 1:
+                        self._hops.flush()  # without gradients, nothing else limits its lead
+                else:
+                    assert scale is not None
+                    if unit.chunk == self._train.chunks - 1:
+                        self._hand_over.take_back(unit.micro_batch, memories)
+                    self._backward(unit, scale)
             if self._saves_memory:
                 give_back_freed_memory()
-            kind = type(unit).__name__.lower()
-            self._on_progress(f"{kind} of micro-batch {unit.micro_batch}, chunk {unit.chunk}")
+            self._on_progress(name)
         if scale is None:
             for micro_batch in range(self.micro_batches):
                 self._hand_over.hand_back(micro_batch)

@@ -1,10 +1,12 @@
 """One chunk of one micro-batch on one stage, between its forward and its backward pass."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 
 class Scale(NamedTuple):
@@ -52,3 +54,10 @@ class Unit:
                     tensors.append(tensor)
                     gradients.append(own)
         return tensors, gradients
+
+
+def traced(name: str) -> AbstractContextManager:
+    """Names a part of the work in a trace, while one is made."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return record_function(name)
+    return nullcontext()
