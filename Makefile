@@ -33,7 +33,7 @@ PASSKEY_RUNS = runs/passkey_$(KEYS)_keys
 PASSKEY_ASKED = --keys $(KEYS) --queries 1 --segments 4,16,64,256 --samples 256
 endif
 
-.PHONY: pretrain passkey babilong check test test-all test-long test-slow test-of-one-process \
+.PHONY: pretrain passkey babilong check test test-all test-long test-slow test-extras test-of-one-process \
   test-with-ranks test-cluster test-toolchains cluster-packages gpu-check gpu-bundle lint style \
   types types-but-exports format docs clean
 
@@ -73,20 +73,25 @@ check: style
 
 test-of-one-process: WORKERS = 2
 test-of-one-process: $(VENV)/installed
-	$(PYTEST) -m "not (ranks or hosts or gpu or kernels or long or slow)"
+	$(PYTEST) -m "not (ranks or hosts or gpu or kernels or long or slow or extras)"
 
 test: style
 	@$(MAKE) --no-print-directory -j2 types test-with-ranks
 
 test-with-ranks: $(VENV)/installed
-	$(PYTEST) -m "not (hosts or long or slow)"
+	$(PYTEST) -m "not (hosts or long or slow or extras)"
 
 # What takes many seconds in one process: commands from their start to their end, torch.compile.
 test-long: $(VENV)/installed
 	$(PYTEST) -m "long and not (hosts or slow)"
 
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) -m "not extras"
+
+# What needs lm-evaluation-harness, which this installs.
+test-extras: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	$(PYTEST) -m extras
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow

@@ -12,7 +12,6 @@ from infini_ds.benchmarks.quality_variants import VARIANTS
 from infini_ds.benchmarks.single_trainer import SingleTrainer
 from infini_ds.benchmarks.training_runs import Progress
 from infini_ds.config import RunConfig
-from infini_ds.config.model import LARGEST_GATE
 from infini_ds.data.lanes import Plan, held_out_plans
 from infini_ds.data.mixture import Mixture
 from infini_ds.data.opening import open_data
@@ -24,7 +23,7 @@ from infini_ds.evaluation.by_position import (
     windows_of,
 )
 from infini_ds.evaluation.token_kinds import KINDS
-from infini_ds.inspection.weights import is_gate
+from infini_ds.inspection.weights import close_gates
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
@@ -83,14 +82,6 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
         kinds = dict(zip(KINDS, parts_of(by_kind), strict=True))
         figures[way] = {**means(totals), "by_kind": kinds}
     return {"seed": job.config.seed, "parameters": count_parameters(job.config.model), **figures}
-
-
-@torch.no_grad()
-def close_gates(model: InfiniTransformer) -> None:
-    """Leaves local attention alone, with all that it sees: nothing of the memory is read."""
-    for name, parameter in model.named_parameters():
-        if is_gate(name):
-            parameter.fill_(-LARGEST_GATE)
 
 
 def train(

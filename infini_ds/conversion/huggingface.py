@@ -37,22 +37,27 @@ def write_huggingface(
     generation = tokenizer.generation if tokenizer else read_generation(directory)
     special = _special_tokens(directory, tokenizer, generation)
     _write(directory / "config.json", config_tree(model.config, dtype) | special)
-    code = _MODEL_CODE
-    if tokenizer is not None and not _has_foreign_tokenizer(directory):
-        code = (*code, _TOKENIZER_CODE)
-        auto = [f"{Path(_TOKENIZER_CODE).stem}.{_TOKENIZER_CLASS}", None]
-        tree = {"tokenizer_class": _TOKENIZER_CLASS, "auto_map": {"AutoTokenizer": auto}}
-        _write(directory / _TOKENIZER_CONFIG, tree)
-    elif isinstance(tokenizer, TokenizerJson):
-        _take_as_it_is(tokenizer, directory)
+    if tokenizer is not None:
+        add_tokenizer_code(directory, tokenizer)
     pad = generation.get("pad_token_id")
     if pad is None:
         ends = special["eos_token_id"]
         pad = next(iter(ends), None) if isinstance(ends, list) else ends
     _write(directory / GENERATION, {**generation, **special, "pad_token_id": pad})
-    for file in code:
+    for file in _MODEL_CODE:
         shutil.copyfile(CODE / file, directory / file)
     (directory / "README.md").write_text(model_card(name, model, tokenizer, dtype))
+
+
+def add_tokenizer_code(directory: Path, tokenizer: Tokenizer) -> None:
+    """Adds what AutoTokenizer asks for to the files that the tokenizer has saved there."""
+    if not _has_foreign_tokenizer(directory):
+        auto = [f"{Path(_TOKENIZER_CODE).stem}.{_TOKENIZER_CLASS}", None]
+        tree = {"tokenizer_class": _TOKENIZER_CLASS, "auto_map": {"AutoTokenizer": auto}}
+        _write(directory / _TOKENIZER_CONFIG, tree)
+        shutil.copyfile(CODE / _TOKENIZER_CODE, directory / _TOKENIZER_CODE)
+    elif isinstance(tokenizer, TokenizerJson):
+        _take_as_it_is(tokenizer, directory)
 
 
 def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

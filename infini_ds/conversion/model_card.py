@@ -11,7 +11,7 @@ from infini_ds.data import store
 from infini_ds.data.tokenizer_base import ByteTokenizer, Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
-from infini_ds.runs.directory import REPORT
+from infini_ds.runs.directory import REPORT, TASKS
 from infini_ds.runs.export import Model
 
 _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
@@ -43,6 +43,9 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
         figures = _read(model.checkpoint.parent.parent / REPORT)
         if "held_out/bits_per_byte" in figures and figures["step"] == _step(model.checkpoint):
             parts.append("## Held-out text\n\n" + _table(_quality(figures)))
+        tasks = _read(model.checkpoint.parent.parent / TASKS)
+        if tasks and tasks["step"] == _step(model.checkpoint):
+            parts.append("## Tasks\n\n" + _tasks(tasks))
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,7 +87,8 @@ asked = torch.cat((text, question), dim=1)  # all tokens; those in the cache are
 answer = model.generate(asked, past_key_values=copy.deepcopy(cache), max_new_tokens=100)
 ```
 
-This needs only transformers 5 and PyTorch. All texts of a batch must have one length. {note}"""
+This needs only transformers 5 and PyTorch. Texts of a batch may have different
+lengths: pass the tokenizer's `attention_mask`. {note}"""
 
 
 def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
@@ -134,6 +138,23 @@ def _quality(figures: dict[str, Any]) -> dict[str, Any]:
             ("frequencies of tokens alone", "held_out_unigram/bits_per_byte"),
         )
     }
+
+
+def _tasks(figures: dict[str, Any]) -> str:
+    rows = [
+        f"| {row['task']} | {row['metric']} | {row['with_memory']:.4f} | {row['ablated']:.4f} |"
+        for row in figures["results"]
+    ]
+    limit = f", at most {figures['limit']} examples of each" if figures["limit"] else ""
+    return "\n".join(
+        (
+            f"By lm-evaluation-harness {figures['harness']}{limit}; without memory, each segment "
+            "is read alone.\n",
+            "| task | measure | with memory | without |",
+            "|---|---|---|---|",
+            *rows,
+        )
+    )
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from infini_ds.runs import manifest
 
 REPORT = "report.json"
 """Figures of a finished run, in its directory."""
+TASKS = "tasks.json"
+"""What the run's newest evaluation on tasks found, in its directory."""
 
 
 class Depth(enum.IntEnum):

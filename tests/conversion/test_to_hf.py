@@ -50,10 +50,12 @@ SHARDED = ("biased", "tied")
 BY_TOKEN = ("keys", "values", "weights")
 
 
-def make_export(directory: Path, sentencepiece: Path | None, **settings) -> None:
+def make_export(
+    directory: Path, sentencepiece: Path | None, vocab_size: int = 330, **settings
+) -> None:
     """Weights all of which matter: the write gates are spread from closed to open."""
     config = tiny.model_config(
-        vocab_size=330, hidden_size=32, num_heads=4, segment_length=N, intermediate_size=48,
+        vocab_size=vocab_size, hidden_size=32, num_heads=4, segment_length=N, intermediate_size=48,
         initializer_range=0.3, **settings,
     )  # fmt: skip
     model = InfiniTransformer(config)
@@ -185,6 +187,9 @@ def test_the_card_tells_of_the_run(tmp_path, capsys):
     }  # fmt: skip
     report = tmp_path / "run" / "report.json"
     report.write_text(json.dumps(figures))
+    row = {"task": "niah", "metric": "4096", "with_memory": 0.75, "ablated": 0.0}
+    tasks = {"step": 9, "harness": "0.4.13", "limit": 50, "results": [row]}
+    (tmp_path / "run" / "tasks.json").write_text(json.dumps(tasks))
     target = tmp_path / "made"
     convert = ["convert", "to-hf", str(tmp_path / "run"), str(target)]
     assert cli.main(convert) == 0
@@ -192,7 +197,7 @@ def test_the_card_tells_of_the_run(tmp_path, capsys):
     for line in (
         "# made", "| steps | 9 |", "| tokens | 900 |", "| data | python-stdlib |",
         "| with memory | 2.5000 bits per byte |", "| without memory | 2.7500 bits per byte |",
-        "| segment | 32 tokens |", "| tied embeddings | yes |",
+        "| segment | 32 tokens |", "| tied embeddings | yes |", "| niah | 4096 | 0.7500 | 0.0000 |",
     ):  # fmt: skip
         assert f"{line}\n" in card
     assert "AutoModelForCausalLM.from_pretrained" in capsys.readouterr().out

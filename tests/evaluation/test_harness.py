@@ -1,0 +1,238 @@
+"""Tasks of lm-evaluation-harness on our own model and on its export for transformers."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval", reason="`make test-extras` installs it")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from infini_ds import cli  # noqa: E402
+from infini_ds.config import MemoryConfig  # noqa: E402
+from infini_ds.evaluation.harness import HarnessModel  # noqa: E402
+from infini_ds.inspection.weights import close_gates  # noqa: E402
+from infini_ds.runs.export import load_model  # noqa: E402
+from tests.conversion.test_to_hf import N, make_export  # noqa: E402
+from tests.tiny_run import tiny_config, write_checkpoint  # noqa: E402
+
+torch.set_num_threads(1)
+
+TASKS = {
+    "choice": {
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "text": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+    },
+    "written": {
+        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 40, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}  # fmt: skip
+WORDS = ["memory ", "of ", "all\n", "segments, ", "é", "0x41 ", "return "]
+
+
+def question(number: int) -> str:
+    """Each of another length, from less than a segment to many."""
+    drawn = random.Random(number)
+    return "".join(drawn.choices(WORDS, k=3 + 4 * number))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with an export for transformers and the files of three tasks."""
+    folder = tmp_path_factory.mktemp("harness")
+    settings = {
+        "memory_rule": "gated_delta", "num_kv_heads": 2, "use_sliding_window": True,
+        "memory": MemoryConfig(write_gate=True, short_conv=4), "vocab_size": 258,
+    }  # fmt: skip
+    make_export(folder / "source", None, **settings)
+    assert cli.main(["convert", "to-hf", str(folder / "source"), str(folder / "export")]) == 0
+    (folder / "tasks").mkdir()
+    rows = [
+        {"question": question(number), "choices": ["a bit", " memory", "."], "answer": number % 3}
+        for number in range(7)
+    ]
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        tree = {
+            "task": f"tiny_{name}", "dataset_path": "json", "test_split": "test",
+            "dataset_kwargs": {"data_files": {"test": str(data)}}, **task,
+        }  # fmt: skip
+        (folder / "tasks" / f"{name}.yaml").write_text(json.dumps(tree))
+    return folder
+
+
+def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+PAIRS = requests(
+    "loglikelihood",
+    [(question(number), f" memory of {number}\n") for number in range(7)] + [("", "segments")],
+)
+TEXTS = requests("loglikelihood_rolling", [(question(number),) for number in range(7)])
+GREEDY = {"until": ["\n\n", "0x"], "max_gen_toks": 40, "do_sample": False}
+OPEN = requests("generate_until", [(question(number), GREEDY) for number in range(7)])
+
+
+def ours(place: Path, memory: bool = True) -> HarnessModel:
+    loaded = load_model(place / "export")
+    if not memory:
+        close_gates(loaded.model)
+    return HarnessModel(loaded.model, loaded.tokenizer, 3, memory, lambda: None)
+
+
+def theirs(place: Path, batch: int, **options) -> HFLM:
+    return HFLM(
+        pretrained=str(place / "export"), trust_remote_code=True, dtype="float32", device="cpu",
+        batch_size=batch, max_length=100_000, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_export_gives_our_likelihoods_and_texts(place, batch):
+    own, exported = ours(place), theirs(place, batch)
+    for mine, other in zip(own.loglikelihood(PAIRS), exported.loglikelihood(PAIRS), strict=True):
+        assert mine[0] == pytest.approx(other[0], abs=1e-4)
+        assert mine[1] == other[1]
+    assert own.generate_until(OPEN) == exported.generate_until(OPEN)
+    # With the tokenizer's own BOS, they would put a second one before it.
+    exported = theirs(place, batch, add_bos_token=False)
+    expected = exported.loglikelihood_rolling(TEXTS)
+    assert own.loglikelihood_rolling(TEXTS) == pytest.approx(expected, abs=1e-3)
+
+
+def test_likelihoods_are_those_of_the_logits(place):
+    model = ours(place)
+    for pair, (likelihood, greedy) in zip(PAIRS, model.loglikelihood(PAIRS), strict=True):
+        before, whole = (
+            model.tok_encode(pair.args[0].rstrip()),
+            model.tok_encode("".join(pair.args)),
+        )
+        with torch.no_grad():
+            scores = model._model(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
+        judged = range(len(before), len(whole))
+        expected = sum(float(scores[place - 1, whole[place]]) for place in judged)
+        assert likelihood == pytest.approx(expected, abs=1e-4)
+        assert greedy == all(int(scores[place - 1].argmax()) == whole[place] for place in judged)
+
+
+def test_ablated_reads_each_segment_alone(place):
+    model = ours(place, memory=False)
+    (likelihood,) = model.loglikelihood_rolling(TEXTS[-1:])
+    tokens = model.tok_encode(TEXTS[-1].args[0])
+    assert len(tokens) > 4 * N
+    expected = 0.0
+    for begin in range(0, len(tokens) - 1, N):
+        inputs = tokens[begin : begin + N]
+        with torch.no_grad():
+            scores = model._model(torch.tensor([inputs])).logits[0].log_softmax(dim=-1)
+        labels = tokens[begin + 1 : begin + N + 1]
+        expected += sum(float(row[label]) for row, label in zip(scores, labels, strict=False))
+    assert likelihood == pytest.approx(expected, abs=1e-3)
+    assert abs(likelihood - ours(place).loglikelihood_rolling(TEXTS[-1:])[0]) > 0.1
+
+
+def evaluate(place: Path, *options: str) -> int:
+    command = ["evaluate", str(place / "export"), "--task-folder", str(place / "tasks")]
+    return cli.main([*command, *options])
+
+
+def test_command_reports_tasks_with_the_memory_on_and_ablated(place, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    names = ",".join(f"tiny_{name}" for name in TASKS)
+    assert evaluate(place, "--tasks", names, "--limit", "5", "--json", str(figures)) == 0
+    shown = capsys.readouterr().out
+    tree = json.loads(figures.read_text())
+    rows = {(row["task"], row["metric"]): row for row in tree["results"]}
+    assert set(rows) == {
+        ("tiny_choice", "acc"), ("tiny_choice", "acc_norm"), ("tiny_text", "bits_per_byte"),
+        ("tiny_text", "byte_perplexity"), ("tiny_written", "exact_match"),
+    }  # fmt: skip
+    assert {row["examples"] for row in rows.values()} == {5}
+    text = rows["tiny_text", "bits_per_byte"]
+    assert text["with_memory"] != text["ablated"]
+    assert f"{text['with_memory']:.4f}" in shown
+    assert f"{text['ablated']:.4f}" in shown
+    assert tree["limit"] == 5
+
+
+def test_figures_of_a_run_are_kept_with_it(place, tmp_path):
+    config = tiny_config(tmp_path / "run")
+    write_checkpoint(config)
+    command = ["evaluate", str(tmp_path / "run"), "--task-folder", str(place / "tasks")]
+    assert cli.main([*command, "--tasks", "tiny_choice"]) == 0
+    tree = json.loads((tmp_path / "run" / "tasks.json").read_text())
+    assert (tree["step"], len(tree["results"])) == (9, 2)
+
+
+def test_the_harness_itself_evaluates_an_export_in_batches(place, tmp_path):
+    """As shown in docs/conversion.md, and with the figures of our own command."""
+    figures = tmp_path / "figures.json"
+    names = "tiny_choice,tiny_written"
+    assert evaluate(place, "--tasks", names, "--json", str(figures)) == 0
+    expected = {
+        (row["task"], row["metric"]): row["with_memory"]
+        for row in json.loads(figures.read_text())["results"]
+    }
+    model = f"pretrained={place / 'export'},trust_remote_code=True,dtype=float32,max_length=131072"
+    command = [
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model,
+        "--tasks", names, "--include_path", str(place / "tasks"), "--batch_size", "8",
+        "--device", "cpu", "--output_path", str(tmp_path / "theirs"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    found = json.loads(path.read_text())["results"]
+    for (task, metric), value in expected.items():
+        assert found[task][f"{metric},none"] == pytest.approx(value)
+
+
+def test_rulers_needles_are_asked_at_the_lengths_wanted(place, tmp_path):
+    figures = tmp_path / "figures.json"
+    options = ("--tasks", "niah_single_1", "--limit", "2", "--lengths", "4096", "--json")
+    assert evaluate(place, *options, str(figures)) == 0
+    (row,) = json.loads(figures.read_text())["results"]
+    assert (row["task"], row["metric"], row["examples"]) == ("niah_single_1", "4096", 2)
+    assert row["with_memory"] == row["ablated"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--tasks", "tiny_choise"), "--tasks tiny_choise: lm-evaluation-harness has no such"),
+        (("--tasks", "a,,b"), "--tasks (a,,b) must be names with commas"),
+        (("--tasks", "tiny_text", "--documents", "x"), "--documents: is for documents; leave out"),
+        (
+            ("--tasks", "tiny_text", "--task-folder", "nowhere"),
+            "--task-folder nowhere: there is no",
+        ),
+        (("--limit", "3"), "--limit: is for --tasks"),
+        (("--tasks", "tiny_text", "--few-shot", "-1"), "--few-shot (-1)"),
+    ],
+)
+def test_mistakes_are_one_line(options, said, place, capsys):
+    command = ["evaluate", str(place / "export"), "--task-folder", str(place / "tasks")]
+    if "--task-folder" in options or "--limit" in options:
+        command = command[:2]
+    assert cli.main([*command, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
