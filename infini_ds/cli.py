@@ -9,6 +9,7 @@ from infini_ds.commands import (
     babilong,
     bench,
     config,
+    configs,
     convert,
     evaluate,
     generate,
@@ -26,7 +27,7 @@ from infini_ds.system.exit_code import exit_code
 
 _COMMANDS = (
     prepare, pretrain, plan, preflight, status, passkey, babilong, convert, generate, memorize,
-    evaluate, inspect, config, bench,
+    evaluate, inspect, config, configs, bench,
 )  # fmt: skip
 """The commands in the order in which the help lists them."""
 

@@ -77,6 +77,8 @@ NEEDS = {
     "tests/planning/test_plan.py::test_shipped_configs": ("long",),
     "tests/planning/test_sharing.py": ("long",),
     "tests/system/test_paths.py::test_run_may": ("long",),
+    "tests/system/test_wheel.py::test_a_shipped": ("long",),
+    "tests/system/test_wheel.py::test_configs_and": ("long",),
     "tests/system/test_printing.py::test_commands_print": ("long",),
     "tests/test_launch_scripts.py::test_job_finds": ("long",),
     "tests/test_readme.py::test_python_example": ("long",),

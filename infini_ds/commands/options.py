@@ -36,7 +36,7 @@ def with_config(
     nargs = None if required else "?"
     parser.add_argument(
         "config", nargs=nargs, action=Checked, check=argument, metavar="CONFIG",
-        help="YAML file of the run",
+        help="YAML file of the run, or the name of one that comes with this (infini-ds configs)",
     )  # fmt: skip
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value",

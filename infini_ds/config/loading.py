@@ -13,16 +13,21 @@ from infini_ds.config.read_yaml import read_value, read_yaml, write_yaml
 from infini_ds.config.run import RunConfig
 from infini_ds.config.settings import RESOLVED
 from infini_ds.errors import UserError
+from infini_ds.system import shipped
 from infini_ds.system.paths import argument
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Reads a run's YAML file and applies overrides such as `train.steps=100`.
 
+    Args:
+        path: the file, or the name of a config that comes with the package.
+
     Raises:
         UserError: the file is missing or not YAML, or a key or value is wrong; one line.
     """
-    tree = _read(Path(path))
+    path = shipped.config(Path(path))
+    tree = _read(path)
     for override in overrides:
         _apply(tree, override)
     if isinstance(tree.get("init_from"), str) and tree["init_from"]:
