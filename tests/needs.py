@@ -7,6 +7,7 @@ NEEDS = {
     "tests/cluster/test_links.py": ("slow",),
     "tests/cluster_commands/test_status.py::test_real_run": ("ranks",),
     "tests/benchmarks/test_context.py::test_ranks_are": ("ranks",),
+    "tests/benchmarks/test_save.py::test_command_measures": ("ranks",),
     "tests/conversion/test_start.py": ("ranks",),
     "tests/conversion/test_walk.py": ("ranks",),
     "tests/distributed/": ("ranks",),

@@ -17,6 +17,7 @@ from infini_ds.commands.options import (
 )
 from infini_ds.errors import UserError
 from infini_ds.system.arguments import Checked, at_least
+from infini_ds.system.paths import argument
 
 _PLOT = "quality.png"
 
@@ -28,6 +29,7 @@ def add(commands: Commands) -> None:
     for add_name in (
         _add_peer,
         _add_transport,
+        _add_save,
         _add_packing,
         _add_context,
         _add_kernels,
@@ -70,6 +72,35 @@ def _transport(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import transport
 
     transport.run(options.processes, options.steps, options.dtype, options.json)
+
+
+def _add_save(names: Commands) -> None:
+    about = "how long a checkpoint keeps training waiting, in the background and not"
+    parser = command(names, "save", about, _save)
+    parser.set_defaults(is_rank=True)
+    parser.add_argument("--processes", type=int, action=Checked, check=at_least(1), default=2)
+    parser.add_argument(
+        "--sizes", action=Checked, check=_multiples_of_64, default=[256, 512, 1024],
+        help="hidden sizes of the models",
+    )  # fmt: skip
+    parser.add_argument(
+        "--directory", action=Checked, check=argument, metavar="DIR",
+        help="where to write checkpoints, which are deleted again (the system's temporary files)",
+    )  # fmt: skip
+    add_json(parser)
+
+
+def _save(options: argparse.Namespace) -> None:
+    from infini_ds.benchmarks import save
+
+    save.run(options.processes, options.sizes, options.directory, options.json)
+
+
+def _multiples_of_64(name: str, text: str) -> list[int]:
+    sizes = distinct(64)(name, text)
+    if any(size % 64 for size in sizes):
+        raise UserError(f"{name} ({text}) must be multiples of 64, the width of a head")
+    return sizes
 
 
 def _add_packing(names: Commands) -> None:

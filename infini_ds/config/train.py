@@ -71,6 +71,8 @@ class TrainConfig(Settings):
     """Steps between checkpoints. One is always written at the end."""
     keep_last: int = Field(default=3, ge=1)
     """Checkpoints to keep. Older ones are deleted once a newer one is valid."""
+    async_save: bool = False
+    """Copy a checkpoint into host memory and write it while training goes on; needs room there."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl and TensorBoard scalars."""
     on_bad_step: Literal["skip", "stop", "rollback"] = "skip"

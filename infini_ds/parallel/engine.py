@@ -155,6 +155,11 @@ class Engine(Protocol):
         """Writes weights, optimizer states and memories into a checkpoint's directory."""
         ...
 
+    def keep(self, directory: Path, step: int) -> Callable[[], list[str]]:
+        """Copies what `save` would write into host memory. The returned function, which may run in
+        another thread, writes this rank's part and returns the paths of its files."""
+        ...
+
     def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
         """Loads the memories from `directory` and everything else from `load_from`.
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from infini_ds.config import ModelConfig
 from infini_ds.memory import MemoryState
 from infini_ds.model.layer_state import empty_state, state_shapes
+from infini_ds.parallel.part import Part
 
 
 class LaneMemory:
@@ -67,11 +68,19 @@ class LaneMemory:
         for held, piece in zip(self.by_micro_batch, pieces, strict=True):
             held[block] = piece.map(lambda tensor: tensor.to(self._device).clone())
 
-    def save(self, directory: Path, first_lane: int) -> None:
-        """Writes one file for each block, named after it and the first of this rank's lanes."""
-        for block in self.blocks:
-            tensors = {name: x.cpu() for name, x in self.stacked(block).named().items()}
-            save_file(tensors, directory / f"block_{block:03d}.lanes_{first_lane:05d}.safetensors")
+    def files(self, directory: Path, part: Part) -> dict[Path, dict[str, torch.Tensor]]:
+        """Returns what this rank writes of a checkpoint: for each block a file, which is named
+        after it and the first of the rank's lanes, with copies of its memories in host memory."""
+        if part.place > 0:  # ranks that share windows have the same memories
+            return {}
+        first = part.lanes.start
+        return {
+            directory / f"block_{block:03d}.lanes_{first:05d}.safetensors": {
+                name: tensor.to("cpu", copy=True)
+                for name, tensor in self.stacked(block).named().items()
+            }
+            for block in self.blocks
+        }
 
     def _part(self, file: Any, low: int, high: int) -> MemoryState:
         """Reads some lanes of an open file, in which earlier versions kept no tail."""
@@ -103,3 +112,10 @@ class LaneMemory:
             memory = MemoryState.cat(pieces)
             assert len(memory.norm) == len(lanes)
             self.load(block, memory)
+
+
+def write_memories(files: dict[Path, dict[str, torch.Tensor]]) -> list[str]:
+    """Writes the files of `LaneMemory.files` and returns their paths."""
+    for path, tensors in files.items():
+        save_file(tensors, path)
+    return [str(path) for path in files]

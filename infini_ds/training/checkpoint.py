@@ -85,11 +85,12 @@ def _save(
     dist.barrier()
     _write_manifest(directory, on_progress)
     if first:
-        _delete_useless(directory, config.train.keep_last)
+        delete_useless(directory, config.train.keep_last)
     dist.barrier()
 
 
-def _delete_useless(written: Path, keep_last: int) -> None:
+def delete_useless(written: Path, keep_last: int) -> None:
+    """Deletes all checkpoints but the newest up to the one just written, and what was cut off."""
     steps = RunDirectory(written.parent.parent).checkpoints()
     place = steps.index(Checkpoint(written))
     later, older = steps[:place], steps[place + 1 :]

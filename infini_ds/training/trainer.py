@@ -27,11 +27,12 @@ from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
 from infini_ds.parallel.ranks import is_first_rank, own_rank, together, world_size
 from infini_ds.runs import failures
-from infini_ds.runs.directory import REPORT
+from infini_ds.runs.directory import REPORT, Checkpoint
 from infini_ds.runs.tokenizer import keep_tokenizer
 from infini_ds.system.resources import cores_at_hand, keep_freed_memory
 from infini_ds.system.whole_file import whole_file
 from infini_ds.training import checkpoint
+from infini_ds.training.background_save import BackgroundSave
 from infini_ds.training.bad_steps import BadSteps, bad_documents
 from infini_ds.training.checkpoint import Saved
 from infini_ds.training.kernel_check import find_fault
@@ -102,6 +103,9 @@ class Trainer:
         with together():
             if is_first_rank():
                 self.monitor = Monitor(self.config, self.step)
+        self.background = None
+        if self.config.train.async_save:
+            self.background = BackgroundSave(self.engine, self.config, self._saved)
         self.profile = Profile(
             self.config.train.profile, output_dir / "profile", own_rank(), self.engine.device,
             self._say,
@@ -141,6 +145,7 @@ class Trainer:
         self.profile.finish(self.step)
         if self.saved != self.step:
             self._save()
+        self._finish_saving()
         if stopping:
             self._say(f"stopped as asked at step {self.step}; the same command goes on from there")
         elif not self.evaluated:
@@ -260,6 +265,7 @@ class Trainer:
         or memories is gone, as if the run had never read that window.
         """
         bad = self.step
+        self._finish_saving()
         found, _ = checkpoint.find(self.config)
         if not found:
             raise RunError(f"{fault} at step {bad + 1}, and there is no valid checkpoint")
@@ -343,13 +349,29 @@ class Trainer:
             "stores": {name: store.fingerprint for name, store in self.data.stores.items()},
             "directory": os.getcwd(),
         }
+        begin = time.perf_counter()
         with self.watchdog.patient():
-            directory = checkpoint.save(self.engine, self.config, state, self.watchdog.progress)
+            if self.background:
+                self.background.start(state)
+            else:
+                directory = checkpoint.save(self.engine, self.config, state, self.watchdog.progress)
         self.saved = self.step
         self.bad_steps.saved(self.step)
         if self.monitor:
-            checkpoint.delete_universal(self.config)
-        self._say(f"step {self.step}: saved {directory}")
+            self.monitor.record(self.step, {"seconds/saving": time.perf_counter() - begin})
+            if not self.background:
+                self._saved(directory)
+
+    def _saved(self, directory: Path) -> None:
+        """Reports a checkpoint that is complete, on rank 0."""
+        checkpoint.delete_universal(self.config)
+        self._say(f"step {Checkpoint(directory).step}: saved {directory}")
+
+    def _finish_saving(self) -> None:
+        """Waits for a checkpoint that is being written in the background."""
+        if self.background:
+            with self.watchdog.patient():
+                self.background.finish()
 
     def _epochs(self) -> dict[str, float]:
         """Returns the passes over the corpus, or over each corpus of a mixture."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from infini_ds.config import DataConfig, TokenizerConfig
@@ -91,6 +92,38 @@ class Run:
         manifest = json.loads((self.checkpoint(step) / "manifest.json").read_text())
         other = ("config.yaml", "state.json")
         return {k: v["sha256"] for k, v in manifest["files"].items() if k not in other}
+
+
+def assert_equal_states(run: Run, other: Run, step: int) -> None:
+    """Compares what the files of a checkpoint hold; written in the background, their bytes may
+    differ, where DeepSpeed's own point to one object twice."""
+    names = run.checksums(step)
+    assert names.keys() == other.checksums(step).keys()
+    for name in names:
+        one, two = (each.checkpoint(step) / name for each in (run, other))
+        if one.suffix == ".pt":
+            states = [torch.load(path, weights_only=False) for path in (one, two)]
+            torch.testing.assert_close(*map(_comparable, states), rtol=0, atol=0)
+        else:
+            assert one.read_bytes() == two.read_bytes(), name
+
+
+def _comparable(state):
+    """Nested states as one dict, with what is no tensor as text."""
+    flat, waiting = {}, [("", state)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{path}/{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{path}/{place}", inner) for place, inner in enumerate(value)]
+        else:
+            flat[path] = (
+                value
+                if isinstance(value, torch.Tensor)
+                else torch.tensor(list(str(value).encode()))
+            )
+    return flat
 
 
 def copied(run: Run, folder: Path, data, **settings) -> Run:

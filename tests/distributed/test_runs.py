@@ -21,7 +21,13 @@ from infini_ds.errors import UserError
 from infini_ds.system.compute_type import fastest_type
 from infini_ds.system.lock import lock
 from tests.damage import cut, flip
-from tests.distributed.conftest import SCRIPT, Run, copied, without_checkpoints_after
+from tests.distributed.conftest import (
+    SCRIPT,
+    Run,
+    assert_equal_states,
+    copied,
+    without_checkpoints_after,
+)
 from tests.distributed.processes import Process, Processes, free_port
 
 STEPS = 16
@@ -57,6 +63,27 @@ class TestExactResume:
         assert f"resumed from {run.checkpoint(stopped)} at step {stopped}" in output
         assert run.losses == undisturbed.losses
         assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+
+    def test_checkpoints_written_in_the_background_are_the_same(self, tmp_path, data, undisturbed):
+        """Stopped while one may be written, and gone on with in the other way of saving."""
+        run = Run(tmp_path, data, train__async_save=True, train__save_every=1)
+        with run.start(2) as ranks:
+            ranks.wait_until(lambda: len(run.losses) >= 6, START, "step 6")
+            ranks.all[1].send(signal.SIGTERM)
+            assert ranks.wait(END) == [0, 0], ranks.outputs()
+        stopped = max(run.losses)
+        for step in range(1, stopped + 1):
+            assert not list(run.checkpoint(step).glob("part_*"))
+            assert f"step {step}: saved {run.checkpoint(step)}" in ranks.all[0].output
+        for step in (5, 10):
+            if step <= stopped:
+                assert_equal_states(run, undisturbed, step)
+        assert f"at step {stopped}" in run.finish(2, "train.save_every=5", "train.async_save=false")
+        assert run.losses == undisturbed.losses
+        assert run.checksums(STEPS) == undisturbed.checksums(STEPS)
+        files = {path.name for path in run.checkpoint(stopped).rglob("*") if path.is_file()}
+        others = {path.name for path in run.checkpoint(STEPS).rglob("*") if path.is_file()}
+        assert files == others
 
     def test_every_step_tells_how_much_each_layer_writes(self, undisturbed):
         for metrics in undisturbed.metrics.values():

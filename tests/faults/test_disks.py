@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import assert_equal_states
 from tests.faults.runs import END, START, FaultyRun
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
@@ -31,12 +32,14 @@ def resize(place: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
 
 
-def test_full_disk_in_a_save_leaves_the_older_checkpoint(tmp_path, data, trial):
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+def test_full_disk_in_a_save_leaves_the_older_checkpoint(tmp_path, data, trial, background):
     undisturbed = FaultyRun(tmp_path / "undisturbed", data, **SETTINGS)
     undisturbed.finish(WORLD)
     sizes = [path.stat().st_size for path in undisturbed.checkpoint(12).rglob("*")]
     place = tmp_path / "disk"
-    run = FaultyRun(tmp_path / "run", data, output_dir=str(place / "output"), **SETTINGS)
+    settings = {**SETTINGS, "train__async_save": background}
+    run = FaultyRun(tmp_path / "run", data, output_dir=str(place / "output"), **settings)
     saved, broken = run.checkpoint(4), run.checkpoint(8)
     with trial("full disk in a save"), disk(place, "size=64m"):
         with run.start(WORLD) as ranks:
@@ -53,7 +56,7 @@ def test_full_disk_in_a_save_leaves_the_older_checkpoint(tmp_path, data, trial):
         assert f"checkpoint {broken}: passed over, it was not finished" in output
         assert f"resumed from {saved}" in output
         assert run.losses == undisturbed.losses
-        assert run.checksums(12) == undisturbed.checksums(12)
+        assert_equal_states(run, undisturbed, 12)
 
 
 def test_output_dir_that_may_not_be_written_is_told_in_one_line(tmp_path, data, trial):

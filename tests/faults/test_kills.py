@@ -17,6 +17,7 @@ import pytest
 
 from infini_ds.data.store import Store
 from tests import tiny
+from tests.distributed.conftest import assert_equal_states
 from tests.distributed.processes import Process, Processes
 from tests.faults.runs import START, FaultyRun, end_of_others
 
@@ -75,6 +76,26 @@ def test_killed_ranks_cost_no_more_than_steps_since_the_last_save(
     assert run.losses == undisturbed.losses
     last = SETTINGS["train__steps"]
     assert run.checksums(last) == undisturbed.checksums(last)
+
+
+def test_kills_while_checkpoints_are_written_in_the_background_cost_nothing_that_was_safe(
+    tmp_path, data, undisturbed, trial
+):
+    draw = random.Random(1)
+    run = FaultyRun(tmp_path, data, train__async_save=True, **SETTINGS)
+    for number in range(20):
+        with trial("`kill -9` of a rank while a checkpoint is written in the background"):
+            safe = {path.parent for path in run.output.glob("checkpoints/*/manifest.json")}
+            begin = max((int(path.name[5:]) for path in safe), default=0)
+            with run.start(WORLD) as ranks:
+                wait_for_moment(run, ranks, "in a save", begin, draw)
+                ranks.all[number % WORLD].send(signal.SIGKILL)
+                end_of_others(ranks, number % WORLD)
+            after = [path.parent for path in run.output.glob("checkpoints/*/manifest.json")]
+            assert max(after, default=None) >= max(safe) if safe else True
+    run.finish(WORLD)
+    assert run.losses == undisturbed.losses
+    assert_equal_states(run, undisturbed, SETTINGS["train__steps"])
 
 
 def test_every_rank_of_a_grid_names_the_one_that_was_killed(tmp_path, data, trial):

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 
 from infini_ds.memory import RULES, MemoryState
 from infini_ds.model.layer_state import empty_state
-from infini_ds.parallel.lane_memory import LaneMemory
+from infini_ds.parallel.lane_memory import LaneMemory, write_memories
+from infini_ds.parallel.part import Part
 from tests import tiny
 
 CONFIG = tiny.model_config(num_layers=4, num_heads=2, head_dim=4)
@@ -100,7 +101,8 @@ def test_lanes_are_read_from_the_files_of_other_ranks(tmp_path, rule, taps):
     for rank, part in enumerate(whole.chunk(2)):
         saving = lanes_of_a_rank(2)
         saving.load(0, part)
-        saving.save(Path(tmp_path), first_lane=4 * rank)
+        files = saving.files(Path(tmp_path), Part(0, rank, 2, 2, (0, 1)))
+        assert write_memories(files) == list(map(str, files))
     reading = lanes_of_a_rank(2)
     reading.read(Path(tmp_path), range(2, 6))
     for part, expected in zip(reading.stacked(0), whole, strict=True):

@@ -25,14 +25,14 @@ def left(folder: Path) -> list[str]:
 
 def test_older_ones_but_the_newest_are_deleted(tmp_path):
     names = [make(tmp_path, step).name for step in (1, 2, 3, 4)]
-    checkpoint._delete_useless(tmp_path / "checkpoints" / names[3], keep_last=2)
+    checkpoint.delete_useless(tmp_path / "checkpoints" / names[3], keep_last=2)
     assert left(tmp_path) == names[2:]
 
 
 def test_saves_that_were_cut_off_are_deleted(tmp_path):
     old, cut = make(tmp_path, 10), make(tmp_path, 13, finished=False)
     new = make(tmp_path, 20)
-    checkpoint._delete_useless(new, keep_last=2)
+    checkpoint.delete_useless(new, keep_last=2)
     assert left(tmp_path) == [old.name, new.name]
     assert not cut.exists()
 
@@ -40,7 +40,7 @@ def test_saves_that_were_cut_off_are_deleted(tmp_path):
 def test_later_ones_that_were_passed_over_are_deleted_and_never_this_one(tmp_path):
     make(tmp_path, 1000)
     old, new = make(tmp_path, 500), make(tmp_path, 600)
-    checkpoint._delete_useless(new, keep_last=1)
+    checkpoint.delete_useless(new, keep_last=1)
     assert left(tmp_path) == [new.name]
     assert not old.exists()
 
@@ -50,7 +50,7 @@ def test_copies_by_other_names_are_left_alone(tmp_path):
     copy.mkdir(parents=True)
     make(tmp_path, 1)
     new = make(tmp_path, 2)
-    checkpoint._delete_useless(new, keep_last=1)
+    checkpoint.delete_useless(new, keep_last=1)
     assert left(tmp_path) == [new.name, copy.name]
 
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_deleted_is_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr("infini_ds.training.checkpoint.shutil.rmtree", refuse)
     old, new = make(tmp_path, 1), make(tmp_path, 2)
-    checkpoint._delete_useless(new, keep_last=1)
+    checkpoint.delete_useless(new, keep_last=1)
     assert left(tmp_path) == [old.name, new.name]
     assert not (old / manifest.NAME).exists(), "it no longer counts"
 

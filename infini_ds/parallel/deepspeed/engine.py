@@ -1,6 +1,7 @@
 """DeepSpeed's pipeline engine with corrections; only this file knows its private members."""
 
 import contextlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.distributed import distributed_c10d
 
 from infini_ds.errors import RunError
 from infini_ds.parallel.deepspeed.gradient_sums import gradient_of, sum_in_fp32
+from infini_ds.parallel.deepspeed.kept_files import KeptFiles
 from infini_ds.parallel.deepspeed.module import StageModule
 from infini_ds.parallel.deepspeed.universal import (
     UNIVERSAL_INFO,
@@ -44,6 +46,7 @@ class CorrectedEngine(PipelineEngine):
             config=tree,
             config_class=DeepSpeedConfig(tree, module.mpu()),
         )
+        self._kept_files: KeptFiles | None = None
         _limit_waits(timeout)
         if isinstance(self.optimizer, BF16_Optimizer):
             sum_in_fp32(self.optimizer)
@@ -109,6 +112,17 @@ class CorrectedEngine(PipelineEngine):
         if dist.get_rank() == 0:  # these scripts do not work for a pipeline's checkpoints
             for name in ("zero_to_fp32.py", "zero_to_torch.py"):
                 (directory.parent / name).unlink(missing_ok=True)
+
+    def keep_states(self, directory: Path, step: int) -> Callable[[], list[str]]:
+        """Copies what DeepSpeed's own files hold; the returned function writes them."""
+        usual = self.checkpoint_engine
+        self._kept_files = self._kept_files or KeptFiles(usual)
+        self.checkpoint_engine = self._kept_files
+        try:
+            self.save_states(directory, step)
+        finally:
+            self.checkpoint_engine = usual
+        return self._kept_files.write
 
     def load_states(self, load_from: Path, universal: bool) -> None:
         """Loads weights and optimizer states from DeepSpeed's own files.

@@ -32,7 +32,7 @@ from infini_ds.parallel.engine import (
     StepSize,
     WindowsOf,
 )
-from infini_ds.parallel.lane_memory import LaneMemory
+from infini_ds.parallel.lane_memory import LaneMemory, write_memories
 from infini_ds.parallel.part import Part
 from infini_ds.parallel.pipeline.balance import describe
 from infini_ds.parallel.pipeline.generation import generate
@@ -206,13 +206,11 @@ class InfiniEngine(CorrectedEngine):
 
     def describe_memory(self) -> tuple[np.ndarray, dict[int, float]]:
         """See `Engine`."""
-        gates, norms = {}, {}
-        for block, layer in zip(self.part.blocks, self.module.blocks, strict=True):
-            gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
-        for block in self.memories.blocks:
-            norms[block] = self.memories.stacked(block).mean_norm()
-        all_gates: dict[int, list[float]] = {}
-        all_norms: dict[int, list[float]] = {}
+        betas = (layer.self_attn.beta.detach() for layer in self.module.blocks)
+        own = (beta.float().sigmoid().tolist() for beta in betas)
+        gates = dict(zip(self.part.blocks, own, strict=True))
+        norms = {block: self.memories.stacked(block).mean_norm() for block in self.memories.blocks}
+        all_gates, all_norms = {}, {}
         for rank_gates, rank_norms in gathered((gates, norms)):
             all_gates |= rank_gates
             for block, norm in rank_norms.items():
@@ -229,16 +227,20 @@ class InfiniEngine(CorrectedEngine):
         """See `Engine`."""
         self.save_states(directory, step)
         self._on_progress("saving weights and optimizer states")
-        if self.part.place == 0:  # ranks that share windows have the same memories
-            self.memories.save(directory / "memory", self.part.lanes.start)
+        write_memories(self.memories.files(directory / "memory", self.part))
         self._on_progress("saving memories")
+
+    def keep(self, directory: Path, step: int) -> Callable[[], list[str]]:
+        """See `Engine`."""
+        write = self.keep_states(directory, step)
+        memories = self.memories.files(directory / "memory", self.part)
+        return lambda: [*write(), *write_memories(memories)]
 
     def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
         """See `Engine`."""
         self.load_states(load_from, universal=load_from != directory)
         self.memories.read(directory / "memory", self.part.lanes)
-        self.skipped_steps = state["skipped_steps"]
-        self._skipped_in_a_row = 0
+        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], 0
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Sends bare hidden states to the next stage, outside of a schedule."""
@@ -414,8 +416,7 @@ class InfiniEngine(CorrectedEngine):
             broken |= (~norms.isfinite()).any()
         sums = self.all_sum(torch.cat((broken.double().view(1), self._bad_lanes)))
         self._bad_lanes.copy_(sums[1:])
-        not_finite, corrupt = sums[0], self._bad_lanes.sum()
-        return CORRUPT if corrupt > 0 else NOT_FINITE if not_finite > 0 else ""
+        return CORRUPT if self._bad_lanes.sum() > 0 else NOT_FINITE if sums[0] > 0 else ""
 
     def _update(self, fault: str) -> str:
         """Updates the weights unless there is a fault; returns why they did not change, or ""."""
