@@ -88,8 +88,10 @@ test-long: $(VENV)/installed
 test-all: lint
 	$(PYTEST) -m "not extras"
 
-# What needs lm-evaluation-harness, which this installs.
+# What needs lm-evaluation-harness and a browser; this installs the first, and as root the second.
 test-extras: $(VENV)/installed
+	command -v chromium >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
 	$(PYTEST) -m extras
 

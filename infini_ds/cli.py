@@ -20,14 +20,15 @@ from infini_ds.commands import (
     preflight,
     prepare,
     pretrain,
+    report,
     status,
 )
 from infini_ds.system import environment
 from infini_ds.system.exit_code import exit_code
 
 _COMMANDS = (
-    prepare, pretrain, plan, preflight, status, passkey, babilong, convert, generate, memorize,
-    evaluate, inspect, config, configs, bench,
+    prepare, pretrain, plan, preflight, status, report, passkey, babilong, convert, generate,
+    memorize, evaluate, inspect, config, configs, bench,
 )  # fmt: skip
 """The commands in the order in which the help lists them."""
 
