@@ -16,6 +16,7 @@ from infini_ds.inspection.weights import gates, is_gate
 from infini_ds.runs import failures
 from infini_ds.runs.directory import TASKS
 from infini_ds.runs.export import open_model
+from infini_ds.training.recorders import training_board
 
 _MOST_POINTS = 1500
 """A longer curve is shown by means of neighbouring steps."""
@@ -73,7 +74,7 @@ def collect(directory: Path) -> RunFigures:
         known,
         _curves(directory / "metrics.jsonl"),
         _gates(directory),
-        _sample(directory / "tensorboard"),
+        _sample(training_board(directory)),
         _pictures(directory),
         _object(directory / TASKS),
         failures.read(directory),

@@ -92,7 +92,7 @@ class TensorBoard(Recorder):
     faults = (OSError,)
 
     def __init__(self, config: RunConfig, step: int):
-        self._directory = str(Path(config.output_dir) / "tensorboard")
+        self._directory = str(training_board(Path(config.output_dir)))
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -117,6 +117,13 @@ class TensorBoard(Recorder):
 
     def close(self) -> None:
         self._board.close()
+
+
+def training_board(output_dir: Path) -> Path:
+    """Returns the directory of a run's events, beside those of evaluations; TensorBoard shows its
+    name. Runs of earlier versions go on with theirs one level up."""
+    boards = output_dir / "tensorboard"
+    return boards if any(boards.glob("events.*")) else boards / "training"
 
 
 class WeightsAndBiases(Recorder):

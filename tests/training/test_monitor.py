@@ -115,7 +115,7 @@ def board(tmp_path):
     monitor.gates(1, np.array([[0.1, 0.9], [0.5, 0.5]]))
     monitor.text(1, "sample", "def f():\n    return 1")
     monitor.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "training"))
     events.Reload()
     return events
 
@@ -142,10 +142,18 @@ def test_board_has_the_sample_and_the_config(board):
     assert "seed: 17" in config.tensor_proto.string_val[0].decode()
 
 
+def test_board_of_an_earlier_version_goes_on_where_it_is(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.1").touch()
+    run(tmp_path, 0, [1])
+    assert not (tmp_path / "tensorboard" / "training").exists()
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2
+
+
 def test_board_forgets_the_steps_after_the_checkpoint(tmp_path):
     run(tmp_path, 0, [1, 2, 3, 4], loss=1.0)
     run(tmp_path, 2, [3, 4], loss=2.0)
-    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "training"), purge_orphaned_data=True)
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
