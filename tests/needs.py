@@ -50,6 +50,7 @@ NEEDS = {
     "tests/conversion/test_hf_contract.py": ("long",),
     "tests/conversion/test_hf_padding.py": ("long",),
     "tests/conversion/test_hf_rules.py": ("long",),
+    "tests/conversion/test_hf_training.py": ("extras",),
     "tests/conversion/test_llama.py::test_first_segment_of": ("long",),
     "tests/conversion/test_llama.py::test_imported_model_has_the_logits": ("long",),
     "tests/conversion/test_llama.py::test_round_trip": ("long",),

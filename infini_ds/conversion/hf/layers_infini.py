@@ -355,6 +355,16 @@ class FeedForward(nn.Module):
         return self.down_proj(self.act(gate) * up)
 
 
+class TokenEmbedding(nn.Embedding):
+    """The embedding, which is the head as well where weights are tied."""
+
+    def forward(self, given: Tensor, as_head: bool = False) -> Tensor:
+        """Returns the vectors of token ids, or as head the logits of hidden states."""
+        if as_head:
+            return F.linear(given.to(self.weight.device), self.weight)
+        return super().forward(given)
+
+
 class InfiniBlock(GradientCheckpointingLayer):
     def __init__(self, config: InfiniConfig):
         super().__init__()

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import TransformersKwargs
 
 from .configuration_infini import InfiniConfig
-from .layers_infini import InfiniBlock, LayerState, Piece, ShortConv
+from .layers_infini import InfiniBlock, LayerState, Piece, ShortConv, TokenEmbedding
 
 # Arguments of `generate` meant for the model; they are passed on, and refused there if unknown.
 _ASKED = ("use_cache", "logits_to_keep", "position_ids", *TransformersKwargs.__optional_keys__)
@@ -68,7 +68,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
-        layers: list[nn.Module] = [nn.Embedding(config.vocab_size, config.hidden_size)]
+        layers: list[nn.Module] = [TokenEmbedding(config.vocab_size, config.hidden_size)]
         layers += [InfiniBlock(config) for _ in range(config.num_hidden_layers)]
         layers.append(nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if not config.tie_word_embeddings:
@@ -342,8 +342,11 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _head(self, hidden: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
-            weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
-            return F.linear(hidden.to(weight.device), weight)  # it may be on another device
+            embedding = self.layers[0]
+            if isinstance(embedding, TokenEmbedding):  # its call brings both to one device
+                return embedding(hidden, as_head=True)
+            weight: Tensor = embedding.weight  # type: ignore[assignment]
+            return F.linear(hidden.to(weight.device), weight)
         return self.layers[-1](hidden)
 
     def _rotary_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
