@@ -10,7 +10,7 @@ import torch
 from infini_ds.benchmarks.cuda_timer import Call
 from infini_ds.benchmarks.kernels_timing import Timer, seconds_if_it_fits
 from infini_ds.benchmarks.peer import PEER
-from infini_ds.config import ModelConfig
+from infini_ds.config import MemoryConfig, ModelConfig
 from infini_ds.model.block import Block
 from infini_ds.model.flops import (
     device_peak_flops,
@@ -39,7 +39,9 @@ LARGE = ModelConfig(
     head_dim=128,
     intermediate_size=8192,
     segment_length=2048,
-    memory_rule="delta",
+    memory_rule="gated_delta",
+    memory=MemoryConfig(write_gate=True, write_penalty=0.01, short_conv=4),
+    gate_init=-3.5,
 )
 """The model of configs/infini_1b.yaml."""
 PAPER = ModelConfig(

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from infini_ds import cli
-from infini_ds.config import RunConfig, load
+from infini_ds.config import MemoryConfig, RunConfig, load
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention import Inputs
 from infini_ds.kernels.infini_attention.parallel import memory_before_part
@@ -137,10 +137,12 @@ def test_bytes_are_those_of_the_part(rule):
     ],
 )
 def test_plans_without_sharing_are_as_they_were(name, processes, most, efficiency, sent):
-    """As printed before the plan knew of sharing."""
+    """As printed before the plan knew of sharing, when these configs had the paper's rule."""
     run = shipped(name)
+    changes: dict = {"memory_rule": "delta", "memory": MemoryConfig()}
     if name == "llama3_8b_continual":
-        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 128256})})
+        changes["vocab_size"] = 128256
+    run = run.model_copy(update={"model": run.model.model_copy(update=changes)})
     made = plan(run, processes)
     assert (made.most, made.stages[0].sent) == (most, sent)
     assert made.efficiency == pytest.approx(efficiency, rel=1e-12)
