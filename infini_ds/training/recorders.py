@@ -17,6 +17,19 @@ from infini_ds.config import RunConfig, WandbConfig
 from infini_ds.errors import RunError, UserError
 from infini_ds.system.whole_file import whole_file
 
+_OVERVIEW = {
+    "loss": ["Multiline", ["train/loss"]],
+    "held-out bits per byte: with memory, ablated, frequencies": [
+        "Multiline", ["held_out(_without_memory|_unigram)?/bits_per_byte"],
+    ],
+    "right answers in training": ["Multiline", ["train/exact_match"]],
+    "tokens a second": ["Multiline", ["speed/tokens_per_second"]],
+    "seconds of a step": ["Multiline", ["seconds/(?!saving).*"]],
+    "share of tokens that each layer writes": ["Multiline", ["memory/write_mass/.*"]],
+    "norm of each layer's memories": ["Multiline", ["memory/norm_of_block_.*"]],
+}  # fmt: skip
+"""What TensorBoard's page "custom scalars" shows first, by patterns of names."""
+
 
 class Recorder:
     """Keeps a run's figures in one place; every method may stay as it is, and does nothing.
@@ -97,6 +110,7 @@ class TensorBoard(Recorder):
 
     def _open(self, step: int) -> None:
         self._board = SummaryWriter(self._directory, purge_step=step + 1)
+        self._board.add_custom_scalars({"run": _OVERVIEW})
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

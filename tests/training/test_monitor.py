@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from infini_ds.training.monitor import Monitor, _duration, _roughly
 from tests import tiny
@@ -140,6 +142,21 @@ def test_board_has_the_sample_and_the_config(board):
     assert "def f():\n    return 1" in sample.tensor_proto.string_val[0].decode()
     (config,) = board.Tensors("config/text_summary")
     assert "seed: 17" in config.tensor_proto.string_val[0].decode()
+
+
+def test_board_has_a_page_of_what_people_look_at_first(tmp_path):
+    run(tmp_path, 0, [1])
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "training")).Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    charts = Layout.FromString(layout.tensor_proto.string_val[0]).category[0].chart
+    patterns = [pattern for chart in charts for pattern in chart.multiline.tag]
+    shown = {
+        "held_out/bits_per_byte", "held_out_without_memory/bits_per_byte", "train/loss",
+        "held_out_unigram/bits_per_byte", "memory/write_mass/layer_0", "seconds/pipeline",
+    }  # fmt: skip
+    for name in shown:
+        assert sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) == 1
+    assert not any(re.fullmatch(pattern, "seconds/saving") for pattern in patterns)
 
 
 def test_board_of_an_earlier_version_goes_on_where_it_is(tmp_path):
