@@ -171,7 +171,7 @@ class WeightsAndBiases(Recorder):
                 resume="allow",
                 dir=str(directory),
                 config=config.model_dump(mode="json"),
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(console="off", finish_timeout=config.train.timeout / 2),
             )
         except wandb.Error as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

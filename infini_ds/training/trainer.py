@@ -151,7 +151,8 @@ class Trainer:
         elif not self.evaluated:
             quality = self._evaluate()
         if self.monitor:
-            self.monitor.close()
+            with self.watchdog.patient():  # figures may have far to go
+                self.monitor.close()
             if not stopping:
                 counts = self._count_bad_steps()
                 report(config, self.step, counts, quality, self.sample, self.monitor.console)
