@@ -3,12 +3,15 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
 
+# It cannot even be imported without the package that `make test-extras` installs.
+collect_ignore = [] if find_spec("lm_eval") else ["test_harness.py"]
 WORKER = Path(__file__).with_name("run_worker.py")
 WRITING = {"write_gate": True, "short_conv": True}
 # One bf16 and one fp32 run, that differ in all that changes names, kinds or numbers of weights.

@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-lm_eval = pytest.importorskip("lm_eval", reason="`make test-extras` installs it")
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-
-from infini_ds import cli  # noqa: E402
-from infini_ds.config import MemoryConfig  # noqa: E402
-from infini_ds.evaluation.harness import HarnessModel  # noqa: E402
-from infini_ds.inspection.weights import close_gates  # noqa: E402
-from infini_ds.runs.export import load_model  # noqa: E402
-from tests.conversion.test_to_hf import N, make_export  # noqa: E402
-from tests.tiny_run import tiny_config, write_checkpoint  # noqa: E402
+from infini_ds import cli
+from infini_ds.config import MemoryConfig
+from infini_ds.evaluation.harness import HarnessModel
+from infini_ds.inspection.weights import close_gates
+from infini_ds.runs.export import load_model
+from tests.conversion.test_to_hf import N, make_export
+from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
 
