@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
