@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
@@ -185,18 +186,14 @@ class HarnessModel(TemplateLM):
         if not self._memory:
             prompts = [prompt[(len(prompt) - 1) // n * n :] for prompt in prompts]
         device = next(self._model.parameters()).device
-        sampled = settings.get("do_sample", False) and settings.get("temperature", 1.0) > 0
+        known: dict[str, Any] = {**normalize_gen_kwargs(settings, _NEW_TOKENS)}
         sampling = Sampling(
-            settings.get("temperature", 1.0) if sampled else 0.0,
-            settings.get("top_p", 1.0),
-            settings.get("top_k", 0),
+            known.get("temperature", 1.0), known.get("top_p", 1.0), known.get("top_k", 0)
         )
-        until = settings.get("until") or []
-        ends = [until] if isinstance(until, str) else list(until)
-        most = settings.get("max_gen_toks", _NEW_TOKENS)
+        ends = list(filter(None, known["until"]))
         columns = stream(
-            self._model, [torch.tensor(prompt, device=device) for prompt in prompts], most,
-            sampling, self._codec.eos_id,
+            self._model, [torch.tensor(prompt, device=device) for prompt in prompts],
+            known["max_gen_toks"], sampling, self._codec.eos_id,
         )  # fmt: skip
         written: list[list[int]] = [[] for _ in prompts]
         for number, column in enumerate(columns, 1):
