@@ -1,6 +1,5 @@
 """Writes the model card of an export: what the model is, how it was made, how to use it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from infini_ds.data.tokenizer_json import TokenizerJson
 from infini_ds.model.layers import count_parameters
 from infini_ds.runs.directory import REPORT, TASKS
 from infini_ds.runs.export import Model
+from infini_ds.system.figures import read_figures
 
 _PAPER = "[Infini-attention](https://arxiv.org/abs/2404.07143)"
 
@@ -40,10 +40,10 @@ def model_card(name: str, model: Model, tokenizer: Tokenizer | None, dtype: torc
     ]
     if model.checkpoint and isinstance(model.settings, RunConfig):
         parts.append("## Training\n\n" + _table(_training(model.settings, model.checkpoint)))
-        figures = _read(model.checkpoint.parent.parent / REPORT)
+        figures = read_figures(model.checkpoint.parent.parent / REPORT)
         if "held_out/bits_per_byte" in figures and figures["step"] == _step(model.checkpoint):
             parts.append("## Held-out text\n\n" + _table(_quality(figures)))
-        tasks = _read(model.checkpoint.parent.parent / TASKS)
+        tasks = read_figures(model.checkpoint.parent.parent / TASKS)
         if tasks and tasks["step"] == _step(model.checkpoint):
             parts.append("## Tasks\n\n" + _tasks(tasks))
     return "\n\n".join(parts) + "\n"
@@ -110,11 +110,11 @@ def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _training(settings: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    state = _read(checkpoint / "state.json")
+    state = read_figures(checkpoint / "state.json")
     train, data = settings.train, settings.data
     sources = []
     for name, corpus in data.corpora.items():
-        source = _read(Path(corpus.store) / store.MANIFEST).get("source", {})
+        source = read_figures(Path(corpus.store) / store.MANIFEST).get("source", {})
         share = f" ({name}, weight {data.weights[name]:g})" if name else ""
         sources.append(source.get("description", corpus.source) + share)
     rows = {
@@ -163,13 +163,4 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _step(checkpoint: Path) -> int:
-    return _read(checkpoint / "state.json")["step"]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Reads JSON; returns an empty dict on failure, because a card must not stop a conversion."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
+    return read_figures(checkpoint / "state.json")["step"]

@@ -290,7 +290,6 @@ def _evaluated(
             return simple_evaluate(  # type: ignore[return-value]
                 model=model, tasks=list(options.tasks), num_fewshot=options.few_shot,
                 limit=options.limit, task_manager=tasks, bootstrap_iters=100,
-                metadata={**tasks.metadata, "max_seq_lengths": options.lengths},
             )  # fmt: skip
         except (ImportError, ConnectionError, FileNotFoundError) as error:
             raise UserError(f"--tasks {','.join(options.tasks)}: {one_line(error)}") from None

@@ -16,6 +16,7 @@ from infini_ds.inspection.weights import gates, is_gate
 from infini_ds.runs import failures
 from infini_ds.runs.directory import TASKS
 from infini_ds.runs.export import open_model
+from infini_ds.system.figures import read_figures
 from infini_ds.training.recorders import training_board
 
 _MOST_POINTS = 1500
@@ -76,7 +77,7 @@ def collect(directory: Path) -> RunFigures:
         _gates(directory),
         _sample(training_board(directory)),
         _pictures(directory),
-        _object(directory / TASKS),
+        read_figures(directory / TASKS),
         failures.read(directory),
         config,
     )
@@ -144,11 +145,3 @@ def _pictures(directory: Path) -> dict[str, str]:
             encoded = base64.b64encode((directory / name).read_bytes()).decode()
             found[caption] = f"data:image/png;base64,{encoded}"
     return found
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -26,6 +26,11 @@ def sha256(path: Path) -> str:
     return sha256_of(path)
 
 
+def entry(path: Path) -> dict[str, int | str]:
+    """Describes a file, whose content is on disk when this returns."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
 def write(directory: Path, files: dict[str, dict]) -> None:
     """Writes the manifest atomically, which makes the checkpoint valid.
 

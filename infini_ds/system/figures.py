@@ -1,4 +1,4 @@
-"""Writes figures for programs: the file of `--json FILE`."""
+"""Writes figures for programs, the file of `--json FILE`, and reads them again."""
 
 import json
 import math
@@ -27,3 +27,12 @@ def _finite(figures: Any) -> Any:
     if isinstance(figures, (list, tuple)):
         return [_finite(value) for value in figures]
     return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """Reads figures for a page or card, which must do without what cannot be read: {} then."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}

@@ -7,16 +7,13 @@ one checkpoint is being written at a time.
 """
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from infini_ds.config import RunConfig, dump
+from infini_ds.config import RunConfig
 from infini_ds.errors import RunError
 from infini_ds.parallel.engine import Engine
 from infini_ds.parallel.ranks import gathered, is_first_rank, own_rank, world_size
@@ -24,7 +21,8 @@ from infini_ds.runs import manifest
 from infini_ds.runs.directory import RunDirectory
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
 from infini_ds.system.causes import cause, one_line
-from infini_ds.training.checkpoint import delete_useless
+from infini_ds.system.whole_file import whole_file
+from infini_ds.training import checkpoint
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -50,17 +48,9 @@ class BackgroundSave:
         """
         self.finish()
         directory = RunDirectory(Path(self._config.output_dir)).checkpoint(state["step"]).path
-        first = is_first_rank()
-        if first:
-            shutil.rmtree(directory, ignore_errors=True)  # an earlier save may have been cut off
-            (directory / "memory").mkdir(parents=True)
-        dist.barrier()
+        checkpoint.prepare(directory)
         write = self._engine.keep(directory, state["step"])
-        own = {}
-        if first:
-            layout = {"pipeline": self._engine.layout.pipeline, "data": self._engine.layout.data}
-            own["config.yaml"] = dump(self._config)
-            own["state.json"] = json.dumps({**state, "layout": layout})
+        own = checkpoint.texts(self._engine, self._config, state) if is_first_rank() else {}
         self._directory = directory
         arguments = (directory, own_rank(), world_size(), write, own)
         # It must not keep a process alive that has to end.
@@ -112,9 +102,9 @@ class BackgroundSave:
                 paths.append(directory / name)
             files = {}
             for path in filter(Path.is_file, paths):
-                entry = {"size": path.stat().st_size, "sha256": manifest.sha256(path)}
-                files[str(path.relative_to(directory))] = entry
-            _leave(directory, rank, files)
+                files[str(path.relative_to(directory))] = manifest.entry(path)
+            with whole_file(_part(directory, rank), "output_dir", RunError) as file:
+                file.write_text(json.dumps(files))
             if rank == 0:
                 self._complete(directory, ranks)
         except Exception as error:  # a thread has nobody to raise it to
@@ -133,17 +123,9 @@ class BackgroundSave:
         for rank in range(ranks):
             _part(directory, rank).unlink()
         manifest.write(directory, dict(sorted(files.items())))
-        delete_useless(directory, self._config.train.keep_last)
+        checkpoint.delete_useless(directory, self._config.train.keep_last)
         self._on_saved(directory)
 
 
 def _part(directory: Path, rank: int) -> Path:
     return directory / f"part_{rank:05d}.json"
-
-
-def _leave(directory: Path, rank: int, files: dict[str, dict]) -> None:
-    """Leaves what a rank wrote for rank 0, whole or not at all."""
-    part = _part(directory, rank)
-    partial = part.with_suffix(".partial")
-    partial.write_text(json.dumps(files))
-    partial.rename(part)

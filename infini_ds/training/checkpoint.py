@@ -71,22 +71,34 @@ def _save(
     directory: Path,
     on_progress: Callable[[str], None],
 ) -> None:
-    first = is_first_rank()
-    if first:
+    prepare(directory)
+    engine.save(directory, state["step"])
+    if is_first_rank():
+        copy_kept_tokenizer(directory.parent.parent, directory)
+        for name, text in texts(engine, config, state).items():
+            (directory / name).write_text(text)
+    dist.barrier()
+    _write_manifest(directory, on_progress)
+    if is_first_rank():
+        delete_useless(directory, config.train.keep_last)
+    dist.barrier()
+
+
+def prepare(directory: Path) -> None:
+    """Makes an empty directory for a checkpoint; must be called on all ranks together."""
+    if is_first_rank():
         shutil.rmtree(directory, ignore_errors=True)  # an earlier save may have been cut off
         (directory / "memory").mkdir(parents=True)
     dist.barrier()
-    engine.save(directory, state["step"])
-    if first:
-        layout = {"pipeline": engine.layout.pipeline, "data": engine.layout.data}
-        copy_kept_tokenizer(directory.parent.parent, directory)
-        (directory / "config.yaml").write_text(dump(config))
-        (directory / "state.json").write_text(json.dumps({**state, "layout": layout}))
-    dist.barrier()
-    _write_manifest(directory, on_progress)
-    if first:
-        delete_useless(directory, config.train.keep_last)
-    dist.barrier()
+
+
+def texts(engine: Engine, config: RunConfig, state: dict[str, Any]) -> dict[str, str]:
+    """Returns the files of text that rank 0 writes, by their names."""
+    layout = {"pipeline": engine.layout.pipeline, "data": engine.layout.data}
+    return {
+        "config.yaml": dump(config),
+        "state.json": json.dumps({**state, "layout": layout}),
+    }
 
 
 def delete_useless(written: Path, keep_last: int) -> None:
@@ -218,8 +230,7 @@ def _write_manifest(directory: Path, on_progress: Callable[[str], None]) -> None
     mine = share_of(names)
     files = {}
     for name in mine:
-        size = (directory / name).stat().st_size
-        files[name] = {"size": size, "sha256": manifest.sha256(directory / name)}
+        files[name] = manifest.entry(directory / name)
         on_progress(f"the checksum of {name}")
     parts = gathered(files)
     if is_first_rank():

@@ -11,7 +11,7 @@ import pytest
 from infini_ds.errors import RunError
 from infini_ds.parallel.engine import EngineLayout
 from infini_ds.runs.directory import Depth, RunDirectory
-from infini_ds.training import background_save
+from infini_ds.training import background_save, checkpoint
 from infini_ds.training.background_save import BackgroundSave
 from tests import tiny
 
@@ -46,7 +46,8 @@ def saving(tmp_path, monkeypatch):
         "gathered": lambda value: [value],
     }.items():  # fmt: skip
         monkeypatch.setattr(background_save, name, value)
-    monkeypatch.setattr(background_save.dist, "barrier", lambda: None)
+    monkeypatch.setattr(checkpoint, "is_first_rank", lambda: True)
+    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
     config = tiny.run_config(output_dir=str(tmp_path), train__keep_last=2, train__timeout=0.5)
     engine, saved = FakeEngine(), []
     return engine, BackgroundSave(engine, config, saved.append), saved  # type: ignore[arg-type]
