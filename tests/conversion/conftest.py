@@ -62,7 +62,7 @@ def hf_modules(tmp_path_factory) -> Iterator[None]:
     import transformers
     from transformers import dynamic_module_utils
 
-    folder = tmp_path_factory.mktemp("modules")
+    folder = str(tmp_path_factory.mktemp("modules"))  # transformers puts it in sys.path as it is
     transformers.utils.logging.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)

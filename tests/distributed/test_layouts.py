@@ -339,7 +339,7 @@ class Results:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._launched: dict[str, Path | AssertionError] = {}
+        self._launched: dict[str, Path | Exception] = {}
 
     def of(self, name: str, known: dict[str, tuple[int, dict]]) -> list[dict]:
         world, _ = known[name]
@@ -356,18 +356,18 @@ class Results:
             limit += 300 if known is OFFLOADED else 0  # to be compiled
             self._launched[cases] = self._launch(world, cases, limit)
         folder = self._launched[cases]
-        if isinstance(folder, AssertionError):
+        if isinstance(folder, Exception):
             raise folder
         return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)]
 
-    def _launch(self, world: int, cases: str, limit: float) -> Path | AssertionError:
+    def _launch(self, world: int, cases: str, limit: float) -> Path | Exception:
         folder = self._folder / f"launch{len(self._launched)}_world{world}"
         folder.mkdir()
         (folder / "cases.json").write_text(cases)
         script = [layout_worker.__file__, folder / "cases.json", folder]
         try:
             run_ranks(script, world, folder, limit)
-        except AssertionError as failure:  # told by every test that needs it, but made once
+        except Exception as failure:  # told by every test that needs it, but made once
             return failure
         return folder
 
