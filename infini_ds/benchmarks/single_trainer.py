@@ -12,6 +12,7 @@ from infini_ds.model.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
+from infini_ds.model.trained import is_trained
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.model.write_gate import WriteStats, write_penalty
 
@@ -28,8 +29,9 @@ class SingleTrainer:
         self.model = InfiniTransformer(
             config.model, config.seed, config.train.activation_checkpointing
         )
-        embedding: Tensor = self.model.layers[0].weight  # type: ignore[assignment]
-        groups = parameter_groups(self.model.named_parameters(), config.optimizer, embedding)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(is_trained(name, config.optimizer.train))
+        groups = parameter_groups(self.model.named_parameters(), config.optimizer)
         self._optimizer = adamw(groups, config.optimizer)
         self._step = 0
         self.skipped = 0

@@ -10,6 +10,9 @@ from infini_ds.config.settings import SMALLEST_EPSILON, Settings
 class OptimizerConfig(Settings):
     """AdamW and its learning rate."""
 
+    train: list[str] = Field(default=[], json_schema_extra={"uniqueItems": True})
+    """Patterns of the names of parameters to train, such as `*.beta`; if empty, all are."""
+
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ModelConfig
+from infini_ds.config import LARGEST_GATE, TOKENIZER_FILES, ModelConfig, RunConfig
 from infini_ds.conversion import hub, llama, seed
 from infini_ds.conversion.destination import check_destination, destination
 from infini_ds.conversion.huggingface import special_tokens, write_huggingface
@@ -272,10 +272,11 @@ def _open(task: Task, step: int | None, console: Console) -> Model:
 
 def _weights(model: Model, dtype: str | None) -> Weights:
     """Returns a model's weights; for a bf16 run in fp32, those that its optimizer keeps."""
-    if dtype == "fp32" and model.checkpoint and _dtype_of(model) != torch.float32:
+    settings, bf16 = model.settings, _dtype_of(model) != torch.float32
+    if dtype == "fp32" and model.checkpoint and isinstance(settings, RunConfig) and bf16:
         from infini_ds.conversion.masters import MasterWeights
 
-        return MasterWeights(model.checkpoint, model.weights.metas)
+        return MasterWeights(model.checkpoint, model.weights, settings.optimizer.train)
     return model.weights
 
 

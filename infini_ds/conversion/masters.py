@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from infini_ds.errors import UserError
+from infini_ds.model.trained import is_trained
 from infini_ds.parallel.pipeline.module import single_process_name
 from infini_ds.runs.directory import Checkpoint, Depth
+from infini_ds.runs.weights import Weights
 
 _SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -41,17 +43,21 @@ class MasterWeights:
 
     Args:
         checkpoint: a run's checkpoint.
-        shapes: the parameters, as meta tensors.
+        computed: the weights that the run computes with, of which those are taken that it does not
+            train.
+        patterns: the run's optimizer.train.
 
     Raises:
         UserError: the checkpoint has no such shards, or a shard is damaged.
     """
 
-    def __init__(self, checkpoint: Path, shapes: dict[str, Tensor]):
+    def __init__(self, checkpoint: Path, computed: Weights, patterns: list[str]):
         self.origin = f"optimizer states of checkpoint {checkpoint}"
         self.metas = {
-            name: torch.empty_like(meta, dtype=torch.float32) for name, meta in shapes.items()
+            name: torch.empty_like(meta, dtype=torch.float32)
+            for name, meta in computed.metas.items()
         }
+        self._computed = computed
         self._pieces: dict[str, list[_Piece]] = {}
         for file, stage in _shard_files(checkpoint):
             mappings = _load(file)["param_slice_mappings"]
@@ -61,13 +67,18 @@ class MasterWeights:
                     # A tied weight is kept on both the first and the last stage.
                     if not pieces or _stage(pieces[0].file) == stage:
                         pieces.append(_Piece(file, group, fragment))
-        for name, meta in shapes.items():
+        for name, meta in self.metas.items():
+            if not is_trained(name, patterns):
+                self._pieces.pop(name, None)
+                continue
             found = sum(piece.fragment.numel for piece in self._pieces.get(name, ()))
             if found != meta.numel():
                 raise UserError(f"{self.origin}: have {found} of {meta.numel()} numbers of {name}")
 
     def read(self, name: str) -> Tensor:
         """See Weights."""
+        if name not in self._pieces:
+            return self._computed.read(name).float()
         parts = []
         for file, group, fragment in self._pieces[name]:
             shard = _load(file)["single_partition_of_fp32_groups"][group]

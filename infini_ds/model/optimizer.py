@@ -1,43 +1,62 @@
 """AdamW's parameter groups, and the learning rate of each step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from infini_ds.config import OptimizerConfig
 
+EMBEDDING = "layers.0.weight"
 _WITHOUT_DECAY = ("write_gate.weight", "short_conv.weight")
+
+
+def group_of(name: str, parameter: Tensor) -> str:
+    """Returns the name of a parameter's group.
+
+    `weights` has the matrices, with decay. `no_decay` has norms, biases, the embedding, write gates
+    and short convolutions. `gates` has the memory gates (beta), without decay and with a learning
+    rate of their own.
+
+    Args:
+        name: in InfiniTransformer.
+    """
+    if name.endswith(".beta"):
+        return "gates"
+    if parameter.dim() < 2 or name == EMBEDDING or name.endswith(_WITHOUT_DECAY):
+        return "no_decay"
+    return "weights"
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
-    embedding: Tensor | None = None,
+    frozen: Collection[str] = (),
 ) -> list[dict]:
-    """Sorts parameters into groups, each with its own decay and learning rate.
+    """Sorts the parameters that are trained into groups, each with its decay and learning rate.
 
-    `weights` has the matrices, with decay. `no_decay` has norms, biases, the embedding, write gates
-    and short convolutions. `gates` has the memory gates (beta), without decay and with a learning
-    rate of their own. Empty groups are left out, as DeepSpeed would drop them. A stage without
-    attention has no `gates`, so that positions differ between stages: each group has a name by
-    which it is found.
+    Empty groups are left out, as DeepSpeed would drop them.
+
+    Args:
+        named_parameters: parameters by their names in InfiniTransformer.
+        frozen: names of parameters that keep their values; one that needs a gradient all the same
+            is alone in its group.
     """
     members: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "gates": []}
-    for name, parameter in named_parameters:
-        if name.endswith(".beta"):
-            members["gates"].append(parameter)
-        elif parameter.dim() < 2 or parameter is embedding or name.endswith(_WITHOUT_DECAY):
-            members["no_decay"].append(parameter)
-        else:
-            members["weights"].append(parameter)
+    decays = {"weights": config.weight_decay}
     multiplier = {"gates": config.gate_learning_rate_multiplier}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            group = group_of(name, parameter)
+            members[group].append(parameter)
+            if name in frozen:
+                decays[group] = 0.0
     return [
         {
             "name": name,
             "params": parameters,
-            "weight_decay": config.weight_decay if name == "weights" else 0.0,
+            "weight_decay": decays.get(name, 0.0),
             "lr": config.learning_rate * multiplier.get(name, 1.0),
             "peak_lr": config.learning_rate * multiplier.get(name, 1.0),
         }

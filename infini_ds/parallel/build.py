@@ -126,7 +126,8 @@ def build_engine(
         module = InfiniPipeline(
             config.model, stages, config.seed, config.train.activation_checkpointing
         )
-        groups = parameter_groups(module.named_parameters(), config.optimizer, module.embedding)
+        module.choose_trained(config.optimizer.train)
+        groups = parameter_groups(module.own_parameters(), config.optimizer, module.frozen)
         if config.parallel.offload_optimizer:
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
                 groups, betas=(config.optimizer.beta1, config.optimizer.beta2),

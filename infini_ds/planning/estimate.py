@@ -1,10 +1,12 @@
 """Computes a run's minimum needs in bytes, without activations and what libraries take."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.model.layer_state import state_shapes
+from infini_ds.model.trained import trained_counts
 from infini_ds.parallel.pipeline.balance import balance
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 
@@ -14,7 +16,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
     weights = 2 if config.train.dtype == "bf16" else 4
     lanes, layers = config.train.batch_size, config.model.num_layers
     memories = lanes * layers * memory_bytes(config.model)
-    return sum(layer_parameters(config.model)) * (weights + _state_bytes(config)) + memories
+    states = sum(_trained(config)) * _state_bytes(config)
+    return sum(layer_parameters(config.model)) * weights + states + memories
 
 
 class StageNeeds(NamedTuple):
@@ -23,7 +26,7 @@ class StageNeeds(NamedTuple):
     parameters: int
     """Number of parameters, not bytes."""
     weights: int
-    """Weights and the sums of their gradients."""
+    """Weights, and the sums of gradients of those that are trained."""
     optimizer: int
     """Optimizer states on the device."""
     offloaded: int
@@ -45,24 +48,19 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
     data = config.data_parallel_size(world)
     stages = world // data
     model, parallel = config.model, config.parallel
-    counts = layer_parameters(model)
-    embedding, *blocks = counts[: 1 + model.num_layers]
-    last = counts[1 + model.num_layers :]
     bounds = balance(model, stages)
+    of_stage = partial(_of_stage, model, bounds)
+    counts, of_trained = layer_parameters(model), _trained(config)
     transport = TRANSPORTS[parallel.memory_transport](tuple(bounds))
     needs = []
     for stage in range(stages):
-        parameters = sum(blocks[bounds[stage] : bounds[stage + 1]])
-        if stage == 0 or (stage == stages - 1 and model.tie_embeddings):
-            parameters += embedding
-        if stage == stages - 1:
-            parameters += sum(last)
+        parameters, trained = of_stage(counts, stage), of_stage(of_trained, stage)
         shards = data if parallel.zero_stage else 1
-        states = parameters * _state_bytes(config) // shards
+        states = trained * _state_bytes(config) // shards
         here, there = (0, states) if parallel.offload_optimizer else (states, 0)
         lanes = config.lanes_of_a_rank(data)
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
-        weights = parameters * _weight_bytes(config)
+        weights = parameters * _weight_bytes(config) + trained * _gradient_bytes(config)
         needs.append(StageNeeds(parameters, weights, here, there, memories))
     return needs
 
@@ -74,12 +72,31 @@ def process_bytes(config: RunConfig, world: int) -> list[tuple[int, int]]:
     return [(stage.device, stage.offloaded) for stage in needs for _ in range(ranks)]
 
 
+def _of_stage(model: ModelConfig, bounds: list[int], counts: list[int], stage: int) -> int:
+    """Sums counts of `layer_list`'s layers over those of a stage."""
+    first, end, last_stage = bounds[stage], bounds[stage + 1], len(bounds) - 2
+    own = sum(counts[1 + first : 1 + end])
+    if stage == 0 or (stage == last_stage and model.tie_embeddings):
+        own += counts[0]
+    return own + (sum(counts[1 + model.num_layers :]) if stage == last_stage else 0)
+
+
+def _trained(config: RunConfig) -> list[int]:
+    """Counts the parameters that are trained of each layer of `layer_list`."""
+    if not config.optimizer.train:
+        return layer_parameters(config.model)
+    return trained_counts(config.model, config.optimizer.train)
+
+
 def _weight_bytes(config: RunConfig) -> int:
-    """Returns the bytes of one parameter and its gradient."""
-    if config.train.dtype == "fp32":
-        return 4 + 4
+    return 4 if config.train.dtype == "fp32" else 2
+
+
+def _gradient_bytes(config: RunConfig) -> int:
+    """Returns the bytes of one parameter's gradient."""
     # Only an offloaded optimizer keeps a bf16 gradient beside the sum.
-    return 2 + 4 + (2 if config.parallel.offload_optimizer else 0)
+    offloaded = config.train.dtype == "bf16" and config.parallel.offload_optimizer
+    return 4 + (2 if offloaded else 0)
 
 
 def _state_bytes(config: RunConfig) -> int:

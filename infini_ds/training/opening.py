@@ -15,6 +15,7 @@ from infini_ds.data.opening import open_data, with_vocabulary
 from infini_ds.errors import UserError
 from infini_ds.guard.watchdog import Watchdog
 from infini_ds.kernels.backend import check_backend
+from infini_ds.model.trained import trained_counts
 from infini_ds.parallel.build import build_engine
 from infini_ds.parallel.deepspeed.operators import build_cpu_adam
 from infini_ds.parallel.engine import Engine
@@ -66,6 +67,7 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
             locked = lock(Path(config.output_dir), config.train.timeout / 2)
         data, lanes = open_data(config)
         config = with_vocabulary(config, data)
+        trained_counts(config.model, config.optimizer.train)  # it may raise
         device = get_accelerator().device_name()
         check_backend(config.kernels.backend, device, config.model.head_dim)
         if config.parallel.offload_optimizer:

@@ -22,6 +22,7 @@ from infini_ds.guard.watchdog import Watchdog
 from infini_ds.model.flops import device_peak_flops, training_flops_per_token
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.optimizer import learning_rate_factor
+from infini_ds.model.trained import trained_counts
 from infini_ds.model.write_gate import write_penalty
 from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
@@ -389,6 +390,9 @@ class Trainer:
             f"{config.model.num_layers} layers, {config.train.batch_size} lanes, windows of "
             f"{config.train.window_segments} segments of {config.model.segment_length} tokens"
         )
+        if config.optimizer.train:
+            trained = sum(trained_counts(config.model, config.optimizer.train))
+            self._say(f"trains {trained:,} of these parameters (optimizer.train), keeps all others")
         self._say(
             f"layout: {config.parallel.describe(layout.pipeline, layout.data)}, "
             f"{layout.micro_batches} micro-batches of {config.train.micro_batch_size} lanes in "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -77,6 +78,27 @@ def test_fp32_of_a_bf16_run_are_the_weights_of_its_optimizer(saved, tmp_path):
     output = saved["bf16"] / "output"
     assert run("to-safetensors", output, tmp_path / "export", "--dtype", "fp32") == 0
     expected = masters_of(load_run(output).config)
+    assert_same(load_export(tmp_path / "export")[0].state_dict(), expected)
+
+
+def test_fp32_of_what_is_not_trained_are_the_weights_that_the_run_computes_with(saved, tmp_path):
+    checkpoint = shutil.copytree(
+        saved["bf16"] / "output" / "checkpoints" / "step_00000002", tmp_path / "step_00000002"
+    )
+    tree = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    tree["optimizer"]["train"] = ["*.beta"]
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(tree))
+    (file,) = checkpoint.glob("*optim_states.pt")
+    whole = torch.load(file, weights_only=False)
+    for mapping in whole["optimizer_state_dict"]["param_slice_mappings"]:
+        for name in [name for name in mapping if not name.endswith(".beta")]:
+            del mapping[name]
+    torch.save(whole, file)
+    write_manifest(checkpoint)
+    assert run("to-safetensors", checkpoint, tmp_path / "export", "--dtype", "fp32") == 0
+    loaded = load_run(checkpoint)
+    computed, masters = loaded.model.float().state_dict(), masters_of(loaded.config)
+    expected = {n: masters[n] if n.endswith(".beta") else computed[n] for n in computed}
     assert_same(load_export(tmp_path / "export")[0].state_dict(), expected)
 
 

@@ -118,7 +118,7 @@ def train(config: RunConfig) -> dict:
 
     def reduce_and_look() -> None:
         reduce()
-        sums = torch.cat([gradient_of(p).flatten() for p in engine.module.parameters()])
+        sums = torch.cat([gradient_of(p).flatten() for p in engine.trained_parameters()])
         result["unrounded"].append(float((sums != sums.bfloat16().float()).float().mean()))
 
     if result["optimizer"] == "BF16_Optimizer":

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from infini_ds.data.prepare import prepare
 from infini_ds.errors import UserError
+from infini_ds.runs.checkpoint import load_run
+from infini_ds.runs.export import write_export
 from infini_ds.system.compute_type import fastest_type
 from infini_ds.system.lock import lock
 from tests.damage import cut, flip
@@ -240,19 +242,28 @@ FP32 = {
     "model__num_layers": 4,
 }  # fmt: skip
 WRITING = {"write_gate": True, "write_penalty": 0.1, "short_conv": True}
-TIED = {**FP32, "model__tie_embeddings": True, "model__memory": WRITING}
+KINDS = {
+    "plain": FP32,
+    "tied": {**FP32, "model__tie_embeddings": True, "model__memory": WRITING},
+    # Of two stages, the first has gates to train, and neither weights nor norms.
+    "part": {**FP32, "optimizer__train": ["*.beta", "layers.3.self_attn.*", "layers.4.*"]},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, data):
-    """Finished fp32 runs, by layout and tying."""
+    """Finished fp32 runs, by layout and kind."""
     runs: dict = {}
 
-    def of(pipeline: int, data_parallel: int, tied: bool) -> Run:
-        key = pipeline, data_parallel, tied
+    def of(pipeline: int, data_parallel: int, kind: str) -> Run:
+        key = pipeline, data_parallel, kind
         if key not in runs:
-            settings = {**(TIED if tied else FP32), "parallel__pipeline_stages": pipeline}
-            runs[key] = Run(tmp_path_factory.mktemp("source"), data, **settings)
+            folder = tmp_path_factory.mktemp("source")
+            settings = {**KINDS[kind], "parallel__pipeline_stages": pipeline}
+            if kind == "part":  # from weights that are not those of its seed
+                write_export(load_run(of(2, 1, "plain").output).model, folder / "export")
+                settings["init_from"] = str(folder / "export")
+            runs[key] = Run(folder, data, **settings)
             runs[key].finish(pipeline * data_parallel)
         return runs[key]
 
@@ -261,29 +272,34 @@ def source(tmp_path_factory, data):
 
 class TestResumeInAnotherLayout:
     @pytest.mark.parametrize(
-        ("before", "after", "tied", "changes"),
+        ("before", "after", "kind", "changes"),
         [
-            pytest.param((2, 1), (1, 1), False, [], id="pipeline2_to_1"),
-            pytest.param((2, 1), (2, 2), False, [], id="pipeline2_to_2x2"),
-            pytest.param((1, 1), (2, 1), False, ["train.chunks=2"], id="pipeline1_to_2_in_chunks"),
-            pytest.param((2, 1), (4, 1), False, [], id="pipeline2_to_4", marks=pytest.mark.slow),
+            pytest.param((2, 1), (1, 1), "plain", [], id="pipeline2_to_1"),
+            pytest.param((2, 1), (2, 2), "plain", [], id="pipeline2_to_2x2"),
             pytest.param(
-                (1, 1), (1, 2), False, ["train.micro_batch_size=2"], id="data1_to_2_larger_batches"
+                (1, 1), (2, 1), "plain", ["train.chunks=2"], id="pipeline1_to_2_in_chunks"
             ),
-            pytest.param((1, 2), (1, 1), False, [], id="data2_to_1", marks=pytest.mark.slow),
-            pytest.param((2, 1), (1, 1), True, [], id="tied_pipeline2_to_1"),
+            pytest.param((2, 1), (4, 1), "plain", [], id="pipeline2_to_4", marks=pytest.mark.slow),
             pytest.param(
-                (2, 1), (2, 2), True, ["parallel.memory_transport=resident"],
+                (1, 1), (1, 2), "plain", ["train.micro_batch_size=2"],
+                id="data1_to_2_larger_batches",
+            ),
+            pytest.param((1, 2), (1, 1), "plain", [], id="data2_to_1", marks=pytest.mark.slow),
+            pytest.param((2, 1), (1, 1), "tied", [], id="tied_pipeline2_to_1"),
+            pytest.param((2, 1), (1, 1), "part", [], id="trained_part_pipeline2_to_1"),
+            pytest.param((1, 1), (2, 1), "part", [], id="trained_part_pipeline1_to_2"),
+            pytest.param(
+                (2, 1), (2, 2), "tied", ["parallel.memory_transport=resident"],
                 id="tied_pipeline2_to_2x2_resident", marks=pytest.mark.slow,
             ),
         ],
     )  # fmt: skip
     def test_goes_on_with_the_same_losses(
-        self, tmp_path, data, source, before, after, tied, changes
+        self, tmp_path, data, source, before, after, kind, changes
     ):
-        original = source(*before, tied)
+        original = source(*before, kind)
         odd = str(tmp_path / "layers=[1,2]*?")  # as sweeps name them
-        run = copied(original, tmp_path, data, **(TIED if tied else FP32), output_dir=odd)
+        run = copied(original, tmp_path, data, **KINDS[kind], output_dir=odd)
         without_checkpoints_after(run, 4)
         output = run.finish(after[0] * after[1], f"parallel.pipeline_stages={after[0]}", *changes)
         assert "at step 4\n" in output
@@ -295,7 +311,7 @@ class TestResumeInAnotherLayout:
         assert not list(run.output.glob("checkpoints/universal_*"))
 
     def test_transport_may_change_in_the_same_layout(self, tmp_path, data, source):
-        original = source(2, 1, False)
+        original = source(2, 1, "plain")
         run = copied(original, tmp_path, data, **FP32, output_dir=str(tmp_path / "resident [1]"))
         without_checkpoints_after(run, 4)
         run.finish(2, "parallel.memory_transport=resident")
@@ -311,7 +327,7 @@ class TestResumeInAnotherLayout:
         assert "can only be resumed in that layout" in line
 
     def test_setting_that_must_not_change_is_named(self, tmp_path, data, source):
-        run = copied(source(1, 1, False), tmp_path, data, **FP32)
+        run = copied(source(1, 1, "plain"), tmp_path, data, **FP32)
         with run.start(1, "train.window_segments=4") as ranks:
             assert ranks.wait(START) == [2], ranks.outputs()
             (line,) = error_lines(ranks)

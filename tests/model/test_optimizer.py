@@ -26,14 +26,8 @@ def model(**changes) -> InfiniTransformer:
 
 
 def groups_of(module: InfiniTransformer) -> dict[str, dict]:
-    groups = parameter_groups(module.named_parameters(), CONFIG, embedding_of(module))
+    groups = parameter_groups(module.named_parameters(), CONFIG)
     return {group["name"]: group for group in groups}
-
-
-def embedding_of(module: InfiniTransformer) -> torch.nn.Parameter:
-    weight = module.layers[0].weight
-    assert isinstance(weight, torch.nn.Parameter)
-    return weight
 
 
 def names_in(module: InfiniTransformer, group: dict) -> set[str]:
@@ -81,6 +75,18 @@ def test_empty_groups_are_dropped():
     norm = torch.nn.RMSNorm(4)
     groups = parameter_groups(norm.named_parameters(), CONFIG)
     assert [group["name"] for group in groups] == ["no_decay"]
+
+
+def test_what_is_not_trained_is_in_no_group_and_what_stands_still_does_not_decay():
+    module = model()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.endswith("down_proj.weight"))
+    (group,) = parameter_groups(module.named_parameters(), CONFIG)
+    assert names_in(module, group) == {f"layers.{block}.mlp.down_proj.weight" for block in (1, 2)}
+    assert group["weight_decay"] == 0.3
+    still = {"layers.2.mlp.down_proj.weight"}
+    (group,) = parameter_groups(module.named_parameters(), CONFIG, still)
+    assert group["weight_decay"] == 0.0
 
 
 def test_adamw_has_the_settings_and_a_step_changes_every_group():

@@ -61,6 +61,17 @@ def test_optimizer_states_are_shared_out_and_may_be_in_the_hosts_memory():
     assert process_bytes(offloaded, 4) == [(8 * parameters + memories, 12 * parameters // 4)] * 4
 
 
+def test_what_is_not_trained_has_neither_gradients_nor_states():
+    config = run_config(parallel__pipeline_stages=2, optimizer__train=["*.beta", "layers.4.*"])
+    counts = layer_parameters(config.model)
+    trained = [2 * 2, 2 + counts[4]]  # two gates in each of three blocks
+    own = [counts[0] + counts[1] + counts[2], sum(counts[3:])]
+    kept = [8 * 4 * MEMORY, 0]
+    for stage, (device, _) in enumerate(process_bytes(config, 2)):
+        assert device == 4 * own[stage] + (4 + 12) * trained[stage] + kept[stage]
+    assert checkpoint_bytes(config) == 4 * sum(counts) + 12 * sum(trained) + 8 * 4 * MEMORY
+
+
 def test_carried_memories_are_on_the_first_stage():
     resident, carried = (
         process_bytes(run_config(parallel__memory_transport=transport), 2)

@@ -13,7 +13,7 @@ from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.utils.timer import NoopTimer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from infini_ds.errors import RunError
@@ -22,7 +22,8 @@ from infini_ds.parallel.deepspeed.kept_files import KeptFiles
 from infini_ds.parallel.deepspeed.module import StageModule
 from infini_ds.parallel.deepspeed.universal import (
     UNIVERSAL_INFO,
-    allow_empty_shards,
+    load_by_groups,
+    load_frozen,
     plain_path,
 )
 
@@ -55,6 +56,10 @@ class CorrectedEngine(PipelineEngine):
     def gradient_norm(self) -> float:
         """Norm of the whole gradient of the last step, before clipping."""
         return float(self.get_global_grad_norm())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Returns this rank's parameters that receive gradients."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
         """Runs one backward pass over all outputs of a unit and adds the gradients to the sums.
@@ -124,34 +129,41 @@ class CorrectedEngine(PipelineEngine):
             self.checkpoint_engine = usual
         return self._kept_files.write
 
-    def load_states(self, load_from: Path, universal: bool) -> None:
+    def load_states(
+        self, load_from: Path, checkpoint: Path, frozen: dict[str, nn.Parameter]
+    ) -> None:
         """Loads weights and optimizer states from DeepSpeed's own files.
 
         Learning rates and weight decays keep the values from the config.
 
         Args:
-            universal: whether the files are in the universal form.
+            load_from: the checkpoint, or its universal form.
+            checkpoint: the checkpoint itself.
+            frozen: parameters that are not trained, by their names in InfiniTransformer.
 
         Raises:
             RunError: DeepSpeed could not load them.
         """
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        universal = load_from != checkpoint
         # When a run rolls back, this can differ from when the engine was built.
         self._config.load_universal_checkpoint = universal
         if universal:
-            allow_empty_shards(self.optimizer)
+            load_by_groups(self.optimizer, frozen.values())
         with contextlib.redirect_stdout(None), plain_path(load_from.parent) as folder:
             path, _ = self.load_checkpoint(folder, tag=load_from.name)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         if path is None:
             raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
+        if universal:
+            load_frozen(frozen, checkpoint)
 
     def clip_fp32_gradients(self) -> None:
         """Clips in fp32 without ZeRO; DeepSpeed would count tied weights twice and keep no norm."""
-        parameters = list(self.module.parameters())
-        owned = [p.grad for p in parameters if not p.ds_pipe_replicated]
+        parameters = self.trained_parameters()
+        owned = [p.grad for p in parameters if not p.ds_pipe_replicated]  # type: ignore[attr-defined]
         self._global_grad_norm = get_global_norm_of_tensors(owned, mpu=self.mpu)
         limit = self.gradient_clipping()
         if limit and self._global_grad_norm > limit:
@@ -184,7 +196,8 @@ class CorrectedEngine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Replaces a method that finds the gradients of only two of the three optimizers."""
         for weight, group in self.module.get_tied_weights_and_groups():
-            dist.all_reduce(gradient_of(weight), group=group)
+            if weight.requires_grad:
+                dist.all_reduce(gradient_of(weight), group=group)
 
     def _take_model_step(self, lr_kwargs) -> None:
         if not self.gradient_clipping() and not self.zero_optimization():

@@ -2,16 +2,20 @@
 
 import contextlib
 import glob
-import itertools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.utils import safe_set_full_fp32_param
+from torch import Tensor, nn
+
 from infini_ds.runs import manifest
+from infini_ds.runs.weights import CheckpointWeights
 
 # DeepSpeed's universal format must know that a tied weight is on the first and the last stage.
 UNIVERSAL_INFO = {
@@ -64,24 +68,45 @@ def plain_path(directory: Path) -> Iterator[str]:
         os.close(opened)
 
 
-def allow_empty_shards(optimizer: Any) -> None:
-    """Makes a universal form loadable where a group is too small to be on every rank.
+def load_by_groups(optimizer: Any, without: Iterable[Tensor]) -> None:
+    """Makes a universal form loadable where groups differ from those of the rank that wrote it.
 
-    DeepSpeed reads the step from a group's first parameter, which fails on a rank that has none,
-    such as one of many ranks that share a few gates.
+    DeepSpeed loads as many groups as that rank had. It reads the step from a group's first
+    parameter, which fails on a rank that has none, such as one of many ranks that share a few
+    gates.
+
+    Args:
+        without: parameters that are not trained, which the form may lack; see `load_frozen`.
     """
+    left_out = set(map(id, without))
     load_all = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
 
     def load_held(name: str, folder: str) -> None:
         groups, inner = getattr(optimizer, name), optimizer.optimizer
         everything = inner.param_groups
-        held = [any(p._hp_mapping is not None for p in group) for group in groups]
-        setattr(optimizer, name, list(itertools.compress(groups, held)))
-        inner.param_groups = list(itertools.compress(everything, held))
         try:
-            load_all(name, folder)
+            for group, settings in zip(groups, everything, strict=True):
+                if any(p._hp_mapping is not None and id(p) not in left_out for p in group):
+                    setattr(optimizer, name, [group])
+                    inner.param_groups = [settings]
+                    load_all(name, folder)
         finally:
             setattr(optimizer, name, groups)
             inner.param_groups = everything
 
     optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_held
+
+
+@torch.no_grad()
+def load_frozen(parameters: dict[str, nn.Parameter], checkpoint: Path) -> None:
+    """Fills parameters that are not trained, which the universal form leaves out.
+
+    Args:
+        parameters: by their names in InfiniTransformer.
+        checkpoint: of which the form was made.
+    """
+    weights = CheckpointWeights(checkpoint)
+    for name, parameter in parameters.items():
+        value = weights.read(name).to(parameter.device)
+        parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value.float())

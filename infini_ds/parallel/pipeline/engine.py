@@ -6,7 +6,7 @@ unit is one chunk of one micro-batch on one stage.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from infini_ds.parallel.pipeline.balance import describe
 from infini_ds.parallel.pipeline.generation import generate
 from infini_ds.parallel.pipeline.hand_over import HandOver
 from infini_ds.parallel.pipeline.hops import open_hops
-from infini_ds.parallel.pipeline.module import InfiniPipeline, single_process_name
+from infini_ds.parallel.pipeline.module import InfiniPipeline
 from infini_ds.parallel.pipeline.payload import Payload, Wire
 from infini_ds.parallel.pipeline.schedule import (
     Backward,
@@ -218,10 +218,9 @@ class InfiniEngine(CorrectedEngine):
         table = np.array([all_gates[block] for block in sorted(all_gates)])
         return table, {block: float(np.mean(all_norms[block])) for block in sorted(all_norms)}
 
-    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """See `Engine`."""
-        for name, parameter in self.module.named_parameters():
-            yield single_process_name(name), parameter
+        return self.module.own_parameters()
 
     def save(self, directory: Path, step: int) -> None:
         """See `Engine`."""
@@ -238,7 +237,7 @@ class InfiniEngine(CorrectedEngine):
 
     def load(self, directory: Path, load_from: Path, state: dict[str, Any]) -> None:
         """See `Engine`."""
-        self.load_states(load_from, universal=load_from != directory)
+        self.load_states(load_from, directory, self.module.frozen)
         self.memories.read(directory / "memory", self.part.lanes)
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], 0
 
@@ -412,7 +411,7 @@ class InfiniEngine(CorrectedEngine):
         """
         broken = ~self._loss_sum.isfinite()
         if not self.checks_gradients():
-            norms = torch.stack([gradient_of(p).norm() for p in self.module.parameters()])
+            norms = torch.stack([gradient_of(p).norm() for p in self.trained_parameters()])
             broken |= (~norms.isfinite()).any()
         sums = self.all_sum(torch.cat((broken.double().view(1), self._bad_lanes)))
         self._bad_lanes.copy_(sums[1:])

@@ -1,8 +1,11 @@
 """The model as a DeepSpeed PipelineModule that holds the layers of one stage."""
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
-from torch import Tensor
+from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
@@ -11,6 +14,8 @@ from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.block import Block, Checkpointing
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
+from infini_ds.model.optimizer import group_of
+from infini_ds.model.trained import is_trained, trained_groups
 from infini_ds.model.write_gate import WriteStats
 from infini_ds.parallel.deepspeed.module import StageModule
 from infini_ds.parallel.pipeline.balance import balance
@@ -40,6 +45,8 @@ class InfiniPipeline(StageModule):
     def __init__(self, config: ModelConfig, stages: int, seed: int, checkpointing: Checkpointing):
         super().__init__(layer_specs(config, checkpointing), balance(config, stages))
         self.config = config
+        self.frozen: dict[str, nn.Parameter] = {}
+        """Parameters that keep their values, by their names in InfiniTransformer."""
         for place, layer in self.placed_layers():
             initialize(layer, place, config, seed)
         for layer in self.tied_modules.values():
@@ -56,6 +63,38 @@ class InfiniPipeline(StageModule):
         tied = TIED_KEY in self.tied_modules
         layer = self.tied_modules[TIED_KEY] if tied else self.forward_funcs[0]
         return layer.weight if isinstance(layer, Embedding) else None
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields this stage's parameters by their names in InfiniTransformer."""
+        for name, parameter in self.named_parameters():
+            yield single_process_name(name), parameter
+
+    def choose_trained(self, patterns: list[str]) -> None:
+        """Makes parameters that are not to be trained keep their values.
+
+        All stages must have the same groups of the optimizer, or DeepSpeed waits forever for the
+        gradient's norm of one that others lack. A stage with nothing to train in a group puts one
+        parameter there that receives a gradient of zero. It is in the stage's last block, so that
+        the first stage computes little for it.
+
+        Args:
+            patterns: optimizer.train; see `model.trained`.
+        """
+        lacking = trained_groups(self.config, patterns)
+        for name, parameter in self.own_parameters():
+            if is_trained(name, patterns):
+                lacking.discard(group_of(name, parameter))
+            else:
+                parameter.requires_grad_(False)
+                self.frozen[name] = parameter
+        last = self.blocks[-1]
+        stand_ins = {
+            "weights": last.mlp.down_proj.weight,
+            "no_decay": last.post_attention_layernorm.weight,
+            "gates": last.self_attn.beta,
+        }
+        for group in lacking:
+            stand_ins[group].requires_grad_().register_hook(torch.zeros_like)
 
     def forward(
         self,

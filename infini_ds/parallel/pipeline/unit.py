@@ -38,22 +38,21 @@ class Unit:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the outputs that receive gradients, and these.
 
+        Outputs that depend on nothing that is trained receive none.
+
         Args:
             gradient: of the output.
             mass: gradient of the summed write weights.
             of_memory: gradients that the window's next chunk left for the tensors of `memory_out`;
                 empty for the last chunk.
         """
-        tensors, gradients = [self.output], [gradient]
+        found: list[tuple[Tensor, Tensor | None]] = [(self.output, gradient)]
         if self.mass is not None:
-            tensors.append(self.mass)
-            gradients.append(torch.full_like(self.mass, mass))
+            found.append((self.mass, torch.full_like(self.mass, mass)))
         if of_memory:
-            for tensor, own in zip(self.memory_out, of_memory, strict=True):
-                if own is not None:
-                    tensors.append(tensor)
-                    gradients.append(own)
-        return tensors, gradients
+            found += zip(self.memory_out, of_memory, strict=True)
+        received = [(out, own) for out, own in found if out.requires_grad and own is not None]
+        return [out for out, _ in received], [own for _, own in received]
 
 
 def traced(name: str) -> AbstractContextManager:
