@@ -155,16 +155,12 @@ REFUSED = {
     "half_pair": (turns("x", "\ud800"), CHATML, "invalid UTF-8"),
     "special": (turns("x", "a<|im_end|>b"), CHATML, "content holds a special token"),
     "eos": (turns("x</s>", "y"), CHATML, "content holds a special token"),
-    "role_special": (
-        turns("x", "y", roles=("<s>", "assistant")),
-        CHATML,
-        "content holds a special",
-    ),
+    "role": (turns("x", "y", roles=("<s>", "assistant")), CHATML, "content holds a special token"),
     "noncharacter": (turns("x", "\ufdd0"), GENERATION, "content holds a special token"),
     "raised": (
         turns("x", "y", roles=("system", "assistant")),
         TEMPLATES["no_system"],
-        "the chat template refuses it (Only user and assistant roles are supported)",
+        "the chat template refuses it (Conversation roles must alternate user/assistant)",
     ),
     "fails": (turns("x", "y"), "{{ messages + 1 }}", "the chat template refuses it (can only"),
     "no_prefix": (CHAT, NO_PREFIX, "the chat template does not show where the assistant's turns"),
@@ -257,12 +253,11 @@ def test_the_template_is_where_transformers_finds_it(tmp_path):
     named.write_text(GENERATION)
     config = TokenizerConfig(kind="tokenizers", model=str(model), chat_template=str(named))
     tokenizer = configured_tokenizer(config)
-    (tmp_path / "saved").mkdir()
-    tokenizer.save(tmp_path / "saved")
-    assert (
-        load_tokenizer("tokenizers", tmp_path / "saved/tokenizer.json").chat_template == GENERATION
-    )
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == GENERATION
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    tokenizer.save(saved)
+    assert load_tokenizer("tokenizers", saved / "tokenizer.json").chat_template == GENERATION
+    assert AutoTokenizer.from_pretrained(saved).chat_template == GENERATION
 
 
 @pytest.mark.parametrize(
