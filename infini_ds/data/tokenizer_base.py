@@ -23,8 +23,7 @@ _IDS_AT_ONCE = 1 << 20
 
 
 class Tokenizer:
-    """Converts between text and token ids. No text is ever encoded to the ids of BOS and EOS,
-    except by `encode_rendered`.
+    """Converts between text and token ids. Only `encode_rendered` gives ids of BOS and EOS.
 
     Args:
         table: the bytes that each id stands for; empty for BOS, EOS and unknown.

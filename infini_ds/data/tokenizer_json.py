@@ -32,10 +32,10 @@ class TokenizerJson(Tokenizer):
 
     Ids are those of transformers with `add_special_tokens=False, split_special_tokens=True`:
     anything written like a special token is text. That also holds where transformers still finds
-    the token in the model's own vocabulary (Unigram, WordLevel, BPE with `ignore_merges`). Ids of
-    `encode_rendered` are those with `add_special_tokens=False` alone. A space
+    the token in the model's own vocabulary (Unigram, WordLevel, BPE with `ignore_merges`). A space
     mark is encoded as its bytes. Encoding is as lossless as the tokenizer is: where it normalises
-    text, `token_bytes` counts the normalised text.
+    text, `token_bytes` counts the normalised text. Ids of `encode_rendered` are those of
+    transformers with `add_special_tokens=False` alone.
 
     Args:
         file: the tokenizer.json. Beside it, tokenizer_config.json has `bos_token` and `eos_token`,

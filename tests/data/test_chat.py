@@ -10,12 +10,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from infini_ds.config import DataConfig, TokenizerConfig
+from infini_ds.conversion.hf.tokenization_infini import InfiniTokenizer
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import encode_rendered
+from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
 from infini_ds.data.tokenizer import configured_tokenizer, load_tokenizer
 from infini_ds.errors import UserError
 from tests.data.chat_templates import CHATML, GENERATION, LLAMA3, TEMPLATES, TOKENS, turns
-from tests.data.tokenizer_files import byte_level, sentencepiece_like
+from tests.data.tokenizer_files import SOURCE, byte_level, sentencepiece_like
 
 CHAT = turns("def é?  ", "return 漢 🎉 first", "and second", "  def f(x):\n")
 KINDS = {"byte_level": byte_level, "sentencepiece_like": sentencepiece_like}
@@ -299,3 +301,31 @@ def test_bytes_have_bos_and_eos_alone_as_tokens(tmp_path):
     assert encoded.tokens.tolist() == [256, *before, *answer]
     assert encoded.weights.tolist() == [0] * (1 + len(before)) + [1] * len(answer)
     assert encoded.weights.dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("name", ["zephyr", "llama3"])
+def test_other_kinds_have_the_tokens_of_their_exports(tmp_path, kind, name):
+    (tmp_path / "mine.jinja").write_text(TEMPLATES[name])
+    model = tmp_path / "a.model" if kind == "sentencepiece" else ""
+    if model:
+        train_sentencepiece(iter(SOURCE.split("\n")), 320, model)
+    theirs = InfiniTokenizer(str(model) or None, chat_template=TEMPLATES[name])
+    config = TokenizerConfig(
+        kind=kind, model=str(model), chat_template=str(tmp_path / "mine.jinja")
+    )
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}))
+    (document,) = Corpus(
+        DataConfig(
+            source="files", files=[str(path)], messages_field="messages", store="",
+            tokenizer=config,
+        )
+    )  # fmt: skip
+    tokenizer = load_tokenizer(kind, model)
+    encoded = encode_rendered(tokenizer, document.text, document.spans)
+    ids = theirs.apply_chat_template(CHAT, return_dict=False)
+    end = -1 if name == "zephyr" else None  # white space behind EOS
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    expected = bos * (ids[:1] != bos) + ids[:end] + eos * (name == "llama3")
+    assert encoded.tokens.tolist() == expected
