@@ -39,6 +39,8 @@ class TokenizerConfig(Settings):
     """The tokenizer is trained on at most this much text, taken from all over the corpus."""
     min_restored: float = Field(default=0.9, ge=0, le=1)
     """Refuse a tokenizer if a smaller share of the text's bytes can be restored from its tokens."""
+    chat_template: PathText = ""
+    """File of the chat template, in Jinja. If empty, the one beside `model` is taken."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizerConfig":
@@ -46,6 +48,8 @@ class TokenizerConfig(Settings):
             raise ValueError("model must be empty when kind is bytes")
         if self.kind == "tokenizers" and not self.model:
             raise ValueError("model must name a tokenizer.json when kind is tokenizers")
+        if self.kind == "sentencepiece" and self.chat_template and not self.model:
+            raise ValueError("model must name a tokenizer.model when chat_template is given")
         return self
 
 
@@ -176,6 +180,8 @@ class CorpusConfig(Settings):
     """Field of a record that holds the text, in .jsonl, .parquet or datasets; or as `meta.text`."""
     weighted_field: str = ""
     """Field read instead of text_field: a list of [text, weight of the loss] or {text, weight}."""
+    messages_field: str = ""
+    """Field read instead of text_field: a chat, a list of {role, content}, by a chat template."""
     max_documents: int = Field(default=0, ge=0)
     """Stop after this many documents; 0 means all."""
     held_out_fraction: float = Field(default=0.02, ge=0, lt=1)
@@ -195,7 +201,7 @@ class CorpusConfig(Settings):
     @property
     def weighted(self) -> bool:
         """Whether the store has a weight for each token."""
-        return self.made is not None or self.weighted_field != ""
+        return self.made is not None or bool(self.weighted_field or self.messages_field)
 
     @property
     def grouped(self) -> bool:
@@ -210,6 +216,10 @@ class CorpusConfig(Settings):
             raise ValueError("dataset must be named when source is huggingface")
         if self.weighted_field and self.source not in ("files", "huggingface"):
             raise ValueError("weighted_field must be empty unless source is files or huggingface")
+        if self.messages_field and self.source not in ("files", "huggingface"):
+            raise ValueError("messages_field must be empty unless source is files or huggingface")
+        if self.messages_field and self.weighted_field:
+            raise ValueError("messages_field must be empty when weighted_field is given")
         return self
 
 
@@ -273,6 +283,12 @@ class DataConfig(CorpusConfig):
                 raise ValueError("store must name the directory of the token store")
             if self.source == "passkey" and self.tokenizer.kind != "bytes":
                 raise ValueError("tokenizer.kind must be bytes when source is passkey")
+            kind, model = self.tokenizer.kind, self.tokenizer.model
+            if self.messages_field and kind == "sentencepiece" and not model:
+                raise ValueError(
+                    "tokenizer.model must name a model when messages_field is given; "
+                    "tokenizer/train.sh trains one"
+                )
             return self
         for name, field in CorpusConfig.model_fields.items():
             if getattr(self, name) != field.default:

@@ -12,6 +12,7 @@ import numpy as np
 
 from infini_ds.config import DataConfig
 from infini_ds.data import text_files
+from infini_ds.data.chat import Chat, Unusable
 from infini_ds.data.corpus_files import digest_of, kind_of, library_sources, matching, unreadable
 from infini_ds.data.json_records import InvalidJson, json_records
 from infini_ds.errors import UserError
@@ -25,7 +26,7 @@ _LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 class Span(NamedTuple):
-    """A part of a document that is encoded on its own, so that no token crosses its ends."""
+    """A part of a document, encoded on its own unless a chat template wrote the document."""
 
     characters: int
     """Length in characters; may be 0."""
@@ -43,6 +44,8 @@ class Document(NamedTuple):
     """Consecutive parts of the text, if the corpus has weights."""
     group: int = 0
     """Number of pass keys in it, if the corpus has several such numbers."""
+    rendered: bool = False
+    """Whether a chat template wrote it, so that special tokens in it are tokens."""
 
 
 class Skipped:
@@ -84,6 +87,7 @@ class Corpus:
         self._config = config
         self.skipped = Skipped()
         self.done_bytes = 0
+        self._chat = Chat(config) if config.messages_field else None
         self._files: list[Path] = []
         if config.source == "files":
             self._files = matching(config.files)
@@ -131,6 +135,13 @@ class Corpus:
 
     def _document_of(self, name: str, value: Any) -> Document | None:
         """Turns a record into a document, or returns None if the record is skipped."""
+        if self._chat:
+            try:
+                text, parts = self._chat.written(value)
+            except Unusable as error:
+                self.skipped.add(str(error), name)
+                return None
+            return Document(name, text, tuple(Span(*part) for part in parts), rendered=True)
         weighted = self._config.weighted
         pieces = _pieces_of(value) if weighted else [(value, 1.0)]
         try:
@@ -235,7 +246,9 @@ class Corpus:
         setting, name = _field_of(self._config)
         # Read the text as bytes: one row of invalid UTF-8 must not end the whole file.
         kind: Any = pyarrow.large_binary()
-        if self._config.weighted:
+        content = "messages" if self._chat else "text"
+        if self._config.weighted_field:
+            content = "lists of {text, weight}"
             piece = [("text", pyarrow.large_binary()), ("weight", pyarrow.float64())]
             kind = pyarrow.large_list(pyarrow.struct(piece))
         try:
@@ -248,11 +261,15 @@ class Corpus:
                     column = batch.column(batch.schema.names.index(steps[0]))
                     for step in steps[1:]:
                         column = pyarrow.compute.struct_field(column, [step])
-                    for value in column.cast(kind):
+                    for value in column if self._chat else column.cast(kind):
                         number += 1
-                        yield f"{path} row {number}", value.as_py()
+                        try:
+                            record = f"{path} row {number}", value.as_py()
+                        except UnicodeDecodeError:
+                            self.skipped.add("invalid UTF-8", f"{path} row {number}")
+                        else:
+                            yield record
         except pyarrow.ArrowException as error:
-            content = "lists of {text, weight}" if self._config.weighted else "text"
             raise UserError(
                 f"data.files {path}: cannot be read as parquet with {content} in {setting} "
                 f"{name!r} ({one_line(error)})"
@@ -386,8 +403,9 @@ def _load_dataset(config: DataConfig):
 
 def _field_of(config: DataConfig) -> tuple[str, str]:
     """Returns the setting that names the field of the text, and that name."""
-    if config.weighted_field:
-        return "data.weighted_field", config.weighted_field
+    for setting in ("messages_field", "weighted_field"):
+        if field := getattr(config, setting):
+            return f"data.{setting}", field
     return "data.text_field", config.text_field
 
 

@@ -66,14 +66,51 @@ def encode(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...] = ()) -> Enc
         of_part = np.array([0, *(weight for _, weight in spans), spans[-1].weight], np.float32)
         weights = np.repeat(of_part, [1, *map(len, parts), 1])
     content = text.encode()
-    draw = int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
     back = restored(tokenizer, tokens, content)
-    return Encoded(tokens, len(content), back, draw, weights)
+    return Encoded(tokens, len(content), back, _draw(content), weights)
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...]) -> Encoded:
+    """Encodes a document that a chat template has written.
+
+    BOS and EOS are added unless the template has written them there. A token has the weight of
+    the part in which it lies; where it lies in several, one with weight is enough, as in
+    transformers' masks of the assistant.
+    """
+    lengths = [characters for characters, _ in spans]
+    ids, places = tokenizer.encode_rendered(text, np.cumsum(lengths).tolist())
+    sums = np.r_[0, np.cumsum(np.repeat([weight for _, weight in spans], lengths))]
+    own = sums[places[:, 1]] > sums[places[:, 0]]
+    bos, eos = (np.array([i], np.uint32) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    bos, eos = bos[: not np.array_equal(ids[:1], bos)], eos[: not np.array_equal(ids[-1:], eos)]
+    tokens = stored_tokens([bos, ids, eos], tokenizer.vocab_size)
+    weights = np.r_[np.zeros(len(bos)), own, np.full(len(eos), spans[-1].weight)]
+    content = _without_special(tokenizer, text, ids, places).encode()
+    back = restored(tokenizer, tokens, content)
+    return Encoded(tokens, len(content), back, _draw(text.encode()), weights.astype(np.float32))
+
+
+def _without_special(tokenizer: Tokenizer, text: str, ids: np.ndarray, places: np.ndarray) -> str:
+    """Returns the text without what became special tokens, which stand for no bytes."""
+    special = tokenizer.special_tokens
+    parts, at = [], 0
+    for i in np.flatnonzero(np.isin(ids, [*special.values()])):
+        begin, end = places[i]
+        if special.get(text[begin:end].strip()) == ids[i]:
+            parts.append(text[at:begin])
+            at = end
+    return "".join(parts) + text[at:]
+
+
+def _draw(content: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
 def _encode_all(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
     return [
-        encode(tokenizer, document.text, document.spans)._replace(group=document.group)
+        (encode_rendered if document.rendered else encode)(
+            tokenizer, document.text, document.spans
+        )._replace(group=document.group)
         for document in batch
     ]
 

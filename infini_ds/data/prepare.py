@@ -20,6 +20,7 @@ from rich.table import Table
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig
 from infini_ds.data.babilong import BabilongCorpus
+from infini_ds.data.chat_template import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from infini_ds.data.documents import Corpus
 from infini_ds.data.encoding import Encoded, encoded_batches
 from infini_ds.data.generation_settings import GENERATION
@@ -39,7 +40,7 @@ from infini_ds.data.store import (
     restored_share,
     token_dtype,
 )
-from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import configured_tokenizer, load_tokenizer
 from infini_ds.data.train_tokenizer import no_documents, train_tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import cause, one_line
@@ -111,7 +112,7 @@ def _write_store(config: DataConfig, path: Path, workers: int, console: Console)
     kind = config.tokenizer.kind
     model = path / TOKENIZER_FILES[kind]
     if config.tokenizer.model:
-        load_tokenizer(kind, config.tokenizer.model).save(path)
+        configured_tokenizer(config.tokenizer).save(path)
     elif kind == "sentencepiece":
         console.print(f"training a tokenizer of {config.tokenizer.vocab_size:,} pieces")
         train_tokenizer(corpus, config, model)
@@ -253,8 +254,8 @@ def _check_replaceable(path: Path) -> None:
     """Refuses to replace anything but a token store, since the name may be a mistake."""
     if not path.exists():
         return
-    known = {MANIFEST, COUNTS, *filter(None, TOKENIZER_FILES.values()), "tokenizer_config.json"}
-    known.add(GENERATION)
+    known = {MANIFEST, COUNTS, *filter(None, TOKENIZER_FILES.values()), TOKENIZER_CONFIG}
+    known |= {CHAT_TEMPLATE, GENERATION}
     known.update(
         f"{name}{end}"
         for name in SPLITS

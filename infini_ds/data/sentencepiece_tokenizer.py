@@ -41,6 +41,11 @@ class SentencePieceTokenizer(Tokenizer):
             hashlib.sha256(model).hexdigest(),
         )
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """See Tokenizer."""
+        return {self._processor.IdToPiece(i): i for i in (self.bos_id, self.eos_id)}
+
     def save(self, directory: Path) -> None:
         """See Tokenizer."""
         super().save(directory)

@@ -10,6 +10,7 @@
 | `train.counts.npy` | int64 [vocab]: how often each token occurs in train, without BOS |
 | `tokenizer.model` | the sentencepiece model, if the tokenizer is one |
 | `tokenizer.json`, `tokenizer_config.json` | its files, if it is one of the library `tokenizers` |
+| `chat_template.jinja` | its chat template, if tokenizer_config.json has another or none |
 
 The splits are `train` and `held_out`. A store without a valid manifest does not exist.
 """
@@ -25,7 +26,7 @@ import numpy as np
 
 from infini_ds.config import TOKENIZER_FILES, DataConfig, PasskeyConfig
 from infini_ds.data.joined import Joined
-from infini_ds.data.tokenizer import load_tokenizer
+from infini_ds.data.tokenizer import configured_tokenizer, load_tokenizer
 from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.whole_file import sha256_of
@@ -71,7 +72,8 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     Raises:
         UserError: the given tokenizer model cannot be read.
     """
-    field = "weighted_field" if config.weighted_field else "text_field"
+    fields = ("messages_field", "weighted_field")
+    field = next((name for name in fields if getattr(config, name)), "text_field")
     names = {
         "files": ["files", "document_separator", field],
         "huggingface": ["dataset", "dataset_config", "dataset_split", field],
@@ -87,6 +89,10 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
                 settings[setting] = value
     tokenizer = config.tokenizer
     settings["data.tokenizer.kind"] = tokenizer.kind
+    if config.messages_field:
+        chat = configured_tokenizer(tokenizer)
+        written = json.dumps([chat.chat_template, chat.template_names], sort_keys=True)
+        settings["data.tokenizer.chat_template"] = hashlib.sha256(written.encode()).hexdigest()
     if tokenizer.kind != "bytes":
         # The model's content matters, not its place.
         settings["data.tokenizer.model"] = (

@@ -1,12 +1,15 @@
 """Converts text to token ids and back: the base of all tokenizers, and plain bytes."""
 
 import hashlib
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from infini_ds.data.chat_template import save_chat_template
 from infini_ds.data.generation_settings import save_generation
 
 # Sentencepiece writes a space as this character, so one in the text would come back as a space.
@@ -20,7 +23,7 @@ _IDS_AT_ONCE = 1 << 20
 
 
 class Tokenizer:
-    """Converts between text and token ids. No text is ever encoded to the ids of BOS and EOS.
+    """Converts between text and token ids. Only `encode_rendered` gives ids of BOS and EOS.
 
     Args:
         table: the bytes that each id stands for; empty for BOS, EOS and unknown.
@@ -28,6 +31,8 @@ class Tokenizer:
 
     generation: dict[str, Any] = {}  # noqa: RUF012, replaced whole
     """Generation settings of the model it came with, see `read_generation`."""
+    chat_template: str = ""
+    """Chat template of the model it came with, see `read_chat_template`."""
 
     def __init__(self, table: list[bytes], bos_id: int, eos_id: int, fingerprint: str):
         self.table = table
@@ -56,9 +61,46 @@ class Tokenizer:
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
 
+    def encode_rendered(self, text: str, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes what a chat template has written: its special tokens are tokens, not text.
+
+        Args:
+            ends: where parts of the text end, in characters. Tokenizers that do not tell the
+                characters of their tokens let none cross an end.
+
+        Returns:
+            ids, uint32 [tokens], and the characters in which each lies, int64 [tokens, 2]: the
+            first, and the one after the last.
+        """
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        found = list(re.finditer("|".join(map(re.escape, names)), text))
+        cuts = {0, *ends, len(text)}.union(*(match.span() for match in found))
+        ids, places, begins = [np.empty(0, np.uint32)], [np.empty((0, 2), np.int64)], True
+        for begin, end in itertools.pairwise(sorted(cuts)):
+            special = self.special_tokens.get(text[begin:end])
+            if special is None:
+                ids.append(self.encode_array(text[begin:end], begins))
+                begins = False
+            else:
+                ids.append(np.array([special], np.uint32))
+            places.append(np.tile(np.array([begin, end]), (len(ids[-1]), 1)))
+        return np.concatenate(ids), np.concatenate(places)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids by what a chat template writes for them; BOS and EOS are among them."""
+        return {"<s>": self.bos_id, "</s>": self.eos_id}
+
+    @property
+    def template_names(self) -> dict[str, str]:
+        """Special tokens by the names that chat templates have for them, such as `bos_token`."""
+        texts = {i: text for text, i in self.special_tokens.items()}
+        return {"bos_token": texts[self.bos_id], "eos_token": texts[self.eos_id]}
+
     def save(self, directory: Path) -> None:
         """Writes the files from which `load_tokenizer` restores this tokenizer, if it needs any."""
         save_generation(self.generation, directory)
+        save_chat_template(self.chat_template, directory)
 
     @property
     def eos_ids(self) -> list[int]:

@@ -1,5 +1,6 @@
 """Reads a tokenizer.json of Hugging Face's library `tokenizers`, as pretrained models have it."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from infini_ds.config import TOKENIZER_FILES
+from infini_ds.data.chat_template import TOKENIZER_CONFIG
 from infini_ds.data.generation_settings import read_settings
 from infini_ds.data.tokenizer_base import PIECE_CHARACTERS, SPACE_MARK, Exact, Tokenizer
 from infini_ds.errors import UserError
@@ -19,7 +22,6 @@ from infini_ds.system.causes import one_line
 # Encoding one text at a time needs no threads, and `prepare` already runs many processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SPECIAL = "tokenizer_config.json"
 # Characters compared on each side to see whether a cut changes tokens, and number of cuts tried.
 _AROUND = 500
 _TRIED = 20
@@ -32,7 +34,8 @@ class TokenizerJson(Tokenizer):
     anything written like a special token is text. That also holds where transformers still finds
     the token in the model's own vocabulary (Unigram, WordLevel, BPE with `ignore_merges`). A space
     mark is encoded as its bytes. Encoding is as lossless as the tokenizer is: where it normalises
-    text, `token_bytes` counts the normalised text.
+    text, `token_bytes` counts the normalised text. Ids of `encode_rendered` are those of
+    transformers with `add_special_tokens=False` alone.
 
     Args:
         file: the tokenizer.json. Beside it, tokenizer_config.json has `bos_token` and `eos_token`,
@@ -51,7 +54,7 @@ class TokenizerJson(Tokenizer):
             reason = one_line(error)
             raise UserError(f"data.tokenizer.model {file}: no tokenizer.json ({reason})") from None
         self._model, self._content = model, content
-        self._settings = read_settings(file.with_name(SPECIAL))
+        self._settings = read_settings(file.with_name(TOKENIZER_CONFIG))
         bos, eos = (_special_id(file, model, name) for name in ("bos", "eos"))
         tree = json.loads(model.to_str())  # complete, even where the file leaves out defaults
         vocabulary = model.get_vocab(with_added_tokens=True)
@@ -69,21 +72,57 @@ class TokenizerJson(Tokenizer):
             if {bos, eos} & set(self._encode_as_it_is(end)):
                 raise UserError(
                     f"data.tokenizer.model {file}: a text with {end!r} would have BOS or EOS "
-                    "inside; name other tokens in " + SPECIAL
+                    "inside; name other tokens in " + TOKENIZER_CONFIG
                 )
         digest = hashlib.sha256(content + f" {bos} {eos}".encode())
         super().__init__(table, bos, eos, digest.hexdigest())
 
     def save(self, directory: Path) -> None:
         """See Tokenizer. BOS and EOS go into tokenizer_config.json; its other entries stay."""
-        super().save(directory)
         (directory / TOKENIZER_FILES["tokenizers"]).write_bytes(self._content)
         tree = self._settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
         for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if not tree.get(name):
                 tree = {**tree, name: self._model.id_to_token(i)}
         text = json.dumps(tree, indent=2, ensure_ascii=False)
-        (directory / SPECIAL).write_text(text + "\n", encoding="utf-8")
+        (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        super().save(directory)
+
+    def encode_rendered(self, text: str, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """See Tokenizer. The text is encoded as a whole, so tokens may cross its parts' ends."""
+        found = self._chat_encoder.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.uint32), np.array(found.offsets, np.int64).reshape(-1, 2)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """See Tokenizer."""
+        added = self._model.get_added_tokens_decoder().items()
+        # A token of a single character is found in texts even if it is special.
+        special = {token.content: i for i, token in added if token.special and token.content[1:]}
+        return special | {str(self._model.id_to_token(i)): i for i in (self.bos_id, self.eos_id)}
+
+    @functools.cached_property
+    def template_names(self) -> dict[str, str]:
+        """See Tokenizer."""
+        named = {name: token for name, token in self._settings.items() if name.endswith("_token")}
+        contents = {
+            name: token.get("content") if isinstance(token, dict) else token
+            for name, token in named.items()
+        }
+        texts = {name: text for name, text in contents.items() if isinstance(text, str)}
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return texts | {name: str(self._model.id_to_token(i)) for name, i in ends.items()}
+
+    @functools.cached_property
+    def _chat_encoder(self) -> tokenizers.Tokenizer:
+        # Post-processors would leave the spaces before words out of the characters of tokens.
+        tree = json.loads(self._content) | {"post_processor": None}
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        encoder.no_truncation()
+        encoder.no_padding()
+        known = {token.content for token in encoder.get_added_tokens_decoder().values()}
+        encoder.add_special_tokens([text for text in self.special_tokens if text not in known])
+        return encoder
 
     def _encode_piece(self, text: str, begins: bool) -> list[int]:
         return self._exact.encode(text, begins)
@@ -115,7 +154,7 @@ class TokenizerJson(Tokenizer):
 
 def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
     """Returns the id of `bos` or `eos`."""
-    for beside in (file.with_name(SPECIAL), file.with_name("config.json")):
+    for beside in (file.with_name(TOKENIZER_CONFIG), file.with_name("config.json")):
         tree = read_settings(beside)
         token, i = tree.get(f"{name}_token"), tree.get(f"{name}_token_id")
         if token not in (None, ""):
@@ -133,7 +172,7 @@ def _special_id(file: Path, model: tokenizers.Tokenizer, name: str) -> int:
         return i
     raise UserError(
         f"data.tokenizer.model {file}: must have a {name.upper()}, has none; put `{name}_token` "
-        f"into a {SPECIAL} beside it"
+        f"into a {TOKENIZER_CONFIG} beside it"
     )
 
 

@@ -61,6 +61,8 @@ def kept_tokenizer(directory: Path, kind: str) -> Path | None:
 def _is_kept(tokenizer: Tokenizer, kind: str, run: Path) -> bool:
     file = kept_tokenizer(run, kind)
     try:
-        return file is not None and load_tokenizer(kind, file).fingerprint == tokenizer.fingerprint
+        kept = load_tokenizer(kind, file) if file else None
     except UserError:  # it is damaged
         return False
+    own = (tokenizer.fingerprint, tokenizer.chat_template)
+    return kept is not None and (kept.fingerprint, kept.chat_template) == own

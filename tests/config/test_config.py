@@ -205,6 +205,11 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("data.source=files", "data: files must name at least one path"),
         ("data.held_out_fraction=1", "data: held_out_fraction (1.0) must be in [0, 1)"),
         ("data.weighted_field=x", "data: weighted_field must be empty unless source is files or"),
+        ("data.messages_field=x", "data: messages_field must be empty unless source is files or"),
+        (
+            "data.tokenizer.chat_template=x",
+            "data.tokenizer: model must name a tokenizer.model when chat_template is given",
+        ),
         ("data.source=passkey", "data: tokenizer.kind must be bytes when source is passkey"),
         ("data.babilong.tasks=[]", "data.babilong: tasks ([]) must be at least one, each of them"),
         ("data.babilong.tasks=[qa1, qa1]", "tasks (['qa1', 'qa1']) must be at least one, each of"),
@@ -397,6 +402,16 @@ def test_file_may_say_its_encoding(file, encoding):
     text = file.read_text().replace("runs/test", "runs/Länge")
     file.write_bytes(text.replace("\n", "\r\n").encode(encoding))
     assert load(file).output_dir == "runs/Länge"
+
+
+def test_messages_need_a_tokenizer_and_are_no_weighted_pieces(file):
+    messages = ["data.source=files", "data.files=[a.jsonl]", "data.messages_field=messages"]
+    bytes_ = "data.tokenizer.kind=bytes"
+    message = "data: messages_field must be empty when weighted_field is given"
+    assert message in message_of(file, *messages, bytes_, "data.weighted_field=turns")
+    message = "data: tokenizer.model must name a model when messages_field is given"
+    assert message in message_of(file, *messages, "data.tokenizer.kind=sentencepiece")
+    assert load(file, [*messages, bytes_]).data.weighted
 
 
 def test_passkey_documents_have_the_segments_of_the_model(file):
