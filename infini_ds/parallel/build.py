@@ -126,6 +126,8 @@ def build_engine(
         module = InfiniPipeline(
             config.model, stages, config.seed, config.train.activation_checkpointing
         )
+        for block in module.blocks:
+            block.compiled = config.train.compile
         groups = parameter_groups(module.named_parameters(), config.optimizer, module.embedding)
         if config.parallel.offload_optimizer:
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
