@@ -63,6 +63,7 @@ NEEDS = {
     "tests/data/test_prepare.py::test_prepare_killed": ("long",),
     "tests/data/test_prepare.py::test_prepare_says_when": ("long",),
     "tests/data/test_prepare.py::test_prepare_several": ("long",),
+    "tests/distributed/test_compiled_runs.py": ("long",),
     "tests/evaluation/test_documents.py": ("long",),
     "tests/evaluation/test_harness.py": ("extras",),
     "tests/generation/test_commands.py::test_memory_of_a_bf16": ("long",),
@@ -70,6 +71,9 @@ NEEDS = {
     "tests/generation/test_commands.py::test_reading_in_pieces": ("long",),
     "tests/generation/test_commands.py::test_ten_times_the_text": ("long",),
     "tests/model/test_absent_device.py": ("long",),
+    "tests/model/test_compiled.py::test_loss": ("long",),
+    "tests/model/test_compiled.py::test_compiled_blocks": ("long",),
+    "tests/model/test_compiled.py::test_number": ("long",),
     "tests/model/test_generate.py::test_greedy_equals_argmax": ("long",),
     "tests/model/test_imports.py::test_model_never_imports": ("long",),
     "tests/model/test_packing.py": ("long",),
@@ -86,6 +90,7 @@ NEEDS = {
     "tests/test_readme.py::test_python_example": ("long",),
     "tests/test_tree.py::test_the_library_is_light": ("long",),
     "tests/training/test_checkpoint.py::test_the_other_ranks": ("long",),
+    "tests/training/test_compiled.py::test_steps": ("long",),
     "tests/training/test_monitor.py::test_a_run_goes_on_where_nothing_can_be_shown": ("long",),
 }
 """What the tests need whose identifiers begin like this, besides what they name themselves."""

@@ -1,11 +1,11 @@
 """Implements `infini-ds bench peer`: our training step beside `infini-transformer-pytorch`'s.
 
 Both sides compute the same function: the peer's weights are copied into our model, and the losses
-must agree before anything is timed. The gated delta rule, which the peer lacks, is timed beside
-them with the same weights. Each contestant is a separate process, and all are pinned to
-the same core and take steps in turn, so that whatever else the machine does slows all of them
-alike. A step is a forward and a full backward pass through a window; peak memory is that of the
-whole process.
+must agree before anything is timed. What the peer lacks is timed beside them with the same weights:
+the gated delta rule, and compiled blocks, as by `train.compile`. Each contestant is a separate
+process, and all are pinned to the same core and take steps in turn, so that whatever else the
+machine does slows all of them alike. A step is a forward and a full backward pass through a window;
+peak memory is that of the whole process.
 
 This module does not import torch, because a process counts its parent's memory in its own peak.
 """
@@ -39,6 +39,7 @@ CONTESTANTS = {
     "peer": PEER,
     "ours": "ours",
     "checkpointed": "ours, checkpointing blocks",
+    "compiled": "ours, compiling blocks",
     "gated_delta": "ours, gated delta rule",
 }
 
@@ -205,6 +206,8 @@ def _build_ours(name: str, segment: int) -> tuple[Callable[[Tensor, bool], Tenso
     model = InfiniTransformer(
         config, activation_checkpointing="block" if name == "checkpointed" else "none"
     )
+    for block in model.blocks:
+        block.compiled = name == "compiled"  # type: ignore[arg-type]
     model.load_state_dict(from_seed(_peer_model().state_dict(), config))
 
     def loss_of(tokens: Tensor, backward: bool) -> Tensor:

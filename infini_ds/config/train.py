@@ -65,6 +65,8 @@ class TrainConfig(Settings):
     """Compute type; `auto` is bf16 where that is faster. Memories and sums are always fp32."""
     activation_checkpointing: Literal["none", "attention", "block"] = "none"
     """The part that is computed again in the backward pass, so that it need not be kept."""
+    compile: bool = False
+    """Compile what training computes of a block around its attention; needs a C++ compiler."""
     loss_chunk_tokens: int = Field(default=0, ge=0)
     """Tokens whose logits exist at one time; 0 means 1024 on a CPU, 2^28 logits on a GPU."""
     save_every: int = Field(default=500, ge=1)

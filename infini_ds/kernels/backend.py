@@ -57,7 +57,12 @@ def check_backend(backend: Backend, device: str, head_dim: int) -> None:
 
 def compiles(x: Tensor) -> bool:
     """Returns whether TorchInductor compiles chains of operators on a tensor to kernels."""
-    return _backend != "torch" and x.is_cuda and not (_fault or _cannot_run())
+    return _backend != "torch" and x.is_cuda and not why_not_compiled()
+
+
+def why_not_compiled() -> str:
+    """Returns why nothing is compiled for GPUs, as a phrase that follows "triton"; else empty."""
+    return _fault or _cannot_run()
 
 
 def uses_triton(q: Tensor) -> bool:

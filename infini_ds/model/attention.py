@@ -103,10 +103,17 @@ class InfiniAttention(nn.Module):
                 if head % 2:
                     filters[head] = earlier.roll(1, dims=-1)
 
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Maps [..., hidden_size] to queries, keys and values [..., heads + 2 kv_heads, d], and to
+        write weights [..., kv_heads] in fp32, None without a write gate."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
+        return qkv, None if self.write_gate is None else self.write_gate(hidden)
+
     @_not_compiled
     def forward(
         self,
-        hidden: Tensor,
+        qkv: Tensor,
+        w: Tensor | None,
         layout: Layout,
         memory: MemoryState,
         exchange: Exchange | None = None,
@@ -114,20 +121,20 @@ class InfiniAttention(nn.Module):
         """Processes whole segments at once, which may be packed.
 
         Args:
-            hidden: [batch, segments x n, hidden_size], where n is segment_length, or anything
-                shorter for a single segment.
+            qkv, w: what `project` makes of [batch, segments x n, hidden_size], where n is
+                segment_length, or anything shorter for a single segment.
             layout: document starts and valid lengths.
             memory: the memory before the first segment.
             exchange: if other ranks have the other parts of the same window, the way to them; the
                 memories before and after are then those of the whole window.
 
         Returns:
-            The output in the shape of `hidden`, the memory after the last segment, and statistics
-            of what was written, None without a write gate.
+            The output [batch, segments x n, hidden_size], the memory after the last segment, and
+            statistics of what was written, None without a write gate.
         """
-        hidden = rearrange(hidden, "b (s n) c -> b s n c", s=layout.starts.shape[1])
-        n = hidden.shape[2]
-        qkv, tail = self._project(hidden), None
+        segments, tail = layout.starts.shape[1], None
+        qkv = rearrange(qkv, "b (s n) h d -> b s n h d", s=segments)
+        n = qkv.shape[2]
         if self.short_conv is not None:
             before, tail = self._tails(qkv, layout, memory.tail, exchange)
             qkv = self._convolved(self.short_conv, qkv, layout, before)
@@ -135,14 +142,14 @@ class InfiniAttention(nn.Module):
         previous, window = None, None
         if memory.window is not None:
             previous, window = self._windows(k, v, layout, memory.window, exchange)
-        w, stats = None, None
-        if self.write_gate is not None:
-            w = self.write_gate(hidden)
+        stats = None
+        if w is not None:
+            w = rearrange(w, "b (s n) h -> b s n h", s=segments)
             stats = write_stats(w, valid_tokens(layout, n))
         rule, state = self.config.memory_rule, memory.compressed()
-        rotary = self._rotary_table(hidden.device, n)
+        rotary = self._rotary_table(qkv.device, n)
         inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, rotary, previous)
-        with _without_autocast(hidden.device):
+        with _without_autocast(qkv.device):
             out, memory = infini_attention(inputs, exchange)
         out = self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)"))
         return out, replace(memory, tail=tail, window=window), stats
@@ -170,13 +177,12 @@ class InfiniAttention(nn.Module):
             them will be written, None without a write gate.
         """
         keys, values, weights, tail = segment
-        qkv = self._project(hidden)
+        qkv, w = self.project(hidden)
         if self.short_conv is not None:
             qkv, tail = self.short_conv(qkv, tail)
         q, k, v = (x.to(keys.dtype) for x in self._split(qkv))
         stats = None
-        if self.write_gate is not None:
-            w = self.write_gate(hidden)
+        if w is not None:
             weights = weights.scatter(1, positions[..., None].expand_as(w), w)
             stats = write_stats(w, torch.ones_like(positions, dtype=torch.bool))
         index = positions[..., None, None].expand_as(k)
@@ -220,10 +226,6 @@ class InfiniAttention(nn.Module):
         if window is not None:
             window = torch.cat((segment.keys, segment.values), dim=2).to(window.dtype)
         return replace(after, tail=memory.tail, window=window)
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        """Projects [..., hidden_size] to [..., heads + 2 kv_heads, d]."""
-        return self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
 
     def _tails(
         self, qkv: Tensor, layout: Layout, tail: Tensor | None, exchange: Exchange | None

@@ -11,6 +11,7 @@ from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Exchange, Kept
 from infini_ds.model.attention import InfiniAttention
+from infini_ds.model.compiled import compiled_in_training
 from infini_ds.model.feed_forward import FeedForward
 from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
@@ -34,6 +35,8 @@ class Block(nn.Module):
                 f"{', '.join(get_args(Checkpointing))}"
             )
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = False
+        """Whether training compiles what is around the attention."""
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = InfiniAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -80,7 +83,18 @@ class Block(nn.Module):
         attended, segment, stats = self.self_attn.extend(
             self.input_layernorm(hidden), memory, segment, positions, used
         )
-        return self._feed_forward(hidden + attended), segment, stats
+        return self.feed_forward(hidden, attended), segment, stats
+
+    @compiled_in_training
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The part before the attention: the norm and `InfiniAttention.project`."""
+        return self.self_attn.project(self.input_layernorm(hidden))
+
+    @compiled_in_training
+    def feed_forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The part behind the attention, whose output is added first; all in one shape."""
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def _forward(
         self, hidden: Tensor, layout: Layout, memory: MemoryState, exchange: Exchange | None
@@ -89,15 +103,12 @@ class Block(nn.Module):
             attended, memory, stats = _checkpoint(self._attend, hidden, layout, memory, exchange)
         else:
             attended, memory, stats = self._attend(hidden, layout, memory, exchange)
-        return self._feed_forward(hidden + attended), memory, stats
+        return self.feed_forward(hidden, attended), memory, stats
 
     def _attend(
         self, hidden: Tensor, layout: Layout, memory: MemoryState, exchange: Exchange | None
     ):
-        return self.self_attn(self.input_layernorm(hidden), layout, memory, exchange)
-
-    def _feed_forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return self.self_attn(*self.project(hidden), layout, memory, exchange)
 
 
 def _checkpoint(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from infini_ds.config import ModelConfig
 from infini_ds.kernels.fused import fused
@@ -29,7 +30,14 @@ class FeedForward(nn.Module):
         weight, bias = self.down_proj.weight, self.down_proj.bias
         weight = weight.to(gate_up.dtype)  # differs under autocast
         bias = None if bias is None else bias.to(gate_up.dtype)
-        return _Down.apply(gate_up, weight, bias, self.hidden_act)  # type: ignore[return-value]
+        arguments = gate_up, weight, bias, self.hidden_act
+        if torch.compiler.is_compiling():  # the compiler itself would keep the product as well
+            return checkpoint(_down, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return _Down.apply(*arguments)  # type: ignore[return-value]
+
+
+def _down(gate_up: Tensor, weight: Tensor, bias: Tensor | None, hidden_act: str) -> Tensor:
+    return F.linear(gated(gate_up, hidden_act), weight, bias)
 
 
 class _Down(torch.autograd.Function):
@@ -39,7 +47,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx, gate_up, weight, bias, hidden_act):
         ctx.save_for_backward(gate_up, weight)
         ctx.hidden_act = hidden_act
-        return F.linear(gated(gate_up, hidden_act), weight, bias)
+        return _down(gate_up, weight, bias, hidden_act)
 
     @staticmethod
     @once_differentiable

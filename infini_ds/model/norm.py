@@ -9,7 +9,7 @@ from infini_ds.kernels.launch import is_recording
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's norm on GPUs, where it is one kernel, and an implementation of our own elsewhere.
+    """PyTorch's norm on GPUs and compiled, where it is one kernel, and one of our own elsewhere.
 
     Elsewhere PyTorch's norm is a chain of operators that keeps fp32 copies. Both implementations
     compute in fp32, whatever the type of the input.
@@ -17,7 +17,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., size] to the same shape."""
-        if x.is_cuda:
+        if x.is_cuda or torch.compiler.is_compiling():
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
 

@@ -127,6 +127,8 @@ def build_engine(
             config.model, stages, config.seed, config.train.activation_checkpointing
         )
         module.choose_trained(config.optimizer.train)
+        for block in module.blocks:
+            block.compiled = config.train.compile
         groups = parameter_groups(module.own_parameters(), config.optimizer, module.frozen)
         if config.parallel.offload_optimizer:
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(

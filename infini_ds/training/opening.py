@@ -23,6 +23,7 @@ from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.system.lock import lock
 from infini_ds.training import checkpoint
 from infini_ds.training.checkpoint import Saved
+from infini_ds.training.compiled import compile_blocks
 from infini_ds.training.dtype import with_dtype
 from infini_ds.training.kernel_check import with_kernels
 from infini_ds.training.start import load_start, open_start
@@ -80,6 +81,9 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
         )
     config, why_dtype = with_dtype(config, found)
     config, remarks = with_kernels(config, fault)
+    if config.train.compile:
+        with together():
+            compile_blocks(config)
     saved = start = None
     if found:
         with together():

@@ -36,6 +36,7 @@ def test_small_comparison_agrees_and_writes_what_it_prints(tmp_path, capsys):
     assert row["fp32_check_loss_difference"] < 1e-5
     assert row["loss_difference"] < 1e-5
     assert row["ours_loss"] == row["checkpointed_loss"]
+    assert row["ours_loss"] == pytest.approx(row["compiled_loss"], rel=1e-5)
     assert row["gated_delta_loss"] == pytest.approx(row["ours_loss"], rel=0.05)
     assert row["gated_delta_loss"] != row["ours_loss"]
     assert row["gated_delta_peak_mib"] > 0

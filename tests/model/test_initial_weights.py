@@ -45,7 +45,7 @@ def test_keys_start_as_queries_of_earlier_tokens(make_model, taps):
         num_heads=4, num_kv_heads=2, head_dim=32, memory={"short_conv": taps}
     ).config
     attention = initial_block(config).self_attn
-    projected = attention._project(torch.randn(1, 1, tokens, config.hidden_size))
+    projected = attention.project(torch.randn(1, 1, tokens, config.hidden_size))[0]
     convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, taps, 8, 32))
     unchanged = [0, 2, 6, 7]  # queries with even numbers, and values
     assert torch.equal(convolved[..., unchanged, :], projected[..., unchanged, :])
@@ -91,7 +91,7 @@ def test_a_query_finds_what_followed_its_token(make_model, taps):
     ).config
     attention = initial_block(config).self_attn
     tokens = torch.randn(31, 256)[[*range(31), 7]]  # token 7 comes again
-    projected = attention._project(tokens[None, None])
+    projected = attention.project(tokens[None, None])[0]
     convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, taps, 3, 256))
     q, k, _ = (x[0, 0, :, 0] for x in attention._split(convolved))
     assert (q[-1] @ k.T).argmax() == 8
@@ -104,7 +104,7 @@ def test_a_query_finds_the_longest_sequence(make_model):
     ).config
     attention = initial_block(config).self_attn
     places = [*range(9), 7, *range(10, 20), 5, 6, 7]  # 7 three times, once after 6
-    projected = attention._project(torch.randn(20, 256)[places][None, None])
+    projected = attention.project(torch.randn(20, 256)[places][None, None])[0]
     convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, 4, 6, 256))
     q, k, _ = (x[0, 0, :, 1] for x in attention._split(convolved))
     scores = q[-1] @ k.T

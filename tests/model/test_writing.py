@@ -121,7 +121,7 @@ def gates_of(model, tokens, layout):
         block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2]))
     memory = [RULES[model.config.memory_rule].empty(2, 2, 8)] * 2
     _, _, stats = model.read_window(tokens, layout, memory)
-    return [w.flatten(1, 2) for w in seen], stats
+    return seen, stats
 
 
 def test_statistics_count_valid_tokens_alone(make_model, make_tokens, rule):

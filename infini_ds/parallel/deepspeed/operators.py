@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.utils import cpp_extension
 
 from infini_ds.errors import UserError
 from infini_ds.system.causes import cause, one_line, shortened
+from infini_ds.system.cpp_compiler import why_no_cpp
 
 
 def leave_out_shared_memory_communication() -> None:
@@ -63,13 +63,10 @@ def _only_one(directory: Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
-    headers = Path(sysconfig.get_path("include"))
     if not shutil.which("ninja"):
         return "as there is no ninja (pip install ninja)"
-    if not shutil.which(compiler):
-        return f"as there is no C++ compiler {compiler} (apt-get install g++, or set CXX)"
-    if not (headers / "Python.h").exists():
-        return f"as {headers} has no Python.h (apt-get install python3-dev)"
+    if missing := why_no_cpp(compiler):
+        return missing
     if isinstance(error, OSError):
         return (
             f"as its directory cannot be written ({one_line(error)}); set the variable "
