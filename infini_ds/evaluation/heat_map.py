@@ -29,9 +29,11 @@ def heat_map(
         colors: one of matplotlib's colour maps.
     """
     numbers = shares.size <= _MOST_NUMBERS
-    width, height = (0.6, 0.5) if numbers else (0.12, 0.12)
-    size = (2 + width * len(columns.names), 1.8 + height * len(rows.names))
-    figure = Figure(figsize=size, layout="constrained")
+    if numbers:
+        size = 2 + 0.6 * len(columns.names), 1.8 + 0.5 * len(rows.names)
+    else:  # no larger than needed, for TensorBoard shows it small, its letters too
+        size = (max(4, 2 + 0.05 * len(side.names)) for side in (columns, rows))
+    figure = Figure(figsize=tuple(size), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):

@@ -17,17 +17,19 @@ from infini_ds.config import RunConfig, WandbConfig
 from infini_ds.errors import RunError, UserError
 from infini_ds.system.whole_file import whole_file
 
+_WRITES = "share of tokens that each layer writes"
+_ANSWERS = "right answers in training"
 _OVERVIEW = {
-    "loss": ["Multiline", ["train/loss"]],
-    "held-out bits per byte: with memory, ablated, frequencies": [
-        "Multiline", ["held_out(_without_memory|_unigram)?/bits_per_byte"],
-    ],
-    "right answers in training": ["Multiline", ["train/exact_match"]],
-    "tokens a second": ["Multiline", ["speed/tokens_per_second"]],
-    "seconds of a step": ["Multiline", ["seconds/(?!saving).*"]],
-    "share of tokens that each layer writes": ["Multiline", ["memory/write_mass/.*"]],
-    "norm of each layer's memories": ["Multiline", ["memory/norm_of_block_.*"]],
-}  # fmt: skip
+    "loss": "train/loss",
+    "held-out bits per byte: with memory, ablated, frequencies": (
+        "held_out(_without_memory|_unigram)?/bits_per_byte"
+    ),
+    _ANSWERS: "train/exact_match",
+    "tokens a second": "speed/tokens_per_second",
+    "seconds of a step": "seconds/(?!saving).*",
+    _WRITES: "memory/write_mass/.*",
+    "norm of each layer's memories": "memory/norm_of_block_.*",
+}
 """What TensorBoard's page "custom scalars" shows first, by patterns of names."""
 
 
@@ -106,11 +108,17 @@ class TensorBoard(Recorder):
 
     def __init__(self, config: RunConfig, step: int):
         self._directory = str(training_board(Path(config.output_dir)))
+        has = {_WRITES: config.model.memory.write_gate, _ANSWERS: config.train.curriculum}
+        self._overview = {
+            chart: ["Multiline", [pattern]]
+            for chart, pattern in _OVERVIEW.items()
+            if has.get(chart, True)
+        }
         self._open(step)
 
     def _open(self, step: int) -> None:
         self._board = SummaryWriter(self._directory, purge_step=step + 1)
-        self._board.add_custom_scalars({"run": _OVERVIEW})
+        self._board.add_custom_scalars({"run": self._overview})
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

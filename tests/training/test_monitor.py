@@ -144,12 +144,17 @@ def test_board_has_the_sample_and_the_config(board):
     assert "seed: 17" in config.tensor_proto.string_val[0].decode()
 
 
-def test_board_has_a_page_of_what_people_look_at_first(tmp_path):
-    run(tmp_path, 0, [1])
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "training")).Reload()
+def overview(folder) -> list[str]:
+    """Patterns of TensorBoard's page of what people look at first."""
+    events = EventAccumulator(str(folder / "tensorboard" / "training")).Reload()
     (layout,) = events.Tensors("custom_scalars__config__")
     charts = Layout.FromString(layout.tensor_proto.string_val[0]).category[0].chart
-    patterns = [pattern for chart in charts for pattern in chart.multiline.tag]
+    return [pattern for chart in charts for pattern in chart.multiline.tag]
+
+
+def test_board_has_a_page_of_what_people_look_at_first(tmp_path):
+    opened(tmp_path, model__memory={"write_gate": True}).close()
+    patterns = overview(tmp_path)
     shown = {
         "held_out/bits_per_byte", "held_out_without_memory/bits_per_byte", "train/loss",
         "held_out_unigram/bits_per_byte", "memory/write_mass/layer_0", "seconds/pipeline",
@@ -157,6 +162,24 @@ def test_board_has_a_page_of_what_people_look_at_first(tmp_path):
     for name in shown:
         assert sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) == 1
     assert not any(re.fullmatch(pattern, "seconds/saving") for pattern in patterns)
+
+
+def test_board_has_no_empty_charts_of_what_a_run_does_not_have(tmp_path):
+    opened(tmp_path).close()
+    assert overview(tmp_path) == [
+        "train/loss", "held_out(_without_memory|_unigram)?/bits_per_byte",
+        "speed/tokens_per_second", "seconds/(?!saving).*", "memory/norm_of_block_.*",
+    ]  # fmt: skip
+
+
+def test_drawing_of_many_gates_is_small_enough_for_its_letters(tmp_path):
+    monitor = opened(tmp_path)
+    monitor.gates(1, np.full((80, 64), 0.1))
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "training")).Reload()
+    (image,) = events.Images("memory/gate_by_layer_and_head")
+    assert 400 <= image.width <= 600
+    assert 400 <= image.height <= 700
 
 
 def test_board_of_an_earlier_version_goes_on_where_it_is(tmp_path):
