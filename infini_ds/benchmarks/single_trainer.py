@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from infini_ds.config import RunConfig
-from infini_ds.model.optimizer import (
-    adamw,
-    learning_rate_factor,
-    parameter_groups,
-    set_learning_rate,
-)
+from infini_ds.model.muon import make_optimizer
+from infini_ds.model.optimizer import learning_rate_factor, parameter_groups, set_learning_rate
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.model.write_gate import WriteStats, write_penalty
 
@@ -29,8 +25,9 @@ class SingleTrainer:
             config.model, config.seed, config.train.activation_checkpointing
         )
         embedding: Tensor = self.model.layers[0].weight  # type: ignore[assignment]
-        groups = parameter_groups(self.model.named_parameters(), config.optimizer, embedding)
-        self._optimizer = adamw(groups, config.optimizer)
+        named = list(self.model.named_parameters())
+        groups = parameter_groups(named, config.optimizer, embedding)
+        self._optimizer = make_optimizer(groups, config, named)
         self._step = 0
         self.skipped = 0
         """Steps that changed nothing, since their gradient was not finite."""

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, and the learning rate of each step."""
+"""The optimizer's parameter groups, AdamW, and the learning rate of each step."""
 
 import math
 from collections.abc import Iterable
@@ -19,16 +19,22 @@ def parameter_groups(
     """Sorts parameters into groups, each with its own decay and learning rate.
 
     `weights` has the matrices, with decay. `no_decay` has norms, biases, the embedding, write gates
-    and short convolutions. `gates` has the memory gates (beta), without decay and with a learning
-    rate of their own. Empty groups are left out, as DeepSpeed would drop them. A stage without
-    attention has no `gates`, so that positions differ between stages: each group has a name by
-    which it is found.
+    and short convolutions, and with Muon the head: a group of its own would be on the last stage
+    alone, and in fp32 DeepSpeed's ZeRO calls all stages together for each group. `gates` has the
+    memory gates (beta), without decay and with a learning rate of their own. Empty groups are left
+    out, as DeepSpeed would drop them. A stage without attention has no `gates`, so that positions
+    differ between stages: each group has a name by which it is found.
     """
     members: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "gates": []}
     for name, parameter in named_parameters:
         if name.endswith(".beta"):
             members["gates"].append(parameter)
-        elif parameter.dim() < 2 or parameter is embedding or name.endswith(_WITHOUT_DECAY):
+        elif (
+            parameter.dim() < 2
+            or parameter is embedding
+            or name.endswith(_WITHOUT_DECAY)
+            or (config.name == "muon" and not name.endswith("_proj.weight"))
+        ):
             members["no_decay"].append(parameter)
         else:
             members["weights"].append(parameter)

@@ -210,7 +210,8 @@ def _fixed_settings(config: dict[str, Any]) -> list[str]:
     """Returns the settings that change what is learned, or how DeepSpeed stores it."""
     model = [f"model.{name}" for name in config["model"]]
     train = [f"train.{name}" for name in ("batch_size", "window_segments", "dtype")]
-    return ["seed", *model, *train, "parallel.zero_stage", "parallel.offload_optimizer"]
+    stored = ["parallel.zero_stage", "parallel.offload_optimizer", "optimizer.name"]
+    return ["seed", *model, *train, *stored]
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
