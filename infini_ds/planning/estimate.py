@@ -14,7 +14,9 @@ def checkpoint_bytes(config: RunConfig) -> int:
     weights = 2 if config.train.dtype == "bf16" else 4
     lanes, layers = config.train.batch_size, config.model.num_layers
     memories = lanes * layers * memory_bytes(config.model)
-    return sum(layer_parameters(config.model)) * (weights + _state_bytes(config)) + memories
+    counts = layer_parameters(config.model)
+    states = _state_bytes(config, sum(counts), layers)
+    return sum(counts) * weights + states + memories
 
 
 class StageNeeds(NamedTuple):
@@ -58,7 +60,8 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
         if stage == stages - 1:
             parameters += sum(last)
         shards = data if parallel.zero_stage else 1
-        states = parameters * _state_bytes(config) // shards
+        own_blocks = bounds[stage + 1] - bounds[stage]
+        states = _state_bytes(config, parameters, own_blocks) // shards
         here, there = (0, states) if parallel.offload_optimizer else (states, 0)
         lanes = config.lanes_of_a_rank(data)
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
@@ -82,9 +85,22 @@ def _weight_bytes(config: RunConfig) -> int:
     return 2 + 4 + (2 if config.parallel.offload_optimizer else 0)
 
 
-def _state_bytes(config: RunConfig) -> int:
-    """Returns the bytes of one parameter's moments and fp32 copy, which plain fp32 lacks."""
-    return 8 if config.train.dtype == "fp32" and config.parallel.zero_stage == 0 else 12
+def _state_bytes(config: RunConfig, parameters: int, blocks: int) -> int:
+    """Returns the bytes of parameters' moments and fp32 copies, which plain fp32 lacks.
+
+    Args:
+        parameters: number of parameters.
+        blocks: number of blocks among them, of whose projections Muon keeps only one moment.
+    """
+    each = 8 if config.train.dtype == "fp32" and config.parallel.zero_stage == 0 else 12
+    saved = 4 * blocks * _projections(config.model) if config.optimizer.name == "muon" else 0
+    return each * parameters - saved
+
+
+def _projections(model: ModelConfig) -> int:
+    """Counts the numbers of the projections in a block."""
+    heads = 2 * model.num_heads + 2 * model.kv_heads
+    return model.hidden_size * (heads * model.head_dim + 3 * model.mlp_size)
 
 
 def layer_parameters(model: ModelConfig) -> list[int]:
@@ -92,14 +108,14 @@ def layer_parameters(model: ModelConfig) -> list[int]:
     hidden, size = model.hidden_size, model.mlp_size
     queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
     channels = queries + 2 * keys
-    attention = hidden * (channels + queries) + model.num_heads
+    attention = model.num_heads
     attention += channels if model.attention_bias else 0
     attention += hidden if model.attention_out_bias else 0
     attention += 2 * model.head_dim if model.qk_norm else 0
     attention += model.kv_heads * (hidden + 1) if model.memory.write_gate else 0
     attention += (model.memory.short_conv + 1) * channels if model.memory.short_conv else 0
-    feed_forward = 3 * hidden * size + (2 * size + hidden if model.mlp_bias else 0)
-    block = attention + feed_forward + 2 * hidden
+    feed_forward = 2 * size + hidden if model.mlp_bias else 0
+    block = _projections(model) + attention + feed_forward + 2 * hidden
     embedding = model.vocab_size * hidden
     layers = [embedding, *[block] * model.num_layers, hidden]
     head = embedding + (model.vocab_size if model.head_bias else 0)
