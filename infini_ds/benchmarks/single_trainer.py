@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from infini_ds.config import RunConfig
-from infini_ds.model.optimizer import (
-    adamw,
-    learning_rate_factor,
-    parameter_groups,
-    set_learning_rate,
-)
+from infini_ds.model.muon import make_optimizer
+from infini_ds.model.optimizer import learning_rate_factor, parameter_groups, set_learning_rate
 from infini_ds.model.trained import is_trained
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.model.write_gate import WriteStats, write_penalty
@@ -29,10 +25,11 @@ class SingleTrainer:
         self.model = InfiniTransformer(
             config.model, config.seed, config.train.activation_checkpointing
         )
-        for name, parameter in self.model.named_parameters():
+        named = list(self.model.named_parameters())
+        for name, parameter in named:
             parameter.requires_grad_(is_trained(name, config.optimizer.train))
-        groups = parameter_groups(self.model.named_parameters(), config.optimizer)
-        self._optimizer = adamw(groups, config.optimizer)
+        groups = parameter_groups(named, config.optimizer)
+        self._optimizer = make_optimizer(groups, config, named)
         self._step = 0
         self.skipped = 0
         """Steps that changed nothing, since their gradient was not finite."""

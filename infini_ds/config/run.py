@@ -71,7 +71,7 @@ class RunConfig(Settings):
     train: TrainConfig
     """How much the run reads in a step, for how long it trains, and what it keeps."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over processes."""
     kernels: KernelsConfig = KernelsConfig()
@@ -96,6 +96,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "kernels.backend (triton) must be auto or torch with model.use_sliding_window, "
                 "which the Triton kernels do not compute"
+            )
+        if self.optimizer.name == "muon" and self.parallel.offload_optimizer:
+            raise ValueError(
+                "optimizer.name (muon) must be adamw with parallel.offload_optimizer, since only "
+                "AdamW runs on the CPU"
             )
         segments = self.train.window_segments // self.train.chunks
         if segments % self.parallel.context_parallel:

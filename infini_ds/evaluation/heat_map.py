@@ -30,10 +30,10 @@ def heat_map(
     """
     numbers = shares.size <= _MOST_NUMBERS
     if numbers:
-        size = 2 + 0.6 * len(columns.names), 1.8 + 0.5 * len(rows.names)
+        width, height = 2 + 0.6 * len(columns.names), 1.8 + 0.5 * len(rows.names)
     else:  # no larger than needed, for TensorBoard shows it small, its letters too
-        size = (max(4, 2 + 0.05 * len(side.names)) for side in (columns, rows))
-    figure = Figure(figsize=tuple(size), layout="constrained")
+        width, height = (max(4, 2 + 0.05 * len(side.names)) for side in (columns, rows))
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap=colors, vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, and the learning rate of each step."""
+"""The optimizer's parameter groups, AdamW, and the learning rate of each step."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -9,24 +9,28 @@ from torch import Tensor, nn
 from infini_ds.config import OptimizerConfig
 
 EMBEDDING = "layers.0.weight"
+PROJECTION = "_proj.weight"
+"""How the names of a block's matrices end, which Muon makes orthogonal."""
 _WITHOUT_DECAY = ("write_gate.weight", "short_conv.weight")
 
 
-def group_of(name: str, parameter: Tensor) -> str:
+def group_of(name: str, parameter: Tensor, optimizer: str) -> str:
     """Returns the name of a parameter's group.
 
     `weights` has the matrices, with decay. `no_decay` has norms, biases, the embedding, write gates
-    and short convolutions. `gates` has the memory gates (beta), without decay and with a learning
-    rate of their own.
+    and short convolutions, and with Muon the head: a group of its own would be on the last stage
+    alone, and in fp32 DeepSpeed's ZeRO calls all stages together for each group. `gates` has the
+    memory gates (beta), without decay and with a learning rate of their own.
 
     Args:
         name: in InfiniTransformer.
+        optimizer: optimizer.name.
     """
     if name.endswith(".beta"):
         return "gates"
     if parameter.dim() < 2 or name == EMBEDDING or name.endswith(_WITHOUT_DECAY):
         return "no_decay"
-    return "weights"
+    return "weights" if optimizer == "adamw" or name.endswith(PROJECTION) else "no_decay"
 
 
 def parameter_groups(
@@ -48,7 +52,7 @@ def parameter_groups(
     multiplier = {"gates": config.gate_learning_rate_multiplier}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            group = group_of(name, parameter)
+            group = group_of(name, parameter, config.name)
             members[group].append(parameter)
             if name in frozen:
                 decays[group] = 0.0

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from infini_ds.config import ModelConfig
+from infini_ds.config import ModelConfig, OptimizerConfig
 from infini_ds.errors import UserError
 from infini_ds.model.layers import layer_list
 from infini_ds.model.optimizer import group_of
@@ -13,12 +13,13 @@ from infini_ds.model.optimizer import group_of
 _NAMES_TOLD = 8
 
 
-def trained_counts(config: ModelConfig, patterns: list[str]) -> list[int]:
+def trained_counts(config: ModelConfig, patterns: list[str], among: str = "*") -> list[int]:
     """Counts the trained parameters of each layer of `layer_list`, without allocating any.
 
     Args:
         config: model.vocab_size must be set.
         patterns: optimizer.train; if empty, all parameters are trained.
+        among: a pattern of the names that count.
 
     Raises:
         UserError: a pattern matches no parameter.
@@ -32,18 +33,22 @@ def trained_counts(config: ModelConfig, patterns: list[str]) -> list[int]:
                 f"{', '.join(names[:_NAMES_TOLD])}, ..., and * stands for any part of a name"
             )
     return [
-        sum(meta.numel() for name, meta in layer.items() if is_trained(name, patterns))
+        sum(
+            meta.numel()
+            for name, meta in layer.items()
+            if is_trained(name, patterns) and fnmatchcase(name, among)
+        )
         for layer in layers
     ]
 
 
-def trained_groups(config: ModelConfig, patterns: list[str]) -> set[str]:
+def trained_groups(config: ModelConfig, optimizer: OptimizerConfig) -> set[str]:
     """Returns the names of the optimizer's groups that have trained parameters in any layer."""
     return {
-        group_of(name, meta)
+        group_of(name, meta, optimizer.name)
         for layer in _shapes(config)
         for name, meta in layer.items()
-        if is_trained(name, patterns)
+        if is_trained(name, optimizer.train)
     }
 
 

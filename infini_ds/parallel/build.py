@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import deepspeed
 from deepspeed import comm
@@ -16,7 +17,8 @@ from torch.distributed import DistError
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.backend import use_backend
-from infini_ds.model.optimizer import adamw, parameter_groups
+from infini_ds.model.muon import Shard, make_optimizer
+from infini_ds.model.optimizer import parameter_groups
 from infini_ds.parallel.deepspeed.config import deepspeed_config
 from infini_ds.parallel.deepspeed.operators import leave_out_shared_memory_communication
 from infini_ds.parallel.pipeline.engine import InfiniEngine
@@ -126,7 +128,7 @@ def build_engine(
         module = InfiniPipeline(
             config.model, stages, config.seed, config.train.activation_checkpointing
         )
-        module.choose_trained(config.optimizer.train)
+        module.choose_trained(config.optimizer)
         for block in module.blocks:
             block.compiled = config.train.compile
         groups = parameter_groups(module.own_parameters(), config.optimizer, module.frozen)
@@ -136,6 +138,10 @@ def build_engine(
                 eps=config.optimizer.eps,
             )  # fmt: skip
         else:
-            optimizer = adamw(groups, config.optimizer)
+            shard = None
+            if config.parallel.zero_stage:
+                sharing = module.mpu().get_data_parallel_group()
+                shard = Shard(comm.get_rank(sharing), partial(comm.all_reduce, group=sharing))
+            optimizer = make_optimizer(groups, config, module.own_parameters(), shard)
         tree = deepspeed_config(config, data, universal)
         return InfiniEngine(module, optimizer, tree, config, on_progress)

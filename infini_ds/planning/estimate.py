@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.model.layer_state import state_shapes
+from infini_ds.model.optimizer import PROJECTION
 from infini_ds.model.trained import trained_counts
 from infini_ds.parallel.pipeline.balance import balance
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
@@ -16,7 +17,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     weights = 2 if config.train.dtype == "bf16" else 4
     lanes, layers = config.train.batch_size, config.model.num_layers
     memories = lanes * layers * memory_bytes(config.model)
-    states = sum(_trained(config)) * _state_bytes(config)
+    states = sum(_state_bytes(config))
     return sum(layer_parameters(config.model)) * weights + states + memories
 
 
@@ -50,13 +51,13 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
     model, parallel = config.model, config.parallel
     bounds = balance(model, stages)
     of_stage = partial(_of_stage, model, bounds)
-    counts, of_trained = layer_parameters(model), _trained(config)
+    counts, of_trained, of_states = layer_parameters(model), _trained(config), _state_bytes(config)
     transport = TRANSPORTS[parallel.memory_transport](tuple(bounds))
     needs = []
     for stage in range(stages):
         parameters, trained = of_stage(counts, stage), of_stage(of_trained, stage)
         shards = data if parallel.zero_stage else 1
-        states = trained * _state_bytes(config) // shards
+        states = of_stage(of_states, stage) // shards
         here, there = (0, states) if parallel.offload_optimizer else (states, 0)
         lanes = config.lanes_of_a_rank(data)
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
@@ -99,9 +100,18 @@ def _gradient_bytes(config: RunConfig) -> int:
     return 4 + (2 if offloaded else 0)
 
 
-def _state_bytes(config: RunConfig) -> int:
-    """Returns the bytes of one parameter's moments and fp32 copy, which plain fp32 lacks."""
-    return 8 if config.train.dtype == "fp32" and config.parallel.zero_stage == 0 else 12
+def _state_bytes(config: RunConfig) -> list[int]:
+    """Returns the bytes of the optimizer's states of each layer of `layer_list`.
+
+    They are the moments of what is trained, and its fp32 copy, which plain fp32 lacks. Muon has one
+    moment instead of two.
+    """
+    each = 8 if config.train.dtype == "fp32" and config.parallel.zero_stage == 0 else 12
+    states = [each * trained for trained in _trained(config)]
+    if config.optimizer.name == "adamw":
+        return states
+    matrices = trained_counts(config.model, config.optimizer.train, f"*{PROJECTION}")
+    return [both - 4 * single for both, single in zip(states, matrices, strict=True)]
 
 
 def layer_parameters(model: ModelConfig) -> list[int]:

@@ -97,7 +97,8 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
         if shared is not None:
             raise RunError(needs)
         least = min(chosen.most, least_memory(config, devices.count))
-        offloading = "" if config.parallel.offload_optimizer else " or parallel.offload_optimizer"
+        may_offload = not config.parallel.offload_optimizer and config.optimizer.name == "adamw"
+        offloading = " or parallel.offload_optimizer" if may_offload else ""
         raise RunError(
             f"{needs}, and no layout of {devices.count} processes needs less than {_size(least)}; "
             f"more processes{offloading} may fit"

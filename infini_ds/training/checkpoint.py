@@ -210,8 +210,8 @@ def _fixed_settings(config: dict[str, Any]) -> list[str]:
     """Returns the settings that change what is learned, or how DeepSpeed stores it."""
     model = [f"model.{name}" for name in config["model"]]
     train = [f"train.{name}" for name in ("batch_size", "window_segments", "dtype")]
-    parallel = ["parallel.zero_stage", "parallel.offload_optimizer"]
-    return ["seed", *model, *train, *parallel, "optimizer.train"]
+    stored = ["parallel.zero_stage", "parallel.offload_optimizer"]
+    return ["seed", *model, *train, *stored, "optimizer.name", "optimizer.train"]
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:

@@ -454,6 +454,13 @@ def test_triton_kernels_have_no_sliding_window(file):
     assert message in message_of(file, sliding, "kernels.backend=triton")
 
 
+def test_muon_is_not_offloaded(file):
+    muon = "optimizer.name=muon"
+    assert load(file, [muon]).optimizer.name == "muon"
+    message = "optimizer.name (muon) must be adamw with parallel.offload_optimizer"
+    assert message in message_of(file, muon, "parallel.offload_optimizer=true")
+
+
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):
     assert load(file).train.curriculum is None
     config = load(file, ["train.window_segments=16", "train.curriculum={}"])

@@ -14,12 +14,8 @@ from infini_ds import InfiniTransformer
 from infini_ds.memory import RULES
 from infini_ds.model.head import token_losses
 from infini_ds.model.layer_state import empty_state
-from infini_ds.model.optimizer import (
-    adamw,
-    learning_rate_factor,
-    parameter_groups,
-    set_learning_rate,
-)
+from infini_ds.model.muon import make_optimizer
+from infini_ds.model.optimizer import learning_rate_factor, parameter_groups, set_learning_rate
 from infini_ds.model.trained import is_trained
 from tests.distributed import layout_worker
 from tests.distributed.layout_worker import (
@@ -124,6 +120,21 @@ BF16_CASES = {
     ]
 }
 BF16_CASES |= {
+    f"bf16-pipeline{pipeline}-data{data}-{transport}-zero{zero}-muon": (
+        pipeline * data,
+        {
+            **BF16,
+            "optimizer.name": "muon",
+            "parallel.pipeline_stages": pipeline,
+            "parallel.memory_transport": transport,
+            "parallel.zero_stage": zero,
+        },
+    )
+    for pipeline, data, transport, zero in [
+        (1, 1, "resident", 1), (1, 2, "carried", 1), (2, 1, "carried", 0), (2, 2, "carried", 1),
+    ]
+}  # fmt: skip
+BF16_CASES |= {
     f"bf16-context2-zero{zero}": (
         2,
         {
@@ -207,6 +218,13 @@ TRAINED_CASES = {
             "optimizer.train": ["*.write_gate.*", "*.beta", "*norm.weight"],
         },
     ),
+    "trained-pipeline2-muon": (
+        2,
+        {
+            "parallel.pipeline_stages": 2, "parallel.zero_stage": 1, "optimizer.name": "muon",
+            "optimizer.train": ["layers.4.*", "*.beta"],
+        },
+    ),
     "trained-data2-tied_embedding": (
         2,
         {
@@ -277,6 +295,27 @@ PACKED = {
         (2, 1, "carried", "gated_delta"),
     ]
 }  # fmt: skip
+# ZeRO cuts matrices, which Muon takes whole.
+MUON_CASES = {
+    f"muon-pipeline{pipeline}-data{data}-zero{zero}{'-tied' if tied else ''}": (
+        pipeline * data,
+        {
+            "optimizer.name": "muon",
+            "parallel.pipeline_stages": pipeline,
+            "parallel.zero_stage": zero,
+            "model.tie_embeddings": tied,
+            "model.num_kv_heads": 2,
+            "optimizer.gradient_clipping": 0.5 if tied else 0.0,
+        },
+    )
+    for pipeline, data, zero, tied in [
+        (1, 1, 1, False), (1, 2, 1, False), (1, 2, 0, True), (2, 1, 0, False), (2, 1, 1, False),
+        (2, 2, 1, True), (1, 4, 1, False),
+    ]
+}  # fmt: skip
+MUON_CASES["muon-context2"] = (
+    2, {"optimizer.name": "muon", "parallel.context_parallel": 2, "train.micro_batch_size": 2}
+)  # fmt: skip
 
 
 class Context(NamedTuple):
@@ -381,7 +420,7 @@ SLOW_CONTEXT_CASES = {
 }
 FP32_CASES = (
     cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
-    | SLIDING | CONTEXT_CASES | TRAINED_CASES
+    | SLIDING | CONTEXT_CASES | TRAINED_CASES | MUON_CASES
 )  # fmt: skip
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 DEEP_CASES = cases(DEEP, CHOICES)
@@ -449,11 +488,12 @@ def reference(settings: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         spread_write_gates(patch)
         model = InfiniTransformer(config.model, seed=config.seed)
-    for name, parameter in model.named_parameters():
+    named = list(model.named_parameters())
+    for name, parameter in named:
         parameter.requires_grad_(is_trained(name, config.optimizer.train))
-    groups = parameter_groups(model.named_parameters(), config.optimizer)
-    optimizer = adamw(groups, config.optimizer)
-    initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    groups = parameter_groups(named, config.optimizer)
+    optimizer = make_optimizer(groups, config, named)
+    initial = {name: parameter.detach().clone() for name, parameter in named}
     memory = [empty_state(config.model, LANES) for _ in range(config.model.num_layers)]
     losses, norms, writes = [], [], []
     for step in range(STEPS):
@@ -471,7 +511,7 @@ def reference(settings: str) -> dict:
         optimizer.step()
         losses.append(float(loss.detach()))
         writes.append([[float(value.detach()) for value in layer] for layer in stats])
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in named}
     text = model.generate(torch.tensor([PROMPT]), 20, temperature=0)[0].tolist()
     return {
         "losses": losses, "norms": norms, "weights": weights, "initial": initial, "memory": memory,
@@ -658,7 +698,7 @@ def test_bf16_is_close_to_plain_fp32(results, name):
 
 @pytest.mark.parametrize("name", [name for name in BF16_CASES if "-again" not in name])
 def test_bf16_agrees_with_one_process(results, name):
-    suffix = next((own for own in ("-tied", "-gated_delta") if name.endswith(own)), "")
+    suffix = next((own for own in ("-tied", "-gated_delta", "-muon") if name.endswith(own)), "")
     alone = f"bf16-pipeline1-data1-resident-zero1{suffix}"
     (expected,) = results.of(alone, DEFAULT_CASES)
     for rank in results.of(name, DEFAULT_CASES):

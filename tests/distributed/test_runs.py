@@ -109,6 +109,21 @@ class TestExactResume:
         assert run.losses == whole.losses
         assert run.checksums(8) == whole.checksums(8)
 
+    def test_run_with_muon_on_ranks_that_share_its_states_goes_on_as_if_undisturbed(
+        self, tmp_path, data
+    ):
+        """Also where the checkpoint was written in the background."""
+        settings = {
+            "optimizer__name": "muon", "train__steps": 8, "parallel__pipeline_stages": 1,
+        }  # fmt: skip
+        whole = Run(tmp_path / "whole", data, **settings, train__async_save=True)
+        assert "untested optimizer" not in whole.finish(2)
+        run = without_checkpoints_after(copied(whole, tmp_path / "run", data, **settings), 5)
+        assert f"resumed from {run.checkpoint(5)} at step 5" in run.finish(2)
+        assert sorted(run.losses) == list(range(1, 9))
+        assert run.losses == whole.losses
+        assert_equal_states(run, whole, 8)
+
     def test_finished_run_started_again_changes_nothing(self, tmp_path, data, undisturbed):
         run = copied(undisturbed, tmp_path, data)
         run.finish(2)
@@ -310,6 +325,20 @@ class TestResumeInAnotherLayout:
             assert next(norms) == pytest.approx(next(norms), rel=1e-5)
         assert not list(run.output.glob("checkpoints/universal_*"))
 
+    @pytest.mark.parametrize(
+        ("before", "after"), [((2, 1), (1, 2)), ((1, 2), (2, 1))], ids=["to_data2", "to_pipeline2"]
+    )
+    def test_muon_goes_on_with_the_same_losses(self, tmp_path, data, before, after):
+        """Though its states are not those that DeepSpeed knows."""
+        settings = {**FP32, "optimizer__name": "muon"}
+        original = Run(tmp_path / "original", data, **settings, parallel__pipeline_stages=before[0])
+        original.finish(2)
+        run = copied(original, tmp_path / "run", data, **settings)
+        without_checkpoints_after(run, 4)
+        assert "at step 4\n" in run.finish(2, f"parallel.pipeline_stages={after[0]}")
+        for step in range(5, 10):
+            assert run.losses[step] == pytest.approx(original.losses[step], rel=1e-5)
+
     def test_transport_may_change_in_the_same_layout(self, tmp_path, data, source):
         original = source(2, 1, "plain")
         run = copied(original, tmp_path, data, **FP32, output_dir=str(tmp_path / "resident [1]"))
@@ -332,6 +361,13 @@ class TestResumeInAnotherLayout:
             assert ranks.wait(START) == [2], ranks.outputs()
             (line,) = error_lines(ranks)
         assert "train.window_segments (4) must be 2, as in checkpoint" in line
+
+    def test_optimizer_must_not_change(self, tmp_path, data, source):
+        run = copied(source(1, 1, False), tmp_path, data, **FP32)
+        with run.start(1, "optimizer.name=muon") as ranks:
+            assert ranks.wait(START) == [2], ranks.outputs()
+            (line,) = error_lines(ranks)
+        assert "optimizer.name (muon) must be adamw, as in checkpoint" in line
 
 
 def error_lines(ranks: Processes) -> list[str]:

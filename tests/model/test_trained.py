@@ -2,6 +2,7 @@
 
 import pytest
 
+from infini_ds.config import OptimizerConfig
 from infini_ds.errors import UserError
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.trained import is_trained, trained_counts, trained_groups
@@ -10,9 +11,13 @@ from tests import tiny
 CONFIG = tiny.model_config(vocab_size=11, num_layers=2, memory={"write_gate": True})
 
 
+def groups(patterns: list[str], name: str = "adamw") -> set[str]:
+    return trained_groups(CONFIG, OptimizerConfig(train=patterns, name=name))
+
+
 def test_all_are_trained_without_patterns():
     assert sum(trained_counts(CONFIG, [])) == count_parameters(CONFIG)
-    assert trained_groups(CONFIG, []) == {"weights", "no_decay", "gates"}
+    assert groups([]) == {"weights", "no_decay", "gates"}
 
 
 def test_patterns_stand_for_whole_names():
@@ -24,9 +29,10 @@ def test_patterns_stand_for_whole_names():
 def test_trained_parameters_are_counted_by_layers():
     counts = trained_counts(CONFIG, ["*.beta", "layers.2.*norm.weight", "layers.3.weight"])
     assert counts == [0, 2, 2 + 2 * 16, 16, 0]
-    assert trained_groups(CONFIG, ["*.beta"]) == {"gates"}
-    assert trained_groups(CONFIG, ["layers.0.weight", "*.write_gate.*"]) == {"no_decay"}
-    assert trained_groups(CONFIG, ["layers.4.*", "*.beta"]) == {"weights", "gates"}
+    assert groups(["*.beta"]) == {"gates"}
+    assert groups(["layers.0.weight", "*.write_gate.*"]) == {"no_decay"}
+    assert groups(["layers.4.*", "*.beta"]) == {"weights", "gates"}
+    assert groups(["layers.4.*", "*.beta"], "muon") == {"no_decay", "gates"}
 
 
 def test_a_pattern_for_nothing_is_named_with_what_there_is():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infini_ds.config import RunConfig
+from infini_ds.model.block import Block
 from infini_ds.model.layers import layer_list
 from infini_ds.planning.estimate import checkpoint_bytes, layer_parameters, process_bytes
 from tests import tiny
@@ -93,3 +94,20 @@ def test_checkpoint_has_weights_states_and_memories(dtype, zero_stage, bytes_eac
     config = run_config(train__dtype=dtype, parallel__zero_stage=zero_stage)
     parameters = sum(layer_parameters(config.model))
     assert checkpoint_bytes(config) == bytes_each * parameters + 8 * 4 * MEMORY
+
+
+@pytest.mark.parametrize(("world", "zero_stage", "shards"), [(1, 1, 1), (4, 1, 2), (4, 0, 1)])
+def test_muon_keeps_one_moment_of_projections(world, zero_stage, shards):
+    layout = {"parallel__zero_stage": zero_stage}
+    if world > 1:
+        layout["parallel__pipeline_stages"] = 2
+    adamw, muon = (run_config(**layout, optimizer__name=name) for name in ("adamw", "muon"))
+    with torch.device("meta"):
+        block = Block(muon.model)
+    numbers = sum(p.numel() for n, p in block.named_parameters() if n.endswith("_proj.weight"))
+    assert checkpoint_bytes(adamw) - checkpoint_bytes(muon) == 4 * 4 * numbers
+    blocks = 4 if world == 1 else 2
+    for (more, _), (less, _) in zip(
+        process_bytes(adamw, world), process_bytes(muon, world), strict=True
+    ):
+        assert more - less == 4 * blocks * numbers // shards

@@ -12,6 +12,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import get_global_norm_of_tensors
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -175,6 +176,8 @@ class CorrectedEngine(PipelineEngine):
     def _do_optimizer_sanity_check(self, basic_optimizer):
         if self.bfloat16_enabled() and not self.zero_optimization():
             return BFLOAT16  # DeepSpeed refuses fp32 sums of bf16 gradients without ZeRO
+        if type(basic_optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # it would warn at every start
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(basic_optimizer))
         return super()._do_optimizer_sanity_check(basic_optimizer)
 
     def _configure_bf16_optimizer(self, optimizer):

@@ -42,13 +42,16 @@ def make_universal(directory: Path) -> str:
 
 def _to_universal(directory: Path, universal: Path) -> str:
     """Runs DeepSpeed's converter; returns the error, or ""."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command = [sys.executable, "-m", "infini_ds.parallel.deepspeed.to_universal"]
     # The converter treats paths as glob patterns, so it runs in their directory and gets bare
     # names.
     command += ["--input_folder", directory.name, "--output_folder", universal.name]
+    # There, a checkout that is not installed would not be found.
+    path = os.pathsep.join((str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        command, cwd=directory.parent, capture_output=True, text=True, check=False
-    )
+        command, cwd=directory.parent, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
+    )  # fmt: skip
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
     manifest.write(universal, {})

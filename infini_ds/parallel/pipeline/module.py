@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from infini_ds.config import ModelConfig
+from infini_ds.config import ModelConfig, OptimizerConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Exchange
@@ -69,7 +69,7 @@ class InfiniPipeline(StageModule):
         for name, parameter in self.named_parameters():
             yield single_process_name(name), parameter
 
-    def choose_trained(self, patterns: list[str]) -> None:
+    def choose_trained(self, optimizer: OptimizerConfig) -> None:
         """Makes parameters that are not to be trained keep their values.
 
         All stages must have the same groups of the optimizer, or DeepSpeed waits forever for the
@@ -78,12 +78,12 @@ class InfiniPipeline(StageModule):
         the first stage computes little for it.
 
         Args:
-            patterns: optimizer.train; see `model.trained`.
+            optimizer: its `train` has the patterns, see `model.trained`.
         """
-        lacking = trained_groups(self.config, patterns)
+        lacking = trained_groups(self.config, optimizer)
         for name, parameter in self.own_parameters():
-            if is_trained(name, patterns):
-                lacking.discard(group_of(name, parameter))
+            if is_trained(name, optimizer.train):
+                lacking.discard(group_of(name, parameter, optimizer.name))
             else:
                 parameter.requires_grad_(False)
                 self.frozen[name] = parameter
