@@ -42,7 +42,9 @@ def add(commands: Commands) -> None:
         "--task-folder", action=Checked, check=argument, metavar="DIR",
         help="folder with task files of your own",
     )  # fmt: skip
-    tasks.add_argument("--limit", **COUNT, metavar="N", help="only so many examples of each task")
+    tasks.add_argument(
+        "--limit", **COUNT, metavar="N", help="only so many examples of each task and length"
+    )
     tasks.add_argument(
         "--few-shot", type=int, action=Checked, check=at_least(0), metavar="N",
         help="solved examples before each question (what the task says)",

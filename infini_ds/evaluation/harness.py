@@ -7,6 +7,7 @@ and without a limit to their length.
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from infini_ds.conversion.huggingface import add_tokenizer_code
 from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
-from infini_ds.evaluation.harness_report import figures, table
+from infini_ds.evaluation.harness_report import LENGTH, figures, table
 from infini_ds.inspection.weights import close_gates
 from infini_ds.model.generation import Sampling, stream
 from infini_ds.model.reading import call_width
@@ -38,6 +39,8 @@ from infini_ds.system.progress import ProgressLine, time_left
 
 _NEW_TOKENS = 256
 """The longest answer of a task that does not say; as for models of transformers."""
+_UNAVAILABLE = (ImportError, ConnectionError, FileNotFoundError)
+"""What a task fails with whose data or libraries are not there."""
 _TOKENS_BETWEEN_LOOKS = 16
 """An answer is searched for an end once in so many tokens."""
 
@@ -49,13 +52,22 @@ class HarnessOptions(NamedTuple):
     task_folder: str | None
     """Folder with task files of one's own."""
     limit: int | None
-    """The most examples of a task."""
+    """The most examples of a task, or of each length where a task has several."""
     few_shot: int | None
     """Solved examples before each question; None leaves it to the task."""
     lengths: list[int]
     """Tokens of the prompts that RULER's tasks make."""
     batch: int
     """Number of examples that are read together."""
+
+
+class Tasks(NamedTuple):
+    """Tasks and groups of them, with the examples that they have made or read."""
+
+    manager: TaskManager
+    objects: list
+    samples: dict[str, list[int]] | None
+    """The examples to evaluate of each task; None for all of all."""
 
 
 class Scored(NamedTuple):
@@ -259,22 +271,55 @@ def _described(loaded: Loaded, folder: Path) -> dict[str, Any]:
     return {"pretrained": str(folder)}
 
 
-def _tasks(options: HarnessOptions, described: dict[str, Any]) -> TaskManager:
+def _tasks(options: HarnessOptions, described: dict[str, Any]) -> Tasks:
     if options.task_folder and not Path(options.task_folder).is_dir():
         raise UserError(f"--task-folder {options.task_folder}: there is no such folder")
     metadata = {**described, "max_seq_lengths": options.lengths}
-    tasks = TaskManager(include_path=options.task_folder, metadata=metadata)
+    manager = TaskManager(include_path=options.task_folder, metadata=metadata)
     for name in options.tasks:
-        if not tasks.match_tasks([name]):
+        if not manager.match_tasks([name]):
             raise UserError(
                 f"--tasks {name}: lm-evaluation-harness has no such task, group or tag; "
                 "`lm_eval ls tasks` prints them, and --task-folder names a folder with your own"
             )
-    return tasks
+    try:
+        found = manager.load(list(options.tasks))
+    except _UNAVAILABLE as error:
+        raise _unavailable(options, error) from None
+    inside = {child for children in found["group_map"].values() for child in children}
+    objects = [
+        each
+        for kind in ("groups", "tasks")
+        for name, each in found[kind].items()
+        if name not in inside
+    ]
+    samples = None
+    if options.limit:
+        samples = {name: _first(task, options.limit) for name, task in found["tasks"].items()}
+    return Tasks(manager, objects, samples)
+
+
+def _first(task: Any, limit: int) -> list[int]:
+    """Returns the first examples of a task, or the first of each of its lengths.
+
+    RULER's tasks have all examples of the first length before those of the next.
+    """
+    taken: Counter = Counter()
+    chosen = []
+    for number, document in enumerate(task.eval_docs):
+        length = document.get(LENGTH) if isinstance(document, dict) else None
+        if taken[length] < limit:
+            taken[length] += 1
+            chosen.append(number)
+    return chosen
+
+
+def _unavailable(options: HarnessOptions, error: Exception) -> UserError:
+    return UserError(f"--tasks {','.join(options.tasks)}: {one_line(error)}")
 
 
 def _evaluated(
-    loaded: Loaded, tasks: TaskManager, options: HarnessOptions, memory: bool, console: Console
+    loaded: Loaded, tasks: Tasks, options: HarnessOptions, memory: bool, console: Console
 ) -> dict[str, Any]:
     done = 0
     name = "with memory" if memory else "ablated"
@@ -288,11 +333,11 @@ def _evaluated(
         model = HarnessModel(loaded.model, loaded.tokenizer, options.batch, memory, one_more)
         try:
             return simple_evaluate(  # type: ignore[return-value]
-                model=model, tasks=list(options.tasks), num_fewshot=options.few_shot,
-                limit=options.limit, task_manager=tasks, bootstrap_iters=100,
+                model=model, tasks=tasks.objects, num_fewshot=options.few_shot,
+                samples=tasks.samples, task_manager=tasks.manager, bootstrap_iters=100,
             )  # fmt: skip
-        except (ImportError, ConnectionError, FileNotFoundError) as error:
-            raise UserError(f"--tasks {','.join(options.tasks)}: {one_line(error)}") from None
+        except _UNAVAILABLE as error:
+            raise _unavailable(options, error) from None
 
 
 def _alike(requests: list, rows: list[int]) -> list[tuple[dict[str, Any], list[int]]]:

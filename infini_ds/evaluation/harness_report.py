@@ -8,6 +8,8 @@ from rich.table import Table
 
 _NOT_ASKED = -1
 """What RULER's tasks give for lengths that were not asked."""
+LENGTH = "max_length"
+"""What RULER's examples call their length, whose number is also the name of a measure."""
 
 
 class Figure(NamedTuple):
@@ -41,7 +43,6 @@ def figures(found: dict[str, dict[str, Any]], setup: dict[str, Any]) -> dict[str
         setup: what else is to be known of the evaluation.
     """
     ablated = {(each.task, each.metric): each for each in figures_of(found["ablated"])}
-    samples = found["with_memory"]["n-samples"]
     rows = []
     for each in figures_of(found["with_memory"]):
         other = ablated.get((each.task, each.metric))
@@ -49,7 +50,7 @@ def figures(found: dict[str, dict[str, Any]], setup: dict[str, Any]) -> dict[str
             {
                 "task": each.task,
                 "metric": each.metric,
-                "examples": samples.get(each.task, {}).get("effective"),
+                "examples": _examples(found["with_memory"], each),
                 "with_memory": each.value,
                 "stderr": each.stderr,
                 "ablated": other.value if other else None,
@@ -57,6 +58,15 @@ def figures(found: dict[str, dict[str, Any]], setup: dict[str, Any]) -> dict[str
             }
         )
     return {**setup, "results": rows}
+
+
+def _examples(results: dict[str, Any], figure: Figure) -> int | None:
+    """Counts the examples of a measure; None for groups of tasks."""
+    documents = [sample["doc"] for sample in results.get("samples", {}).get(figure.task, ())]
+    lengths = [str(each[LENGTH]) for each in documents if LENGTH in each]
+    if lengths:
+        return lengths.count(figure.metric)
+    return results["n-samples"].get(figure.task, {}).get("effective")
 
 
 def table(figures: dict[str, Any]) -> Table:

@@ -205,11 +205,12 @@ def test_the_harness_itself_evaluates_an_export_in_batches(place, tmp_path):
 
 def test_rulers_needles_are_asked_at_the_lengths_wanted(place, tmp_path):
     figures = tmp_path / "figures.json"
-    options = ("--tasks", "niah_single_1", "--limit", "2", "--lengths", "4096", "--json")
+    options = ("--tasks", "niah_single_1", "--limit", "2", "--lengths", "4096,8192", "--json")
     assert evaluate(place, *options, str(figures)) == 0
-    (row,) = json.loads(figures.read_text())["results"]
-    assert (row["task"], row["metric"], row["examples"]) == ("niah_single_1", "4096", 2)
-    assert row["with_memory"] == row["ablated"] == 0
+    rows = json.loads(figures.read_text())["results"]
+    found = [(row["task"], row["metric"], row["examples"]) for row in rows]
+    assert found == [("niah_single_1", "4096", 2), ("niah_single_1", "8192", 2)]
+    assert all(row["with_memory"] == row["ablated"] == 0 for row in rows)
 
 
 @pytest.mark.parametrize(
