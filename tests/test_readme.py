@@ -47,6 +47,7 @@ EXAMPLES = {
     "load_model": "import torch\nfrom infini_ds import load_model",
     "memory": "import torch\nfrom infini_ds.kernels.infini_attention import",
     "recorder": "from infini_ds.training.recorders import",
+    "ruler": "import json, random, types\nfrom lm_eval",
 }
 
 

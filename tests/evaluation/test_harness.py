@@ -18,6 +18,7 @@ from infini_ds.evaluation.harness import HarnessModel
 from infini_ds.inspection.weights import close_gates
 from infini_ds.runs.export import load_model
 from tests.conversion.test_to_hf import N, make_export
+from tests.pages import blocks
 from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
@@ -201,6 +202,18 @@ def test_the_harness_itself_evaluates_an_export_in_batches(place, tmp_path):
     found = json.loads(path.read_text())["results"]
     for (task, metric), value in expected.items():
         assert found[task][f"{metric},none"] == pytest.approx(value)
+
+
+def test_documents_of_rulers_needle_are_made_as_shown(tmp_path, monkeypatch):
+    (example,) = [code.text for code in blocks("python") if "lm_eval" in code.text]
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    rows = [json.loads(line)["pieces"] for line in (tmp_path / "ruler.jsonl").open()]
+    assert len(rows) == 6000
+    for (prompt, without), (number, weight) in rows:
+        assert (without, weight) == (0, 1)
+        assert f"is: {number.strip()}." in prompt
+        assert prompt.endswith("mentioned in the provided text is")
 
 
 def test_rulers_needles_are_asked_at_the_lengths_wanted(place, tmp_path):
