@@ -102,6 +102,11 @@ class RunConfig(Settings):
                 "optimizer.name (muon) must be adamw with parallel.offload_optimizer, since only "
                 "AdamW runs on the CPU"
             )
+        if self.train.compile and self.optimizer.train:
+            raise ValueError(
+                "train.compile (true) must be false with optimizer.train, which would make every "
+                "block another one to compile"
+            )
         segments = self.train.window_segments // self.train.chunks
         if segments % self.parallel.context_parallel:
             raise ValueError(

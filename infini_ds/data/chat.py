@@ -6,6 +6,7 @@ the template writes for its message after the prompt for it: the conversation up
 with `add_generation_prompt`.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -26,7 +27,6 @@ from infini_ds.system.causes import one_line
 # Noncharacters that stand around what the assistant writes, until they are taken out.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"[{_BEGIN}{_END}]")
-_MARKS_TURNS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _LONGEST_REASON = 100
 # Roles in conversations of ShareGPT's form, which have `from` and `value`.
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -53,14 +53,15 @@ class Chat:
                 "data.tokenizer.chat_template: must name a file with a chat template for "
                 f"data.messages_field, as {has}"
             )
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             own = f"model {settings.model}: its chat template"
             where = f"chat_template {settings.chat_template}:" if settings.chat_template else own
             reason = f"{where} cannot be parsed ({one_line(error)})"
             raise UserError(f"data.tokenizer.{reason}") from None
-        self._marks_turns = _MARKS_TURNS.search(source) is not None
+        self._marks_turns = _marks_turns(environment, source)
         self._names = tokenizer.template_names
         special = [*tokenizer.special_tokens, _BEGIN, _END]
         self._special = re.compile("|".join(map(re.escape, special)))
@@ -126,6 +127,15 @@ class Chat:
             at = len(after)
             turns.append((len(before), at))
         return turns
+
+
+def _marks_turns(environment: jinja2.Environment, source: str) -> bool:
+    """Returns whether a template has blocks for what the assistant writes, outside of comments."""
+    words = [word for _, kind, word in environment.lex(source) if kind != "whitespace"]
+    return any(
+        word == "generation" and before in ("{%", "{%-", "{%+")
+        for before, word in itertools.pairwise(words)
+    )
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ def configured_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.chat_template:
         setting = "data.tokenizer.chat_template"
         tokenizer.chat_template = read_template(config.chat_template, setting)
+        if not tokenizer.chat_template.strip():
+            raise UserError(f"{setting} {config.chat_template}: is empty; it must be a template")
     return tokenizer
 
 

@@ -31,7 +31,7 @@ from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.checkpoint import Loaded
 from infini_ds.runs.directory import TASKS
 from infini_ds.runs.export import load_for_command
-from infini_ds.system.causes import one_line
+from infini_ds.system.causes import one_line, shortened
 from infini_ds.system.compute_type import place
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
@@ -286,6 +286,9 @@ def _tasks(options: HarnessOptions, described: dict[str, Any]) -> Tasks:
         found = manager.load(list(options.tasks))
     except _UNAVAILABLE as error:
         raise _unavailable(options, error) from None
+    except ValueError as error:  # RULER's, for prompts that are too short for a needle
+        reason = shortened(one_line(error)).replace("max_seq_length", "--lengths")
+        raise UserError(f"--tasks {','.join(options.tasks)}: {reason}") from None
     inside = {child for children in found["group_map"].values() for child in children}
     objects = [
         each

@@ -454,6 +454,13 @@ def test_triton_kernels_have_no_sliding_window(file):
     assert message in message_of(file, sliding, "kernels.backend=triton")
 
 
+def test_blocks_of_which_a_part_is_trained_are_not_compiled(file):
+    compiled = "train.compile=true"
+    assert load(file, [compiled]).train.compile
+    message = "train.compile (true) must be false with optimizer.train"
+    assert message in message_of(file, compiled, "optimizer.train=['*.beta']")
+
+
 def test_muon_is_not_offloaded(file):
     muon = "optimizer.name=muon"
     assert load(file, [muon]).optimizer.name == "muon"

@@ -108,6 +108,13 @@ def test_the_loss_falls_on_what_the_assistant_writes(tmp_path, name, parts):
     assert learnt(document) == parts
 
 
+def test_marks_in_comments_and_texts_are_none(tmp_path):
+    for hidden in ("{# {% generation %} #}", "{{ '{% generation %}'[:0] }}"):
+        corpus = corpus_of(tmp_path, model_of(tmp_path, hidden + CHATML), CHAT)
+        (document,) = corpus
+        assert sum(span.weight for span in document.spans) == 2
+
+
 def test_a_token_that_begins_before_the_turn_has_its_weight(tmp_path):
     model = model_of(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
     (document,) = corpus_of(tmp_path, model, turns("x re", "turn"))
@@ -268,9 +275,9 @@ def test_the_template_is_where_transformers_finds_it(tmp_path):
         ("", None, r"^data\.tokenizer\.chat_template: must name .* \S+json has none beside it$"),
         ("{% if %}", None, r"^data\.tokenizer\.model \S+: its chat template cannot be parsed \("),
         ("", "{{ x | y }}", r"^data\.tokenizer\.chat_template \S+: cannot be parsed \(No filter"),
-        ("", b"\xff\xfe", r"^data\.tokenizer\.chat_template: must name"),
+        ("", b"\xff\xfe", r"^data\.tokenizer\.chat_template \S+: is empty"),
         ("", b"\x80", r"^data\.tokenizer\.chat_template \S+: cannot be read \("),
-        ("", "", r"^data\.tokenizer\.chat_template: must name"),
+        ("", "", r"^data\.tokenizer\.chat_template \S+: is empty"),
     ],
 )
 def test_a_template_that_is_none_is_refused_at_once(tmp_path, template, named, says):

@@ -231,6 +231,10 @@ def test_rulers_needles_are_asked_at_the_lengths_wanted(place, tmp_path):
     [
         (("--tasks", "tiny_choise"), "--tasks tiny_choise: lm-evaluation-harness has no such"),
         (("--tasks", "a,,b"), "--tasks (a,,b) must be names with commas"),
+        (
+            ("--tasks", "niah_single_1", "--lengths", "100"),
+            "--tasks niah_single_1: Could not generate any sample",
+        ),
         (("--tasks", "tiny_text", "--documents", "x"), "--documents: is for documents; leave out"),
         (
             ("--tasks", "tiny_text", "--task-folder", "nowhere"),

@@ -135,7 +135,7 @@ class CorrectedEngine(PipelineEngine):
     ) -> None:
         """Loads weights and optimizer states from DeepSpeed's own files.
 
-        Learning rates and weight decays keep the values from the config.
+        Groups keep their settings, such as learning rates, as the config has them.
 
         Args:
             load_from: the checkpoint, or its universal form.
@@ -155,6 +155,8 @@ class CorrectedEngine(PipelineEngine):
         with contextlib.redirect_stdout(None), plain_path(load_from.parent) as folder:
             path, _ = self.load_checkpoint(folder, tag=load_from.name)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            for name in group.keys() - own.keys() - {"params"}:  # of another group
+                del group[name]
             group.update(own)
         if path is None:
             raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
