@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir -c constraints.txt \
 COPY configs configs
 COPY launch launch
 COPY infini_ds infini_ds
-RUN pip install --no-cache-dir -c constraints.txt '.[wandb]' \
+RUN pip install --no-cache-dir -c constraints.txt '.[wandb,report]' \
     && useradd --create-home --uid 1000 trainer
 
 ENV DS_ACCELERATOR=cpu

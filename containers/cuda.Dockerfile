@@ -20,7 +20,7 @@ RUN pip install --no-cache-dir -c constraints.txt torch==2.13.0
 COPY configs configs
 COPY launch launch
 COPY infini_ds infini_ds
-RUN pip install --no-cache-dir -c constraints.txt '.[cuda,wandb]' \
+RUN pip install --no-cache-dir -c constraints.txt '.[cuda,wandb,report]' \
     && useradd --create-home --uid 1001 trainer
 USER 1001
 WORKDIR /work

@@ -22,6 +22,10 @@ def add(commands: Commands) -> None:
         help="file with the prompt (plain, .gz or .zst), or - for standard input",
     )  # fmt: skip
     parser.add_argument(
+        "--chat", action="store_true",
+        help="the prompt is what a user says: write it with the model's chat template",
+    )  # fmt: skip
+    parser.add_argument(
         "--memory", action=Checked, check=_file, metavar="FILE",
         help="memory, from memorize, of a document that the prompt continues",
     )  # fmt: skip
@@ -76,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     from infini_ds.generation import generate
 
     asked = generate.GenerateOptions(
-        options.prompt, options.prompt_file, options.memory, options.max_new_tokens,
+        options.prompt, options.prompt_file, options.chat, options.memory, options.max_new_tokens,
         options.temperature, options.top_p, options.top_k, options.seed, options.stop,
     )  # fmt: skip
     generate.run(options.directory, options.step, asked)

@@ -140,10 +140,13 @@ def _take_from_export(tree: dict[str, Any], export: Path) -> None:
         raise UserError(f"config {export / 'config.yaml'}: must be YAML with `model`") from None
     tree["model"] = _filled(tree.get("model") or {}, model)
     data = tree.get("data")
-    if isinstance(data, dict) and "tokenizer" not in data and "tokenizer" in known:
+    if not isinstance(data, dict):
+        return
+    given = data.get("tokenizer", {})
+    if isinstance(given, dict) and not given.keys() & {"kind", "model"} and "tokenizer" in known:
         file = TOKENIZER_FILES.get(str(known["tokenizer"]))
         model_file = str(export / file) if file else ""
-        data["tokenizer"] = {"kind": known["tokenizer"], "model": model_file}
+        data["tokenizer"] = {"kind": known["tokenizer"], "model": model_file, **given}
 
 
 def _filled(given: Any, missing: Any) -> Any:

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from infini_ds.config import DataConfig
 from infini_ds.data.tokenizer import configured_tokenizer
+from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.system.causes import one_line
 
@@ -36,6 +37,48 @@ class Unusable(ValueError):
     """A conversation that cannot be trained on; the message is the reason, for `Skipped`."""
 
 
+class Template:
+    """A tokenizer's chat template.
+
+    Args:
+        where: names the template in messages.
+
+    Raises:
+        UserError: it cannot be parsed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, where: str):
+        environment, source = _environment(), tokenizer.chat_template
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where} cannot be parsed ({one_line(error)})") from None
+        self.marks_turns = _marks_turns(environment, source)
+        self._names = tokenizer.template_names
+
+    def written(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        """Writes messages as text, with `prompt` up to where the assistant is to go on.
+
+        Raises:
+            Unusable: the template refuses them, or the text is not UTF-8.
+        """
+        try:
+            text = self._template.render(
+                **self._names,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+            )
+            text.encode()
+        except UnicodeEncodeError:
+            raise Unusable("invalid UTF-8") from None
+        except Exception as error:  # a template may raise anything
+            reason = one_line(error)[:_LONGEST_REASON]
+            raise Unusable(f"the chat template refuses it ({reason})") from None
+        return text
+
+
 class Chat:
     """Turns lists of messages into texts, whose parts have weight 1 where the assistant writes.
 
@@ -46,23 +89,16 @@ class Chat:
     def __init__(self, config: DataConfig):
         settings = config.tokenizer
         tokenizer = configured_tokenizer(settings)
-        source = tokenizer.chat_template
-        if not source:
+        if not tokenizer.chat_template:
             has = f"{settings.model} has none beside it" if settings.model else "bytes have none"
             raise UserError(
                 "data.tokenizer.chat_template: must name a file with a chat template for "
                 f"data.messages_field, as {has}"
             )
-        environment = _environment()
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            own = f"model {settings.model}: its chat template"
-            where = f"chat_template {settings.chat_template}:" if settings.chat_template else own
-            reason = f"{where} cannot be parsed ({one_line(error)})"
-            raise UserError(f"data.tokenizer.{reason}") from None
-        self._marks_turns = _marks_turns(environment, source)
-        self._names = tokenizer.template_names
+        own = f"model {settings.model}: its chat template"
+        where = f"chat_template {settings.chat_template}:" if settings.chat_template else own
+        self._template = Template(tokenizer, f"data.tokenizer.{where}")
+        self._eos = tokenizer.template_names["eos_token"]
         special = [*tokenizer.special_tokens, _BEGIN, _END]
         self._special = re.compile("|".join(map(re.escape, special)))
 
@@ -81,34 +117,18 @@ class Chat:
         messages = _messages(value)
         if any(self._special.search(text) for text in _texts(messages)):
             raise Unusable("content holds a special token")
-        try:
-            text = self._render(messages, False)
-            text.encode()
-        except UnicodeEncodeError:
-            raise Unusable("invalid UTF-8") from None
-        except Exception as error:  # a template may raise anything
-            reason = one_line(error)[:_LONGEST_REASON]
-            raise Unusable(f"the chat template refuses it ({reason})") from None
-        if self._marks_turns:
+        text = self._template.written(messages)
+        if self._template.marks_turns:
             text, turns = _unmarked(text)
         else:
             turns = self._turns(messages, text)
-        if text.rstrip().endswith(self._names["eos_token"]):
+        if text.rstrip().endswith(self._eos):
             text = text.rstrip()
         if not text:
             raise Unusable("empty")
         if not any(begin < min(end, len(text)) for begin, end in turns):
             raise Unusable("no turn of the assistant")
         return text, list(_parts(turns, len(text)))
-
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        return self._template.render(
-            **self._names,
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=prompt,
-        )
 
     def _turns(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Finds where the assistant's turns begin and end in the text of all messages."""
@@ -118,9 +138,9 @@ class Chat:
             if message["role"] != "assistant":
                 continue
             try:
-                before = self._render(messages[:i], True)
-                after = self._render(messages[: i + 1], False)
-            except Exception:
+                before = self._template.written(messages[:i], prompt=True)
+                after = self._template.written(messages[: i + 1])
+            except Unusable:
                 before, after = text, ""
             if not (at <= len(before) and after.startswith(before) and text.startswith(after)):
                 raise Unusable("the chat template does not show where the assistant's turns are")

@@ -85,12 +85,12 @@ def encode_rendered(tokenizer: Tokenizer, text: str, spans: tuple[Span, ...]) ->
     bos, eos = bos[: not np.array_equal(ids[:1], bos)], eos[: not np.array_equal(ids[-1:], eos)]
     tokens = stored_tokens([bos, ids, eos], tokenizer.vocab_size)
     weights = np.r_[np.zeros(len(bos)), own, np.full(len(eos), spans[-1].weight)]
-    content = _without_special(tokenizer, text, ids, places).encode()
+    content = without_special(tokenizer, text, ids, places).encode()
     back = restored(tokenizer, tokens, content)
     return Encoded(tokens, len(content), back, _draw(text.encode()), weights.astype(np.float32))
 
 
-def _without_special(tokenizer: Tokenizer, text: str, ids: np.ndarray, places: np.ndarray) -> str:
+def without_special(tokenizer: Tokenizer, text: str, ids: np.ndarray, places: np.ndarray) -> str:
     """Returns the text without what became special tokens, which stand for no bytes."""
     special = tokenizer.special_tokens
     parts, at = [], 0

@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         memory: False reads each segment with an empty memory.
-        on_done: called after each example.
+        on_done: called after each example with the number of those that were asked with it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class HarnessModel(TemplateLM):
         tokenizer: Tokenizer,
         batch: int,
         memory: bool,
-        on_done: Callable[[], None],
+        on_done: Callable[[int], None],
     ):
         super().__init__()
         self._model, self._codec, self._batch = model, tokenizer, batch
@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
                 prompts = [self.tok_encode(requests[row].args[0]) for row in group]
                 for row, answer in zip(group, self._answers(prompts, settings), strict=True):
                     answers[row] = answer
-                    self._on_done()
+                    self._on_done(len(requests))
         return answers
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -154,7 +154,7 @@ class HarnessModel(TemplateLM):
                 likelihood = logits.log_softmax(dim=-1).gather(1, wanted[:, None]).double().sum()
                 greedy = bool((logits.argmax(dim=-1) == wanted).all())
                 results[row] = float(likelihood), greedy
-                self._on_done()
+                self._on_done(len(texts))
         return results
 
     def _read(self, texts: list[Scored]) -> list[Tensor]:
@@ -326,12 +326,12 @@ def _evaluated(
 ) -> dict[str, Any]:
     done = 0
     name = "with memory" if memory else "ablated"
-    with ProgressLine(console, "evaluate", 0, *time_left()) as progress:
+    with ProgressLine(console, "evaluate", 1, *time_left()) as progress:
 
-        def one_more() -> None:
+        def one_more(asked: int) -> None:
             nonlocal done
-            done += 1
-            progress.show(done, f"evaluate: {done:,} requests {name}")
+            done = done % asked + 1  # tasks of another kind are asked after these
+            progress.show(done / asked, f"evaluate: {done:,} of {asked:,} requests {name}")
 
         model = HarnessModel(loaded.model, loaded.tokenizer, options.batch, memory, one_more)
         try:

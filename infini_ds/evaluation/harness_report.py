@@ -71,10 +71,12 @@ def _examples(results: dict[str, Any], figure: Figure) -> int | None:
 
 def table(figures: dict[str, Any]) -> Table:
     """Builds a table with a row for each measure."""
+    errors = any(row["stderr"] is not None for row in figures["results"])
     result = Table(
         title=f"lm-evaluation-harness {figures['harness']}, step {figures['step']:,}, segments of "
         f"{figures['segment_length']:,}",
-        caption="in brackets the standard error; ablated: every segment reads an empty memory",
+        caption=("in brackets the standard error; " if errors else "")
+        + "ablated: every segment reads an empty memory",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,

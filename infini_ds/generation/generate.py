@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from infini_ds.data.chat import Template, Unusable
+from infini_ds.data.encoding import without_special
 from infini_ds.data.restored import loss_of, restored
 from infini_ds.data.text_pieces import TextPieces
 from infini_ds.data.tokenizer_base import Tokenizer
@@ -28,6 +30,8 @@ class GenerateOptions(NamedTuple):
     """The prompt itself, or None if it is in `prompt_file`."""
     prompt_file: str | None
     """A text file, see `open_text`."""
+    chat: bool
+    """Whether the prompt is what a user says, to be written with the chat template."""
     memory: str | None
     """The memory file of a document that the prompt continues."""
     max_new_tokens: int
@@ -114,9 +118,31 @@ def _tokens(
         content = text.encode()
     except UnicodeEncodeError:  # the shell passes on any bytes
         raise UserError("--prompt: is not UTF-8") from None
-    tokens = tokenizer.encode_array(text, begins)
+    bos = [tokenizer.bos_id]
+    if options.chat:
+        tokens, content = _asked(tokenizer, text)
+        tokens = tokens[1:] if tokens[:1].tolist() == bos else tokens
+    else:
+        tokens = tokenizer.encode_array(text, begins)
     if begins:
-        tokens = np.concatenate((np.array([tokenizer.bos_id], tokens.dtype), tokens))
+        tokens = np.concatenate((np.array(bos, tokens.dtype), tokens))
     if not len(tokens):
         raise UserError("prompt: is empty; a memory needs something to go on with")
     return tokens, loss_of([(restored(tokenizer, tokens, content), len(content))])
+
+
+def _asked(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bytes]:
+    """Returns the tokens of a user's message up to where the assistant answers, and the bytes that
+    they should restore."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--chat: the model's tokenizer has no chat template; leave --chat out, and write the "
+            "prompt as the model's documents are"
+        )
+    template = Template(tokenizer, "--chat: the model's chat template")
+    try:
+        rendered = template.written([{"role": "user", "content": text}], prompt=True)
+    except Unusable as error:
+        raise UserError(f"--chat: {error}") from None
+    tokens, places = tokenizer.encode_rendered(rendered, [])
+    return tokens, without_special(tokenizer, rendered, tokens, places).encode()

@@ -28,7 +28,8 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     before, after = _comparable(before), _comparable(after)
     if before["kind"] != after["kind"]:
         raise UserError(
-            f"--diff: {before['path']} is a {before['kind']}, {after['path']} a {after['kind']}"
+            f"--diff: {before['path']} ({before['kind']}) and {after['path']} ({after['kind']}) "
+            "must be of one kind"
         )
     one, other = (
         _flat({name: value for name, value in each.items() if name not in _NOT_COMPARED})

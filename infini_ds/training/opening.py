@@ -1,5 +1,6 @@
 """Opens a run: data, checkpoint and engine, all checked against the config and each other."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -82,8 +83,10 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
     config, why_dtype = with_dtype(config, found)
     config, remarks = with_kernels(config, fault)
     if config.train.compile:
+        began = time.monotonic()
         with together():
             compile_blocks(config)
+        remarks.append(f"train.compile: blocks compiled in {time.monotonic() - began:.0f} s")
     saved = start = None
     if found:
         with together():

@@ -82,6 +82,9 @@ def test_what_the_config_leaves_out_is_the_exports(tmp_path):
     memory = configuration.MemoryConfig(write_gate=True, write_penalty=0.5)
     assert config.model == model.model_copy(update={"num_layers": 3, "memory": memory})
     assert config.data.tokenizer.model == str(tmp_path / "tokenizer.model")
+    chats = configuration.load(path, ["data.tokenizer.chat_template=chat.jinja"])
+    template = {"chat_template": "chat.jinja"}
+    assert chats.data.tokenizer == config.data.tokenizer.model_copy(update=template)
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"init_from .*: its config.yaml cannot be read"):
         configuration.load(path)

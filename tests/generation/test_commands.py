@@ -11,7 +11,8 @@ import torch
 
 from infini_ds import cli
 from infini_ds.data.tokenizer_base import ByteTokenizer
-from infini_ds.generation import memorize
+from infini_ds.errors import UserError
+from infini_ds.generation import generate, memorize
 from infini_ds.model.fingerprint import fingerprint
 from infini_ds.model.memory import Memory
 from infini_ds.model.reading import WINDOW_SEGMENTS, call_width, read_text, read_to_last_call
@@ -225,6 +226,29 @@ def test_place_that_cannot_be_written_is_told_before_reading(folder, capsys, mon
     assert line.endswith("lost: cannot be written (No such file or directory)")
 
 
+def test_a_chat_begins_as_in_training_and_goes_on_after_a_memory():
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    asked = [*tokenizer.encode("user: é?"), eos, *tokenizer.encode("assistant: ")]
+    options = generate.GenerateOptions("é?", None, True, None, 1, 0.0, 1.0, 0, None, "")
+    for begins, expected in ((True, [bos, *asked]), (False, asked)):
+        tokens, lost = generate._tokens(tokenizer, options, begins)
+        assert tokens.tolist() == expected
+        assert not lost
+
+
+def test_a_chat_that_the_template_refuses_is_one_line():
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    options = generate.GenerateOptions("a", None, True, None, 1, 0.0, 1.0, 0, None, "")
+    with pytest.raises(UserError, match=r"^--chat: the chat template refuses it \(no users here"):
+        generate._tokens(tokenizer, options, True)
+
+
 def test_prompt_of_any_bytes_is_one_line(folder, capsys):
     line = mistake(capsys, "generate", folder / "run", "--prompt", os.fsdecode(b"caf\xe9"))
     assert line == "infini-ds: --prompt: is not UTF-8"
@@ -289,6 +313,7 @@ GENERATE = {
     "seed": (["--seed=-1"], "--seed (-1) is out of range"),
     "step": (["--step=7"], "has no checkpoint of step 7; there are: 9"),
     "nothing": (["--memory={book}", "--prompt="], "prompt: is empty"),
+    "chat": (["--chat"], "--chat: the model's tokenizer has no chat template"),
 }
 
 

@@ -203,7 +203,7 @@ MISTAKES = {
     "directory": (["{run}/checkpoints"], "is not a run, checkpoint, export, store or memory file"),
     "file": (["{run}/checkpoints/step_00000009/config.yaml"], "config.yaml: cannot be read"),
     "no_other": (["{run}", "--diff={run}/none"], "inspect {run}/none: no such file or directory"),
-    "kinds": (["{run}", "--diff={book}"], "step_00000009 is a checkpoint, {book} a memory"),
+    "kinds": (["{run}", "--diff={book}"], "step_00000009 (checkpoint) and {book} (memory) must be"),
     "json": (["{run}", "--json={run}/a/b"], "--json {run}/a/b: its directory does not exist"),
 }
 
