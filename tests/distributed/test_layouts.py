@@ -242,14 +242,14 @@ TRAINED_CASES = {
 }  # fmt: skip
 TRAINED_CASES = {name: (world, TRAINED | case) for name, (world, case) in TRAINED_CASES.items()}
 BF16_CASES |= {
-    f"bf16-pipeline2-trained-zero{zero}": (
-        2,
+    f"bf16-pipeline{pipeline}-data1-resident-zero{zero}-trained": (
+        pipeline,
         {
-            **BF16, "parallel.pipeline_stages": 2, "parallel.zero_stage": zero,
-            "optimizer.train": ["layers.4.*"],
+            **BF16, "parallel.pipeline_stages": pipeline, "parallel.zero_stage": zero,
+            "parallel.memory_transport": "resident", "optimizer.train": ["layers.4.*"],
         },
     )
-    for zero in (0, 1)
+    for pipeline, zero in ((1, 1), (2, 0), (2, 1))
 }  # fmt: skip
 NORMALISED = {
     "pipeline2-qk_norm": (
@@ -659,7 +659,10 @@ def test_module_state_is_weights_under_the_names_of_one_process(results, name):
 @pytest.mark.parametrize("name", marked(DEFAULT_CASES))
 def test_bytes_sent_are_those_of_the_formula(results, name):
     for rank in results.of(name, DEFAULT_CASES):
-        assert rank["sent_bytes"] == STEPS * rank["step_bytes"]
+        if name.startswith("trained-context"):  # what is not trained exchanges fewer gradients
+            assert rank["sent_bytes"] < STEPS * rank["step_bytes"]
+        else:
+            assert rank["sent_bytes"] == STEPS * rank["step_bytes"]
 
 
 @pytest.mark.parametrize("name", BF16_CASES)
@@ -672,6 +675,8 @@ def test_no_group_waits_longer_than_the_timeout(results, name):
 @pytest.mark.parametrize("name", BF16_CASES)
 def test_bf16_gradients_are_summed_and_reduced_in_fp32(results, name):
     for rank in results.of(name, DEFAULT_CASES):
+        if name.endswith("-trained") and rank["stage"] == 0:
+            continue  # it trains nothing if it is the first of two
         assert len(rank["unrounded"]) == STEPS
         assert min(rank["unrounded"]) > 0.2  # share of the sums that are no numbers of bf16
 
@@ -696,9 +701,12 @@ def test_bf16_is_close_to_plain_fp32(results, name):
         assert rank["norms"] == pytest.approx(expected["norms"], rel=5e-2)
 
 
+BF16_SUFFIXES = ("-tied", "-gated_delta", "-muon", "-trained")
+
+
 @pytest.mark.parametrize("name", [name for name in BF16_CASES if "-again" not in name])
 def test_bf16_agrees_with_one_process(results, name):
-    suffix = next((own for own in ("-tied", "-gated_delta", "-muon") if name.endswith(own)), "")
+    suffix = next((own for own in BF16_SUFFIXES if name.endswith(own)), "")
     alone = f"bf16-pipeline1-data1-resident-zero1{suffix}"
     (expected,) = results.of(alone, DEFAULT_CASES)
     for rank in results.of(name, DEFAULT_CASES):

@@ -363,7 +363,7 @@ class TestResumeInAnotherLayout:
         assert "train.window_segments (4) must be 2, as in checkpoint" in line
 
     def test_optimizer_must_not_change(self, tmp_path, data, source):
-        run = copied(source(1, 1, False), tmp_path, data, **FP32)
+        run = copied(source(1, 1, "plain"), tmp_path, data, **FP32)
         with run.start(1, "optimizer.name=muon") as ranks:
             assert ranks.wait(START) == [2], ranks.outputs()
             (line,) = error_lines(ranks)
