@@ -204,6 +204,12 @@ class CorpusConfig(Settings):
         return self.made is not None or bool(self.weighted_field or self.messages_field)
 
     @property
+    def field_setting(self) -> str:
+        """The setting that names the field of a record that is read."""
+        special = ("messages_field", "weighted_field")
+        return next((name for name in special if getattr(self, name)), "text_field")
+
+    @property
     def grouped(self) -> bool:
         """Whether the store has a group for each document: its number of pass keys."""
         return self.source == "passkey" and isinstance(self.passkey.keys, list)
@@ -214,10 +220,9 @@ class CorpusConfig(Settings):
             raise ValueError("files must name at least one path or glob when source is files")
         if self.source == "huggingface" and not self.dataset:
             raise ValueError("dataset must be named when source is huggingface")
-        if self.weighted_field and self.source not in ("files", "huggingface"):
-            raise ValueError("weighted_field must be empty unless source is files or huggingface")
-        if self.messages_field and self.source not in ("files", "huggingface"):
-            raise ValueError("messages_field must be empty unless source is files or huggingface")
+        field = self.field_setting
+        if field != "text_field" and self.source not in ("files", "huggingface"):
+            raise ValueError(f"{field} must be empty unless source is files or huggingface")
         if self.messages_field and self.weighted_field:
             raise ValueError("messages_field must be empty when weighted_field is given")
         return self

@@ -403,10 +403,7 @@ def _load_dataset(config: DataConfig):
 
 def _field_of(config: DataConfig) -> tuple[str, str]:
     """Returns the setting that names the field of the text, and that name."""
-    for setting in ("messages_field", "weighted_field"):
-        if field := getattr(config, setting):
-            return f"data.{setting}", field
-    return "data.text_field", config.text_field
+    return f"data.{config.field_setting}", getattr(config, config.field_setting)
 
 
 _OF_DATASETS = (

@@ -72,8 +72,7 @@ def content_settings(config: DataConfig) -> dict[str, Any]:
     Raises:
         UserError: the given tokenizer model cannot be read.
     """
-    fields = ("messages_field", "weighted_field")
-    field = next((name for name in fields if getattr(config, name)), "text_field")
+    field = config.field_setting
     names = {
         "files": ["files", "document_separator", field],
         "huggingface": ["dataset", "dataset_config", "dataset_split", field],

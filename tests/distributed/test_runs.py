@@ -355,19 +355,19 @@ class TestResumeInAnotherLayout:
         assert "pipeline degree 1 and data-parallel degree 1" in line
         assert "can only be resumed in that layout" in line
 
-    def test_setting_that_must_not_change_is_named(self, tmp_path, data, source):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("train.window_segments=4", "train.window_segments (4) must be 2, as in checkpoint"),
+            ("optimizer.name=muon", "optimizer.name (muon) must be adamw, as in checkpoint"),
+        ],
+    )
+    def test_setting_that_must_not_change_is_named(self, tmp_path, data, source, change, message):
         run = copied(source(1, 1, "plain"), tmp_path, data, **FP32)
-        with run.start(1, "train.window_segments=4") as ranks:
+        with run.start(1, change) as ranks:
             assert ranks.wait(START) == [2], ranks.outputs()
             (line,) = error_lines(ranks)
-        assert "train.window_segments (4) must be 2, as in checkpoint" in line
-
-    def test_optimizer_must_not_change(self, tmp_path, data, source):
-        run = copied(source(1, 1, "plain"), tmp_path, data, **FP32)
-        with run.start(1, "optimizer.name=muon") as ranks:
-            assert ranks.wait(START) == [2], ranks.outputs()
-            (line,) = error_lines(ranks)
-        assert "optimizer.name (muon) must be adamw, as in checkpoint" in line
+        assert message in line
 
 
 def error_lines(ranks: Processes) -> list[str]:
