@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from infini_ds.memory import RULES
-from infini_ds.memory.gated_delta import CHUNK
 
-BATCH, N, HEADS, KV_HEADS, D = 2, 2 * CHUNK + 13, 4, 2, 16
+BATCH, N, HEADS, KV_HEADS, D = 2, 141, 4, 2, 16
 
 
 def segment() -> tuple[torch.Tensor, ...]:

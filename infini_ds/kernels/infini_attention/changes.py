@@ -1,14 +1,13 @@
 """The changes that the segments of a window make to the memory, by each rule, in PyTorch."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor
 
-from infini_ds.kernels.infini_attention.segment_maps import segment_maps
+from infini_ds.kernels.infini_attention.chunk_walk import chunk_walk
+from infini_ds.kernels.infini_attention.scans import map_walk, scan, unchanged, walk
 from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
-from infini_ds.memory.state import MemoryState
 
 
 class Changes(ABC):
@@ -19,59 +18,81 @@ class Changes(ABC):
         weight: [batch, segments, n, kv_heads] fp32, 0 on padding.
     """
 
-    removes: ClassVar[bool]
-    """Whether O is other than 0."""
-    added: MemoryState
-    """B [batch, segments, kv_heads, d, d] and b [batch, segments, kv_heads, d or 0]."""
+    added_norm: Tensor
+    """b, [batch, segments, kv_heads, d or 0]."""
 
     @abstractmethod
     def __init__(self, k: Tensor, v: Tensor, weight: Tensor): ...
 
-    def overlaps(self, norm: Tensor) -> Tensor:
-        """Returns O, [batch, segments, kv_heads, d, d], of a rule that removes.
+    @abstractmethod
+    def states(self, kv: Tensor, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the kv that each segment finds, and that after the last segment.
 
         Args:
-            norm: the norm before each segment, [batch, segments, kv_heads, d or 0].
+            kv: the kv before the window, [batch, kv_heads, d, d].
+            norm: the norm that each segment finds, [batch, segments, kv_heads, d or 0].
+            starts: [batch, segments].
         """
-        raise NotImplementedError
+
+
+class RemovingChanges(Changes):
+    """The changes of a rule by which kv before a part of a window becomes A kv + B."""
+
+    @abstractmethod
+    def maps(self, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the map [B, A] to the kv that each segment finds, [batch, segments, kv_heads, d,
+        2 d], and that to the kv after the last segment. The arguments are those of `states`."""
 
 
 class LinearChanges(Changes):
-    """eq. (4)."""
+    """eq. (4), by which O is 0."""
 
-    removes = False
+    added_kv: Tensor
+    """B, [batch, segments, kv_heads, d, d]."""
 
     def __init__(self, k: Tensor, v: Tensor, weight: Tensor):
-        self.added = segment_sums(k, v, weight)
+        sums = segment_sums(k, v, weight)
+        self.added_kv, self.added_norm = sums.kv, sums.norm
+
+    def states(self, kv: Tensor, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        return scan(self.added_kv, kv, starts)
 
 
-class DeltaChanges(Changes):
+class DeltaChanges(RemovingChanges):
     """eq. (5)."""
 
-    removes = True
-
     def __init__(self, k: Tensor, v: Tensor, weight: Tensor):
-        self.added = segment_sums(k, v, weight)
+        sums = segment_sums(k, v, weight)
+        self._added_kv, self.added_norm = sums.kv, sums.norm
         self._k, self._weight = k, weight
 
-    def overlaps(self, norm: Tensor) -> Tensor:
-        return segment_overlaps(self._k, self._weight, norm, self.added.norm.detach())
+    def states(self, kv: Tensor, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        return walk(self._added_kv, self._overlaps(norm), kv, starts)
+
+    def maps(self, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        return map_walk(self._added_kv, self._overlaps(norm), starts)
+
+    def _overlaps(self, norm: Tensor) -> Tensor:
+        return segment_overlaps(self._k, self._weight, norm, self.added_norm.detach())
 
 
-class GatedDeltaChanges(Changes):
-    """The gated delta rule."""
-
-    removes = True
+class GatedDeltaChanges(RemovingChanges):
+    """The gated delta rule, whose maps are a walk from [0, 1]."""
 
     def __init__(self, k: Tensor, v: Tensor, weight: Tensor):
-        self._overlaps, added = segment_maps(k, v, weight)
-        self.added = MemoryState(added, added.new_empty(*added.shape[:3], 0))
+        self._tokens = k, v, weight
+        self.added_norm = weight.new_empty(*k.shape[:2], k.shape[3], 0)
 
-    def overlaps(self, norm: Tensor) -> Tensor:
-        return self._overlaps
+    def states(self, kv: Tensor, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        return chunk_walk(*self._tokens, kv, starts)
+
+    def maps(self, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        batch, _, _, kv_heads, d = self._tokens[0].shape
+        incoming = unchanged(batch, kv_heads, d, starts.device)
+        return chunk_walk(*self._tokens, incoming, starts)
 
 
-CHANGES: dict[str, type[Changes]] = {
+CHANGES: dict[str, type[LinearChanges] | type[RemovingChanges]] = {
     "linear": LinearChanges,
     "delta": DeltaChanges,
     "gated_delta": GatedDeltaChanges,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infini_ds.kernels.infini_attention.chunk_walk import UnitKeys
 from infini_ds.kernels.infini_attention.mixed_rows import MixedRows, Readers, joined, mixed_rows
-from infini_ds.kernels.infini_attention.segment_maps import UnitKeys
 from infini_ds.memory.gated_delta import READ_EPSILON
 
 

@@ -1,4 +1,4 @@
-"""The gated delta rule as one affine map per segment, see `segment_maps`, and its gradient.
+"""The gated delta rule as one affine map per segment, see `chunk_walk`, and its gradient.
 
 Tokens are taken in chunks. The error of a chunk's values V is E = V - K M, where M is the memory
 before the chunk, and the memory after it is M + K^T R diag(w) E with the `inverse`
