@@ -188,7 +188,8 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
     size = StepSize(config.step_tokens, config.step_tokens)
 
     def step(index: int) -> StepResult:
-        windows = [random_windows(config, index, i) for i in range(engine.layout.micro_batches)]
+        lanes = map(engine.lanes_of, range(engine.layout.micro_batches))
+        windows = [random_windows(config, index, own) for own in lanes]
         dist.barrier()
         return engine.train_step(lambda micro_batch: windows[micro_batch], size, 1.0)
 

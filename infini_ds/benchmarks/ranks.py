@@ -43,11 +43,14 @@ def end() -> None:
     os._exit(0)
 
 
-def random_windows(config: RunConfig, step: int, micro_batch: int) -> Windows:
-    """Makes the random windows of a micro-batch, the same ones on all ranks."""
+def random_windows(config: RunConfig, step: int, lanes: range) -> Windows:
+    """Makes random windows of some global lanes, the same ones in any layout."""
     train, model = config.train, config.model
-    lanes, segments, n = train.micro_batch_size, train.window_segments, model.segment_length
-    generator = torch.Generator().manual_seed(step * train.batch_size + micro_batch)
-    tokens = torch.randint(model.vocab_size, (lanes, segments * n + 1), generator=generator)
-    layout = full_layout(lanes, segments, n, tokens.device)
-    return Windows(tokens[:, :-1], tokens[:, 1:], layout, torch.ones(lanes, segments * n))
+    segments, n = train.window_segments, model.segment_length
+    size, rows = (segments * n + 1,), []
+    for lane in lanes:
+        generator = torch.Generator().manual_seed(step * train.batch_size + lane)
+        rows.append(torch.randint(model.vocab_size, size, generator=generator))
+    tokens = torch.stack(rows)
+    layout = full_layout(len(lanes), segments, n, tokens.device)
+    return Windows(tokens[:, :-1], tokens[:, 1:], layout, torch.ones(len(lanes), segments * n))

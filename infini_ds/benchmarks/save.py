@@ -70,7 +70,8 @@ def _row(config: RunConfig) -> dict[str, Any]:
     config = with_dtype(config, None)[0]
     engine = build_engine(config)
     size = StepSize(config.step_tokens, config.step_tokens)
-    windows = [random_windows(config, 0, i) for i in range(engine.layout.micro_batches)]
+    lanes = map(engine.lanes_of, range(engine.layout.micro_batches))
+    windows = [random_windows(config, 0, own) for own in lanes]
     background = BackgroundSave(engine, config, lambda directory: None)
 
     def step() -> None:

@@ -66,8 +66,8 @@ def _measure(steps: int, dtype: str, json_path: str | None) -> None:
             before = engine.sent_bytes
             dist.barrier()
             begin = time.perf_counter()
-            micro_batches = range(engine.layout.micro_batches)
-            windows = [random_windows(configs[name], step, i) for i in micro_batches]
+            lanes = map(engine.lanes_of, range(engine.layout.micro_batches))
+            windows = [random_windows(configs[name], step, own) for own in lanes]
             engine.train_step(lambda micro_batch, windows=windows: windows[micro_batch], size, 1.0)
             dist.barrier()
             if step:  # the first step warms up

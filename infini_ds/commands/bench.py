@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     for add_name in (
         _add_peer,
         _add_transport,
+        _add_engines,
         _add_save,
         _add_packing,
         _add_context,
@@ -72,6 +73,25 @@ def _transport(options: argparse.Namespace) -> None:
     from infini_ds.benchmarks import transport
 
     transport.run(options.processes, options.steps, options.dtype, options.json)
+
+
+def _add_engines(names: Commands) -> None:
+    about = "training speed of a pipeline and of ZeRO 1, 2 and 3 on the same processes"
+    parser = command(names, "engines", about, _engines)
+    parser.set_defaults(is_rank=True)
+    parser.add_argument("--processes", type=int, action=Checked, check=at_least(2), default=2)
+    parser.add_argument(
+        "--steps", type=int, action=Checked, check=at_least(1), default=10,
+        help="number of timed steps with each",
+    )  # fmt: skip
+    _add_dtype(parser)
+    add_json(parser)
+
+
+def _engines(options: argparse.Namespace) -> None:
+    from infini_ds.benchmarks import engines
+
+    engines.run(options.processes, options.steps, options.dtype, options.json)
 
 
 def _add_save(names: Commands) -> None:

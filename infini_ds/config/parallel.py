@@ -17,16 +17,26 @@ class ParallelConfig(Settings):
     """Data-parallel ranks that share windows: each reads an equal part of a chunk's segments."""
     memory_transport: Literal["carried", "resident"] = "carried"
     """Memories ride with the activations and return to the first stage, or stay at their stage."""
-    zero_stage: Literal[0, 1] = 1
-    """ZeRO: 1 shards the optimizer's states over the data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: 1 shards optimizer states, 2 also gradients, 3 also weights; above 1 no pipeline."""
     offload_optimizer: bool = False
-    """Keep the optimizer's states in CPU memory (needs zero_stage 1)."""
+    """Keep the optimizer's states in CPU memory (needs zero_stage 1 or more)."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        if self.offload_optimizer and self.zero_stage != 1:
-            raise ValueError(f"zero_stage ({self.zero_stage}) must be 1 with offload_optimizer")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("zero_stage (0) must be at least 1 with offload_optimizer")
+        if self.shards_gradients and self.pipeline_stages not in (1, "auto"):
+            raise ValueError(
+                f"zero_stage ({self.zero_stage}) must be 0 or 1 with pipeline_stages "
+                f"({self.pipeline_stages}) above 1"
+            )
         return self
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether ZeRO shards more than the optimizer's states, which excludes a pipeline."""
+        return self.zero_stage >= 2
 
     def resolve_stages(self, world_size: int, num_layers: int) -> int:
         """Pipeline degree for this many processes.
@@ -40,6 +50,8 @@ class ParallelConfig(Settings):
                 f"parallel.context_parallel ({context}) must divide the number of processes "
                 f"({world_size}); start {_nearest(world_size, context)}, or lower it"
             )
+        if self.shards_gradients:
+            return 1
         if self.pipeline_stages == "auto":
             pipelines = world_size // context
             return next(s for s in range(min(pipelines, num_layers), 0, -1) if pipelines % s == 0)

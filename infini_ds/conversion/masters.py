@@ -10,8 +10,9 @@ from torch import Tensor
 
 from infini_ds.errors import UserError
 from infini_ds.model.trained import is_trained
-from infini_ds.parallel.pipeline.module import single_process_name
+from infini_ds.parallel.deepspeed.module import single_process_name
 from infini_ds.runs.directory import Checkpoint, Depth
+from infini_ds.runs.shards import Shards, has_shards, shard_files
 from infini_ds.runs.weights import Weights
 
 _SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -59,6 +60,11 @@ class MasterWeights:
         }
         self._computed = computed
         self._pieces: dict[str, list[_Piece]] = {}
+        self._shards = None
+        if has_shards(checkpoint):
+            _check(checkpoint, [path.name for path in shard_files(checkpoint)])
+            self._shards = Shards(checkpoint)
+            return
         for file, stage in _shard_files(checkpoint):
             mappings = _load(file)["param_slice_mappings"]
             for group, mapping in enumerate(mappings):
@@ -77,6 +83,8 @@ class MasterWeights:
 
     def read(self, name: str) -> Tensor:
         """See Weights."""
+        if self._shards is not None:
+            return self._shards.read(name, "fp32").view(self.metas[name].shape)
         if name not in self._pieces:
             return self._computed.read(name).float()
         parts = []
@@ -95,11 +103,16 @@ def _shard_files(checkpoint: Path) -> list[tuple[Path, int]]:
         raise UserError(
             f"checkpoint {checkpoint}: has no fp32 weights of the optimizer; leave out --dtype fp32"
         )
-    if problem := Checkpoint(checkpoint).problem(Depth.CHECKSUMS, [x.name for *_, x in found]):
+    _check(checkpoint, [file.name for *_, file in found])
+    return [(file, stage) for stage, _, file in sorted(found)]
+
+
+def _check(checkpoint: Path, names: list[str]) -> None:
+    """Raises UserError if one of a checkpoint's files is not as it was written."""
+    if problem := Checkpoint(checkpoint).problem(Depth.CHECKSUMS, names):
         raise UserError(
             f"checkpoint {checkpoint}: {problem}; choose another step, or leave out --dtype fp32"
         )
-    return [(file, stage) for stage, _, file in sorted(found)]
 
 
 def _stage(file: Path) -> int:

@@ -78,7 +78,7 @@ def _checkpoint(path: Path, problems: list[str]) -> dict[str, Any]:
         "gates": gates(read_weights(path)) if _weights_are_whole(path, problems) else None,
         "bytes": {
             "weights": sum(file.stat().st_size for file in path.glob("layer_*")),
-            "optimizer": sum(file.stat().st_size for file in path.glob("*optim_states.pt")),
+            "optimizer": sum(file.stat().st_size for file in path.glob("*optim_states.*")),
             "memories": _size(path / "memory"),
             "total": _size(path),
         },

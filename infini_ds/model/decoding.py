@@ -1,6 +1,6 @@
 """Reads a few tokens at a time through consecutive blocks, those of a device or of a stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -12,12 +12,12 @@ from infini_ds.model.write_gate import WriteStats
 
 
 def extend(
-    blocks: Sequence[Block], hidden: Tensor, memory: Memory
+    blocks: Iterable[Block], hidden: Tensor, memory: Memory
 ) -> tuple[Tensor, Memory, list[WriteStats]]:
     """Reads tokens that fit into the open segment of every row, and compresses full segments.
 
     Args:
-        blocks: one for each layer of `memory`.
+        blocks: one for each layer of `memory`; they are gone through more than once.
         hidden: [batch, t, hidden_size], the input of the first block.
 
     Returns:
@@ -38,7 +38,7 @@ def extend(
     return hidden, _close(blocks, memory.with_segments(segments, lengths)), writes
 
 
-def _close(blocks: Sequence[Block], memory: Memory) -> Memory:
+def _close(blocks: Iterable[Block], memory: Memory) -> Memory:
     """Compresses those open segments that are full."""
     full = [length == memory.keys.shape[2] for length in memory.lengths]
     if not any(full):

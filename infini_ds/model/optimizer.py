@@ -28,7 +28,8 @@ def group_of(name: str, parameter: Tensor, optimizer: str) -> str:
     """
     if name.endswith(".beta"):
         return "gates"
-    if parameter.dim() < 2 or name == EMBEDDING or name.endswith(_WITHOUT_DECAY):
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # what ZeRO-3 shares out has no shape
+    if len(shape) < 2 or name == EMBEDDING or name.endswith(_WITHOUT_DECAY):
         return "no_decay"
     return "weights" if optimizer == "adamw" or name.endswith(PROJECTION) else "no_decay"
 

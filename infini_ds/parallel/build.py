@@ -6,9 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 
-import deepspeed
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
@@ -17,12 +15,10 @@ from torch.distributed import DistError
 from infini_ds.config import RunConfig
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.backend import use_backend
-from infini_ds.model.muon import Shard, make_optimizer
-from infini_ds.model.optimizer import parameter_groups
 from infini_ds.parallel.deepspeed.config import deepspeed_config
 from infini_ds.parallel.deepspeed.operators import leave_out_shared_memory_communication
+from infini_ds.parallel.engines import pipelined, sharded
 from infini_ds.parallel.pipeline.engine import InfiniEngine
-from infini_ds.parallel.pipeline.module import InfiniPipeline
 from infini_ds.system.causes import cause, one_line, shortened
 from infini_ds.system.network import check_address, check_interfaces, name_interface
 
@@ -125,23 +121,7 @@ def build_engine(
     # DeepSpeed prints a line for each layer; a real stream takes them, because building an operator
     # flushes it.
     with contextlib.redirect_stdout(io.StringIO()):
-        module = InfiniPipeline(
-            config.model, stages, config.seed, config.train.activation_checkpointing
-        )
-        module.choose_trained(config.optimizer)
-        for block in module.blocks:
-            block.compiled = config.train.compile
-        groups = parameter_groups(module.own_parameters(), config.optimizer, module.frozen)
-        if config.parallel.offload_optimizer:
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-                groups, betas=(config.optimizer.beta1, config.optimizer.beta2),
-                eps=config.optimizer.eps,
-            )  # fmt: skip
-        else:
-            shard = None
-            if config.parallel.zero_stage:
-                sharing = module.mpu().get_data_parallel_group()
-                shard = Shard(comm.get_rank(sharing), partial(comm.all_reduce, group=sharing))
-            optimizer = make_optimizer(groups, config, module.own_parameters(), shard)
         tree = deepspeed_config(config, data, universal)
-        return InfiniEngine(module, optimizer, tree, config, on_progress)
+        if config.parallel.shards_gradients:
+            return sharded(config, tree, on_progress)
+        return pipelined(config, stages, tree, on_progress)

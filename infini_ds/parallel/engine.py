@@ -151,6 +151,15 @@ class Engine(Protocol):
         """Yields this rank's parameters by their names in InfiniTransformer. Local."""
         ...
 
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets a parameter, and the fp32 copy that the optimizer keeps of it. Local.
+
+        Args:
+            parameter: one of `own_parameters`.
+            value: the whole weight in fp32, also if this rank holds a part of it.
+        """
+        ...
+
     def save(self, directory: Path, step: int) -> None:
         """Writes weights, optimizer states and memories into a checkpoint's directory."""
         ...

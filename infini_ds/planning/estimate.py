@@ -27,7 +27,7 @@ class StageNeeds(NamedTuple):
     parameters: int
     """Number of parameters, not bytes."""
     weights: int
-    """Weights, and the sums of gradients of those that are trained."""
+    """Its share of the weights, and of the sums of gradients of those that are trained."""
     optimizer: int
     """Optimizer states on the device."""
     offloaded: int
@@ -61,7 +61,9 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
         here, there = (0, states) if parallel.offload_optimizer else (states, 0)
         lanes = config.lanes_of_a_rank(data)
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
-        weights = parameters * _weight_bytes(config) + trained * _gradient_bytes(config)
+        weights = parameters * weight_bytes(config) // (data if parallel.zero_stage == 3 else 1)
+        gradients = trained * _gradient_bytes(config)
+        weights += gradients // (data if parallel.shards_gradients else 1)
         needs.append(StageNeeds(parameters, weights, here, there, memories))
     return needs
 
@@ -89,7 +91,8 @@ def _trained(config: RunConfig) -> list[int]:
     return trained_counts(config.model, config.optimizer.train)
 
 
-def _weight_bytes(config: RunConfig) -> int:
+def weight_bytes(config: RunConfig) -> int:
+    """Returns the bytes of one weight as it is computed with."""
     return 4 if config.train.dtype == "fp32" else 2
 
 

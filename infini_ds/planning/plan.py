@@ -27,7 +27,7 @@ from infini_ds.parallel.pipeline.balance import balance
 from infini_ds.parallel.pipeline.payload import Wire
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 from infini_ds.planning.activations import Unit, block_bytes
-from infini_ds.planning.estimate import StageNeeds, layer_parameters, stage_needs
+from infini_ds.planning.estimate import StageNeeds, layer_parameters, stage_needs, weight_bytes
 from infini_ds.planning.schedule_time import StepTime, least_time, most_units, step_time
 from infini_ds.system.compute_type import DTYPES
 
@@ -53,6 +53,8 @@ class StagePlan(NamedTuple):
     """Bytes sent in a step to other stages, and to ranks that share windows."""
     exchanged: int
     """How many of them go to ranks that share windows."""
+    reduced: int
+    """Bytes sent in a step to data-parallel ranks, see `_reduced_bytes`."""
     waiting: float
     """Share of its time that it waits for other stages."""
 
@@ -139,15 +141,20 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
         if stage == stages - 1:
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
+        if config.parallel.zero_stage == 3:
+            # The weights of the block at hand and of the one that is fetched meanwhile.
+            temporary += 2 * layer_parameters(model)[1] * weight_bytes(config)
         part = Part(stage, 0, micro_batches, unit.batch, tuple(bounds), context)
         exchanged = part.step_exchange_bytes(model, chunks)
         sent = transport.step_bytes(wire, stage, micro_batches, chunks) + exchanged
         waiting = 1 - time.busy[stage] / time.step
+        reduced = _reduced_bytes(config, needs.parameters, data, micro_batches * chunks)
         made.append(
             StagePlan(
-                first, end - 1, needs, units, activations, temporary, sent, exchanged, waiting
+                first, end - 1, needs, units, activations, temporary, sent, exchanged, reduced,
+                waiting,
             )
-        )
+        )  # fmt: skip
     return Plan(
         data,
         context,
@@ -162,6 +169,59 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
         micro_batches * chunks * sum(again) / whole,
         micro_batches * chunks * 3 * sum(shared) / whole,
     )
+
+
+def _reduced_bytes(config: RunConfig, parameters: int, data: int, units: int) -> int:
+    """Returns the bytes that a rank sends in a step for gradients and weights, by rings.
+
+    Gradients are summed up in fp32: once a step, or with ZeRO-2 and 3 after each unit, and then
+    scattered. ZeRO-1 and 2 gather the new weights, ZeRO-3 all weights in each pass of each unit.
+    """
+    zero, weight = config.parallel.zero_stage, weight_bytes(config)
+    gradients = 4 * units if zero >= 2 else 2 * 4
+    weights = {0: 0, 3: 2 * units * weight}.get(zero, weight)
+    return parameters * (gradients + weights) * (data - 1) // data
+
+
+class Engine(NamedTuple):
+    """A plan of the same run with another engine."""
+
+    zero_stage: int
+    plan: Plan
+
+
+def engines(config: RunConfig, processes: int, limit: float = math.inf) -> list[Engine]:
+    """Returns plans of the same run with a pipeline and without one, by ZeRO stage.
+
+    They are those that the processes and the lanes allow: the longest pipeline, and one stage with
+    ZeRO 1, 2 and 3, which reads windows as wholes because it has no bubble to shorten.
+
+    Args:
+        limit: bytes of a device. Activations are computed again if that keeps below it.
+    """
+    sharded = config.optimizer.name == "adamw" and not config.optimizer.train
+    sharded &= not config.train.compile
+    found: dict[tuple[int, int], Engine] = {}
+    for stages, zero in (("auto", 1), (1, 1), *((1, zero) for zero in (2, 3) if sharded)):
+        parallel = {"pipeline_stages": stages, "zero_stage": zero}
+        plans, own = [], config.train.activation_checkpointing
+        for kind in dict.fromkeys((own, *get_args(Checkpointing))):
+            chunks = config.train.chunks if stages == "auto" else 1
+            train = {"chunks": chunks, "activation_checkpointing": kind}
+            changed = config.model_copy(
+                update={
+                    "parallel": config.parallel.model_copy(update=parallel),
+                    "train": config.train.model_copy(update=train),
+                }
+            )
+            try:
+                plans.append(plan(changed, processes))
+            except UserError:
+                break  # the ranks do not fit the lanes
+        if plans:
+            best = next((each for each in plans if each.most <= limit), plans[-1])
+            found.setdefault((len(best.stages), zero), Engine(zero, best))
+    return list(found.values())
 
 
 def alternatives(config: RunConfig, processes: int, limit: float = math.inf) -> list[Plan]:
@@ -232,7 +292,8 @@ def _choices(config: RunConfig, processes: int) -> Iterator[RunConfig]:
     """Yields the config with all stages, chunks, checkpointing and sharing ranks to be tried."""
     train = config.train
     cuts, kinds = divisors(train.window_segments), get_args(Checkpointing)
-    for stages, chunks, kind in product(divisors(processes), cuts, kinds):
+    pipelines = [1] if config.parallel.shards_gradients else divisors(processes)
+    for stages, chunks, kind in product(pipelines, cuts, kinds):
         if stages == 1 and chunks > 1:
             continue  # one stage has no bubble to shorten
         choice = {"chunks": chunks, "activation_checkpointing": kind}

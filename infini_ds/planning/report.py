@@ -15,9 +15,11 @@ from infini_ds.data.store import Store
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.errors import RunError, UserError
 from infini_ds.planning.plan import (
+    Engine,
     Plan,
     alternatives,
     divisors,
+    engines,
     least_memory,
     plan,
     with_context,
@@ -78,12 +80,18 @@ def run(path: str, overrides: list[str], devices: Devices, json_path: str | None
             "set it for other devices"
         )
     _print_layouts(chosen, others, devices, console)
+    compared = engines(config, devices.count, devices.bytes)
+    if devices.count > 1:
+        _print_engines(compared, console)
     figures = {
         "processes": devices.count,
         "config": config.model_dump(),
         "useful_tokens": useful,
         "plan": _figures(chosen, devices),
         "alternatives": [_figures(other, devices) for other in others],
+        "engines": [
+            {"zero_stage": each.zero_stage, **_figures(each.plan, devices)} for each in compared
+        ],
     }
     write_figures(json_path, figures)
     if not devices.hold(chosen):
@@ -288,6 +296,22 @@ def _print_layouts(chosen: Plan, others: list[Plan], devices: Devices, console: 
             each.checkpointing, _size(each.most), f"{each.waiting:.1%}", f"{each.again:.1%}",
             f"{each.exchange:.1%}" if each.context > 1 else "-", f"{each.efficiency:.1%}",
             "this one" if each == chosen else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _print_engines(compared: list[Engine], console: Console) -> None:
+    table = _table(
+        "the same run with a pipeline and without one (what a device sends in a step at most)",
+        "pipeline x data", "ZeRO", "chunks", "checkpointing", "fullest device", "to stages",
+        "gradients, weights", "waits", "into the model",
+    )  # fmt: skip
+    for zero_stage, each in compared:
+        table.add_row(
+            f"{len(each.stages)} x {each.data}", str(zero_stage), str(each.chunks),
+            each.checkpointing, _size(each.most), _size(max(stage.sent for stage in each.stages)),
+            _size(max(stage.reduced for stage in each.stages)), f"{each.waiting:.1%}",
+            f"{each.efficiency:.1%}",
         )  # fmt: skip
     console.print(table)
 

@@ -32,6 +32,7 @@ from infini_ds.parallel.engine import Engine
 from infini_ds.parallel.ranks import gathered, is_first_rank, share_of, shared, world_size
 from infini_ds.runs import manifest
 from infini_ds.runs.directory import Checkpoint, Depth, RunDirectory
+from infini_ds.runs.shards import has_shards
 from infini_ds.runs.tokenizer import copy_kept_tokenizer
 from infini_ds.system.causes import cause, one_line
 
@@ -94,7 +95,11 @@ def prepare(directory: Path) -> None:
 
 def texts(engine: Engine, config: RunConfig, state: dict[str, Any]) -> dict[str, str]:
     """Returns the files of text that rank 0 writes, by their names."""
-    layout = {"pipeline": engine.layout.pipeline, "data": engine.layout.data}
+    layout = {
+        "pipeline": engine.layout.pipeline,
+        "data": engine.layout.data,
+        "zero_stage": config.parallel.zero_stage,
+    }
     return {
         "config.yaml": dump(config),
         "state.json": json.dumps({**state, "layout": layout}),
@@ -153,6 +158,8 @@ def read_state(directory: Path, config: RunConfig) -> dict[str, Any]:
         section, _, key = name.rpartition(".")
         before = saved[section][key] if section else saved[key]
         now = mine[section][key] if section else mine[key]
+        if name == "parallel.zero_stage" and before and now:
+            continue  # the forms of 1, 2 and 3 become each other
         if before != now:
             raise UserError(
                 f"{name} ({now}) must be {before}, as in checkpoint {directory}; change it back, "
@@ -173,10 +180,14 @@ def source(directory: Path, state: dict[str, Any], config: RunConfig) -> Path:
     world = world_size()
     stages = config.parallel.resolve_stages(world, config.model.num_layers)
     here = {"pipeline": stages, "data": world // stages}
-    if state["layout"] == here:
+    saved, zero_stage = dict(state["layout"]), config.parallel.zero_stage
+    # Earlier versions did not record the stage, which could not be another one.
+    zero_before = saved.pop("zero_stage", zero_stage)
+    if config.parallel.shards_gradients and has_shards(directory):
+        return directory  # shards are read by any number of ranks
+    if saved == here and zero_before == zero_stage:
         return directory
-    if config.train.dtype == "fp32" and config.parallel.zero_stage == 0:
-        saved = state["layout"]
+    if config.train.dtype == "fp32" and zero_stage == 0:
         raise UserError(
             f"checkpoint {directory} has pipeline degree {saved['pipeline']} and data-parallel "
             f"degree {saved['data']}; without ZeRO it can only be resumed in that layout"

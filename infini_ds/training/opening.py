@@ -109,7 +109,7 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
     watchdog.waiting_for = lambda: engine.waiting_for
     if start:
         with together():
-            load_start(engine.own_parameters(), start)
+            load_start(engine, start)
     return Opened(config, data, lanes, engine, saved, why_dtype, passed_over + remarks, locked)
 
 

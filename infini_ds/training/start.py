@@ -1,16 +1,14 @@
 """Starts a run with the weights of an export."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
-from torch import nn
 
 from infini_ds.config import ExportConfig, ModelConfig, RunConfig
 from infini_ds.data.mixture import Mixture
 from infini_ds.errors import UserError
+from infini_ds.parallel.engine import Engine
 from infini_ds.runs.export import export_tokenizer, open_model
 from infini_ds.runs.weights import Weights
 from infini_ds.system.ranges import check_finite, narrowed
@@ -56,24 +54,23 @@ def open_start(config: RunConfig, data: Mixture) -> Weights:
 
 
 @torch.no_grad()
-def load_start(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights) -> None:
+def load_start(engine: Engine, weights: Weights) -> None:
     """Fills this rank's parameters, and the fp32 copies that the optimizer keeps of them.
 
     Only one tensor is in memory at a time, and only tensors that this rank has are read.
 
     Args:
-        parameters: an engine's parameters by their names in InfiniTransformer.
         weights: the result of `open_start`.
 
     Raises:
         UserError: a weight is not finite, or beyond the range of its parameter's type.
     """
-    for name, parameter in parameters:
+    for name, parameter in engine.own_parameters():
         what = f"init_from: tensor {name} of {weights.origin}"
-        tensor = weights.read(name).to(parameter.device)
+        tensor = weights.read(name)
         check_finite(tensor, what)
-        parameter.copy_(narrowed(tensor, parameter.dtype, what))
-        safe_set_full_fp32_param(parameter, narrowed(tensor, torch.float32, what))
+        narrowed(tensor, parameter.dtype, what)
+        engine.set_weight(parameter, narrowed(tensor, torch.float32, what))
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:

@@ -154,7 +154,8 @@ class TestShippedConfig:
 
 def test_the_required_configs_are_shipped():
     names = {path.stem for path in CONFIGS}
-    large = {"infini_150m", "infini_paper", "infini_1b", "llama3_8b_continual", "infini_70b"}
+    large = {"infini_150m", "infini_paper", "infini_1b", "infini_70b"}
+    large |= {"llama3_8b_continual", "llama3_8b_zero3"}
     assert {"quickstart", "enwik8", "pg19", *large} <= names
 
 
@@ -199,7 +200,7 @@ def test_infini_paper_has_the_paper_s_sizes():
         ),
         ("model.memory_rule=deltas", "model.memory_rule: input should be 'linear', 'delta'"),
         ("optimizer.learning_rate=0", "optimizer: learning_rate (0.0) must be above 0"),
-        ("parallel.zero_stage=2", "parallel.zero_stage: input should be 0 or 1, got 2"),
+        ("parallel.zero_stage=4", "parallel.zero_stage: input should be 0, 1, 2 or 3, got 4"),
         ("parallel.pipeline_stages=0", "pipeline_stages (0) must be at least 1"),
         ("parallel.pipeline_stages=a", "parallel.pipeline_stages: input should be a valid integer"),
         ("data.source=files", "data: files must name at least one path"),
@@ -466,6 +467,25 @@ def test_muon_is_not_offloaded(file):
     assert load(file, [muon]).optimizer.name == "muon"
     message = "optimizer.name (muon) must be adamw with parallel.offload_optimizer"
     assert message in message_of(file, muon, "parallel.offload_optimizer=true")
+
+
+def test_zero_2_and_3_have_one_stage_and_adamw(file):
+    config = load(file, ["parallel.zero_stage=3", "parallel.pipeline_stages=auto"])
+    assert config.parallel.resolve_stages(4, num_layers=4) == 1
+    assert config.data_parallel_size(4) == 4
+    zero = "parallel.zero_stage=2"
+    for change, message in (
+        ("parallel.pipeline_stages=2", "zero_stage (2) must be 0 or 1 with pipeline_stages (2)"),
+        ("optimizer.name=muon", "optimizer.name (muon) must be adamw with parallel.zero_stage 2"),
+        ("optimizer.train=['*.beta']", "parallel.zero_stage (2) must be 0 or 1 with optimizer.t"),
+        ("train.compile=true", "parallel.zero_stage (2) must be 0 or 1 with train.compile"),
+    ):
+        assert message in message_of(file, zero, change)
+    offloaded = "parallel.offload_optimizer=true"
+    assert load(file, [zero, offloaded]).parallel.offload_optimizer
+    assert "zero_stage (0) must be at least 1" in message_of(
+        file, "parallel.zero_stage=0", offloaded
+    )
 
 
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):

@@ -166,7 +166,7 @@ def test_what_is_read_is_valid(path, value):
         ("model", None), ("model.hidden_size", 2**20 + 1), ("model.norm_eps", 0),
         ("model.gate_init", 10001), ("optimizer.beta1", 1), ("optimizer.learning_rate", 0),
         ("parallel.pipeline_stages", 0), ("parallel.pipeline_stages", "two"),
-        ("parallel.zero_stage", 2), ("data.files", None), ("data.files", [1]),
+        ("parallel.zero_stage", 4), ("data.files", None), ("data.files", [1]),
         ("data.text_field", 3), ("data.held_out_fraction", 1), ("data.passkey.segments", []),
         ("data.babilong.tasks", []), ("data.babilong.tasks", ["qa4"]),
         ("data.passkey.segments", [2, 2]), ("data.passkey.segments", [2, 4 * 10**9]),

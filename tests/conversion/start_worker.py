@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 
 from infini_ds.config import RunConfig
@@ -43,14 +44,16 @@ def start(case: dict) -> dict:
     config = config_of(case)
     weights = open_model(Path(case["init_from"])).weights
     engine = build_engine(config)
-    load_start(engine.own_parameters(), weights)
+    load_start(engine, weights)
     wrong = []
     for name, parameter in engine.own_parameters():
         expected = weights.read(name)
         kept = safe_get_full_fp32_param(parameter)
         kept = parameter.detach() if kept is None else kept
         same = torch.equal(kept.view_as(expected), expected)
-        if not same or not torch.equal(parameter.detach(), expected.to(parameter.dtype)):
+        with GatheredParameters([parameter], enabled=config.parallel.zero_stage == 3):
+            same &= torch.equal(parameter.detach(), expected.to(parameter.dtype))
+        if not same:
             wrong.append(name)
     losses = []
     for step in range(STEPS if config.train.dtype == "fp32" else 0):

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -323,17 +324,18 @@ def test_a_memory_goes_on_in_a_narrower_type_if_that_holds_it(dtype):
     ],
 )
 def test_a_run_starts_from_numbers_that_its_type_holds(
-    stored, parameter, number, message, tmp_path, monkeypatch
+    stored, parameter, number, message, tmp_path
 ):
-    monkeypatch.setattr(start, "safe_set_full_fp32_param", lambda *_: None)
     weights = SafetensorsWeights(spoilt(tmp_path / "source", stored, number))
-    parameters = {
-        name: torch.nn.Parameter(torch.zeros(meta.shape, dtype=parameter))
+    engine = Mock()
+    engine.own_parameters.return_value = [
+        (name, torch.nn.Parameter(torch.zeros(meta.shape, dtype=parameter)))
         for name, meta in weights.metas.items()
-    }
+    ]
     with pytest.raises(UserError, match=f"init_from: tensor {QKV} of .*source {message}"):
-        start.load_start(parameters.items(), weights)
-    assert all(each.isfinite().all() for each in parameters.values())
+        start.load_start(engine, weights)
+    for call in engine.set_weight.call_args_list:
+        assert call.args[1].isfinite().all()
 
 
 class TooMany(ByteTokenizer):

@@ -159,6 +159,9 @@ CASES = {
         "data2": {"parallel.pipeline_stages": 1, "train.micro_batch_size": 2},
         "bf16_pipeline2": {"train.dtype": "bf16", "parallel.pipeline_stages": 2},
         "bf16_data2": {"train.dtype": "bf16", "parallel.pipeline_stages": 1},
+        "zero2": {"parallel.zero_stage": 2, "train.micro_batch_size": 2},
+        "zero3": {"parallel.zero_stage": 3, "train.micro_batch_size": 2},
+        "bf16_zero3": {"train.dtype": "bf16", "parallel.zero_stage": 3},
         "bf16_without_zero": {"train.dtype": "bf16", "parallel.zero_stage": 0},
         "bf16_offloaded": {"train.dtype": "bf16", "parallel.offload_optimizer": True},
     },
@@ -192,7 +195,7 @@ def started(export, tmp_path_factory) -> dict[str, list[dict]]:
 def test_imported_llama_trains_on_alike_in_every_layout(started, export):
     for tied in ("untied", "tied"):
         expected = started[f"1_{tied}"][0]["losses"]
-        for name in ("2", "2data2", "4"):
+        for name in ("2", "2data2", "2zero2", "2zero3", "4"):
             for rank in started[f"{name}_{tied}"]:
                 assert rank["losses"] == pytest.approx(expected, rel=1e-5), name
         model, config = load_export(export(tied == "tied"))

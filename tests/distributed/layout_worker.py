@@ -95,20 +95,35 @@ def cut(windows: Windows, lanes: range) -> Windows:
     return Windows(windows.tokens[part], windows.labels[part], layout, windows.weights[part])
 
 
+def state_names(module) -> list[str]:
+    """The names of a stage's state in InfiniTransformer. What is behind the blocks of a sharded
+    model is there twice, once in `output`."""
+    from infini_ds.parallel.deepspeed.module import single_process_name
+
+    names = [name for name in module.state_dict() if not name.startswith("output.")]
+    return sorted(
+        name if name.startswith("layers.") else single_process_name(name) for name in names
+    )
+
+
+def whole_weights(engine) -> dict[str, torch.Tensor]:
+    """Copies of this rank's parameters by their names in InfiniTransformer."""
+    with engine.whole(engine.module):
+        return {name: weight.detach().clone() for name, weight in engine.own_parameters()}
+
+
 def train(config: RunConfig) -> dict:
     """STEPS steps on this rank."""
     from infini_ds.parallel.build import build_engine
     from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
     from infini_ds.parallel.engine import StepSize
-    from infini_ds.parallel.pipeline.module import single_process_name
 
     engine = build_engine(config)
-    names = dict(engine.own_parameters())
     result: dict = {
         "optimizer": type(engine.optimizer).__name__,
         "stage": engine.stage_id,
-        "state_names": sorted(map(single_process_name, engine.module.state_dict())),
-        "initial": {name: parameter.detach().clone() for name, parameter in names.items()},
+        "state_names": state_names(engine.module),
+        "initial": whole_weights(engine),
         "losses": [],
         "norms": [],
         "writes": [],
@@ -134,7 +149,7 @@ def train(config: RunConfig) -> dict:
         result["losses"].append(done.loss_sum / count)
         result["norms"].append(done.gradient_norm)
         result["writes"].append(engine.written())
-    result["weights"] = {name: parameter.detach() for name, parameter in names.items()}
+    result["weights"] = whole_weights(engine)
     result["memories"] = {
         block: engine.memories.stacked(block).named() for block in engine.memories.blocks
     }

@@ -418,9 +418,79 @@ SLOW_CONTEXT_CASES = {
         Context(4, 2, 2, 2, "carried", "gated_delta", "attention", True, segments=8),
     )
 }
+
+
+class Sharded(NamedTuple):
+    """A layout without a pipeline, whose gradients, or gradients and weights, are sharded."""
+
+    zero: int
+    data: int
+    accumulation: int = 1
+    rule: str = "linear"
+    chunks: int = 1
+    tied: bool = False
+    checkpointing: str = "none"
+    clipping: float = 0.5
+    more: str = ""
+
+    @property
+    def name(self) -> str:
+        return (
+            f"zero{self.zero}-data{self.data}-accumulation{self.accumulation}-{self.rule}-"
+            f"chunks{self.chunks}-{'tied' if self.tied else 'untied'}-"
+            f"checkpoint_{self.checkpointing}-{'clipped' if self.clipping else 'unclipped'}"
+            f"{self.more and '-' + self.more}"
+        )
+
+    @property
+    def case(self) -> tuple[int, dict]:
+        settings = {
+            "parallel.pipeline_stages": "auto", "parallel.zero_stage": self.zero,
+            "train.micro_batch_size": LANES // (self.data * self.accumulation),
+            "model.memory_rule": self.rule, "train.chunks": self.chunks,
+            "model.tie_embeddings": self.tied,
+            "train.activation_checkpointing": self.checkpointing,
+            "optimizer.gradient_clipping": self.clipping,
+        }  # fmt: skip
+        own = {
+            "writing": {**WRITING, "model.num_kv_heads": 2},
+            "packed": {**WRITING, "data.packing": True},
+            "sliding": {**WRITING, "model.use_sliding_window": True},
+            "context2": {"parallel.context_parallel": 2, "train.micro_batch_size": 2},
+        }
+        return self.data, settings | own.get(self.more, {})
+
+
+SHARDED_CASES = {
+    each.name: each.case
+    for zero in (2, 3)
+    for each in (
+        Sharded(zero, 1, 4, "gated_delta", 2, True, "block"),
+        Sharded(zero, 1, 1, "linear", 1, False, "attention", 0.0),
+        Sharded(zero, 2, 2, "gated_delta", 4, False, "attention", more="writing"),
+        Sharded(zero, 2, 1, "delta", 1, True, more="packed"),
+        Sharded(zero, 2, 2, "linear", 2, True, "block", 0.0, more="writing"),
+        Sharded(zero, 2, 1, "gated_delta", 2, False, "block", more="context2"),
+        Sharded(zero, 2, 2, "delta", 1, False, more="sliding"),
+        Sharded(zero, 4, 1, "gated_delta", 2, True, "block"),
+    )
+}
+SLOW_SHARDED_CASES = {
+    each.name: each.case
+    for zero, (data, accumulations), rule, chunks, tied in itertools.product(
+        (2, 3), ((1, (1, 4)), (2, (1, 2)), (4, (1,))), RULES, (1, 2, 4), (False, True)
+    )
+    for accumulation in accumulations
+    for each in (
+        Sharded(
+            zero, data, accumulation, rule, chunks, tied,
+            FACTORS["train.activation_checkpointing"][chunks % 3],
+        ),
+    )
+}  # fmt: skip
 FP32_CASES = (
     cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
-    | SLIDING | CONTEXT_CASES | TRAINED_CASES | MUON_CASES
+    | SLIDING | CONTEXT_CASES | TRAINED_CASES | MUON_CASES | SHARDED_CASES
 )  # fmt: skip
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 DEEP_CASES = cases(DEEP, CHOICES)
@@ -576,6 +646,14 @@ def test_generated_text_is_that_of_one_process(results, name):
 def test_training_agrees_with_plain_pytorch_in_sampled_combinations(results, name):
     expected = expected_of(SLOW_CASES[name][1])
     assert_as_reference(results.of(name, SLOW_CASES), expected, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("name", SLOW_SHARDED_CASES)
+def test_sharded_gradients_and_weights_agree_with_plain_pytorch(results, name):
+    expected = expected_of(SLOW_SHARDED_CASES[name][1])
+    assert_as_reference(results.of(name, SLOW_SHARDED_CASES), expected, TOLERANCE)
 
 
 @pytest.mark.slow

@@ -15,21 +15,22 @@ from tests.faults.runs import END, START, FaultyRun
 STEPS, SAVED, BAD = 9, 4, 6
 SETTINGS = {"train__steps": STEPS, "train__save_every": SAVED}
 LAYOUTS = [
-    pytest.param((2, 1), id="pipeline2"),
-    pytest.param((1, 1), id="data2"),
-    pytest.param((1, 2), id="context2"),
+    pytest.param((2, 1, 1), id="pipeline2"),
+    pytest.param((1, 1, 1), id="data2"),
+    pytest.param((1, 2, 1), id="context2"),
+    pytest.param((1, 1, 2), id="zero2"),
+    pytest.param((1, 1, 3), id="zero3"),
 ]
-"""The number of stages, and of ranks that share windows."""
+"""The number of stages, and of ranks that share windows, and the ZeRO stage."""
 WORLD = 2
 LANE = 1
 """The lane that reads corrupt tokens in step BAD."""
 
 
-def settings_of(layout: tuple[int, int]) -> dict:
-    stages, context = layout
-    return {
-        **SETTINGS, "parallel": {"pipeline_stages": stages, "context_parallel": context}
-    }  # fmt: skip
+def settings_of(layout: tuple[int, int, int]) -> dict:
+    stages, context, zero = layout
+    parallel = {"pipeline_stages": stages, "context_parallel": context, "zero_stage": zero}
+    return {**SETTINGS, "parallel": parallel}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def skipping(tmp_path_factory, data):
     """By layout: runs to step SAVED, and from there on without window BAD."""
     made = {}
 
-    def of(layout: tuple[int, int]) -> FaultyRun:
+    def of(layout: tuple[int, int, int]) -> FaultyRun:
         if layout not in made:
             folder = tmp_path_factory.mktemp("skipping")
             faults = json.dumps({"skip": [BAD]})
@@ -104,8 +105,8 @@ def test_rollback_is_as_if_the_window_had_never_been_read(
 
 
 def test_rollback_goes_the_same_way_in_every_layout(skipping):
-    losses = skipping((1, 1)).losses
-    for layout in ((2, 1), (1, 2)):
+    losses = skipping((1, 1, 1)).losses
+    for layout in ((2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 3)):
         assert skipping(layout).losses == pytest.approx(losses, rel=1e-5)
 
 

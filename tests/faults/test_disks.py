@@ -32,13 +32,15 @@ def resize(place: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
 
 
+@pytest.mark.parametrize("zero", [1, 3], ids=["pipeline2", "zero3"])
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
-def test_full_disk_in_a_save_leaves_the_older_checkpoint(tmp_path, data, trial, background):
-    undisturbed = FaultyRun(tmp_path / "undisturbed", data, **SETTINGS)
+def test_full_disk_in_a_save_leaves_the_older_checkpoint(tmp_path, data, trial, background, zero):
+    settings = {**SETTINGS, "parallel__zero_stage": zero}
+    undisturbed = FaultyRun(tmp_path / "undisturbed", data, **settings)
     undisturbed.finish(WORLD)
     sizes = [path.stat().st_size for path in undisturbed.checkpoint(12).rglob("*")]
     place = tmp_path / "disk"
-    settings = {**SETTINGS, "train__async_save": background}
+    settings |= {"train__async_save": background}
     run = FaultyRun(tmp_path / "run", data, output_dir=str(place / "output"), **settings)
     saved, broken = run.checkpoint(4), run.checkpoint(8)
     with trial("full disk in a save"), disk(place, "size=64m"):

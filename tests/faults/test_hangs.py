@@ -53,9 +53,10 @@ SETTINGS = {"train__steps": 100000, "train__hang_timeout": HANG, "train__timeout
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3], ids=["pipeline2", "zero3"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_frozen_rank_is_named_by_the_other(tmp_path, data, trial, rank):
-    run = FaultyRun(tmp_path, data, **SETTINGS)
+def test_frozen_rank_is_named_by_the_other(tmp_path, data, trial, rank, zero):
+    run = FaultyRun(tmp_path, data, **SETTINGS, parallel__zero_stage=zero)
     with trial("`SIGSTOP` of a rank"), run.start(2) as ranks:
         ranks.wait_until(lambda: run.step >= 3, START, "steps")
         ranks.all[rank].send(signal.SIGSTOP)

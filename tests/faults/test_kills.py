@@ -32,10 +32,18 @@ MOMENTS = ["in training"] * 6 + ["in a save"] * 5 + ["in an evaluation"] * 4
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, data) -> FaultyRun:
-    run = FaultyRun(tmp_path_factory.mktemp("undisturbed"), data, **SETTINGS)
-    run.finish(WORLD)
-    return run
+def undisturbed(tmp_path_factory, data):
+    """Finished runs by their ZeRO stage, of which 1 has a pipeline."""
+    runs: dict[int, FaultyRun] = {}
+
+    def of(zero: int) -> FaultyRun:
+        if zero not in runs:
+            settings = {**SETTINGS, "parallel__zero_stage": zero}
+            runs[zero] = FaultyRun(tmp_path_factory.mktemp("undisturbed"), data, **settings)
+            runs[zero].finish(WORLD)
+        return runs[zero]
+
+    return of
 
 
 def resumed_at(step: int) -> str:
@@ -57,13 +65,15 @@ def wait_for_moment(run: FaultyRun, ranks: Processes, moment: str, begin: int, d
     time.sleep(draw.random() * 0.05)
 
 
+@pytest.mark.parametrize("zero", [1, 3], ids=["pipeline2", "zero3"])
 def test_killed_ranks_cost_no_more_than_steps_since_the_last_save(
-    tmp_path, data, undisturbed, trial
+    tmp_path, data, undisturbed, trial, zero
 ):
     draw = random.Random(0)
     moments = [(moment, number % WORLD) for number, moment in enumerate(MOMENTS)]
     draw.shuffle(moments)
-    run = FaultyRun(tmp_path, data, **SETTINGS)
+    expected = undisturbed(zero)
+    run = FaultyRun(tmp_path, data, **SETTINGS, parallel__zero_stage=zero)
     for moment, rank in moments:
         with trial(f"`kill -9` of a rank {moment}"):
             begin = max((int(p.parent.name[5:]) for p in run.output.glob(
@@ -73,9 +83,9 @@ def test_killed_ranks_cost_no_more_than_steps_since_the_last_save(
                 ranks.all[rank].send(signal.SIGKILL)
                 end_of_others(ranks, rank)
     run.finish(WORLD)
-    assert run.losses == undisturbed.losses
+    assert run.losses == expected.losses
     last = SETTINGS["train__steps"]
-    assert run.checksums(last) == undisturbed.checksums(last)
+    assert run.checksums(last) == expected.checksums(last)
 
 
 def test_kills_while_checkpoints_are_written_in_the_background_cost_nothing_that_was_safe(
@@ -94,8 +104,8 @@ def test_kills_while_checkpoints_are_written_in_the_background_cost_nothing_that
             after = [path.parent for path in run.output.glob("checkpoints/*/manifest.json")]
             assert max(after, default=None) >= max(safe) if safe else True
     run.finish(WORLD)
-    assert run.losses == undisturbed.losses
-    assert_equal_states(run, undisturbed, SETTINGS["train__steps"])
+    assert run.losses == undisturbed(1).losses
+    assert_equal_states(run, undisturbed(1), SETTINGS["train__steps"])
 
 
 def test_every_rank_of_a_grid_names_the_one_that_was_killed(tmp_path, data, trial):

@@ -62,6 +62,18 @@ def test_optimizer_states_are_shared_out_and_may_be_in_the_hosts_memory():
     assert process_bytes(offloaded, 4) == [(8 * parameters + memories, 12 * parameters // 4)] * 4
 
 
+def test_zero_2_shares_out_gradients_and_zero_3_weights_too():
+    parameters = sum(layer_parameters(run_config().model))
+    memories = 8 // 4 * 4 * MEMORY
+    for dtype, weight in (("fp32", 4), ("bf16", 2)):
+        for stage, expected in ((2, weight + (4 + 12) / 4), (3, (weight + 4 + 12) / 4)):
+            config = run_config(parallel__zero_stage=stage, train__dtype=dtype)
+            (device, host), *others = process_bytes(config, 4)
+            assert (device - memories) / parameters == pytest.approx(expected, rel=1e-3)
+            assert host == 0
+            assert others == [(device, 0)] * 3
+
+
 def test_what_is_not_trained_has_neither_gradients_nor_states():
     config = run_config(parallel__pipeline_stages=2, optimizer__train=["*.beta", "layers.4.*"])
     counts = layer_parameters(config.model)

@@ -8,7 +8,7 @@ import pytest
 from infini_ds import cli
 from infini_ds.config import load
 from infini_ds.planning import report
-from infini_ds.planning.plan import alternatives, plan
+from infini_ds.planning.plan import alternatives, engines, plan
 from infini_ds.planning.report import GIB
 from infini_ds.system.compute_type import of_processor
 from tests import tiny
@@ -22,7 +22,8 @@ SETTINGS = [
 QUICKSTART = next(str(path) for path in CONFIGS if path.stem == "quickstart")
 HEADERS = {
     "enwik8": (1, 40), "pg19": (8, 40), "infini_150m": (8, 40), "infini_paper": (8, 80),
-    "infini_1b": (16, 80), "llama3_8b_continual": (64, 80), "infini_70b": (256, 80),
+    "infini_1b": (16, 80), "llama3_8b_continual": (64, 80), "llama3_8b_zero3": (8, 80),
+    "infini_70b": (256, 80),
 }  # fmt: skip
 """GPUs that the files say they are for, and GiB of each."""
 
@@ -67,6 +68,25 @@ def test_activations_are_of_each_stage_s_blocks_and_units():
     assert (first.units, last.units) == (2, 1)
     assert first.activations > last.activations
     assert (first.first_block, last.last_block) == (0, 3)
+
+
+def test_engines_are_the_longest_pipeline_and_one_stage_with_each_zero():
+    """One stage reads whole windows, and computes again what its memory does not hold."""
+    settings = config("parallel.pipeline_stages=2", "train.chunks=2")
+    compared = engines(settings, 4)
+    layouts = [(len(each.plan.stages), each.zero_stage, each.plan.chunks) for each in compared]
+    assert layouts == [(4, 1, 2), (1, 1, 1), (1, 2, 1), (1, 3, 1)]
+    assert {each.plan.checkpointing for each in compared} == {"none"}
+    alone = [each.plan.stages[0] for each in compared[1:]]
+    assert alone[0].device > alone[1].device
+    assert [stage.sent for stage in alone] == [0, 0, 0]
+    # Two micro-batches of one window each, over four ranks: gradients of 4 bytes, weights of 2.
+    numbers = alone[0].needs.parameters * 3 // 4
+    expected = [(8 + 2) * numbers, (2 * 4 + 2) * numbers, (2 * 4 + 2 * 2 * 2) * numbers]
+    assert [stage.reduced for stage in alone] == pytest.approx(expected, rel=1e-6)
+    limited = engines(settings, 4, alone[2].device - 1)
+    assert limited[3].plan.checkpointing != "none"
+    assert [each.zero_stage for each in engines(config("optimizer.name=muon"), 4)] == [1, 1]
 
 
 def test_no_alternative_beats_another_in_both():

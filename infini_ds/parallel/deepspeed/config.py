@@ -30,7 +30,7 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         "bf16": {"enabled": train.dtype == "bf16"},
         "zero_optimization": {
             "stage": parallel.zero_stage,
-            "contiguous_gradients": False,
+            "contiguous_gradients": parallel.shards_gradients,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
         },
@@ -41,6 +41,11 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         # ZeRO.
         "zero_allow_untested_optimizer": True,
     }
+    if parallel.zero_stage == 3:
+        # A layer's small weights are fetched with its large ones.
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        # Otherwise DeepSpeed replaces torch.nn.functional.linear for the whole process.
+        tree["zero_optimization"]["memory_efficient_linear"] = False
     if parallel.offload_optimizer:
         tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return tree

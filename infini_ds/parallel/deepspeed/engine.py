@@ -13,6 +13,7 @@ from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import safe_set_full_fp32_param
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -21,21 +22,17 @@ from infini_ds.errors import RunError
 from infini_ds.parallel.deepspeed.gradient_sums import gradient_of, sum_in_fp32
 from infini_ds.parallel.deepspeed.kept_files import KeptFiles
 from infini_ds.parallel.deepspeed.module import StageModule
+from infini_ds.parallel.deepspeed.states import States
 from infini_ds.parallel.deepspeed.universal import (
     UNIVERSAL_INFO,
     load_by_groups,
-    load_frozen,
     plain_path,
 )
+from infini_ds.runs.weights import CheckpointWeights
 
 
-class CorrectedEngine(PipelineEngine):
-    """Uses DeepSpeed's optimizer, ZeRO, reductions and files, but not its schedule or messages.
-
-    Args:
-        tree: DeepSpeed's config; see `deepspeed_config`.
-        timeout: how long a rank waits for others in DeepSpeed's collective calls, in seconds.
-    """
+class CorrectedEngine(PipelineEngine, States):
+    """Uses DeepSpeed's optimizer, ZeRO, reductions and files, but not its schedule or messages."""
 
     def __init__(
         self, module: StageModule, optimizer: torch.optim.Optimizer, tree: dict, timeout: float
@@ -49,33 +46,53 @@ class CorrectedEngine(PipelineEngine):
             config_class=DeepSpeedConfig(tree, module.mpu()),
         )
         self._kept_files: KeptFiles | None = None
-        _limit_waits(timeout)
+        limit_waits(timeout)
         if isinstance(self.optimizer, BF16_Optimizer):
             sum_in_fp32(self.optimizer)
 
     @property
+    def replica(self) -> int:
+        """See `States`."""
+        return self.grid.get_data_parallel_id()
+
+    def ranks_along(self, axis: str) -> list[list[int]]:
+        """See `States`."""
+        return self.module.topology().get_axis_comm_lists(axis)
+
+    def whole(self, module: nn.Module) -> contextlib.AbstractContextManager:
+        """See `States`; they are whole already."""
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """See `Engine`."""
+        value = value.to(parameter.device)
+        parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+
+    @property
     def gradient_norm(self) -> float:
-        """Norm of the whole gradient of the last step, before clipping."""
+        """See `States`."""
         return float(self.get_global_grad_norm())
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Returns this rank's parameters that receive gradients."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def accumulate(self, tensors: list[Tensor], gradients: list[Tensor]) -> None:
-        """Runs one backward pass over all outputs of a unit and adds the gradients to the sums.
-
-        DeepSpeed itself would run one backward pass for each output.
-        """
+    def accumulate(self, tensors: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+        """See `States`; DeepSpeed itself would run one backward pass for each output."""
         self._running_engine_backward = True  # DeepSpeed's hooks refuse backward passes otherwise
         try:
             torch.autograd.backward(tensors, gradients)
         finally:
             self._running_engine_backward = False
 
-    def checks_gradients(self) -> bool:
-        """Returns whether DeepSpeed itself skips a step whose gradient is not finite."""
-        return isinstance(self.optimizer, BF16_Optimizer)
+    def gradients_are_finite(self) -> bool:
+        """See `States`; in bf16 DeepSpeed's optimizer checks the norm and skips the step itself."""
+        if isinstance(self.optimizer, BF16_Optimizer):
+            return True
+        norms = torch.stack([gradient_of(p).norm() for p in self.trained_parameters()])
+        return bool(norms.isfinite().all())
 
     def reduce_gradients(self) -> None:
         """Reduces gradients over data-parallel ranks, and a tied weight's over its two stages."""
@@ -89,25 +106,25 @@ class CorrectedEngine(PipelineEngine):
             self._exec_reduce_grads()
 
     def step_optimizer(self) -> bool:
-        """Returns whether weights changed: in bf16 DeepSpeed skips steps that are not finite."""
+        """See `States`."""
         before = self.skipped_steps
         self._exec_optimizer_step()
         return self.skipped_steps == before
 
     def drop_gradients(self) -> None:
-        """Ends a step that changes no weight."""
+        """See `States`."""
         self.optimizer.zero_grad()
         self.zero_grad()
         self._global_grad_norm = float("inf")
         self.count_skipped()
 
     def count_skipped(self) -> None:
-        """Counts a step that changed no weight."""
+        """See `States`."""
         self.skipped_steps += 1
         self.global_steps += 1
 
     def save_states(self, directory: Path, step: int) -> None:
-        """Writes DeepSpeed's own files of a checkpoint."""
+        """See `States`; writes DeepSpeed's own files."""
         with contextlib.redirect_stdout(None):
             self.save_checkpoint(
                 str(directory.parent),
@@ -120,7 +137,7 @@ class CorrectedEngine(PipelineEngine):
                 (directory.parent / name).unlink(missing_ok=True)
 
     def keep_states(self, directory: Path, step: int) -> Callable[[], list[str]]:
-        """Copies what DeepSpeed's own files hold; the returned function writes them."""
+        """See `States`."""
         usual = self.checkpoint_engine
         self._kept_files = self._kept_files or KeptFiles(usual)
         self.checkpoint_engine = self._kept_files
@@ -133,18 +150,7 @@ class CorrectedEngine(PipelineEngine):
     def load_states(
         self, load_from: Path, checkpoint: Path, frozen: dict[str, nn.Parameter]
     ) -> None:
-        """Loads weights and optimizer states from DeepSpeed's own files.
-
-        Groups keep their settings, such as learning rates, as the config has them.
-
-        Args:
-            load_from: the checkpoint, or its universal form.
-            checkpoint: the checkpoint itself.
-            frozen: parameters that are not trained, by their names in InfiniTransformer.
-
-        Raises:
-            RunError: DeepSpeed could not load them.
-        """
+        """See `States`; loads DeepSpeed's own files."""
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         universal = load_from != checkpoint
@@ -160,8 +166,10 @@ class CorrectedEngine(PipelineEngine):
             group.update(own)
         if path is None:
             raise RunError(f"checkpoint {load_from}: DeepSpeed could not load it")
-        if universal:
-            load_frozen(frozen, checkpoint)
+        if universal and frozen:  # which the universal form leaves out
+            weights = CheckpointWeights(checkpoint)
+            for name, parameter in frozen.items():
+                self.set_weight(parameter, weights.read(name).float())
 
     def clip_fp32_gradients(self) -> None:
         """Clips in fp32 without ZeRO; DeepSpeed would count tied weights twice and keep no norm."""
@@ -210,7 +218,7 @@ class CorrectedEngine(PipelineEngine):
         super()._take_model_step(lr_kwargs)
 
 
-def _limit_waits(timeout: float) -> None:
+def limit_waits(timeout: float) -> None:
     """Sets our time limit on DeepSpeed's groups; PyTorch's default is ten minutes or more."""
     for group in distributed_c10d._world.pg_map:
         if not distributed_c10d._rank_not_in_group(group):

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 
+TIED_KEY = "embedding"
+_TIED = f"tied_modules.{TIED_KEY}."
+
 
 class StageModule(PipelineModule):
     """The layers of one stage.
@@ -29,3 +32,14 @@ class StageModule(PipelineModule):
         blocks = [1 + bound for bound in self.bounds]
         self.parts = [0, *blocks[1:-1], self._num_layers]
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+
+def single_process_name(name: str) -> str:
+    """Returns a pipeline parameter's name in InfiniTransformer."""
+    return "layers." + (name.replace(_TIED, "0.") if name.startswith(_TIED) else name)
+
+
+def pipeline_name(name: str, tied: bool) -> str:
+    """Returns the name in a pipeline, of a model whose embeddings are tied or not."""
+    name = name.removeprefix("layers.")
+    return _TIED + name.removeprefix("0.") if tied and name.startswith("0.") else name

@@ -10,12 +10,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
+from infini_ds.config import load_resolved
+from infini_ds.errors import RunError
+from infini_ds.parallel.deepspeed.module import pipeline_name, single_process_name
 from infini_ds.runs import manifest
-from infini_ds.runs.weights import CheckpointWeights
+from infini_ds.runs.shards import KINDS, Shards, has_shards
+from infini_ds.system.causes import one_line
 
 # DeepSpeed's universal format must know that a tied weight is on the first and the last stage.
 UNIVERSAL_INFO = {
@@ -37,7 +42,58 @@ def make_universal(directory: Path) -> str:
     if (universal / manifest.NAME).exists():
         return ""
     shutil.rmtree(universal, ignore_errors=True)
-    return _to_universal(directory, universal)
+    if has_shards(directory):
+        failure = _shards_to_universal(directory, universal)
+    else:
+        failure = _to_universal(directory, universal)
+    if not failure:
+        manifest.write(universal, {})
+    return failure
+
+
+def _shards_to_universal(directory: Path, universal: Path) -> str:
+    """Writes what DeepSpeed's converter would write; returns the error, or ""."""
+    config = load_resolved(directory / "config.yaml")
+    try:
+        shards = Shards(directory)
+        for name in shards.shapes:
+            folder = universal / "zero" / pipeline_name(name, config.model.tie_embeddings)
+            folder.mkdir(parents=True)
+            for kind in KINDS:
+                whole = shards.read(name, kind).view(shards.shapes[name])
+                torch.save({"cat_dim": 0, "param": whole}, folder / f"{kind}.pt")
+            # As the optimizers keep it: DeepSpeed's for the CPU as a plain number.
+            step = shards.step if config.parallel.offload_optimizer else float(shards.step)
+            torch.save(step if isinstance(step, int) else torch.tensor(step), folder / "step.pt")
+        groups: list[dict] = [{}]  # of settings, which `load_states` takes from the config
+        general = {"ds_version": deepspeed.__version__, "param_groups": groups}
+        torch.save(general, universal / "zero" / "optimizer_state.pt")
+        counts = {"global_steps": shards.step, "skipped_steps": 0}
+        sizes = {"dp_world_size": 1, "mp_world_size": 1}  # of whole tensors
+        model = {"module": None, **counts, **sizes, **UNIVERSAL_INFO}
+        torch.save(model, universal / "mp_rank_00_model_states.pt")
+    except (OSError, RunError, SafetensorError) as error:
+        return one_line(error)
+    return ""
+
+
+class UniversalStates:
+    """The states of a universal form by the names of InfiniTransformer, as `Shards` has them."""
+
+    def __init__(self, directory: Path):
+        self._folders = {
+            single_process_name(path.name): path
+            for path in (directory / "zero").iterdir()
+            if path.is_dir()
+        }
+        steps = (path / "step.pt" for path in self._folders.values())
+        self.step = int(next(torch.load(path, weights_only=True) for path in steps))
+
+    def read(self, name: str, kind: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Shards`."""
+        path = self._folders[name] / f"{kind}.pt"
+        whole = torch.load(path, weights_only=True, mmap=True)["param"]
+        return whole.flatten()[start:stop]
 
 
 def _to_universal(directory: Path, universal: Path) -> str:
@@ -54,7 +110,6 @@ def _to_universal(directory: Path, universal: Path) -> str:
     )  # fmt: skip
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    manifest.write(universal, {})
     return ""
 
 
@@ -79,7 +134,7 @@ def load_by_groups(optimizer: Any, without: Iterable[Tensor]) -> None:
     gates.
 
     Args:
-        without: parameters that are not trained, which the form may lack; see `load_frozen`.
+        without: parameters that are not trained, which the form may lack.
     """
     left_out = set(map(id, without))
     load_all = optimizer.load_hp_checkpoint_state_from_checkpoint_dir
@@ -98,18 +153,3 @@ def load_by_groups(optimizer: Any, without: Iterable[Tensor]) -> None:
             inner.param_groups = everything
 
     optimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_held
-
-
-@torch.no_grad()
-def load_frozen(parameters: dict[str, nn.Parameter], checkpoint: Path) -> None:
-    """Fills parameters that are not trained, which the universal form leaves out.
-
-    Args:
-        parameters: by their names in InfiniTransformer.
-        checkpoint: of which the form was made.
-    """
-    weights = CheckpointWeights(checkpoint)
-    for name, parameter in parameters.items():
-        value = weights.read(name).to(parameter.device)
-        parameter.copy_(value)
-        safe_set_full_fp32_param(parameter, value.float())

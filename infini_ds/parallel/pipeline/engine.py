@@ -22,8 +22,7 @@ from infini_ds.model.optimizer import set_learning_rate
 from infini_ds.model.write_gate import WriteStats, write_penalty
 from infini_ds.parallel.contact import settle
 from infini_ds.parallel.context import open_context
-from infini_ds.parallel.deepspeed.engine import CorrectedEngine
-from infini_ds.parallel.deepspeed.gradient_sums import gradient_of
+from infini_ds.parallel.deepspeed.states import States
 from infini_ds.parallel.engine import (
     CORRUPT,
     NOT_FINITE,
@@ -38,7 +37,6 @@ from infini_ds.parallel.pipeline.balance import describe
 from infini_ds.parallel.pipeline.generation import generate
 from infini_ds.parallel.pipeline.hand_over import HandOver
 from infini_ds.parallel.pipeline.hops import open_hops
-from infini_ds.parallel.pipeline.module import InfiniPipeline
 from infini_ds.parallel.pipeline.payload import Payload, Wire
 from infini_ds.parallel.pipeline.schedule import (
     Backward,
@@ -46,27 +44,29 @@ from infini_ds.parallel.pipeline.schedule import (
     evaluation_schedule,
     train_schedule,
 )
+from infini_ds.parallel.pipeline.stage import Stage, Wanted
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
 from infini_ds.parallel.pipeline.unit import Scale, Unit, traced
 from infini_ds.parallel.ranks import gathered
 from infini_ds.system.resources import give_back_freed_memory
 
 
-class InfiniEngine(CorrectedEngine):
-    """An `Engine` that trains an InfiniPipeline on windows whose memories pass from step to step.
+class InfiniEngine(States):
+    """An `Engine` that trains a stage on windows whose memories pass from step to step.
 
-    Must be constructed on all ranks together.
+    Must be constructed on all ranks together. Classes for use are this one and a way to keep
+    `States`: `PipelinedEngine` and `ShardedEngine`.
 
     Args:
         tree: DeepSpeed's config; see `deepspeed_config`.
         on_progress: called with a description of each piece of work when it is done.
     """
 
-    module: InfiniPipeline
+    module: Stage
 
     def __init__(
         self,
-        module: InfiniPipeline,
+        module: Stage,
         optimizer: torch.optim.Optimizer,
         tree: dict,
         config: RunConfig,
@@ -80,7 +80,7 @@ class InfiniEngine(CorrectedEngine):
         self._on_progress = on_progress
         self.part = Part(
             self.stage_id,
-            self.grid.get_data_parallel_id(),
+            self.replica,
             self.micro_batches,
             train.micro_batch_size,
             tuple(module.bounds),
@@ -91,7 +91,7 @@ class InfiniEngine(CorrectedEngine):
         wire = Wire(
             self._model, train.micro_batch_size, segments, dtype, self.device, config.packed
         )
-        axes, rank = module.topology().get_axis_comm_lists, self.global_rank
+        axes, rank = self.ranks_along, self.global_rank
         self._hops = open_hops(axes("pipe"), rank, train.timeout)
         self._context = open_context(axes("data"), self.part.context, rank, train.timeout)
         policy = TRANSPORTS[parallel.memory_transport](self.part.bounds)
@@ -206,9 +206,10 @@ class InfiniEngine(CorrectedEngine):
 
     def describe_memory(self) -> tuple[np.ndarray, dict[int, float]]:
         """See `Engine`."""
-        betas = (layer.self_attn.beta.detach() for layer in self.module.blocks)
-        own = (beta.float().sigmoid().tolist() for beta in betas)
-        gates = dict(zip(self.part.blocks, own, strict=True))
+        gates = {}
+        for block, layer in zip(self.part.blocks, self.module.blocks, strict=True):
+            with self.whole(layer):
+                gates[block] = layer.self_attn.beta.detach().float().sigmoid().tolist()
         norms = {block: self.memories.stacked(block).mean_norm() for block in self.memories.blocks}
         all_gates, all_norms = {}, {}
         for rank_gates, rank_norms in gathered((gates, norms)):
@@ -252,9 +253,6 @@ class InfiniEngine(CorrectedEngine):
 
     def from_last(self, value: Tensor) -> Tensor:
         """Copies the last stage's tensor, in place, to the other stages of its pipeline."""
-        if not self.part.is_alone:
-            last = self.grid.stage_to_global(self.num_stages - 1)
-            dist.broadcast(value, last, group=self.grid.get_pipe_parallel_group())
         return value
 
     def all_sum(self, values: Tensor) -> Tensor:
@@ -346,16 +344,16 @@ class InfiniEngine(CorrectedEngine):
             memory = [
                 layer.map(lambda tensor: tensor.detach().requires_grad_()) for layer in memory
             ]
-        output, after, writes = self.module(inputs, layout, memory, self._context)
+        cut = self._cut(micro_batch, chunk) if self.part.is_last else None
+        wanted = None if cut is None else Wanted(cut.labels, self._train.loss_chunk_tokens)
+        output, after, writes = self.module(inputs, layout, memory, self._context, wanted)
         passing.update(zip(own, after, strict=True))
-        if self.part.is_last:
-            cut = self._cut(micro_batch, chunk)
-            losses = self.module.losses(output, cut.labels, self._train.loss_chunk_tokens)
+        if cut is not None:
             if training:
                 if self._train.curriculum:
-                    self._answers += answers_right(losses.detach(), cut.weights, layout)
-                losses = losses * cut.weights
-            output = losses.sum()
+                    self._answers += answers_right(output.detach(), cut.weights, layout)
+                output = output * cut.weights
+            output = output.sum()
             self._loss_sum += output.detach()
         else:
             self._hand_over.send(Payload(output, layout, passing), chunk, training)
@@ -385,7 +383,8 @@ class InfiniEngine(CorrectedEngine):
         last = unit.chunk == self._train.chunks - 1
         # The next chunk left the gradients of the memory that this one handed on.
         of_memory = [] if last else self._memory_gradients
-        self.accumulate(*done.outputs(gradient, scale.mass, of_memory))
+        outputs = done.outputs(gradient, scale.mass, of_memory)
+        self.accumulate(*outputs, last=unit == (self.micro_batches - 1, 0))
         self._memory_gradients = [tensor.grad for tensor in done.memory_in]
         if not self.part.is_first:
             assert done.inputs.grad is not None
@@ -405,14 +404,10 @@ class InfiniEngine(CorrectedEngine):
     # The step
 
     def _find_fault(self) -> str:
-        """Checks whether tokens were corrupt, or any rank's loss or gradient is not finite.
-
-        DeepSpeed's bf16 optimizer checks the norm and skips the step itself; in fp32 nothing does.
-        """
+        """Checks whether tokens were corrupt, or any rank's loss or gradient is not finite."""
         broken = ~self._loss_sum.isfinite()
-        if not self.checks_gradients():
-            norms = torch.stack([gradient_of(p).norm() for p in self.trained_parameters()])
-            broken |= (~norms.isfinite()).any()
+        if not self.gradients_are_finite():
+            broken = torch.ones_like(broken)
         sums = self.all_sum(torch.cat((broken.double().view(1), self._bad_lanes)))
         self._bad_lanes.copy_(sums[1:])
         return CORRUPT if self._bad_lanes.sum() > 0 else NOT_FINITE if sums[0] > 0 else ""

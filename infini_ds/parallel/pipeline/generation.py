@@ -1,23 +1,28 @@
 """Generates text through the stages without gathering the model anywhere."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from infini_ds.model.block import Block
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import Sampling, sample
 from infini_ds.model.memory import Memory
 from infini_ds.parallel.part import Part
-from infini_ds.parallel.pipeline.module import InfiniPipeline
+from infini_ds.parallel.pipeline.stage import Stage
 
 
-class Stage(Protocol):
+class StageEngine(Protocol):
     """The members of a stage's engine that generation needs."""
 
-    module: InfiniPipeline
+    module: Stage
     device: torch.device
     part: Part
+
+    def whole(self, module: nn.Module) -> AbstractContextManager: ...
 
     def from_last(self, value: Tensor) -> Tensor: ...
 
@@ -28,7 +33,7 @@ class Stage(Protocol):
 
 @torch.no_grad()
 def generate(
-    engine: Stage, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
+    engine: StageEngine, prompt: list[int], max_new_tokens: int, temperature: float, seed: int
 ) -> list[int]:
     """Continues one prompt; must be called on all ranks together.
 
@@ -64,17 +69,27 @@ def generate(
 
 
 def _read(
-    engine: Stage, tokens: Tensor, memory: Memory, dtype: torch.dtype
+    engine: StageEngine, tokens: Tensor, memory: Memory, dtype: torch.dtype
 ) -> tuple[Tensor, Memory]:
     """Runs tokens [1, t] through this stage, from the previous stage to the next."""
     module = engine.module
     if engine.part.is_first:
-        hidden = torch.nn.functional.embedding(tokens, module.embedding)
+        hidden = module.embed(tokens)
     else:
         hidden = engine.receive_hidden((1, tokens.shape[1], module.config.hidden_size), dtype)
-    hidden, memory, _ = extend(module.blocks, hidden, memory)
-    if engine.part.is_last:
-        hidden = module.final_norm(hidden)
-    else:
+    hidden, memory, _ = extend(_WholeBlocks(engine), hidden, memory)
+    if not engine.part.is_last:
         engine.send_hidden(hidden)
     return hidden, memory
+
+
+class _WholeBlocks:
+    """A stage's blocks, each with whole weights while it is the current one."""
+
+    def __init__(self, engine: StageEngine):
+        self._engine = engine
+
+    def __iter__(self) -> Iterator[Block]:
+        for block in self._engine.module.blocks:
+            with self._engine.whole(block):
+                yield block

@@ -17,10 +17,9 @@ from infini_ds.model.layers import Embedding, initialize, layer_list
 from infini_ds.model.optimizer import group_of
 from infini_ds.model.trained import is_trained, trained_groups
 from infini_ds.model.write_gate import WriteStats
-from infini_ds.parallel.deepspeed.module import StageModule
+from infini_ds.parallel.deepspeed.module import TIED_KEY, StageModule, single_process_name
 from infini_ds.parallel.pipeline.balance import balance
-
-TIED_KEY = "embedding"
+from infini_ds.parallel.pipeline.stage import Wanted
 
 
 def layer_specs(config: ModelConfig, checkpointing: Checkpointing) -> list[LayerSpec]:
@@ -33,14 +32,8 @@ def layer_specs(config: ModelConfig, checkpointing: Checkpointing) -> list[Layer
     return specs
 
 
-def single_process_name(name: str) -> str:
-    """Returns a pipeline parameter's name in InfiniTransformer; only the prefix differs."""
-    tied = f"tied_modules.{TIED_KEY}."
-    return "layers." + (name.replace(tied, "0.") if name.startswith(tied) else name)
-
-
 class InfiniPipeline(StageModule):
-    """One stage's layers, with the parameter names and initial values of InfiniTransformer."""
+    """One stage's layers, with the initial values of InfiniTransformer; see `Stage`."""
 
     def __init__(self, config: ModelConfig, stages: int, seed: int, checkpointing: Checkpointing):
         super().__init__(layer_specs(config, checkpointing), balance(config, stages))
@@ -56,13 +49,6 @@ class InfiniPipeline(StageModule):
     def blocks(self) -> list[Block]:
         """The blocks of this stage, in order."""
         return [layer for layer in self.forward_funcs if isinstance(layer, Block)]
-
-    @property
-    def embedding(self) -> Tensor | None:
-        """The embedding's weight if this stage has it, else None."""
-        tied = TIED_KEY in self.tied_modules
-        layer = self.tied_modules[TIED_KEY] if tied else self.forward_funcs[0]
-        return layer.weight if isinstance(layer, Embedding) else None
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields this stage's parameters by their names in InfiniTransformer."""
@@ -102,19 +88,9 @@ class InfiniPipeline(StageModule):
         layout: Layout,
         memory: list[MemoryState],
         exchange: Exchange | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
-        """Runs this stage on a chunk; a pure function, like each of its layers.
-
-        Args:
-            inputs: tokens [batch, length] on the first stage, hidden states on the others.
-            layout: the chunk's layout.
-            memory: the memory of each of this stage's blocks before the chunk.
-            exchange: if other ranks have the other parts of the same chunk, the way to them.
-
-        Returns:
-            Hidden states (before the final norm on the last stage), the memories after the chunk,
-            and statistics of what each block wrote, which are empty without write gates.
-        """
+        """See `Stage`."""
         hidden, after, writes = inputs, [], []
         embedding = self.forward_funcs[0] if self.stage_id == 0 else None
         for block, block_memory in zip(self.blocks, memory, strict=True):
@@ -123,19 +99,20 @@ class InfiniPipeline(StageModule):
             after.append(block_memory)
             if stats is not None:
                 writes.append(stats)
+        if wanted is not None:
+            norm = self.forward_funcs[-2]
+            hidden = token_losses(hidden, *self._head(), *wanted, norm)
         return hidden, after, writes
 
-    def losses(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        """Computes the loss of each token, [batch, length], on the last stage; see token_losses."""
-        return token_losses(hidden, *self._head(), labels, chunk_tokens, self.forward_funcs[-2])
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See `Stage`."""
+        tied = TIED_KEY in self.tied_modules
+        layer = self.tied_modules[TIED_KEY] if tied else self.forward_funcs[0]
+        return F.embedding(tokens, layer.weight)  # type: ignore[arg-type]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Projects hidden states to the vocabulary, on the last stage."""
-        return F.linear(hidden, *self._head())
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """Applies the norm before the head, on the last stage."""
-        return self.forward_funcs[-2](hidden)
+        """See `Stage`."""
+        return F.linear(self.forward_funcs[-2](hidden), *self._head())
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         if self.config.tie_embeddings:

@@ -1,0 +1,242 @@
+"""DeepSpeed's own engine for ZeRO-2 and ZeRO-3; only this file knows its private members."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed import zero
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from infini_ds.parallel.deepspeed.engine import limit_waits
+from infini_ds.parallel.deepspeed.states import States
+from infini_ds.parallel.deepspeed.universal import UniversalStates
+from infini_ds.runs.shards import KINDS, Fragment, Shards, file_of_shard, shard_file
+
+# DeepSpeed calls them by the names that they had before torch 2.13.
+warnings.filterwarnings("ignore", r".*(all_gather_into|reduce_scatter)_tensor. is deprecated")
+
+
+class ZeroStates(DeepSpeedEngine, States):
+    """Uses DeepSpeed's optimizers of ZeRO-2 and ZeRO-3, but files of our own."""
+
+    stage_id, num_stages = 0, 1
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, tree: dict, timeout: float
+    ):
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            config=tree,
+            config_class=DeepSpeedConfig(tree),
+        )
+        self.micro_batches = self.gradient_accumulation_steps()
+        self._weights_too = self.zero_optimization_stage() == 3
+        self.optimizer.check_grad_overflow = True  # DeepSpeed's default for bf16 alone
+        limit_waits(timeout)
+
+    @property
+    def replica(self) -> int:
+        """See `States`."""
+        return self.global_rank
+
+    def ranks_along(self, axis: str) -> list[list[int]]:
+        """See `States`."""
+        ranks = range(dist.get_world_size())
+        return [[rank] for rank in ranks] if axis == "pipe" else [[*ranks]]
+
+    @contextlib.contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """See `States`."""
+        with zero.GatheredParameters(list(module.parameters()), enabled=self._weights_too):
+            yield
+
+    @torch.no_grad()
+    def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """See `Engine`."""
+        flat = value.to(self.device).flatten()
+        if place := self._place_of(parameter):
+            own = flat[place.start : place.start + place.count]
+            self._held(place)["fp32"].copy_(own)
+            if self._weights_too:
+                parameter.ds_tensor.narrow(0, 0, place.count).copy_(own)  # type: ignore[attr-defined]
+        if not self._weights_too:
+            parameter.copy_(flat.view(parameter.shape))
+
+    @property
+    def gradient_norm(self) -> float:
+        """See `States`."""
+        return float(self.get_global_grad_norm())
+
+    def accumulate(self, tensors: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+        """See `States`.
+
+        DeepSpeed counts forward passes to know whether a gradient is the first of a step, and would
+        take several backward passes in a row for one.
+        """
+        total = torch.zeros((), device=self.device)
+        for own, gradient in zip(tensors, gradients, strict=True):
+            total = total + (own * gradient).sum()
+        self.set_gradient_accumulation_boundary(last)
+        self.optimizer.clear_backward_seen_flag()
+        self.backward(total, scale_wrt_gas=False)
+
+    def gradients_are_finite(self) -> bool:
+        """See `States`; DeepSpeed skips steps whose gradient is not finite."""
+        return True
+
+    def reduce_gradients(self) -> None:
+        """See `States`; every backward pass does it."""
+
+    def step_optimizer(self) -> bool:
+        """See `States`."""
+        self._take_model_step({})
+        return not self.optimizer.overflow
+
+    def drop_gradients(self) -> None:
+        """See `States`; DeepSpeed clears what it has summed up where a step overflows."""
+        checked = self.optimizer.has_overflow
+        self.optimizer.has_overflow = lambda *args, **settings: True
+        try:
+            self._take_model_step({})
+        finally:
+            self.optimizer.has_overflow = checked
+        self._global_grad_norm = float("inf")
+
+    def count_skipped(self) -> None:
+        """See `States`."""
+        self.skipped_steps += 1
+        self.global_steps += 1
+
+    def save_states(self, directory: Path, step: int) -> None:
+        """See `States`; writes the weights of each layer, and this rank's shard."""
+        for file in self._files(directory):
+            file.write()
+
+    def keep_states(self, directory: Path, step: int) -> Callable[[], list[str]]:
+        """See `States`."""
+        files = [file.copied() for file in self._files(directory)]
+
+        def write() -> list[str]:
+            for file in files:
+                file.write()
+            return [str(file.path) for file in files]
+
+        return write
+
+    def load_states(
+        self, load_from: Path, checkpoint: Path, frozen: dict[str, nn.Parameter]
+    ) -> None:
+        """See `States`."""
+        universal = load_from != checkpoint
+        saved = UniversalStates(load_from) if universal else Shards(checkpoint)
+        for name, parameter in self.module.own_parameters():
+            if place := self._place_of(parameter):
+                stop = place.start + place.count
+                for kind, held in self._held(place).items():
+                    held.copy_(saved.read(name, kind, place.start, stop))
+                if self._weights_too:
+                    local = parameter.ds_tensor.narrow(0, 0, place.count)
+                    local.copy_(self._held(place)["fp32"])
+            if not self._weights_too:
+                parameter.data.copy_(saved.read(name, "fp32").view(parameter.shape))
+        for state in self.optimizer.optimizer.state.values():
+            step = state["step"]
+            state["step"] = step.fill_(saved.step) if isinstance(step, Tensor) else saved.step
+
+    def _files(self, directory: Path) -> Iterator["_StateFile"]:
+        """Yields what this rank writes of a checkpoint, while its tensors are there."""
+        ranks = dist.get_world_size()
+        for place, layer in enumerate(self.module.layers):
+            with self.whole(layer):
+                if place % ranks == self.global_rank:
+                    weights = {name: p.detach() for name, p in layer.named_parameters()}
+                    yield _StateFile(directory / f"layer_{place:02d}-model_states.pt", weights)
+        fragments, shapes = {}, {}
+        for name, parameter in self.module.own_parameters():
+            shapes[name] = getattr(parameter, "ds_shape", parameter.shape)
+            if place := self._place_of(parameter):
+                fragments[name] = Fragment(place.start, self._held(place))
+        step = next(int(state["step"]) for state in self.optimizer.optimizer.state.values())
+        yield _StateFile(
+            shard_file(directory, self.global_rank), *file_of_shard(fragments, shapes, step)
+        )
+
+    def _place_of(self, parameter: nn.Parameter) -> "_Place | None":
+        """Returns where this rank holds a parameter's fp32 weights, or None if it does not."""
+        if self._weights_too:
+            group, offset, size = self.optimizer.grad_position[
+                self.optimizer.get_param_id(parameter)
+            ]
+            start = size * self.global_rank
+            count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]  # the last shards may be padded
+            flat = self.optimizer.fp32_partitioned_groups_flat[group]
+            return _Place(flat, offset, start, count) if count > 0 else None
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        return _Place(flat, offset, mapping.lp_fragment_address.start, count)
+
+    def _held(self, place: "_Place") -> dict[str, Tensor]:
+        """Returns views of the states of some numbers, by KINDS.
+
+        Optimizers make a group's states in their first step; here they are made as these do.
+        """
+        state = self.optimizer.optimizer.state[place.flat]
+        if not state:
+            on_cpu = self.zero_cpu_offload()
+            state["step"] = 0 if on_cpu else torch.zeros((), device=place.flat.device)
+            for kind in KINDS[1:]:
+                state[kind] = torch.zeros_like(place.flat)
+        whole = {"fp32": place.flat.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+        return {kind: x.narrow(0, place.offset, place.count) for kind, x in whole.items()}
+
+    # Methods that DeepSpeed calls
+
+    def _do_optimizer_sanity_check(self, basic_optimizer):
+        if type(basic_optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # it would warn at every start
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(basic_optimizer))
+        return super()._do_optimizer_sanity_check(basic_optimizer)
+
+
+class _Place(NamedTuple):
+    """Some numbers of a parameter in a group's flat tensor."""
+
+    flat: Tensor
+    offset: int
+    start: int
+    """Index of the first of them in the flattened parameter."""
+    count: int
+
+
+class _StateFile(NamedTuple):
+    """A file of a checkpoint: a layer's weights, or with metadata this rank's shard."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None = None
+
+    def copied(self) -> "_StateFile":
+        """Returns the file with copies of its tensors in host memory."""
+        copies = {name: x.to("cpu", copy=True) for name, x in self.tensors.items()}
+        return self._replace(tensors=copies)
+
+    def write(self) -> None:
+        """Writes the file."""
+        if self.metadata is not None:
+            save_file(
+                {k: x.contiguous() for k, x in self.tensors.items()}, self.path, self.metadata
+            )
+        else:
+            torch.save({name: x.cpu().clone() for name, x in self.tensors.items()}, self.path)

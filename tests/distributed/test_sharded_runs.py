@@ -1,0 +1,92 @@
+"""Whole runs with ZeRO-2 and ZeRO-3: resumed, and gone on with by the other engine."""
+
+import signal
+
+import pytest
+import torch
+
+from infini_ds.runs.checkpoint import load_run
+from tests.distributed.conftest import Run, assert_equal_states, copied, without_checkpoints_after
+from tests.distributed.test_runs import END, FP32, START
+
+STEPS = 12
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_run_stopped_twice_equals_the_undisturbed_one(tmp_path, data, stage):
+    """bf16, and the second part written in the background."""
+    settings = {
+        "parallel__zero_stage": stage, "model__memory_rule": "gated_delta", "train__steps": STEPS,
+    }  # fmt: skip
+    whole = Run(tmp_path / "whole", data, **settings)
+    assert "1 pipeline stages x 2 data-parallel" in whole.finish(2)
+    assert sorted(whole.losses) == list(range(1, STEPS + 1))
+    run = Run(tmp_path / "run", data, **settings)
+    for number, after, rank, more in (
+        (signal.SIGTERM, 3, 0, []), (signal.SIGUSR1, 7, 1, ["train.async_save=true"]),
+    ):  # fmt: skip
+        with run.start(2, *more) as ranks:
+            ranks.wait_until(lambda: len(run.losses) >= after, START, f"step {after}")  # noqa: B023
+            ranks.all[rank].send(number)
+            assert ranks.wait(END) == [0, 0], ranks.outputs()
+    assert "resumed from" in run.finish(2)
+    assert run.losses == whole.losses
+    assert_equal_states(run, whole, STEPS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, data):
+    """Finished fp32 runs, by pipeline stages, ZeRO stage, processes and tied embeddings."""
+    runs: dict = {}
+
+    def of(stages: int, zero: int, world: int, tied: bool) -> Run:
+        key = stages, zero, world, tied
+        if key not in runs:
+            runs[key] = Run(
+                tmp_path_factory.mktemp("source"), data, **FP32, model__tie_embeddings=tied,
+                parallel__pipeline_stages=stages, parallel__zero_stage=zero,
+            )  # fmt: skip
+            runs[key].finish(world)
+        return runs[key]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "tied"),
+    [
+        pytest.param((1, 3, 2), (2, 1, 2), False, id="zero3_data2_to_pipeline2"),
+        pytest.param((1, 3, 2), (1, 1, 1), True, id="tied_zero3_data2_to_one_process"),
+        pytest.param((1, 3, 2), (1, 3, 1), False, id="zero3_data2_to_data1"),
+        pytest.param((1, 3, 2), (1, 2, 2), True, id="tied_zero3_data2_to_zero2_data2"),
+        pytest.param((1, 2, 2), (1, 3, 1), True, id="tied_zero2_data2_to_zero3_data1"),
+        pytest.param((1, 2, 2), (2, 1, 2), True, id="tied_zero2_data2_to_pipeline2"),
+        pytest.param((2, 1, 2), (1, 3, 2), True, id="tied_pipeline2_to_zero3_data2"),
+        pytest.param((2, 1, 2), (1, 2, 2), False, id="pipeline2_to_zero2_data2"),
+        pytest.param((1, 1, 1), (1, 3, 2), False, id="one_process_to_zero3_data2"),
+        pytest.param(
+            (1, 3, 4), (2, 1, 4), False, id="zero3_data4_to_pipeline2x2", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (2, 1, 4), (1, 3, 4), True, id="tied_pipeline2x2_to_zero3_data4", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_goes_on_with_the_same_losses(tmp_path, data, source, before, after, tied):
+    original = source(*before, tied)
+    stages, zero, world = after
+    layout = [f"parallel.pipeline_stages={stages}", f"parallel.zero_stage={zero}"]
+    run = copied(original, tmp_path, data, **FP32, model__tie_embeddings=tied)
+    without_checkpoints_after(run, 4)
+    assert "at step 4\n" in run.finish(world, *layout)
+    for step in range(5, 10):
+        assert run.losses[step] == pytest.approx(original.losses[step], rel=1e-5)
+        norms = (r.metrics[step]["train/gradient_norm"] for r in (run, original))
+        assert next(norms) == pytest.approx(next(norms), rel=1e-5)
+    assert not list(run.output.glob("checkpoints/universal_*"))
+
+
+def test_a_sharded_run_is_loaded_as_any_other(source):
+    one, other = (load_run(source(*layout, False).output) for layout in ((1, 3, 2), (2, 1, 2)))
+    for name, weight in one.model.named_parameters():
+        torch.testing.assert_close(weight, other.model.get_parameter(name), rtol=0, atol=1e-4)
