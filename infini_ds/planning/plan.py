@@ -34,6 +34,9 @@ from infini_ds.system.compute_type import DTYPES
 LOGIT_BYTES = 16
 """Bytes of one logit and its gradient in the loss: as computed, in fp32, log-softmax, and back."""
 
+LIVE_WEIGHTS = 10**9
+"""Number of weights that DeepSpeed's ZeRO-3 has at hand at the same time at most."""
+
 WORTHWHILE = 0.2
 """The share of a device's memory that twice as many ranks to a window must save, to be suggested.
 The messages that they cost are not in the time."""
@@ -142,8 +145,7 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
         if config.parallel.zero_stage == 3:
-            # The weights of the block at hand and of the one that is fetched meanwhile.
-            temporary += 2 * layer_parameters(model)[1] * weight_bytes(config)
+            temporary += min(needs.parameters, LIVE_WEIGHTS) * weight_bytes(config)
         part = Part(stage, 0, micro_batches, unit.batch, tuple(bounds), context)
         exchanged = part.step_exchange_bytes(model, chunks)
         sent = transport.step_bytes(wire, stage, micro_batches, chunks) + exchanged

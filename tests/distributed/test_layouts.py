@@ -808,18 +808,24 @@ def test_bf16_repeated_in_the_same_layout_is_identical(results):
 
 
 OFFLOADED = {
-    f"{dtype}-data2{suffix}": (
-        2, {"train.dtype": dtype, "parallel.pipeline_stages": 1, "parallel.offload_optimizer": on}
+    f"{dtype}-data2-zero{zero}{suffix}": (
+        2,
+        {
+            "train.dtype": dtype, "parallel.pipeline_stages": 1, "parallel.zero_stage": zero,
+            "parallel.offload_optimizer": on,
+        },
     )
     for dtype in ("fp32", "bf16")
+    for zero in (1, 2, 3)
     for on, suffix in ((False, ""), (True, "-offloaded"))
 }  # fmt: skip
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", TOLERANCE), ("bf16", 2e-3)])
-def test_offloaded_optimizer_agrees_with_the_one_on_the_device(results, dtype, tolerance):
-    name = f"{dtype}-data2"
+def test_offloaded_optimizer_agrees_with_the_one_on_the_device(results, dtype, tolerance, zero):
+    name = f"{dtype}-data2-zero{zero}"
     one, other = (results.of(n, OFFLOADED) for n in (name, f"{name}-offloaded"))
     for expected, offloaded in zip(one, other, strict=True):
         assert offloaded["losses"] == pytest.approx(expected["losses"], rel=tolerance)

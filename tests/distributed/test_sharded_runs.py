@@ -7,9 +7,11 @@ import torch
 
 from infini_ds.runs.checkpoint import load_run
 from tests.distributed.conftest import Run, assert_equal_states, copied, without_checkpoints_after
+from tests.distributed.processes import start_ranks
 from tests.distributed.test_runs import END, FP32, START
 
 STEPS = 12
+SMALL = {**FP32, "train__micro_batch_size": 1}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -43,7 +45,7 @@ def source(tmp_path_factory, data):
         key = stages, zero, world, tied
         if key not in runs:
             runs[key] = Run(
-                tmp_path_factory.mktemp("source"), data, **FP32, model__tie_embeddings=tied,
+                tmp_path_factory.mktemp("source"), data, **SMALL, model__tie_embeddings=tied,
                 parallel__pipeline_stages=stages, parallel__zero_stage=zero,
             )  # fmt: skip
             runs[key].finish(world)
@@ -76,7 +78,7 @@ def test_goes_on_with_the_same_losses(tmp_path, data, source, before, after, tie
     original = source(*before, tied)
     stages, zero, world = after
     layout = [f"parallel.pipeline_stages={stages}", f"parallel.zero_stage={zero}"]
-    run = copied(original, tmp_path, data, **FP32, model__tie_embeddings=tied)
+    run = copied(original, tmp_path, data, **SMALL, model__tie_embeddings=tied)
     without_checkpoints_after(run, 4)
     assert "at step 4\n" in run.finish(world, *layout)
     for step in range(5, 10):
@@ -90,3 +92,36 @@ def test_a_sharded_run_is_loaded_as_any_other(source):
     one, other = (load_run(source(*layout, False).output) for layout in ((1, 3, 2), (2, 1, 2)))
     for name, weight in one.model.named_parameters():
         torch.testing.assert_close(weight, other.model.get_parameter(name), rtol=0, atol=1e-4)
+
+
+LIMITED = """
+import resource, sys
+from infini_ds.cli import main
+
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+sys.exit(main(["pretrain", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_too_large_for_one_rank_trains_with_zero_3(tmp_path, data):
+    """Weights, gradients and states are 1.4 GiB on each of 4 ranks with ZeRO-1, 0.7 with ZeRO-3."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    model = {
+        "hidden_size": 2560, "num_layers": 4, "num_heads": 4, "head_dim": 64,
+        "intermediate_size": 5120, "segment_length": 16,
+    }  # fmt: skip
+    run = Run(tmp_path, data, model=model, train__steps=2, parallel__pipeline_stages=1)
+    limit = int(2.6 * 2**30)
+    for zero, codes in ((1, [1] * 4), (3, [0] * 4)):
+        overrides = [f"parallel.zero_stage={zero}", "train.micro_batch_size=1"]
+        command = [str(script), str(limit), str(run.config), *overrides]
+        with start_ranks(command, 4, tmp_path / f"zero{zero}") as ranks:
+            assert ranks.wait(300) == codes, ranks.outputs()
+            outputs = [process.output for process in ranks.all]
+        if zero == 1:
+            for output in outputs:
+                assert "Traceback" not in output
+                assert "can't allocate memory" in output
+    assert sorted(run.losses) == [1, 2]

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from infini_ds.config import load
 from infini_ds.planning.plan import plan
+from tests import tiny
 from tests.distributed.conftest import Run, data  # noqa: F401
+from tests.distributed.processes import start_ranks
 
 MIB = 2**20
+HELD = Path(__file__).with_name("held_worker.py")
 LANES = 8
 TRAIN = """
 import os, sys
@@ -56,3 +60,40 @@ def test_more_lanes_take_as_much_more_as_by_plan(tmp_path, data):  # noqa: F811
         f"{expected / MIB:,.0f}"
     )
     assert expected == pytest.approx(really, rel=0.2)
+
+
+WORLD = 2
+GRADIENT_BYTES = 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_rank_holds_as_much_of_a_larger_model_as_by_plan(tmp_path, zero, dtype):
+    """Between steps, when ZeRO-2 has freed its share of the gradients and ZeRO-3 has not. Both
+    models are larger than the buckets of 50 M numbers in which DeepSpeed reduces gradients."""
+    held, planned = [], []
+    for hidden in (1536, 2560):
+        path = tiny.write_run(
+            tmp_path / f"{hidden}.yaml", output_dir=str(tmp_path / "unused"),
+            model={
+                "vocab_size": 258, "hidden_size": hidden, "num_layers": 4, "num_heads": 4,
+                "head_dim": 64, "intermediate_size": 2 * hidden, "segment_length": 16,
+            },
+            data={"packing": False},
+            train={"steps": 1, "batch_size": WORLD, "window_segments": 1, "dtype": dtype},
+            parallel={"zero_stage": zero},
+        )  # fmt: skip
+        script = [str(HELD), str(path)]
+        with start_ranks(script, WORLD, tmp_path / f"logs{hidden}") as ranks:
+            assert ranks.wait(400, together=True) == [0] * WORLD, ranks.outputs()
+            held.append([int(each.output.split()[-1]) for each in ranks.all])
+        needs = plan(load(path), WORLD).stages[0].needs
+        freed = GRADIENT_BYTES * needs.parameters // WORLD if zero == 2 else 0
+        planned.append(needs.device - freed)
+    expected = planned[1] - planned[0]
+    for small, large in zip(*held, strict=True):
+        print(f"ZeRO-{zero}, {dtype}: {(large - small) / MIB:,.0f} MiB more, by plan ", end="")
+        print(f"{expected / MIB:,.0f}")
+        assert large - small == pytest.approx(expected, rel=0.05)

@@ -103,13 +103,17 @@ class ZeroStates(DeepSpeedEngine, States):
         return not self.optimizer.overflow
 
     def drop_gradients(self) -> None:
-        """See `States`; DeepSpeed clears what it has summed up where a step overflows."""
-        checked = self.optimizer.has_overflow
-        self.optimizer.has_overflow = lambda *args, **settings: True
+        """See `States`; DeepSpeed clears its sums where a norm is infinite or numbers overflow."""
+        infinite = torch.tensor(float("inf"), device=self.device)
+        name, answer = (
+            ("_get_norm_groups", [infinite]) if self._weights_too else ("has_overflow", True)
+        )
+        usual = getattr(self.optimizer, name)
+        setattr(self.optimizer, name, lambda *args, **settings: answer)
         try:
             self._take_model_step({})
         finally:
-            self.optimizer.has_overflow = checked
+            setattr(self.optimizer, name, usual)
         self._global_grad_norm = float("inf")
 
     def count_skipped(self) -> None:
