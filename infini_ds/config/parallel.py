@@ -78,7 +78,8 @@ class ParallelConfig(Settings):
         shared = (
             f" ({self.context_parallel} ranks to a window)" if self.context_parallel > 1 else ""
         )
-        return f"{stages} pipeline stages x {data} data-parallel{shared}"
+        why = f" (ZeRO-{self.zero_stage} has no pipeline)" if self.shards_gradients else ""
+        return f"{stages} pipeline stages x {data} data-parallel{shared}{why}"
 
 
 def _nearest(count: int, divisor: int) -> str:

@@ -5,7 +5,9 @@ import signal
 import pytest
 import torch
 
+from infini_ds.conversion.masters import MasterWeights
 from infini_ds.runs.checkpoint import load_run
+from infini_ds.runs.weights import CheckpointWeights
 from tests.distributed.conftest import Run, assert_equal_states, copied, without_checkpoints_after
 from tests.distributed.processes import start_ranks
 from tests.distributed.test_runs import END, FP32, START
@@ -21,7 +23,8 @@ def test_run_stopped_twice_equals_the_undisturbed_one(tmp_path, data, stage):
         "parallel__zero_stage": stage, "model__memory_rule": "gated_delta", "train__steps": STEPS,
     }  # fmt: skip
     whole = Run(tmp_path / "whole", data, **settings)
-    assert "1 pipeline stages x 2 data-parallel" in whole.finish(2)
+    layout = f"1 pipeline stages x 2 data-parallel (ZeRO-{stage} has no pipeline)"
+    assert layout in whole.finish(2)
     assert sorted(whole.losses) == list(range(1, STEPS + 1))
     run = Run(tmp_path / "run", data, **settings)
     for number, after, rank, more in (
@@ -88,10 +91,39 @@ def test_goes_on_with_the_same_losses(tmp_path, data, source, before, after, tie
     assert not list(run.output.glob("checkpoints/universal_*"))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, 1), (1, 3)), ((1, 3), (2, 1))],
+    ids=["pipeline2_to_zero3", "zero3_to_pipeline2"],
+)
+def test_a_bf16_run_goes_on_by_the_other_engine(tmp_path, data, before, after):
+    def layout(stages: int, zero: int) -> list[str]:
+        return [f"parallel.pipeline_stages={stages}", f"parallel.zero_stage={zero}"]
+
+    settings = {**SMALL, "train__dtype": "bf16"}
+    original = Run(tmp_path / "original", data, **settings)
+    original.finish(2, *layout(*before))
+    run = copied(original, tmp_path / "run", data, **settings)
+    without_checkpoints_after(run, 4)
+    assert "at step 4\n" in run.finish(2, *layout(*after))
+    for step in range(5, 10):
+        assert run.losses[step] == pytest.approx(original.losses[step], rel=2e-3)
+
+
 def test_a_sharded_run_is_loaded_as_any_other(source):
     one, other = (load_run(source(*layout, False).output) for layout in ((1, 3, 2), (2, 1, 2)))
     for name, weight in one.model.named_parameters():
         torch.testing.assert_close(weight, other.model.get_parameter(name), rtol=0, atol=1e-4)
+
+
+def test_fp32_weights_come_out_of_the_shards(source):
+    """In an fp32 run they are those that it computes with."""
+    for layout in ((1, 2, 2), (1, 3, 2)):
+        checkpoint = source(*layout, True).checkpoint(9)
+        computed = CheckpointWeights(checkpoint)
+        masters = MasterWeights(checkpoint, computed, [])
+        for name in computed.metas:
+            assert torch.equal(masters.read(name), computed.read(name)), name
 
 
 LIMITED = """
