@@ -61,6 +61,12 @@ class GatedDelta(MemoryRule):
         """Of a chunk, V - K M, K K^T, T (V - K M), and what K^T makes of that."""
         return 2 * head_dim * (2 * min(CHUNK, n) + 2 * head_dim)
 
+    def map_flops(self, head_dim: int, n: int, segments: int, ranks: int) -> int:
+        """Chunks walk with a map of 2 d columns where a write has d, and each part's A multiplies
+        the memory once."""
+        more = segments * n * 2 * head_dim * (min(CHUNK, n) + 2 * head_dim)
+        return more + 2 * head_dim**3 * ranks
+
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
         """A and B are a matrix each for each head."""
         return kv_heads * 2 * head_dim**2

@@ -25,7 +25,7 @@ class Linear(DividingRule):
         """A of M and z is one number for all heads; B has the shapes of M and z."""
         return 1 + kv_heads * head_dim * (head_dim + 1)
 
-    def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
+    def map_flops(self, head_dim: int, n: int, segments: int, ranks: int) -> int:
         """A part's B is a weighted sum over its segments; applying it adds no products."""
         return 2 * segments * head_dim * (head_dim + 1)
 

@@ -83,7 +83,7 @@ class MemoryRule(ABC):
         """Returns how many numbers each of the ranks that share a window tells the others about its
         part's change of a lane's memory; see `HandOn`."""
 
-    def map_flops(self, head_dim: int, segments: int, ranks: int) -> int:
+    def map_flops(self, head_dim: int, n: int, segments: int, ranks: int) -> int:
         """Counts a rank's operations on the maps of a window that it shares, forward, for one
         key-value head of a lane: the map of its own part, and then those of all parts applied.
 
@@ -91,6 +91,7 @@ class MemoryRule(ABC):
         part's A multiplies the memory once. Sums over tokens are not included.
 
         Args:
+            n: length of a segment.
             segments: number of segments in the rank's part.
             ranks: number of ranks that share the window.
         """

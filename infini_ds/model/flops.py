@@ -48,7 +48,7 @@ def sharing_flops(config: ModelConfig, segments: int, ranks: int, twice: bool) -
             sum them again.
     """
     d, rule = config.head_dim, RULES[config.memory_rule]
-    maps = rule.map_flops(d, segments, ranks)
+    maps = rule.map_flops(d, config.segment_length, segments, ranks)
     writes = _with_norm(config, _write(config)) * segments * config.segment_length
     return config.kv_heads * (maps + writes if twice else maps)
 

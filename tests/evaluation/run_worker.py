@@ -36,7 +36,7 @@ def main(*paths: str) -> None:
         layout = full_layout(2, 3, model.segment_length, tokens.device)
         with torch.no_grad():
             hidden, _, _ = engine.module(tokens, layout, empty)
-            logits = engine.module.logits(engine.module.final_norm(hidden))
+            logits = engine.module.logits(hidden)
         save_file(
             {"tokens": tokens, "logits": logits}, Path(path).with_name("reference.safetensors")
         )

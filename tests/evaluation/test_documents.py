@@ -171,6 +171,6 @@ def test_trained_checkpoint_is_whole_when_it_is_inspected(trained, tmp_path):
     assert cli.main(["inspect", str(trained), "--json", str(file)]) == 0
     newest = json.loads(file.read_text())["newest_valid"]
     assert newest["problems"] == []
-    assert newest["layout"] == {"pipeline": 1, "data": 1}
+    assert newest["layout"] == {"pipeline": 1, "data": 1, "zero_stage": 1}
     assert len(newest["gates"]) == 2
     assert all(newest["bytes"][part] > 0 for part in ("weights", "optimizer", "memories"))
