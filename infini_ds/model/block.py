@@ -1,6 +1,6 @@
 """One Transformer block, a pure function of hidden states, layout and memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -109,6 +109,33 @@ class Block(nn.Module):
         self, hidden: Tensor, layout: Layout, memory: MemoryState, exchange: Exchange | None
     ):
         return self.self_attn(*self.project(hidden), layout, memory, exchange)
+
+
+def read_blocks(
+    blocks: Iterable[Block],
+    hidden: Tensor,
+    layout: Layout,
+    memory: Iterable[MemoryState],
+    exchange: Exchange | None = None,
+    embedding: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
+    """Reads a chunk with consecutive blocks, the first of which gets the embedding, if any.
+
+    Args:
+        memory: the memory of each block before the chunk; for the others see `Block`.
+
+    Returns:
+        Hidden states, the memory of each block after the chunk, and statistics of what each block
+        wrote, empty without write gates.
+    """
+    after, writes = [], []
+    for block, block_memory in zip(blocks, memory, strict=True):
+        hidden, block_memory, stats = block(hidden, layout, block_memory, exchange, embedding)
+        embedding = None  # the first block alone reads tokens
+        after.append(block_memory)
+        if stats is not None:
+            writes.append(stats)
+    return hidden, after, writes
 
 
 def _checkpoint(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from infini_ds.config import ModelConfig
 from infini_ds.layout import IGNORE_INDEX, Layout
 from infini_ds.memory import MemoryState
-from infini_ds.model.block import Checkpointing
+from infini_ds.model.block import Checkpointing, read_blocks
 from infini_ds.model.decoding import extend
 from infini_ds.model.generation import generate
 from infini_ds.model.head import token_losses
@@ -115,13 +115,7 @@ class InfiniTransformer(nn.Module):
             Hidden states after the final norm, the memory of each layer after the window, and
             statistics of what each layer wrote, empty without write gates.
         """
-        hidden = self.layers[0](tokens)
-        after, writes = [], []
-        for block, layer_memory in zip(self.blocks, memory, strict=True):
-            hidden, layer_memory, stats = block(hidden, layout, layer_memory)
-            after.append(layer_memory)
-            if stats is not None:
-                writes.append(stats)
+        hidden, after, writes = read_blocks(self.blocks, self.layers[0](tokens), layout, memory)  # type: ignore[arg-type]
         return self._final_norm(hidden), after, writes
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from infini_ds.config import ModelConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Exchange
-from infini_ds.model.block import Block, Checkpointing
+from infini_ds.model.block import Block, Checkpointing, read_blocks
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import initialize, layer_list
 from infini_ds.model.write_gate import WriteStats
@@ -77,13 +77,8 @@ class ShardedModel(nn.Module):
         wanted: Wanted | None = None,
     ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
         """See `Stage`."""
-        hidden = self.layers[0](inputs)
-        after, writes = [], []
-        for block, block_memory in zip(self.blocks, memory, strict=True):
-            hidden, block_memory, stats = block(hidden, layout, block_memory, exchange)
-            after.append(block_memory)
-            if stats is not None:
-                writes.append(stats)
+        embedded = self.layers[0](inputs)
+        hidden, after, writes = read_blocks(self.blocks, embedded, layout, memory, exchange)
         if wanted is not None:
             hidden = self.output(hidden, wanted)
         return hidden, after, writes

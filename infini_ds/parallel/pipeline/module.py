@@ -11,7 +11,7 @@ from infini_ds.config import ModelConfig, OptimizerConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Exchange
-from infini_ds.model.block import Block, Checkpointing
+from infini_ds.model.block import Block, Checkpointing, read_blocks
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import Embedding, initialize, layer_list
 from infini_ds.model.optimizer import group_of
@@ -91,14 +91,10 @@ class InfiniPipeline(StageModule):
         wanted: Wanted | None = None,
     ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
         """See `Stage`."""
-        hidden, after, writes = inputs, [], []
         embedding = self.forward_funcs[0] if self.stage_id == 0 else None
-        for block, block_memory in zip(self.blocks, memory, strict=True):
-            hidden, block_memory, stats = block(hidden, layout, block_memory, exchange, embedding)
-            embedding = None  # the first block alone reads tokens
-            after.append(block_memory)
-            if stats is not None:
-                writes.append(stats)
+        hidden, after, writes = read_blocks(
+            self.blocks, inputs, layout, memory, exchange, embedding
+        )
         if wanted is not None:
             norm = self.forward_funcs[-2]
             hidden = token_losses(hidden, *self._head(), *wanted, norm)
