@@ -21,11 +21,17 @@ class ParallelConfig(Settings):
     """ZeRO: 1 shards optimizer states, 2 also gradients, 3 also weights; above 1 no pipeline."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory (needs zero_stage 1 or more)."""
+    offload_weights: bool = False
+    """Keep weights in CPU memory until they are used (needs zero_stage 3, offload_optimizer)."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("zero_stage (0) must be at least 1 with offload_optimizer")
+        if self.offload_weights and self.zero_stage != 3:
+            raise ValueError(f"zero_stage ({self.zero_stage}) must be 3 with offload_weights")
+        if self.offload_weights and not self.offload_optimizer:
+            raise ValueError("offload_optimizer must be true with offload_weights")
         if self.shards_gradients and self.pipeline_stages not in (1, "auto"):
             raise ValueError(
                 f"zero_stage ({self.zero_stage}) must be 0 or 1 with pipeline_stages "

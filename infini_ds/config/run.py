@@ -130,8 +130,6 @@ class RunConfig(Settings):
                 f"optimizer.name (muon) must be adamw with parallel.zero_stage {stage}, where no "
                 "rank has a whole gradient"
             )
-        if self.optimizer.train:
-            raise ValueError(f"parallel.zero_stage ({stage}) must be 0 or 1 with optimizer.train")
         if self.train.compile:
             raise ValueError(f"parallel.zero_stage ({stage}) must be 0 or 1 with train.compile")
 

@@ -13,6 +13,7 @@ from infini_ds.config import RunConfig
 from infini_ds.model.muon import Shard, make_optimizer
 from infini_ds.model.optimizer import adamw, parameter_groups
 from infini_ds.parallel.deepspeed.engine import CorrectedEngine
+from infini_ds.parallel.deepspeed.operators import CpuAdam
 from infini_ds.parallel.deepspeed.zero import ZeroStates
 from infini_ds.parallel.pipeline.engine import InfiniEngine
 from infini_ds.parallel.pipeline.module import InfiniPipeline
@@ -66,6 +67,7 @@ def sharded(config: RunConfig, tree: dict, on_progress: Callable[[str], None]) -
     module = ShardedModel(
         config.model, config.seed, config.train.activation_checkpointing, share_out
     )
+    module.choose_trained(config.optimizer.train)
     groups = parameter_groups(module.own_parameters(), config.optimizer)
     offloaded = config.parallel.offload_optimizer
     optimizer = _cpu_adam(groups, config) if offloaded else adamw(groups, config.optimizer)
@@ -73,6 +75,5 @@ def sharded(config: RunConfig, tree: dict, on_progress: Callable[[str], None]) -
 
 
 def _cpu_adam(groups: list[dict], config: RunConfig) -> torch.optim.Optimizer:
-    return deepspeed.ops.adam.DeepSpeedCPUAdam(
-        groups, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps
-    )
+    betas = config.optimizer.beta1, config.optimizer.beta2
+    return CpuAdam(groups, betas=betas, eps=config.optimizer.eps)

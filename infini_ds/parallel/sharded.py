@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from infini_ds.memory.hand_on import Exchange
 from infini_ds.model.block import Block, Checkpointing, read_blocks
 from infini_ds.model.head import token_losses
 from infini_ds.model.layers import initialize, layer_list
+from infini_ds.model.trained import is_trained
 from infini_ds.model.write_gate import WriteStats
 from infini_ds.parallel.pipeline.stage import Wanted
 
@@ -68,6 +70,13 @@ class ShardedModel(nn.Module):
         """See `Stage`."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
+    def choose_trained(self, patterns: list[str]) -> None:
+        """Makes parameters that are not to be trained keep their values; see `model.trained`."""
+        for name, parameter in self.own_parameters():
+            if not is_trained(name, patterns):
+                parameter.requires_grad_(False)
+                self.frozen[name] = parameter
+
     def forward(
         self,
         inputs: Tensor,
@@ -77,8 +86,12 @@ class ShardedModel(nn.Module):
         wanted: Wanted | None = None,
     ) -> tuple[Tensor, list[MemoryState], list[WriteStats]]:
         """See `Stage`."""
-        embedded = self.layers[0](inputs)
-        hidden, after, writes = read_blocks(self.blocks, embedded, layout, memory, exchange)
+        hidden = self.layers[0](inputs)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # A block's weights are forgotten when the gradients of its inputs are there, and
+            # before its backward pass if there are none.
+            hidden.requires_grad_()
+        hidden, after, writes = read_blocks(self.blocks, hidden, layout, memory, exchange)
         if wanted is not None:
             hidden = self.output(hidden, wanted)
         return hidden, after, writes

@@ -31,7 +31,7 @@ class StageNeeds(NamedTuple):
     optimizer: int
     """Optimizer states on the device."""
     offloaded: int
-    """Optimizer states in the host's memory."""
+    """Bytes in the host's memory: optimizer states, and weights and gradients that go with them."""
     memories: int
     """Memories of all its lanes, kept between windows."""
 
@@ -53,18 +53,24 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
     of_stage = partial(_of_stage, model, bounds)
     counts, of_trained, of_states = layer_parameters(model), _trained(config), _state_bytes(config)
     transport = TRANSPORTS[parallel.memory_transport](tuple(bounds))
+    units = config.lanes_of_a_rank(data) // config.train.micro_batch_size * config.train.chunks
     needs = []
     for stage in range(stages):
         parameters, trained = of_stage(counts, stage), of_stage(of_trained, stage)
         shards = data if parallel.zero_stage else 1
         states = of_stage(of_states, stage) // shards
-        here, there = (0, states) if parallel.offload_optimizer else (states, 0)
-        lanes = config.lanes_of_a_rank(data)
-        memories = lanes * len(transport.held(stage)) * memory_bytes(model)
         weights = parameters * weight_bytes(config) // (data if parallel.zero_stage == 3 else 1)
         gradients = trained * _gradient_bytes(config)
-        weights += gradients // (data if parallel.shards_gradients else 1)
-        needs.append(StageNeeds(parameters, weights, here, there, memories))
+        gradients //= data if parallel.shards_gradients else 1
+        on_host = 0
+        if parallel.offload_optimizer:
+            states, on_host = 0, states + trained * _copy_bytes(config, units) // data
+            gradients = 0 if parallel.shards_gradients else gradients
+        if parallel.offload_weights:
+            weights, on_host = 0, on_host + weights
+        lanes = config.lanes_of_a_rank(data)
+        memories = lanes * len(transport.held(stage)) * memory_bytes(model)
+        needs.append(StageNeeds(parameters, weights + gradients, states, on_host, memories))
     return needs
 
 
@@ -101,6 +107,18 @@ def _gradient_bytes(config: RunConfig) -> int:
     # Only an offloaded optimizer keeps a bf16 gradient beside the sum.
     offloaded = config.train.dtype == "bf16" and config.parallel.offload_optimizer
     return 4 + (2 if offloaded else 0)
+
+
+def _copy_bytes(config: RunConfig, units: int) -> int:
+    """Returns the host's bytes of one parameter beside the states of an offloaded optimizer.
+
+    They are a gradient in fp32 and a sum of gradients, or with ZeRO-1 and 2 a copy of the new
+    weight and, if a ZeRO-2 step has several units, a sum of gradients in the weight's precision.
+    """
+    zero, weight = config.parallel.zero_stage, weight_bytes(config)
+    if zero == 3:
+        return 4 + 4
+    return 4 + weight * (2 if zero == 2 and units > 1 else 1)
 
 
 def _state_bytes(config: RunConfig) -> list[int]:

@@ -201,8 +201,7 @@ def engines(config: RunConfig, processes: int, limit: float = math.inf) -> list[
     Args:
         limit: bytes of a device. Activations are computed again if that keeps below it.
     """
-    sharded = config.optimizer.name == "adamw" and not config.optimizer.train
-    sharded &= not config.train.compile
+    sharded = config.optimizer.name == "adamw" and not config.train.compile
     found: dict[tuple[int, int], Engine] = {}
     for stages, zero in (("auto", 1), (1, 1), *((1, zero) for zero in (2, 3) if sharded)):
         parallel = {"pipeline_stages": stages, "zero_stage": zero}

@@ -53,7 +53,7 @@ def file_of_shard(
 
     Args:
         fragments: by the names of their parameters in InfiniTransformer.
-        shapes: the shapes of all parameters.
+        shapes: the shapes of all parameters that are trained.
         step: number of updates of the weights so far.
     """
     tensors = {
@@ -92,7 +92,7 @@ class Shards:
                     piece = _Piece(start, start + count, path)
                     self._pieces.setdefault(name, []).append(piece)
             self.shapes = {name: torch.Size(x) for name, x in content["shapes"].items()}
-            self.step = content["step"]
+            self.step = max(self.step, content["step"])
         for name, shape in self.shapes.items():
             held = sum(piece.stop - piece.start for piece in self._pieces.get(name, ()))
             if held != (wanted := math.prod(shape)):

@@ -477,7 +477,6 @@ def test_zero_2_and_3_have_one_stage_and_adamw(file):
     for change, message in (
         ("parallel.pipeline_stages=2", "zero_stage (2) must be 0 or 1 with pipeline_stages (2)"),
         ("optimizer.name=muon", "optimizer.name (muon) must be adamw with parallel.zero_stage 2"),
-        ("optimizer.train=['*.beta']", "parallel.zero_stage (2) must be 0 or 1 with optimizer.t"),
         ("train.compile=true", "parallel.zero_stage (2) must be 0 or 1 with train.compile"),
     ):
         assert message in message_of(file, zero, change)
@@ -486,6 +485,11 @@ def test_zero_2_and_3_have_one_stage_and_adamw(file):
     assert "zero_stage (0) must be at least 1" in message_of(
         file, "parallel.zero_stage=0", offloaded
     )
+    weights = "parallel.offload_weights=true"
+    assert load(file, ["parallel.zero_stage=3", offloaded, weights]).parallel.offload_weights
+    assert "zero_stage (2) must be 3 with offload_w" in message_of(file, zero, offloaded, weights)
+    message = message_of(file, "parallel.zero_stage=3", weights)
+    assert "offload_optimizer must be true with offload_weights" in message
 
 
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):

@@ -239,6 +239,25 @@ TRAINED_CASES = {
             "train.micro_batch_size": 2, "optimizer.train": ["*.2.self_attn.*", "*.beta"],
         },
     ),
+} | {
+    f"trained-data2-zero{zero}-{what}": (
+        2, {"parallel.pipeline_stages": 1, "parallel.zero_stage": zero, **settings},
+    )
+    for zero in (2, 3)
+    for what, settings in (
+        ("gates", {"optimizer.train": ["*.beta"], "model.memory_rule": "gated_delta"}),
+        (
+            "tied_embedding",
+            {
+                "optimizer.train": ["layers.0.*"], "model.tie_embeddings": True,
+                "train.activation_checkpointing": "block",
+            },
+        ),
+        (
+            "attention",
+            {"optimizer.train": ["*.2.self_attn.*", "*.beta"], "train.micro_batch_size": 1},
+        ),
+    )
 }  # fmt: skip
 TRAINED_CASES = {name: (world, TRAINED | case) for name, (world, case) in TRAINED_CASES.items()}
 BF16_CASES |= {
@@ -808,25 +827,26 @@ def test_bf16_repeated_in_the_same_layout_is_identical(results):
 
 
 OFFLOADED = {
-    f"{dtype}-data2-zero{zero}{suffix}": (
+    f"{dtype}-data2-zero{zero}-{'-'.join(what) or 'on_device'}": (
         2,
         {
             "train.dtype": dtype, "parallel.pipeline_stages": 1, "parallel.zero_stage": zero,
-            "parallel.offload_optimizer": on,
+            **{f"parallel.offload_{each}": True for each in what},
         },
     )
     for dtype in ("fp32", "bf16")
     for zero in (1, 2, 3)
-    for on, suffix in ((False, ""), (True, "-offloaded"))
+    for what in ((), ("optimizer",), ("optimizer", "weights"))
+    if zero == 3 or "weights" not in what
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", TOLERANCE), ("bf16", 2e-3)])
-def test_offloaded_optimizer_agrees_with_the_one_on_the_device(results, dtype, tolerance, zero):
-    name = f"{dtype}-data2-zero{zero}"
-    one, other = (results.of(n, OFFLOADED) for n in (name, f"{name}-offloaded"))
+@pytest.mark.parametrize("name", [name for name in OFFLOADED if not name.endswith("on_device")])
+def test_what_is_offloaded_agrees_with_what_is_on_the_device(results, name):
+    tolerance = TOLERANCE if name.startswith("fp32") else 2e-3
+    on_device = "-".join((*name.split("-")[:3], "on_device"))
+    one, other = (results.of(n, OFFLOADED) for n in (on_device, name))
     for expected, offloaded in zip(one, other, strict=True):
         assert offloaded["losses"] == pytest.approx(expected["losses"], rel=tolerance)
         assert offloaded["norms"] == pytest.approx(expected["norms"], rel=tolerance)

@@ -51,7 +51,7 @@ def leaves(tree: dict, path: tuple[str, ...] = ()):
             yield (*path, name)
 
 
-OFFLOADED = {"parallel": {"offload_optimizer": True}}
+OFFLOADED = {"parallel": {"zero_stage": 3, "offload_optimizer": True, "offload_weights": True}}
 BASE = deepspeed_config(run_config(**OFFLOADED), 1, universal=False)
 OTHERS = {
     "steps_per_print": 7,
@@ -60,11 +60,15 @@ OTHERS = {
     "communication_data_type": "bf16",
     "bf16.enabled": False,
     "zero_optimization.stage": 0,
-    "zero_optimization.contiguous_gradients": True,
+    "zero_optimization.contiguous_gradients": False,
     "zero_optimization.reduce_bucket_size": 11,
     "zero_optimization.allgather_bucket_size": 11,
     "zero_optimization.offload_optimizer.device": "none",
     "zero_optimization.offload_optimizer.pin_memory": False,
+    "zero_optimization.offload_param.device": "none",
+    "zero_optimization.offload_param.pin_memory": False,
+    "zero_optimization.stage3_param_persistence_threshold": 11,
+    "zero_optimization.memory_efficient_linear": True,
     "checkpoint.load_universal": True,
     "zero_allow_untested_optimizer": False,
 }
@@ -127,6 +131,7 @@ def test_batch_is_what_deepspeed_understands():
         ({"parallel": {"zero_stage": 0}}, "zero_optimization.stage", 0),
         ({"optimizer": {"gradient_clipping": 0.0}}, "gradient_clipping", 0.0),
         (OFFLOADED, "zero_optimization.offload_optimizer.device", "cpu"),
+        (OFFLOADED, "zero_optimization.offload_param.device", "cpu"),
     ],
     ids=str,
 )

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from infini_ds.errors import UserError
-from infini_ds.parallel.deepspeed.operators import build_cpu_adam
+from infini_ds.parallel.deepspeed.operators import CpuAdam, build_cpu_adam
 
 COMPILING = (
     "Error building extension 'cpu_adam': [1/3] c++ -MMD -MF cpu_adam.o.d\n"
@@ -110,3 +111,24 @@ def test_processes_compile_one_after_another(monkeypatch, place):
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1]
+
+
+@pytest.mark.slow  # it compiles the operator
+def test_update_depends_on_the_step_alone():
+    """So that a run that is resumed from a checkpoint equals one that is not."""
+    weights = []
+    build_cpu_adam()
+    gradients = torch.randn(40, 64)
+    for stops in ((), (7, 23)):
+        weight = torch.linspace(-1, 1, 64)
+        optimizer = CpuAdam([weight], lr=1e-2, betas=(0.9, 0.95))
+        for step, gradient in enumerate(gradients):
+            if step in stops:
+                state = optimizer.state[weight]
+                optimizer = CpuAdam([weight], lr=1e-2, betas=(0.9, 0.95))
+                optimizer.state[weight] = state
+            weight.grad = gradient.clone()
+            optimizer.step()
+        weights.append(weight)
+    assert torch.equal(*weights)
+    assert (weights[0] - torch.linspace(-1, 1, 64)).abs().max() > 1e-2

@@ -59,7 +59,20 @@ def test_optimizer_states_are_shared_out_and_may_be_in_the_hosts_memory():
     memories = 8 // 4 * 4 * MEMORY
     assert process_bytes(config, 4) == [((8 + 12 // 4) * parameters + memories, 0)] * 4
     offloaded = run_config(parallel__pipeline_stages=1, parallel__offload_optimizer=True)
-    assert process_bytes(offloaded, 4) == [(8 * parameters + memories, 12 * parameters // 4)] * 4
+    assert process_bytes(offloaded, 4) == [(8 * parameters + memories, 20 * parameters // 4)] * 4
+
+
+def test_all_but_memories_may_be_in_the_hosts_memory():
+    parameters = sum(layer_parameters(run_config().model))
+    memories = 8 // 4 * 4 * MEMORY
+    of_zero = {(2, False): (4, 6), (3, False): (1, 5), (3, True): (0, 6)}
+    for (zero, weights_too), (device, host) in of_zero.items():
+        config = run_config(
+            parallel__zero_stage=zero, parallel__offload_optimizer=True,
+            parallel__offload_weights=weights_too,
+        )  # fmt: skip
+        expected = (device * parameters + memories, host * parameters)
+        assert process_bytes(config, 4) == [expected] * 4, (zero, weights_too)
 
 
 def test_zero_2_shares_out_gradients_and_zero_3_weights_too():

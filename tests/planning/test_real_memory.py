@@ -63,37 +63,51 @@ def test_more_lanes_take_as_much_more_as_by_plan(tmp_path, data):  # noqa: F811
 
 
 WORLD = 2
-GRADIENT_BYTES = 4
+GRADIENT_BYTES = {"fp32": 4, "bf16": 6}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero", [2, 3])
-def test_a_rank_holds_as_much_of_a_larger_model_as_by_plan(tmp_path, zero, dtype):
-    """Between steps, when ZeRO-2 has freed its share of the gradients and ZeRO-3 has not. Both
-    models are larger than the buckets of 50 M numbers in which DeepSpeed reduces gradients."""
+@pytest.mark.parametrize(
+    ("zero", "offloaded"),
+    [
+        (2, []), (3, []), (1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer"]),
+        (3, ["optimizer", "weights"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rank_holds_as_much_of_a_larger_model_as_by_plan(tmp_path, zero, offloaded, dtype):
+    """Between steps, when ZeRO-1 and 2 have freed gradients on the device and ZeRO-3 has not. Both
+    models are larger than the buckets of 50 M numbers in which DeepSpeed reduces gradients, and
+    have layers of one size, as its buffers for one have."""
     held, planned = [], []
-    for hidden in (1536, 2560):
+    for layers in (4, 11):
         path = tiny.write_run(
-            tmp_path / f"{hidden}.yaml", output_dir=str(tmp_path / "unused"),
+            tmp_path / f"{layers}.yaml", output_dir=str(tmp_path / "unused"),
             model={
-                "vocab_size": 258, "hidden_size": hidden, "num_layers": 4, "num_heads": 4,
-                "head_dim": 64, "intermediate_size": 2 * hidden, "segment_length": 16,
+                "vocab_size": 258, "hidden_size": 1536, "num_layers": layers, "num_heads": 4,
+                "head_dim": 64, "intermediate_size": 3072, "segment_length": 16,
             },
             data={"packing": False},
             train={"steps": 1, "batch_size": WORLD, "window_segments": 1, "dtype": dtype},
-            parallel={"zero_stage": zero},
+            parallel={
+                "zero_stage": zero, "pipeline_stages": 1,
+                **{f"offload_{what}": True for what in offloaded},
+            },
         )  # fmt: skip
         script = [str(HELD), str(path)]
-        with start_ranks(script, WORLD, tmp_path / f"logs{hidden}") as ranks:
+        with start_ranks(script, WORLD, tmp_path / f"logs{layers}") as ranks:
             assert ranks.wait(400, together=True) == [0] * WORLD, ranks.outputs()
             held.append([int(each.output.split()[-1]) for each in ranks.all])
         needs = plan(load(path), WORLD).stages[0].needs
-        freed = GRADIENT_BYTES * needs.parameters // WORLD if zero == 2 else 0
-        planned.append(needs.device - freed)
+        gradients = {1: GRADIENT_BYTES[dtype], 2: 0 if offloaded else 4 // WORLD, 3: 0}[zero]
+        freed = gradients * needs.parameters
+        planned.append(needs.device + needs.offloaded - freed)
     expected = planned[1] - planned[0]
     for small, large in zip(*held, strict=True):
-        print(f"ZeRO-{zero}, {dtype}: {(large - small) / MIB:,.0f} MiB more, by plan ", end="")
-        print(f"{expected / MIB:,.0f}")
+        print(
+            f"ZeRO-{zero}, {dtype}, {offloaded} offloaded: {(large - small) / MIB:,.0f} MiB more, "
+            f"by plan {expected / MIB:,.0f}"
+        )
         assert large - small == pytest.approx(expected, rel=0.05)

@@ -46,6 +46,7 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
         tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         # Otherwise DeepSpeed replaces torch.nn.functional.linear for the whole process.
         tree["zero_optimization"]["memory_efficient_linear"] = False
-    if parallel.offload_optimizer:
-        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    offloaded = {"optimizer": parallel.offload_optimizer, "param": parallel.offload_weights}
+    for what in (name for name, chosen in offloaded.items() if chosen):
+        tree["zero_optimization"][f"offload_{what}"] = {"device": "cpu", "pin_memory": True}
     return tree

@@ -1,4 +1,4 @@
-"""Compiles DeepSpeed's CPU Adam, the only operator that is compiled at the first start."""
+"""DeepSpeed's CPU Adam, the only operator that is compiled at the first start."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.utils import cpp_extension
 
@@ -45,6 +47,24 @@ def build_cpu_adam() -> None:
         raise UserError(
             f"parallel.offload_optimizer: DeepSpeed's CPU Adam cannot be compiled, {_reason(error)}"
         ) from None
+
+
+class CpuAdam(DeepSpeedCPUAdam):
+    """AdamW in the host's memory, whose update depends on the step's number alone.
+
+    DeepSpeed's multiplies powers of the betas from step to step, and computes them anew after a
+    start, which is not the same number. So a resumed run would differ in the last digits.
+    """
+
+    def step(self, closure=None):
+        """Updates the weights."""
+        nothing = torch.empty(0)
+        # A step that does not follow the last one makes it compute the powers.
+        self.ds_opt_adam.adam_update(
+            self.opt_id, 0, 0.0, *self.defaults["betas"], self.defaults["eps"], 0.0, True,
+            nothing, nothing, nothing, nothing,
+        )  # fmt: skip
+        return super().step(closure)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from infini_ds.parallel.deepspeed.engine import limit_waits
 from infini_ds.parallel.deepspeed.states import States
 from infini_ds.parallel.deepspeed.universal import UniversalStates
 from infini_ds.runs.shards import KINDS, Fragment, Shards, file_of_shard, shard_file
+from infini_ds.runs.weights import CheckpointWeights
 
 # DeepSpeed calls them by the names that they had before torch 2.13.
 warnings.filterwarnings("ignore", r".*(all_gather_into|reduce_scatter)_tensor. is deprecated")
@@ -60,17 +62,10 @@ class ZeroStates(DeepSpeedEngine, States):
         with zero.GatheredParameters(list(module.parameters()), enabled=self._weights_too):
             yield
 
-    @torch.no_grad()
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         """See `Engine`."""
         flat = value.to(self.device).flatten()
-        if place := self._place_of(parameter):
-            own = flat[place.start : place.start + place.count]
-            self._held(place)["fp32"].copy_(own)
-            if self._weights_too:
-                parameter.ds_tensor.narrow(0, 0, place.count).copy_(own)  # type: ignore[attr-defined]
-        if not self._weights_too:
-            parameter.copy_(flat.view(parameter.shape))
+        self._fill(parameter, KINDS[:1], lambda kind, start, stop: flat[start:stop])
 
     @property
     def gradient_norm(self) -> float:
@@ -143,16 +138,12 @@ class ZeroStates(DeepSpeedEngine, States):
         """See `States`."""
         universal = load_from != checkpoint
         saved = UniversalStates(load_from) if universal else Shards(checkpoint)
+        weights = CheckpointWeights(checkpoint) if frozen else None
         for name, parameter in self.module.own_parameters():
-            if place := self._place_of(parameter):
-                stop = place.start + place.count
-                for kind, held in self._held(place).items():
-                    held.copy_(saved.read(name, kind, place.start, stop))
-                if self._weights_too:
-                    local = parameter.ds_tensor.narrow(0, 0, place.count)
-                    local.copy_(self._held(place)["fp32"])
-            if not self._weights_too:
-                parameter.data.copy_(saved.read(name, "fp32").view(parameter.shape))
+            if weights and name in frozen:
+                self.set_weight(parameter, weights.read(name))
+            else:
+                self._fill(parameter, KINDS, partial(saved.read, name))
         for state in self.optimizer.optimizer.state.values():
             step = state["step"]
             state["step"] = step.fill_(saved.step) if isinstance(step, Tensor) else saved.step
@@ -167,22 +158,48 @@ class ZeroStates(DeepSpeedEngine, States):
                     yield _StateFile(directory / f"layer_{place:02d}-model_states.pt", weights)
         fragments, shapes = {}, {}
         for name, parameter in self.module.own_parameters():
+            if not parameter.requires_grad:
+                continue
             shapes[name] = getattr(parameter, "ds_shape", parameter.shape)
             if place := self._place_of(parameter):
                 fragments[name] = Fragment(place.start, self._held(place))
-        step = next(int(state["step"]) for state in self.optimizer.optimizer.state.values())
+        states = self.optimizer.optimizer.state.values()
+        step = next((int(state["step"]) for state in states), 0)
         yield _StateFile(
             shard_file(directory, self.global_rank), *file_of_shard(fragments, shapes, step)
         )
 
+    @torch.no_grad()
+    def _fill(
+        self,
+        parameter: nn.Parameter,
+        kinds: Sequence[str],
+        read: Callable[[str, int, int], Tensor],
+    ) -> None:
+        """Fills what this rank holds of a parameter.
+
+        Args:
+            kinds: those of KINDS to fill where the parameter is trained.
+            read: returns some numbers of the flattened parameter by their kind, start and stop.
+        """
+        if place := self._place_of(parameter):
+            for kind in kinds:
+                self._held(place)[kind].copy_(read(kind, place.start, place.start + place.count))
+        if not self._weights_too:
+            parameter.copy_(read("fp32", 0, parameter.numel()).view(parameter.shape))
+            return
+        start, count = self._share_of(parameter)
+        if count > 0:
+            own = self._held(place)["fp32"] if place else read("fp32", start, start + count)
+            parameter.ds_tensor.narrow(0, 0, count).copy_(own)  # type: ignore[attr-defined]
+
     def _place_of(self, parameter: nn.Parameter) -> "_Place | None":
         """Returns where this rank holds a parameter's fp32 weights, or None if it does not."""
+        if not parameter.requires_grad:
+            return None
         if self._weights_too:
-            group, offset, size = self.optimizer.grad_position[
-                self.optimizer.get_param_id(parameter)
-            ]
-            start = size * self.global_rank
-            count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]  # the last shards may be padded
+            group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            start, count = self._share_of(parameter)
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
             return _Place(flat, offset, start, count) if count > 0 else None
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -191,6 +208,12 @@ class ZeroStates(DeepSpeedEngine, States):
         flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
         return _Place(flat, offset, mapping.lp_fragment_address.start, count)
+
+    def _share_of(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Returns where this rank's share of a parameter of ZeRO-3 starts, and its size."""
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]  # of all ranks alike
+        start = size * self.global_rank
+        return start, min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
 
     def _held(self, place: "_Place") -> dict[str, Tensor]:
         """Returns views of the states of some numbers, by KINDS.
