@@ -102,8 +102,11 @@ class RunConfig(Settings):
                 "optimizer.name (muon) must be adamw with parallel.offload_optimizer, since only "
                 "AdamW runs on the CPU"
             )
-        if self.parallel.shards_gradients:
-            self._check_sharded()
+        if self.optimizer.name == "muon" and self.parallel.shards_gradients:
+            raise ValueError(
+                "optimizer.name (muon) must be adamw with parallel.zero_stage "
+                f"{self.parallel.zero_stage}, where no rank has a whole gradient"
+            )
         if self.train.compile and self.optimizer.train:
             raise ValueError(
                 "train.compile (true) must be false with optimizer.train, which would make every "
@@ -121,17 +124,6 @@ class RunConfig(Settings):
             raise ValueError("train.curriculum must be left out with data.mixture")
         self._check_curriculum_of_keys()
         return self
-
-    def _check_sharded(self) -> None:
-        """Refuses what works with parallel.zero_stage 0 and 1 alone."""
-        stage = self.parallel.zero_stage
-        if self.optimizer.name == "muon":
-            raise ValueError(
-                f"optimizer.name (muon) must be adamw with parallel.zero_stage {stage}, where no "
-                "rank has a whole gradient"
-            )
-        if self.train.compile:
-            raise ValueError(f"parallel.zero_stage ({stage}) must be 0 or 1 with train.compile")
 
     def _check_curriculum_of_keys(self) -> None:
         wanted = self.train.curriculum.keys if self.train.curriculum else []

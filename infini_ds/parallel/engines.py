@@ -68,6 +68,8 @@ def sharded(config: RunConfig, tree: dict, on_progress: Callable[[str], None]) -
         config.model, config.seed, config.train.activation_checkpointing, share_out
     )
     module.choose_trained(config.optimizer.train)
+    for block in module.blocks:
+        block.compiled = config.train.compile
     groups = parameter_groups(module.own_parameters(), config.optimizer)
     offloaded = config.parallel.offload_optimizer
     optimizer = _cpu_adam(groups, config) if offloaded else adamw(groups, config.optimizer)

@@ -201,9 +201,9 @@ def engines(config: RunConfig, processes: int, limit: float = math.inf) -> list[
     Args:
         limit: bytes of a device. Activations are computed again if that keeps below it.
     """
-    sharded = config.optimizer.name == "adamw" and not config.train.compile
+    sharded = (2, 3) if config.optimizer.name == "adamw" else ()
     found: dict[tuple[int, int], Engine] = {}
-    for stages, zero in (("auto", 1), (1, 1), *((1, zero) for zero in (2, 3) if sharded)):
+    for stages, zero in (("auto", 1), (1, 1), *((1, zero) for zero in sharded)):
         parallel = {"pipeline_stages": stages, "zero_stage": zero}
         plans, own = [], config.train.activation_checkpointing
         for kind in dict.fromkeys((own, *get_args(Checkpointing))):

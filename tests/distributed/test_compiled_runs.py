@@ -51,17 +51,19 @@ def test_run_is_the_same(tmp_path, data, checkpointing, packing):
     assert_same(*runs)
 
 
-def test_run_compiles_two_graphs_and_no_more(tmp_path, data):
-    """Whatever the number of layers, steps, evaluations and samples."""
+@pytest.mark.parametrize(("zero", "graphs"), [(1, 2), (3, 4)])
+def test_run_compiles_two_graphs_and_no_more(tmp_path, data, zero, graphs):
+    """Whatever the number of layers, steps, evaluations and samples. With ZeRO-3 the first step
+    compiles them again, since a module's dict of parameters is DeepSpeed's then."""
     run = Run(
         tmp_path, data, **FP32, model__num_layers=3, train__compile=True, evaluation__every=4,
-        evaluation__sample_tokens=9,
+        evaluation__sample_tokens=9, parallel__zero_stage=zero,
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", COUNTING, str(run.config)],
         capture_output=True, text=True, timeout=200, check=True,
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1] == "graphs 2 breaks 0"
+    assert done.stdout.splitlines()[-1] == f"graphs {graphs} breaks 0"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,13 @@ def plain(tmp_path_factory, data) -> Run:
     return run
 
 
-@pytest.mark.parametrize("layout", ["parallel.pipeline_stages=2", "parallel.context_parallel=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.pipeline_stages=2", "parallel.context_parallel=2", "parallel.zero_stage=2",
+        "parallel.zero_stage=3",
+    ],
+)  # fmt: skip
 def test_run_of_two_ranks_is_that_of_one(tmp_path, data, plain, layout):
     run = Run(tmp_path, data, **FP32)
     run.finish(2, layout, COMPILED)
