@@ -83,7 +83,7 @@ class MasterWeights:
 
     def read(self, name: str) -> Tensor:
         """See Weights."""
-        if self._shards is not None:
+        if self._shards is not None and name in self._shards.shapes:
             return self._shards.read(name, "fp32").view(self.metas[name].shape)
         if name not in self._pieces:
             return self._computed.read(name).float()

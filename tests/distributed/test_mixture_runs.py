@@ -56,8 +56,8 @@ def alone(tmp_path_factory, mixed):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["parallel.context_parallel=2", "train.chunks=1"]],
-    ids=["pipeline", "context"],
+    [[], ["parallel.context_parallel=2", "train.chunks=1"], ["parallel.zero_stage=3"]],
+    ids=["pipeline", "context", "zero3"],
 )
 def test_two_ranks_that_go_on_from_a_checkpoint_have_the_losses_of_one_process(
     tmp_path, mixed, alone, overrides

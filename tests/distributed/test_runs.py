@@ -177,7 +177,8 @@ def test_type_is_that_of_the_device_or_of_the_checkpoint(tmp_path, data):
     assert sorted(run.losses) == [1, 2]
 
 
-def test_curriculum_takes_in_only_the_steps_that_have_answers(tmp_path, data):
+@pytest.mark.parametrize("zero", [1, 3])
+def test_curriculum_takes_in_only_the_steps_that_have_answers(tmp_path, data, zero):
     """One document of twenty has an answer; a step reads four, each once."""
     records = [
         {"turns": [[f"number {i:02d} of the questions ", 1], ["end.", 1]]} for i in range(20)
@@ -188,7 +189,10 @@ def test_curriculum_takes_in_only_the_steps_that_have_answers(tmp_path, data):
     changes = {"files": [str(corpus)], "weighted_field": "turns", "held_out_fraction": 0.0}
     config = data.model_copy(update={**changes, "store": str(tmp_path / "store")})
     prepare(config, workers=1)
-    run = Run(tmp_path / "run", config, train__steps=5, train__curriculum={"segments": [2]})
+    run = Run(
+        tmp_path / "run", config, train__steps=5, train__curriculum={"segments": [2]},
+        parallel__zero_stage=zero,
+    )  # fmt: skip
     run.finish(1)
     answered = [step for step, metrics in run.metrics.items() if "train/exact_match" in metrics]
     assert len(run.metrics) == 5

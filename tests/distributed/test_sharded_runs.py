@@ -137,12 +137,15 @@ def test_a_sharded_run_is_loaded_as_any_other(source):
         torch.testing.assert_close(weight, other.model.get_parameter(name), rtol=0, atol=1e-4)
 
 
-def test_fp32_weights_come_out_of_the_shards(source):
-    """In an fp32 run they are those that it computes with."""
-    for layout in ((1, 2, 2), (1, 3, 2)):
-        checkpoint = source(*layout, True).checkpoint(9)
+def test_fp32_weights_come_out_of_the_shards(tmp_path, data, source):
+    """In an fp32 run they are those that it computes with, trained or not."""
+    some = Run(tmp_path, data, **SMALL, **SOME_TRAINED, parallel__zero_stage=3)
+    some.finish(2)
+    for run in (source(1, 2, 2, True), source(1, 3, 2, True), some):
+        checkpoint = run.checkpoint(9)
         computed = CheckpointWeights(checkpoint)
-        masters = MasterWeights(checkpoint, computed, [])
+        patterns = SOME_TRAINED["optimizer__train"] if run is some else []
+        masters = MasterWeights(checkpoint, computed, patterns)
         for name in computed.metas:
             assert torch.equal(masters.read(name), computed.read(name)), name
 
