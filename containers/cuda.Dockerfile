@@ -8,7 +8,7 @@ FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        g++ git make ninja-build openssh-client pdsh python3-dev python3-venv \
+        g++ git libaio-dev make ninja-build openssh-client pdsh python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/environment
 ENV PATH=/opt/environment/bin:$PATH

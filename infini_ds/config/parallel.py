@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from infini_ds.config.settings import Settings
+from infini_ds.config.settings import PathText, Settings
 from infini_ds.errors import UserError
 
 
@@ -23,6 +23,8 @@ class ParallelConfig(Settings):
     """Keep the optimizer's states in CPU memory (needs zero_stage 1 or more)."""
     offload_weights: bool = False
     """Keep weights in CPU memory until they are used (needs zero_stage 3, offload_optimizer)."""
+    nvme_path: PathText = ""
+    """Directory on a local disk that keeps offloaded weights in place of CPU memory."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
@@ -32,6 +34,8 @@ class ParallelConfig(Settings):
             raise ValueError(f"zero_stage ({self.zero_stage}) must be 3 with offload_weights")
         if self.offload_weights and not self.offload_optimizer:
             raise ValueError("offload_optimizer must be true with offload_weights")
+        if self.nvme_path and not self.offload_weights:
+            raise ValueError("offload_weights must be true with nvme_path")
         if self.shards_gradients and self.pipeline_stages not in (1, "auto"):
             raise ValueError(
                 f"zero_stage ({self.zero_stage}) must be 0 or 1 with pipeline_stages "

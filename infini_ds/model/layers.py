@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
 from infini_ds.model.block import Block, Checkpointing
@@ -74,8 +74,18 @@ def _is_write_gate(name: str) -> bool:
     return name.endswith("write_gate.weight")
 
 
+def layer_shapes(config: ModelConfig) -> list[dict[str, Tensor]]:
+    """Returns the parameters of each layer of `layer_list` as meta tensors, by their names in
+    InfiniTransformer."""
+    layers = layer_list(config)
+    with torch.device("meta"):
+        made = {layer: layer.module(*layer.args) for layer in dict.fromkeys(layers)}
+    return [
+        {f"layers.{place}.{name}": p for name, p in made[layer].named_parameters()}
+        for place, layer in enumerate(layers)
+    ]
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Counts the parameters of the whole model without allocating them."""
-    with torch.device("meta"):
-        layers = [layer.module(*layer.args) for layer in layer_list(config)]
-    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    return sum(meta.numel() for layer in layer_shapes(config) for meta in layer.values())

@@ -2,12 +2,9 @@
 
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor
-
 from infini_ds.config import ModelConfig, OptimizerConfig
 from infini_ds.errors import UserError
-from infini_ds.model.layers import layer_list
+from infini_ds.model.layers import layer_shapes
 from infini_ds.model.optimizer import group_of
 
 _NAMES_TOLD = 8
@@ -24,7 +21,7 @@ def trained_counts(config: ModelConfig, patterns: list[str], among: str = "*") -
     Raises:
         UserError: a pattern matches no parameter.
     """
-    layers = _shapes(config)
+    layers = layer_shapes(config)
     names = [name for layer in layers for name in layer]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -46,7 +43,7 @@ def trained_groups(config: ModelConfig, optimizer: OptimizerConfig) -> set[str]:
     """Returns the names of the optimizer's groups that have trained parameters in any layer."""
     return {
         group_of(name, meta, optimizer.name)
-        for layer in _shapes(config)
+        for layer in layer_shapes(config)
         for name, meta in layer.items()
         if is_trained(name, optimizer.train)
     }
@@ -55,14 +52,3 @@ def trained_groups(config: ModelConfig, optimizer: OptimizerConfig) -> set[str]:
 def is_trained(name: str, patterns: list[str]) -> bool:
     """Returns whether a parameter of InfiniTransformer is trained."""
     return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _shapes(config: ModelConfig) -> list[dict[str, Tensor]]:
-    """Returns the parameters of each layer of `layer_list` as meta tensors, by their names."""
-    layers = layer_list(config)
-    with torch.device("meta"):
-        made = {layer: layer.module(*layer.args) for layer in dict.fromkeys(layers)}
-    return [
-        {f"layers.{place}.{name}": p for name, p in made[layer].named_parameters()}
-        for place, layer in enumerate(layers)
-    ]

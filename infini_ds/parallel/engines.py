@@ -60,9 +60,17 @@ def pipelined(
 def sharded(config: RunConfig, tree: dict, on_progress: Callable[[str], None]) -> ShardedEngine:
     dtype = DTYPES[config.train.dtype]  # type: ignore[index]  # the start has chosen one
 
+    first: list[nn.Parameter] = []
+
     def share_out(layer: nn.Module) -> None:
-        if config.parallel.zero_stage == 3:
+        if config.parallel.zero_stage != 3:
+            return
+        if first:  # all weights on a disk must have the same buffers
+            share = first[0].convert_to_zero_parameters  # type: ignore[attr-defined]
+            share(param_list=list(layer.to(dtype).parameters()))
+        else:
             deepspeed.zero.Init(layer.to(dtype), config_dict_or_path=tree)
+            first.extend(layer.parameters())
 
     module = ShardedModel(
         config.model, config.seed, config.train.activation_checkpointing, share_out

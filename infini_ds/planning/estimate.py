@@ -10,6 +10,7 @@ from infini_ds.model.optimizer import PROJECTION
 from infini_ds.model.trained import trained_counts
 from infini_ds.parallel.pipeline.balance import balance
 from infini_ds.parallel.pipeline.transport import TRANSPORTS
+from infini_ds.parallel.weights_on_disk import buffers
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -31,7 +32,8 @@ class StageNeeds(NamedTuple):
     optimizer: int
     """Optimizer states on the device."""
     offloaded: int
-    """Bytes in the host's memory: optimizer states, and weights and gradients that go with them."""
+    """Bytes in the host's memory: optimizer states, and weights and gradients that go with them, or
+    the buffers of weights on a disk."""
     memories: int
     """Memories of all its lanes, kept between windows."""
 
@@ -54,6 +56,10 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
     counts, of_trained, of_states = layer_parameters(model), _trained(config), _state_bytes(config)
     transport = TRANSPORTS[parallel.memory_transport](tuple(bounds))
     units = config.lanes_of_a_rank(data) // config.train.micro_batch_size * config.train.chunks
+    buffered = 0
+    if parallel.nvme_path:
+        room = buffers(model, data)  # and one tensor's new weights on their way to the disk
+        buffered = (room.count + 1) * room.numel * weight_bytes(config)
     needs = []
     for stage in range(stages):
         parameters, trained = of_stage(counts, stage), of_stage(of_trained, stage)
@@ -67,7 +73,7 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
             states, on_host = 0, states + trained * _copy_bytes(config, units) // data
             gradients = 0 if parallel.shards_gradients else gradients
         if parallel.offload_weights:
-            weights, on_host = 0, on_host + weights
+            weights, on_host = 0, on_host + (buffered if parallel.nvme_path else weights)
         lanes = config.lanes_of_a_rank(data)
         memories = lanes * len(transport.held(stage)) * memory_bytes(model)
         needs.append(StageNeeds(parameters, weights + gradients, states, on_host, memories))

@@ -145,7 +145,9 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
         if config.parallel.zero_stage == 3:
-            temporary += min(needs.parameters, LIVE_WEIGHTS) * weight_bytes(config)
+            one_layer = max(layer_parameters(model))
+            live = one_layer if config.parallel.nvme_path else LIVE_WEIGHTS
+            temporary += min(needs.parameters, live) * weight_bytes(config)
         part = Part(stage, 0, micro_batches, unit.batch, tuple(bounds), context)
         exchanged = part.step_exchange_bytes(model, chunks)
         sent = transport.step_bytes(wire, stage, micro_batches, chunks) + exchanged

@@ -25,6 +25,7 @@ from infini_ds.data.generation_settings import GENERATION
 from infini_ds.data.tokenizer import load_tokenizer
 from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
+from infini_ds.model.layers import layer_shapes
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.runs.checkpoint import (
     Loaded,
@@ -189,8 +190,7 @@ def is_export(path: Path) -> bool:
 
 def parameters_of(config: ModelConfig) -> dict[str, Tensor]:
     """Returns all parameters of a model, in order, as meta tensors."""
-    with torch.device("meta"):
-        return dict(InfiniTransformer(config).named_parameters())
+    return {name: meta for layer in layer_shapes(config) for name, meta in layer.items()}
 
 
 def check_tensors(

@@ -17,8 +17,9 @@ from infini_ds.errors import UserError
 from infini_ds.guard.watchdog import Watchdog
 from infini_ds.kernels.backend import check_backend
 from infini_ds.model.trained import trained_counts
+from infini_ds.parallel import weights_on_disk
 from infini_ds.parallel.build import build_engine
-from infini_ds.parallel.deepspeed.operators import build_cpu_adam
+from infini_ds.parallel.deepspeed.operators import build_async_io, build_cpu_adam
 from infini_ds.parallel.engine import Engine
 from infini_ds.parallel.ranks import is_first_rank, together, world_size
 from infini_ds.system.lock import lock
@@ -74,6 +75,12 @@ def open_run(config: RunConfig, watchdog: Watchdog, fault: str) -> Opened:
         check_backend(config.kernels.backend, device, config.model.head_dim)
         if config.parallel.offload_optimizer:
             build_cpu_adam()
+        if config.parallel.nvme_path:
+            build_async_io()
+            weights_on_disk.remove(config)  # what a killed run has left
+    if config.parallel.nvme_path:
+        with together():
+            weights_on_disk.make_folder(config, world_size(), device)
     found, passed_over = checkpoint.find(config)
     if found and not config.resume:
         raise UserError(

@@ -24,6 +24,7 @@ from infini_ds.model.layers import count_parameters
 from infini_ds.model.optimizer import learning_rate_factor
 from infini_ds.model.trained import trained_counts
 from infini_ds.model.write_gate import write_penalty
+from infini_ds.parallel import weights_on_disk
 from infini_ds.parallel.build import start_distributed
 from infini_ds.parallel.engine import StepResult, StepSize
 from infini_ds.parallel.ranks import is_first_rank, own_rank, together, world_size
@@ -68,6 +69,8 @@ def pretrain(config: RunConfig) -> None:
         Trainer(open_run(config, watchdog, fault), stop, watchdog).run()
         dist.barrier()
         watchdog.stop()
+        if config.parallel.nvme_path:
+            weights_on_disk.remove(config)
     except UserError as error:  # raised on all ranks together; an open group may abort the exit
         watchdog.stop()
         dist.destroy_process_group()

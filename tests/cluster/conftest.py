@@ -19,10 +19,10 @@ LIMIT = 300.0
 """Seconds that a run may take to start or to end, beside much other work on this machine."""
 LAYOUTS = {
     "pipeline": "parallel.pipeline_stages=auto", "data": "parallel.pipeline_stages=1",
-    "context": "parallel.context_parallel=2",
+    "context": "parallel.context_parallel=2", "zero3": "parallel.zero_stage=3",
 }  # fmt: skip
 """Overrides that lay the processes out one after another or side by side, or let them share
-windows."""
+windows or weights."""
 
 
 def require(what: str, programs: dict[str, str]) -> None:

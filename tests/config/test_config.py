@@ -489,6 +489,8 @@ def test_zero_2_and_3_have_one_stage_and_adamw(file):
     assert "zero_stage (2) must be 3 with offload_w" in message_of(file, zero, offloaded, weights)
     message = message_of(file, "parallel.zero_stage=3", weights)
     assert "offload_optimizer must be true with offload_weights" in message
+    message = message_of(file, "parallel.nvme_path=/scratch")
+    assert "offload_weights must be true with nvme_path" in message
 
 
 def test_curriculum_is_off_until_a_setting_of_it_is_given(file, tmp_path):

@@ -283,7 +283,7 @@ def source(tmp_path_factory, data):
                 write_export(load_run(of(2, 1, "plain").output).model, folder / "export")
                 settings["init_from"] = str(folder / "export")
             runs[key] = Run(folder, data, **settings)
-            runs[key].finish(pipeline * data_parallel)
+            assert "Warning" not in runs[key].finish(pipeline * data_parallel)
         return runs[key]
 
     return of

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infini_ds.conversion.masters import MasterWeights
+from infini_ds.parallel.deepspeed.operators import build_async_io, build_cpu_adam
 from infini_ds.runs.checkpoint import load_run
 from infini_ds.runs.weights import CheckpointWeights
 from tests.distributed.conftest import Run, assert_equal_states, copied, without_checkpoints_after
@@ -55,6 +56,33 @@ def test_run_stopped_twice_equals_the_undisturbed_one(tmp_path, data, stage, mor
     assert_equal_states(run, whole, STEPS)
 
 
+@pytest.mark.slow
+def test_weights_on_a_disk_change_nothing(tmp_path, data):
+    """Matrices of at least a MiB on each rank are written to the disk, as by DeepSpeed's rule; the
+    run is stopped once, and what it wrote is removed."""
+    build_cpu_adam()  # which takes longer than a run
+    build_async_io()
+    disk = tmp_path / "disk"
+    settings = {
+        "model": {"hidden_size": 768, "num_heads": 4, "head_dim": 64, "intermediate_size": 1536},
+        "optimizer__train": ["layers.1.*", "*.beta"], "parallel__zero_stage": 3, **IN_HOST_MEMORY,
+        "train__steps": 9, "evaluation__every": 3, "evaluation__sample_tokens": 8,
+    }  # fmt: skip
+    whole = Run(tmp_path / "whole", data, **settings)
+    whole.finish(2)
+    run = Run(tmp_path / "run", data, **settings, parallel__nvme_path=str(disk))
+    with run.start(2) as ranks:
+        ranks.wait_until(lambda: len(run.losses) >= 4, START, "step 4")
+        written = sum(path.stat().st_size for path in disk.rglob("*.swp"))
+        ranks.all[0].send(signal.SIGTERM)
+        assert ranks.wait(END) == [0, 0], ranks.outputs()
+    assert written > 1e6
+    assert "resumed from" in run.finish(2)
+    assert run.losses == whole.losses
+    assert_equal_states(run, whole, 9)
+    assert not list(disk.iterdir())
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, data):
     """Finished fp32 runs, by pipeline stages, ZeRO stage, processes and tied embeddings."""
@@ -67,7 +95,7 @@ def source(tmp_path_factory, data):
                 tmp_path_factory.mktemp("source"), data, **SMALL, model__tie_embeddings=tied,
                 parallel__pipeline_stages=stages, parallel__zero_stage=zero,
             )  # fmt: skip
-            runs[key].finish(world)
+            assert "Warning" not in runs[key].finish(world)
         return runs[key]
 
     return of

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import engine as pipe_engine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from infini_ds.config import RunConfig
 from infini_ds.parallel.deepspeed.config import deepspeed_config
+from infini_ds.parallel.weights_on_disk import buffers, folder_of
 from tests import tiny
 
 
@@ -140,6 +142,22 @@ def test_setting_reaches_its_key(sections, key, expected):
     for name in key.split("."):
         node = node[name]
     assert node == expected
+
+
+def test_weights_on_a_disk_are_fetched_a_layer_at_a_time():
+    """Their sizes are those of `buffers`; a rank of four has a quarter of each tensor."""
+    offloaded = {**OFFLOADED["parallel"], "nvme_path": "/scratch"}
+    run = run_config(parallel=offloaded, model__vocab_size=300)
+    zero = deepspeed_config(run, 4, universal=False)["zero_optimization"]
+    room = buffers(run.model, 4)
+    parsed = DeepSpeedZeroConfig(**zero)
+    assert parsed.offload_param.device == "nvme"
+    assert parsed.offload_param.nvme_path == folder_of(run)
+    assert parsed.offload_param.buffer_count == room.count
+    assert parsed.offload_param.buffer_size == parsed.sub_group_size == room.numel
+    assert parsed.offload_param.max_in_cpu == 0
+    assert parsed.prefetch_bucket_size == parsed.max_reuse_distance == 0
+    assert parsed.offload_optimizer.device == "cpu"
 
 
 def test_universal_checkpoint_is_asked_for():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
 from infini_ds.errors import UserError
-from infini_ds.parallel.deepspeed.operators import CpuAdam, build_cpu_adam
+from infini_ds.parallel.deepspeed.operators import CpuAdam, build_async_io, build_cpu_adam
 
 COMPILING = (
     "Error building extension 'cpu_adam': [1/3] c++ -MMD -MF cpu_adam.o.d\n"
@@ -69,6 +69,15 @@ def test_place_that_cannot_be_made_is_told_with_the_variable(monkeypatch, tmp_pa
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"set the variable TORCH_EXTENSIONS_DIR"):
         build_cpu_adam()
+
+
+def test_missing_libaio_is_told(monkeypatch):
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(UserError) as caught:
+        build_async_io()
+    told = str(caught.value)
+    assert told.startswith("parallel.nvme_path: DeepSpeed's operator for disks cannot be compiled")
+    assert told.endswith("(apt-get install libaio-dev)")
 
 
 def test_ninja_beside_the_interpreter_is_found(monkeypatch, place):

@@ -6,6 +6,7 @@ import torch
 from infini_ds.config import RunConfig
 from infini_ds.model.block import Block
 from infini_ds.model.layers import layer_list
+from infini_ds.parallel.weights_on_disk import buffers
 from infini_ds.planning.estimate import checkpoint_bytes, layer_parameters, process_bytes
 from tests import tiny
 
@@ -73,6 +74,16 @@ def test_all_but_memories_may_be_in_the_hosts_memory():
         )  # fmt: skip
         expected = (device * parameters + memories, host * parameters)
         assert process_bytes(config, 4) == [expected] * 4, (zero, weights_too)
+
+
+def test_weights_on_a_disk_take_buffers_in_the_hosts_memory():
+    offloaded = {"zero_stage": 3, "offload_optimizer": True, "offload_weights": True}
+    config = run_config(parallel=offloaded)
+    ((_, host), *_) = process_bytes(config, 4)
+    ((_, buffered), *_) = process_bytes(run_config(parallel={**offloaded, "nvme_path": "/x"}), 4)
+    room = buffers(config.model, 4)
+    weights = sum(layer_parameters(config.model))
+    assert host - weights == buffered - 4 * (room.count + 1) * room.numel
 
 
 def test_zero_2_shares_out_gradients_and_zero_3_weights_too():

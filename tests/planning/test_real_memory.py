@@ -73,7 +73,7 @@ GRADIENT_BYTES = {"fp32": 4, "bf16": 6}
     ("zero", "offloaded"),
     [
         (2, []), (3, []), (1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer"]),
-        (3, ["optimizer", "weights"]),
+        (3, ["optimizer", "weights"]), (3, ["optimizer", "weights", "to_a_disk"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -93,7 +93,9 @@ def test_a_rank_holds_as_much_of_a_larger_model_as_by_plan(tmp_path, zero, offlo
             train={"steps": 1, "batch_size": WORLD, "window_segments": 1, "dtype": dtype},
             parallel={
                 "zero_stage": zero, "pipeline_stages": 1,
-                **{f"offload_{what}": True for what in offloaded},
+                "offload_optimizer": "optimizer" in offloaded,
+                "offload_weights": "weights" in offloaded,
+                "nvme_path": str(tmp_path) if "to_a_disk" in offloaded else "",
             },
         )  # fmt: skip
         script = [str(HELD), str(path)]
@@ -111,3 +113,59 @@ def test_a_rank_holds_as_much_of_a_larger_model_as_by_plan(tmp_path, zero, offlo
             f"by plan {expected / MIB:,.0f}"
         )
         assert large - small == pytest.approx(expected, rel=0.05)
+
+
+STARTED = Path(__file__).with_name("start_worker.py")
+EXPORT = """
+import os, sys
+from infini_ds.cli import main
+
+assert main(sys.argv[1:]) == 0
+(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("peak", int(peak.split()[1]) * 1024, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_starts_saves_and_exports_hold_a_share_and_a_layer(tmp_path, data):  # noqa: F811
+    """With ZeRO-3, of a larger model: a rank takes its share more to read weights and to save them,
+    and an export takes no more."""
+    taken, planned, exporting = [], [], []
+    for layers in (4, 11):
+        folder, export = tmp_path / str(layers), tmp_path / f"export{layers}"
+        settings = {
+            "model": {
+                "vocab_size": 258, "hidden_size": 1536, "num_layers": layers, "num_heads": 4,
+                "head_dim": 64, "intermediate_size": 3072, "segment_length": 16,
+            },
+            "train": {"steps": 1, "batch_size": WORLD, "window_segments": 1, "dtype": "fp32"},
+            "parallel": {"zero_stage": 3},
+        }  # fmt: skip
+        run = Run(folder / "run", data, **settings)
+        run.finish(WORLD)
+        command = [sys.executable, "-c", EXPORT, "convert", "to-safetensors", "--dtype", "fp32"]
+        done = subprocess.run(
+            [*command, str(run.output), str(export)],
+            capture_output=True, text=True, timeout=400, check=True,
+        )  # fmt: skip
+        exporting.append(int(done.stdout.split()[-1]))
+        other = Run(folder / "other", data, **settings, init_from=str(export))
+        script = [str(STARTED), str(other.config), str(folder / "saved")]
+        with start_ranks(script, WORLD, folder / "logs") as ranks:
+            assert ranks.wait(400, together=True) == [0] * WORLD, ranks.outputs()
+            taken.append([[int(x) for x in each.output.split()[-2:]] for each in ranks.all])
+        planned.append(plan(load(run.config), WORLD).stages[0].needs)
+    more = planned[1].device - planned[0].device
+    model = 4 * (planned[1].parameters - planned[0].parameters)
+    exported = exporting[1] - exporting[0]
+    print(f"export: {exported / MIB:,.0f} MiB more of {model / MIB:,.0f}")
+    assert exported < 0.1 * model
+    for small, large in zip(*taken, strict=True):
+        imported, saved = (after - before for before, after in zip(small, large, strict=True))
+        print(
+            f"started: {imported / MIB:,.0f} MiB more, and saved {saved / MIB:,.0f}, "
+            f"by plan {more / MIB:,.0f}"
+        )
+        assert imported == pytest.approx(more, rel=0.05)
+        assert saved == pytest.approx(more, rel=0.05)

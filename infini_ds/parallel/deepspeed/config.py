@@ -4,6 +4,7 @@ DeepSpeed ignores keys it does not know, so they are spelled here and nowhere el
 """
 
 from infini_ds.config import RunConfig
+from infini_ds.parallel.weights_on_disk import buffers, folder_of
 
 
 def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool) -> dict:
@@ -49,4 +50,25 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, universal: bool
     offloaded = {"optimizer": parallel.offload_optimizer, "param": parallel.offload_weights}
     for what in (name for name, chosen in offloaded.items() if chosen):
         tree["zero_optimization"][f"offload_{what}"] = {"device": "cpu", "pin_memory": True}
+    if parallel.nvme_path:
+        tree["zero_optimization"] |= _on_disk(config, data_parallel_size)
     return tree
+
+
+def _on_disk(config: RunConfig, ranks: int) -> dict:
+    """Returns the settings of ZeRO-3 that keep weights on a disk.
+
+    A weight that is whole keeps a buffer, and weights that are fetched ahead take some. So a layer
+    is fetched when it is computed, and forgotten then. Each tensor is a group of its own, because
+    DeepSpeed keeps room for a whole group's new weights in host memory.
+    """
+    room = buffers(config.model, ranks)
+    return {
+        "offload_param": {
+            "device": "nvme", "nvme_path": str(folder_of(config)), "pin_memory": True,
+            "buffer_count": room.count, "buffer_size": room.numel, "max_in_cpu": 0,
+        },
+        "sub_group_size": room.numel,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 
@@ -27,6 +28,10 @@ class StageModule(PipelineModule):
         for place, layer in enumerate(self.forward_funcs, start=self._local_start):
             if isinstance(layer, nn.Module):
                 yield place, layer
+
+    @torch.no_grad()  # or PyTorch warns of a gradient through the broadcast in the first step
+    def _synchronize_tied_weights(self) -> None:
+        super()._synchronize_tied_weights()
 
     def _partition_layers(self, method: str = "flops") -> None:
         blocks = [1 + bound for bound in self.bounds]

@@ -1,4 +1,4 @@
-"""DeepSpeed's CPU Adam, the only operator that is compiled at the first start."""
+"""DeepSpeed's operators for offloading, the only ones that are compiled at the first start."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,8 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.utils import cpp_extension
 
 from infini_ds.errors import UserError
@@ -35,18 +36,35 @@ def build_cpu_adam() -> None:
     Raises:
         UserError: it cannot be compiled here; the message says what is missing.
     """
+    _build(CPUAdamBuilder(), "parallel.offload_optimizer: DeepSpeed's CPU Adam")
+
+
+def build_async_io() -> None:
+    """Does so with the operator that reads and writes weights on a disk.
+
+    Raises:
+        UserError: it cannot be compiled here; the message says what is missing.
+    """
+    what = "parallel.nvme_path: DeepSpeed's operator for disks"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            f"{what} cannot be compiled, as there is no libaio with its headers (apt-get install "
+            "libaio-dev)"
+        )
+    _build(AsyncIOBuilder(), what)
+
+
+def _build(builder: OpBuilder, what: str) -> None:
     # pip installs ninja beside the interpreter, even where the environment is not activated.
     if not shutil.which("ninja"):
         own = str(Path(sys.executable).parent)
         os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), own)))
     try:
-        directory = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, False))
+        directory = Path(cpp_extension._get_build_directory(builder.NAME, False))
         with _only_one(directory):
-            CPUAdamBuilder().load(verbose=False)
+            builder.load(verbose=False)
     except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"parallel.offload_optimizer: DeepSpeed's CPU Adam cannot be compiled, {_reason(error)}"
-        ) from None
+        raise UserError(f"{what} cannot be compiled, {_reason(error)}") from None
 
 
 class CpuAdam(DeepSpeedCPUAdam):

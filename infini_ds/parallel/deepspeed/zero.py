@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from deepspeed import zero
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -191,7 +192,8 @@ class ZeroStates(DeepSpeedEngine, States):
         start, count = self._share_of(parameter)
         if count > 0:
             own = self._held(place)["fp32"] if place else read("fp32", start, start + count)
-            parameter.ds_tensor.narrow(0, 0, count).copy_(own)  # type: ignore[attr-defined]
+            with _in_memory(parameter) as share:
+                share.narrow(0, 0, count).copy_(own)
 
     def _place_of(self, parameter: nn.Parameter) -> "_Place | None":
         """Returns where this rank holds a parameter's fp32 weights, or None if it does not."""
@@ -235,6 +237,17 @@ class ZeroStates(DeepSpeedEngine, States):
         if type(basic_optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # it would warn at every start
             ZERO_SUPPORTED_OPTIMIZERS.append(type(basic_optimizer))
         return super()._do_optimizer_sanity_check(basic_optimizer)
+
+
+@contextlib.contextmanager
+def _in_memory(parameter: Any) -> Iterator[Tensor]:
+    """Lends this rank's share of a parameter of ZeRO-3, which may be on a disk, to change it."""
+    away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+    if away:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    yield parameter.ds_tensor
+    if away:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 class _Place(NamedTuple):
