@@ -206,7 +206,9 @@ def engines(config: RunConfig, processes: int, limit: float = math.inf) -> list[
     sharded = (2, 3) if config.optimizer.name == "adamw" else ()
     found: dict[tuple[int, int], Engine] = {}
     for stages, zero in (("auto", 1), (1, 1), *((1, zero) for zero in sharded)):
-        parallel = {"pipeline_stages": stages, "zero_stage": zero}
+        parallel: dict = {"pipeline_stages": stages, "zero_stage": zero}
+        if zero != 3:
+            parallel |= {"offload_weights": False, "nvme_path": ""}
         plans, own = [], config.train.activation_checkpointing
         for kind in dict.fromkeys((own, *get_args(Checkpointing))):
             chunks = config.train.chunks if stages == "auto" else 1

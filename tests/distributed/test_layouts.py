@@ -826,15 +826,27 @@ def test_bf16_repeated_in_the_same_layout_is_identical(results):
                 assert torch.equal(tensor, again["memories"][block][part]), (block, part)
 
 
-OFFLOADED = {
-    f"{dtype}-data2-zero{zero}-{'-'.join(what) or 'on_device'}": (
+OFFLOADED_LAYOUTS = {
+    "data2": (2, {}),
+    "data2_tied_in_chunks": (
         2,
         {
+            "train.micro_batch_size": 1, "train.chunks": 2, "model.tie_embeddings": True,
+            "model.memory_rule": "gated_delta",
+        },
+    ),
+    "data4": (4, {"train.micro_batch_size": 1, "model.memory_rule": "delta"}),
+}  # fmt: skip
+OFFLOADED = {
+    f"{dtype}-{layout}-zero{zero}-{'-'.join(what) or 'on_device'}": (
+        world,
+        {
             "train.dtype": dtype, "parallel.pipeline_stages": 1, "parallel.zero_stage": zero,
-            **{f"parallel.offload_{each}": True for each in what},
+            **{f"parallel.offload_{each}": True for each in what}, **settings,
         },
     )
     for dtype in ("fp32", "bf16")
+    for layout, (world, settings) in OFFLOADED_LAYOUTS.items()
     for zero in (1, 2, 3)
     for what in ((), ("optimizer",), ("optimizer", "weights"))
     if zero == 3 or "weights" not in what

@@ -87,6 +87,13 @@ def test_engines_are_the_longest_pipeline_and_one_stage_with_each_zero():
     limited = engines(settings, 4, alone[2].device - 1)
     assert limited[3].plan.checkpointing != "none"
     assert [each.zero_stage for each in engines(config("optimizer.name=muon"), 4)] == [1, 1]
+    offloaded = ["pipeline_stages=1", "zero_stage=3", "offload_optimizer=true"]
+    held = []
+    for more in ([], ["offload_weights=true"]):
+        changed = config(*(f"parallel.{each}" for each in offloaded + more))
+        held.append([each.plan.stages[0].needs.device for each in engines(changed, 4)[1:]])
+    assert held[0][:2] == held[1][:2]  # ZeRO-1 and 2 keep weights on the device all the same
+    assert held[0][2] > held[1][2]
 
 
 def test_no_alternative_beats_another_in_both():
