@@ -59,7 +59,6 @@ def pipelined(
 
 def sharded(config: RunConfig, tree: dict, on_progress: Callable[[str], None]) -> ShardedEngine:
     dtype = DTYPES[config.train.dtype]  # type: ignore[index]  # the start has chosen one
-
     first: list[nn.Parameter] = []
 
     def share_out(layer: nn.Module) -> None:

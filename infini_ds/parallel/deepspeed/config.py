@@ -59,8 +59,8 @@ def _on_disk(config: RunConfig, ranks: int) -> dict:
     """Returns the settings of ZeRO-3 that keep weights on a disk.
 
     A weight that is whole keeps a buffer, and weights that are fetched ahead take some. So a layer
-    is fetched when it is computed, and forgotten then. Each tensor is a group of its own, because
-    DeepSpeed keeps room for a whole group's new weights in host memory.
+    is fetched when it is computed, and forgotten then. A group has at most the numbers of the
+    largest tensor, because DeepSpeed keeps room for a group's new weights in host memory.
     """
     room = buffers(config.model, ranks)
     return {
