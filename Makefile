@@ -19,13 +19,14 @@ GOAL = $(shell sed -n 's/^  steps: //p' runs/quickstart/config.yaml 2>/dev/null)
 MORE = $(if $(GOAL),$(if $(wildcard runs/quickstart/report.json),$(STEPS),0))
 
 # What `passkey` trains and asks for. The curriculum doubles the keys from two to twice as many as are
-# asked for, MOST; above eight they need more room than documents of two segments have.
+# asked for, MOST. A segment has room for four keys, stated and asked for.
 PASSKEY = configs/passkey.yaml
 PASSKEY_RUNS = runs/passkey
 ifneq ($(KEYS),1)
 MOST := $(shell echo $$((2 * $(KEYS))))
 NUMBERS := $(shell k=2; while [ $$k -lt $(MOST) ]; do printf $$k,; k=$$((2 * k)); done)$(MOST)
-LENGTHS := $(shell [ $(MOST) -gt 8 ] || printf 2,)4,8,16
+LENGTHS := $(shell n=2; while [ $$((4 * n)) -lt $(MOST) ]; do n=$$((2 * n)); done; \
+  while [ $$n -lt 16 ]; do printf $$n,; n=$$((2 * n)); done)16
 PASSKEY = configs/passkey_keys.yaml data.store=stores/passkey_$(KEYS)_keys \
   data.passkey.keys=[$(NUMBERS)] train.curriculum.keys=[$(NUMBERS)] \
   data.passkey.segments=[$(LENGTHS)] train.curriculum.segments=[$(LENGTHS)]
