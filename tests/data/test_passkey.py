@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from infini_ds.config import DataConfig, PasskeyConfig, TokenizerConfig
+from infini_ds.config import DataConfig, PasskeyConfig, TokenizerConfig, load
 from infini_ds.data.filler import STANDARD
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.passkey import NAMES, Passkeys, passkey_random
@@ -14,6 +14,7 @@ from infini_ds.data.prepare import prepare
 from infini_ds.data.store import Store
 from infini_ds.data.windows import read_windows, total_weight
 from infini_ds.errors import UserError
+from tests.pages import ROOT
 
 N = 128
 KEY = re.compile(
@@ -258,3 +259,20 @@ def test_passkey_module_needs_no_torch():
     code = "import sys, infini_ds.data.passkey, infini_ds.data.curriculum; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "deepspeed"}
+
+
+@pytest.mark.parametrize("keys", [2, 4, 8, 12, 16, 32])
+def test_documents_of_make_passkey_have_room_for_its_keys(keys):
+    done = subprocess.run(
+        ["make", "-n", "passkey", f"KEYS={keys}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (prepare,) = (line for line in done.stdout.splitlines() if " prepare " in line)
+    path, *overrides = prepare.partition(" prepare ")[2].split()
+    run = load(ROOT / path, overrides)
+    made = run.data.passkey
+    assert made.key_counts[-1] == 2 * keys
+    assert run.train.curriculum
+    assert run.train.curriculum.segments == made.segments
+    for number in range(20):
+        Passkeys(made).document(passkey_random(0, number), made.segments[0])
