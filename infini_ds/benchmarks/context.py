@@ -25,7 +25,11 @@ from infini_ds.errors import UserError
 from infini_ds.planning.report import vocab_size
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
-from infini_ds.system.resources import give_blocks_their_own_pages, keep_freed_memory
+from infini_ds.system.resources import (
+    give_blocks_their_own_pages,
+    keep_freed_memory,
+    memory_taken,
+)
 
 TIME_LIMIT = 3600.0
 """Time limit of one start in seconds."""
@@ -194,11 +198,11 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
         return engine.train_step(lambda micro_batch: windows[micro_batch], size, 1.0)
 
     give_blocks_their_own_pages()
-    before, sent = _memory("VmRSS"), engine.exchanged_bytes
+    before, sent = memory_taken("VmRSS"), engine.exchanged_bytes
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
     step(0)
-    taken, sent = _memory("VmHWM") - before, engine.exchanged_bytes - sent
+    taken, sent = memory_taken("VmHWM") - before, engine.exchanged_bytes - sent
     keep_freed_memory()
     seconds, waited = [], []
     for index in range(1, 1 + steps):
@@ -209,7 +213,7 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
         waited.append(result.seconds.get("waiting_for_context", 0.0) / seconds[-1])
     formula = engine.part.step_exchange_bytes(config.model, config.train.chunks)
     told = gathered(
-        (taken, _memory("VmHWM"), sent, formula, statistics.median(waited[1:] or waited))
+        (taken, memory_taken("VmHWM"), sent, formula, statistics.median(waited[1:] or waited))
     )
     if is_first_rank():
         taken, peaks, sent, formula, waiting = zip(*told, strict=True)
@@ -225,10 +229,3 @@ def _measure(config: RunConfig, steps: int, json_path: str | None) -> None:
         }
         write_figures(json_path, figures)
     dist.barrier()
-
-
-def _memory(name: str) -> int:
-    """Reads a line of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024

@@ -1,8 +1,9 @@
-"""How many cores long work may use, and how it keeps freed memory."""
+"""How many cores long work may use, how much memory it takes, and how it keeps freed memory."""
 
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_THRESHOLD_MAX = 32 * 2**20
@@ -15,6 +16,17 @@ def cores_at_hand() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         return os.cpu_count() or 1
+
+
+def memory_taken(name: str) -> int:
+    """Returns a line of this process's status on Linux, in bytes.
+
+    Args:
+        name: VmRSS now, VmHWM at most so far, which unlike ru_maxrss is not the parent's.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
 
 
 def keep_freed_memory() -> None:

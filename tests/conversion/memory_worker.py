@@ -13,21 +13,14 @@ from pathlib import Path
 import torch
 
 from infini_ds.conversion import convert
-
-
-def memory(kind: str) -> int:
-    """Bytes: VmRSS now, or VmHWM at most so far. Unlike ru_maxrss, not that of the parent."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(kind)
+from infini_ds.system.resources import memory_taken
 
 
 def main(folder: Path, kind: str) -> None:
     convert_it(folder, "tiny", kind)
-    before = memory("VmRSS")
+    before = memory_taken("VmRSS")
     convert_it(folder, "plain", kind)
-    print(f"peak {memory('VmHWM') - before}")
+    print(f"peak {memory_taken('VmHWM') - before}")
 
 
 def convert_it(folder: Path, name: str, kind: str) -> None:

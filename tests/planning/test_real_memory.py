@@ -18,11 +18,11 @@ LANES = 8
 TRAIN = """
 import os, sys
 from infini_ds.config import load
+from infini_ds.system.resources import memory_taken
 from infini_ds.training.trainer import pretrain
 
 pretrain(load(sys.argv[1]))
-(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print("peak", int(peak.split()[1]) * 1024, flush=True)
+print("peak", memory_taken("VmHWM"), flush=True)
 os._exit(0)  # threads of the process group may abort an orderly exit
 """
 
@@ -115,14 +115,13 @@ def test_a_rank_holds_as_much_of_a_larger_model_as_by_plan(tmp_path, zero, offlo
         assert large - small == pytest.approx(expected, rel=0.05)
 
 
-STARTED = Path(__file__).with_name("start_worker.py")
 EXPORT = """
-import os, sys
+import sys
 from infini_ds.cli import main
+from infini_ds.system.resources import memory_taken
 
 assert main(sys.argv[1:]) == 0
-(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print("peak", int(peak.split()[1]) * 1024, flush=True)
+print("peak", memory_taken("VmHWM"), flush=True)
 """
 
 
@@ -151,7 +150,7 @@ def test_starts_saves_and_exports_hold_a_share_and_a_layer(tmp_path, data):  # n
         )  # fmt: skip
         exporting.append(int(done.stdout.split()[-1]))
         other = Run(folder / "other", data, **settings, init_from=str(export))
-        script = [str(STARTED), str(other.config), str(folder / "saved")]
+        script = [str(HELD), str(other.config), str(folder / "saved")]
         with start_ranks(script, WORLD, folder / "logs") as ranks:
             assert ranks.wait(400, together=True) == [0] * WORLD, ranks.outputs()
             taken.append([[int(x) for x in each.output.split()[-2:]] for each in ranks.all])
