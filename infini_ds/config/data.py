@@ -137,7 +137,7 @@ class BabilongConfig(Settings):
     max_facts: int = Field(default=8, ge=1)
     """The most facts in a document; fewer where the segments have no room for so many."""
     max_questions: int = Field(default=1, ge=1)
-    """The most questions in a document; their number is drawn. Asking for much teaches faster."""
+    """The most questions in a document; their number is drawn. Those about steps come last."""
     filler: FillerKind = "text"
     """As data.passkey.filler."""
     text_files: list[str] = Field(default=[])

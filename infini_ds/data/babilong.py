@@ -9,8 +9,9 @@ segment in every document, so that the room left for the answer says nothing abo
 before it stand with their answers right before it, so that a document teaches more.
 
 With any tokenizer, a document's pieces are encoded one by one, and spaces fill what no whole word
-does, so that lengths in tokens are exact. A tokenizer that is still to be trained is trained on
-documents of the same kind, whose lengths are counted in bytes.
+does, so that lengths in tokens are exact. A tokenizer that is still to be trained is trained on the
+shortest of these documents, with lengths counted in bytes: in them the words of facts are frequent
+enough to become tokens of their own.
 """
 
 from collections.abc import Iterator
@@ -207,7 +208,8 @@ class BabilongCorpus(Corpus):
         if tokenizer is None and untrained:
             tokenizer = ByteTokenizer()
             n = _TOKEN_BYTES * self._made.segment_length
-            self._made = self._made.model_copy(update={"segment_length": n})
+            shortest = self._made.segments[:1]
+            self._made = self._made.model_copy(update={"segment_length": n, "segments": shortest})
         tokenizer = tokenizer or load_tokenizer(config.tokenizer.kind, config.tokenizer.model)
         self._babilong = Babilong(self._made, tokenizer)
         # Progress is counted in positions, since a document's bytes are known when it is made.

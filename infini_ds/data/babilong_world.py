@@ -9,8 +9,12 @@ here. Facts are told in the order in which they happen, and all questions refer 
 | qa2 | Where is the apple? | where its carrier is, or where it was put down (two) |
 | qa3 | Where was the apple before the office? | the place before the latest time there (three) |
 | qa8 | What is Mary carrying? | objects in the order in which she took them, or "nothing" |
+
+Where a story is asked several questions, those about steps to the task's own come last: who has an
+object ("nobody" once it was put down), and where persons and objects are.
 """
 
+from collections.abc import Callable
 from itertools import permutations
 from typing import NamedTuple
 
@@ -21,7 +25,7 @@ from infini_ds.config import BabilongTask
 PERSONS = ["Anna", "David", "John", "Laura", "Mary", "Peter"]
 PLACES = ["cellar", "garden", "kitchen", "library", "office", "stable"]
 OBJECTS = ["apple", "ball", "book", "key", "lamp", "milk"]
-NOTHING = "nothing"
+NOTHING, NOBODY = "nothing", "nobody"
 _EMPTY_SHARE = 4  # one in so many questions of qa8 is about somebody who carries nothing
 CHANCE: dict[BabilongTask, float] = {
     "qa1": 1 / len(PLACES),
@@ -57,7 +61,7 @@ class Story(NamedTuple):
     facts: list[str]
     """Sentences in the order of events."""
     asked: list[Asked]
-    """At least one, each of them once."""
+    """At least one, each of them once: the task's own come before those that lead to them."""
 
 
 class Draws:
@@ -104,16 +108,17 @@ def tell(
         told = [world.go_on(draws.one(_KINDS[task])) for _ in range(facts)]
         questions = _QUESTIONS[task](world)
         if questions:
-            return Story(told, _drawn(draws, questions, most_questions))
+            steps = [asked for ask in _STEPS[task] for asked in ask(world)]
+            return Story(told, _drawn(draws, questions, steps, most_questions))
 
 
-def _drawn(draws: Draws, questions: list[Asked], most: int) -> list[Asked]:
-    """Draws from 1 to `most` of the questions, in any order."""
+def _drawn(draws: Draws, questions: list[Asked], steps: list[Asked], most: int) -> list[Asked]:
+    """Draws from 1 to `most` of the questions, in any order, and then of the steps to them."""
     first = draws.one(questions)
     if most == 1:  # nothing else is drawn, so that such stories stay what they were
         return [first]
     others = draws.shuffled([asked for asked in questions if asked != first])
-    return [first, *others][: 1 + draws.below(most)]
+    return [first, *others, *draws.shuffled(steps)][: 1 + draws.below(most)]
 
 
 def all_facts() -> list[str]:
@@ -131,6 +136,7 @@ def all_questions() -> list[str]:
         *(_where_is(f"the {what}") for what in OBJECTS),
         *(_where_was(what, where) for what in OBJECTS for where in PLACES),
         *map(_what_carries, PERSONS),
+        *map(_who_has, OBJECTS),
     ]
 
 
@@ -138,7 +144,7 @@ def all_answers() -> list[str]:
     """Returns every answer that may be right."""
     counts = range(1, _MOST_CARRIED + 1)
     lists = [",".join(held) for count in counts for held in permutations(OBJECTS, count)]
-    return [*PLACES, NOTHING, *lists]
+    return [*PLACES, *PERSONS, NOBODY, NOTHING, *lists]
 
 
 class _World:
@@ -211,12 +217,21 @@ def _what_carries(who: str) -> str:
     return f"What is {who} carrying?"
 
 
+def _who_has(what: str) -> str:
+    return f"Who has the {what}?"
+
+
 def _ask_person(world: _World) -> list[Asked]:
     return [Asked(_where_is(who), where) for who, where in world.place.items()]
 
 
 def _ask_object(world: _World) -> list[Asked]:
     return [Asked(_where_is(f"the {what}"), path[-1]) for what, path in world.path.items() if path]
+
+
+def _ask_holder(world: _World) -> list[Asked]:
+    holders = {what: who for who, held in world.held.items() for what in held}
+    return [Asked(_who_has(what), holders.get(what, NOBODY)) for what in world.path]
 
 
 def _ask_before(world: _World) -> list[Asked]:
@@ -237,3 +252,10 @@ def _ask_list(world: _World) -> list[Asked]:
 
 
 _QUESTIONS = {"qa1": _ask_person, "qa2": _ask_object, "qa3": _ask_before, "qa8": _ask_list}
+_STEPS: dict[BabilongTask, list[Callable[[_World], list[Asked]]]] = {
+    "qa1": [],
+    "qa2": [_ask_holder, _ask_person],
+    "qa3": [_ask_holder, _ask_person, _ask_object],
+    "qa8": [_ask_holder],
+}
+"""Questions about single facts that a task's question combines."""

@@ -71,6 +71,10 @@ def answer_to(facts: list[Fact], question: str) -> str:
     if asked := re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question):
         places = places_in_turn(facts, asked[1])
         return places[max(i for i, place in enumerate(places) if place == asked[2]) - 1]
+    if asked := re.fullmatch(r"Who has the (\w+)\?", question):
+        touch = last_touch(facts, asked[1])
+        assert touch is not None, question
+        return facts[touch].who if facts[touch].act == "take" else "nobody"
     asked = re.fullmatch(r"What is (\w+) carrying\?", question)
     assert asked, question
     return ",".join(carried(facts, asked[1])) or "nothing"

@@ -13,7 +13,16 @@ import pytest
 
 from infini_ds.config import FEWEST_FACTS, BabilongConfig, DataConfig, TokenizerConfig
 from infini_ds.data.babilong import Babilong, BabilongDocument, babilong_random
-from infini_ds.data.babilong_world import CHANCE, all_answers, all_facts, all_questions, tell
+from infini_ds.data.babilong_world import (
+    CHANCE,
+    OBJECTS,
+    PERSONS,
+    PLACES,
+    all_answers,
+    all_facts,
+    all_questions,
+    tell,
+)
 from infini_ds.data.lanes import held_out_plans
 from infini_ds.data.prepare import prepare
 from infini_ds.data.sentencepiece_tokenizer import train_sentencepiece
@@ -27,8 +36,13 @@ from tests.data.bab_reader import answer_to, contradictions, facts_in
 N = 128
 TASKS = list(FEWEST_FACTS)
 each_task = pytest.mark.parametrize("task", TASKS)
-QUESTION = re.compile(r" (W[a-z]+ (?:is|was) [\w ]+\?)$")
+QUESTION = re.compile(r" (W[a-z]+ (?:is|was|has) [\w ]+\?)$")
 WORD = "abcdefghij"
+OWN = {
+    "qa1": "Where is Mary?", "qa2": "Where is the key?",
+    "qa3": "Where was the key before the office?", "qa8": "What is Mary carrying?",
+}  # fmt: skip
+"""Each task's question, with one name in place of all."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,8 @@ class TestReader:
         [
             ("Where is Mary?", "cellar"), ("Where is the apple?", "office"),
             ("What is John carrying?", "nothing"), ("What is Mary carrying?", "key,milk"),
-            ("Where is the milk?", "cellar"),
+            ("Where is the milk?", "cellar"), ("Who has the milk?", "Mary"),
+            ("Who has the apple?", "nobody"),
         ],
     )  # fmt: skip
     def test_answers(self, question, answer):
@@ -155,6 +170,27 @@ class TestStories:
             counts.add(len(story.asked))
         assert counts == {1, 2, 3}
 
+    @pytest.mark.parametrize(
+        ("task", "steps"),
+        [
+            ("qa1", set()), ("qa2", {"Where is Mary?", "Who has the key?"}),
+            ("qa3", {"Where is Mary?", "Where is the key?", "Who has the key?"}),
+            ("qa8", {"Who has the key?"}),
+        ],
+    )  # fmt: skip
+    def test_questions_about_single_steps_follow_those_of_the_task(self, task, steps):
+        """The task's own come first, or the answers to steps would give theirs away."""
+        kinds = set()
+        for number in range(200):
+            asked = [q for q, _ in tell(babilong_random(1, task, number), task, 12, 20).asked]
+            asked = [re.sub("|".join(PERSONS), "Mary", q) for q in asked]
+            asked = [re.sub("|".join(OBJECTS), "key", q) for q in asked]
+            own = [re.sub("|".join(PLACES), "office", q) == OWN[task] for q in asked]
+            assert own == sorted(own, reverse=True)
+            assert own[0]
+            kinds |= {q for q, of_task in zip(asked, own, strict=True) if not of_task}
+        assert kinds == steps
+
     def test_later_facts_override_earlier_ones(self):
         """The answer is often not the last place that was told, nor that of the first fact."""
         for task in ("qa1", "qa2"):
@@ -206,6 +242,14 @@ class TestDocuments:
             for question, answer in document.asked:
                 assert QUESTION.fullmatch(question)
                 assert answer == f" {answer_to(told, question[1:])}."
+
+    def test_words_of_facts_are_tokens_of_a_tokenizer_that_is_trained_on_them(self, tmp_path):
+        tokenizer = {"kind": "sentencepiece", "vocab_size": 1500}
+        made = {"segments": [2, 16], "documents": 150, "filler": "text"}
+        store = prepare(data_config(tmp_path, tokenizer=tokenizer, **made), workers=1)
+        words = {word.strip(".?") for fact in all_facts() for word in fact.split()}
+        split = [word for word in words if len(store.tokenizer.encode_array(f" {word}", False)) > 1]
+        assert split == []
 
     def test_ask_as_much_as_fits_into_a_segment(self):
         made = maker(max_questions=9, min_facts=8)
