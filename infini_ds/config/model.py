@@ -109,6 +109,8 @@ class ModelConfig(Settings):
     """Initial beta of the gates: the memory's share of a head's output is sigmoid(beta)."""
     initializer_range: float = Field(default=0.02, ge=0, le=100)
     """Standard deviation of initial weights; those that end a branch are divided by sqrt(2 L)."""
+    embedding_initializer_range: float = Field(default=0.0, ge=0, le=100)
+    """Standard deviation of the initial embedding; 0 means initializer_range."""
 
     @property
     def kv_heads(self) -> int:

@@ -11,7 +11,8 @@ here. Facts are told in the order in which they happen, and all questions refer 
 | qa8 | What is Mary carrying? | objects in the order in which she took them, or "nothing" |
 
 Where a story is asked several questions, those about steps to the task's own come last: who has an
-object ("nobody" once it was put down), and where persons and objects are.
+object ("nobody" once it was put down), what somebody carries, and where persons and objects are.
+Only the answers that name objects teach a model to tell objects apart.
 """
 
 from collections.abc import Callable
@@ -254,8 +255,8 @@ def _ask_list(world: _World) -> list[Asked]:
 _QUESTIONS = {"qa1": _ask_person, "qa2": _ask_object, "qa3": _ask_before, "qa8": _ask_list}
 _STEPS: dict[BabilongTask, list[Callable[[_World], list[Asked]]]] = {
     "qa1": [],
-    "qa2": [_ask_holder, _ask_person],
-    "qa3": [_ask_holder, _ask_person, _ask_object],
+    "qa2": [_ask_holder, _ask_person, _ask_list],
+    "qa3": [_ask_holder, _ask_person, _ask_list, _ask_object],
     "qa8": [_ask_holder],
 }
 """Questions about single facts that a task's question combines."""

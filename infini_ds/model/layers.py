@@ -47,19 +47,23 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
 
     They are the same whichever process builds the layer. Weights are normally distributed
     with deviation initializer_range, divided by sqrt(2 L) in projections that end a branch so that
-    the residual stream does not grow with depth (GPT-2). Norms are 1 and biases 0. Write gates
-    have a deviation of their own, and are drawn last so that all other weights are the same as
-    without them. With a convolution, keys begin as queries of earlier tokens, see
-    `InfiniAttention.begin_with_induction`.
+    the residual stream does not grow with depth (GPT-2). Norms are 1 and biases 0. The embedding
+    may have a deviation of its own. Write gates have one, and are drawn last so that all other
+    weights are the same as without them. With a convolution, keys begin as queries of earlier
+    tokens, see `InfiniAttention.begin_with_induction`.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     gates_last = sorted(layer.named_parameters(), key=lambda item: _is_write_gate(item[0]))
     for name, parameter in gates_last:
         if parameter.dim() < 2 or name.endswith("short_conv.weight"):
             continue  # set by the constructors or below
-        ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
-        scale = math.sqrt(2 * config.num_layers) if ends_branch else 1.0
-        deviation = INITIAL_DEVIATION if _is_write_gate(name) else config.initializer_range / scale
+        deviation = config.initializer_range
+        if isinstance(layer, Embedding):
+            deviation = config.embedding_initializer_range or deviation
+        elif _is_write_gate(name):
+            deviation = INITIAL_DEVIATION
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):  # they end a branch
+            deviation /= math.sqrt(2 * config.num_layers)
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
         drawn.normal_(0, deviation, generator=generator)
         parameter.copy_(drawn)

@@ -13,7 +13,9 @@ from infini_ds.runs.export import export_tokenizer, open_model
 from infini_ds.runs.weights import Weights
 from infini_ds.system.ranges import check_finite, narrowed
 
-_FREE = ("gate_init", "initializer_range", "memory.write_penalty")
+_FREE = (
+    "gate_init", "initializer_range", "embedding_initializer_range", "memory.write_penalty",
+)  # fmt: skip
 """Settings that do not affect weights that already exist."""
 
 

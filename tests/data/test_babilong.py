@@ -173,8 +173,11 @@ class TestStories:
     @pytest.mark.parametrize(
         ("task", "steps"),
         [
-            ("qa1", set()), ("qa2", {"Where is Mary?", "Who has the key?"}),
-            ("qa3", {"Where is Mary?", "Where is the key?", "Who has the key?"}),
+            ("qa1", set()),
+            ("qa2", {"Where is Mary?", "What is Mary carrying?", "Who has the key?"}),
+            ("qa3", {
+                "Where is Mary?", "Where is the key?", "What is Mary carrying?", "Who has the key?",
+            }),
             ("qa8", {"Who has the key?"}),
         ],
     )  # fmt: skip

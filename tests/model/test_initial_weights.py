@@ -23,6 +23,19 @@ def test_write_gates_change_no_other_initial_weight(make_model):
         assert torch.equal(other.get_parameter(name), parameter), name
 
 
+@pytest.mark.parametrize(("own", "expected"), [(0.0, 0.05), (0.4, 0.4)])
+def test_embedding_may_have_a_deviation_of_its_own(make_model, own, expected):
+    ranges = {"initializer_range": 0.05, "embedding_initializer_range": own}
+    config = make_model(vocab_size=2000, **ranges).config
+    model = InfiniTransformer(config, seed=0)
+    assert model.layers[0].weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert model.head()[0].std().item() == pytest.approx(0.05, rel=0.02)
+    plain = InfiniTransformer(config.model_copy(update={"embedding_initializer_range": 0.0}), 0)
+    for name, parameter in plain.named_parameters():
+        scale = expected / 0.05 if name == "layers.0.weight" else 1
+        torch.testing.assert_close(model.get_parameter(name), parameter * scale)
+
+
 def initial_block(config):
     layer = layer_list(config)[1]
     block = layer.module(*layer.args)
@@ -98,16 +111,16 @@ def test_a_query_finds_what_followed_its_token(make_model, taps):
 
 
 def test_a_query_finds_the_longest_sequence(make_model):
-    """Of two heads, the second."""
+    """Of two heads, the second, on the average of many texts."""
     config = make_model(
         num_heads=2, num_kv_heads=2, hidden_size=256, head_dim=256, memory={"short_conv": 4}
     ).config
     attention = initial_block(config).self_attn
     places = [*range(9), 7, *range(10, 20), 5, 6, 7]  # 7 three times, once after 6
-    projected = attention.project(torch.randn(20, 256)[places][None, None])[0]
-    convolved, _ = attention.short_conv(projected, torch.zeros(1, 1, 4, 6, 256))
-    q, k, _ = (x[0, 0, :, 1] for x in attention._split(convolved))
-    scores = q[-1] @ k.T
+    projected = attention.project(torch.randn(100, 1, 20, 256)[:, :, places])[0]
+    convolved, _ = attention.short_conv(projected, torch.zeros(100, 1, 4, 6, 256))
+    q, k, _ = (x[:, 0, :, 1] for x in attention._split(convolved))
+    scores = torch.einsum("bd,bkd->k", q[:, -1], k)
     assert scores.argmax() == 8
     assert scores[8] > 1.5 * scores[10]
 
