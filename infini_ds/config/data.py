@@ -138,6 +138,8 @@ class BabilongConfig(Settings):
     """The most facts in a document; fewer where the segments have no room for so many."""
     max_questions: int = Field(default=1, ge=1)
     """The most questions in a document; their number is drawn. Those about steps come last."""
+    answer_steps: bool = False
+    """Answers of qa2 name the step before the place, who has the object: "Mary, kitchen"."""
     filler: FillerKind = "text"
     """As data.passkey.filler."""
     text_files: list[str] = Field(default=[])

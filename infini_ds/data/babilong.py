@@ -102,7 +102,8 @@ class Babilong:
         fewest, most = self._bounds(task, segments, before)
         draws = Draws(random)
         facts = fewest + draws.below(most - fewest + 1)
-        story = tell(random, task, facts, self._config.max_questions)
+        config = self._config
+        story = tell(random, task, facts, config.max_questions, config.answer_steps)
         places = sorted(draws.share() for _ in story.facts)
         head = self._filled(random, before, list(map(_spaced, story.facts)), places)
         asked, room = self._fitting(story.asked)

@@ -6,9 +6,12 @@ here. Facts are told in the order in which they happen, and all questions refer 
 | task | question | answer |
 |---|---|---|
 | qa1 | Where is Mary? | the place to which she moved last (one supporting fact) |
-| qa2 | Where is the apple? | where its carrier is, or where it was put down (two) |
+| qa2 | Where is the apple? | where its holder is, or where it was put down (two) |
 | qa3 | Where was the apple before the office? | the place before the latest time there (three) |
 | qa8 | What is Mary carrying? | objects in the order in which she took them, or "nothing" |
+
+With steps in its answers, qa2 first says who has the object: "Mary, kitchen" or "nobody, kitchen".
+Each word then takes one fact to find.
 
 Where a story is asked several questions, those about steps to the task's own come last: who has an
 object ("nobody" once it was put down), what somebody carries, and where persons and objects are.
@@ -28,13 +31,12 @@ PLACES = ["cellar", "garden", "kitchen", "library", "office", "stable"]
 OBJECTS = ["apple", "ball", "book", "key", "lamp", "milk"]
 NOTHING, NOBODY = "nothing", "nobody"
 _EMPTY_SHARE = 4  # one in so many questions of qa8 is about somebody who carries nothing
-CHANCE: dict[BabilongTask, float] = {
+_CHANCE: dict[BabilongTask, float] = {
     "qa1": 1 / len(PLACES),
     "qa2": 1 / len(PLACES),
     "qa3": 1 / (len(PLACES) - 1),  # the question names another place
     "qa8": 1 / _EMPTY_SHARE,
 }
-"""The share of right answers that the best guess without the facts reaches."""
 _MOVES = ["went to", "moved to"]
 _TAKES = ["picked up", "took"]
 _DROPS = ["put down", "dropped"]
@@ -94,18 +96,23 @@ class Draws:
 
 
 def tell(
-    random: np.random.Philox, task: BabilongTask, facts: int, most_questions: int = 1
+    random: np.random.Philox,
+    task: BabilongTask,
+    facts: int,
+    most_questions: int = 1,
+    answer_steps: bool = False,
 ) -> Story:
     """Makes up a story.
 
     Args:
         facts: how many, at least `FEWEST_FACTS` of the task.
         most_questions: their number is drawn from 1 to this, fewer where there is less to ask.
+        answer_steps: whether answers of qa2 begin with who has the object.
     """
     draws = Draws(random)
     asks_empty = draws.below(_EMPTY_SHARE) == 0
     while True:  # short stories often leave nothing to ask; the shortest of qa3 most often
-        world = _World(draws, asks_empty)
+        world = _World(draws, asks_empty, answer_steps)
         told = [world.go_on(draws.one(_KINDS[task])) for _ in range(facts)]
         questions = _QUESTIONS[task](world)
         if questions:
@@ -120,6 +127,12 @@ def _drawn(draws: Draws, questions: list[Asked], steps: list[Asked], most: int) 
         return [first]
     others = draws.shuffled([asked for asked in questions if asked != first])
     return [first, *others, *draws.shuffled(steps)][: 1 + draws.below(most)]
+
+
+def chance(task: BabilongTask, answer_steps: bool) -> float:
+    """Returns the share of right answers that the best guess without the facts reaches."""
+    holder = 1 / len(PERSONS) if answer_steps and task == "qa2" else 1
+    return holder * _CHANCE[task]
 
 
 def all_facts() -> list[str]:
@@ -144,15 +157,19 @@ def all_questions() -> list[str]:
 def all_answers() -> list[str]:
     """Returns every answer that may be right."""
     counts = range(1, _MOST_CARRIED + 1)
-    lists = [",".join(held) for count in counts for held in permutations(OBJECTS, count)]
-    return [*PLACES, *PERSONS, NOBODY, NOTHING, *lists]
+    lists = [", ".join(held) for count in counts for held in permutations(OBJECTS, count)]
+    holders = [*PERSONS, NOBODY]
+    stepwise = [_stepwise(who, where) for who in holders for where in PLACES]
+    return [*PLACES, *holders, NOTHING, *lists, *stepwise]
 
 
 class _World:
     """A few persons and objects; nobody knows where they are until a fact tells it."""
 
-    def __init__(self, draws: Draws, asks_empty: bool):
+    def __init__(self, draws: Draws, asks_empty: bool, answer_steps: bool):
         self.draws = draws
+        self.answer_steps = answer_steps
+        """As in `tell`."""
         self.asks_empty = asks_empty
         """Whether a question about what somebody carries is about somebody who carries nothing."""
         self._persons = draws.some(PERSONS, _MOST_PERSONS)
@@ -163,6 +180,10 @@ class _World:
         """For each person that a fact has named, the objects carried, first taken first."""
         self.path: dict[str, list[str]] = {}
         """For each object that has been taken, its known places, each unlike the one before."""
+
+    def holder(self, what: str) -> str:
+        """Returns who has an object, or "nobody"."""
+        return next((who for who, held in self.held.items() if what in held), NOBODY)
 
     def go_on(self, kind: str) -> str:
         """Lets something happen and tells it: a person moves if the given kind is impossible."""
@@ -181,7 +202,7 @@ class _World:
         if what not in self.path:
             return True
         lies_here = self.path[what][-1:] == [self.place.get(who)]
-        return lies_here and not any(what in held for held in self.held.values())
+        return lies_here and self.holder(what) == NOBODY
 
     def _take(self, who: str, what: str) -> str:
         self.held[who].append(what)
@@ -222,17 +243,27 @@ def _who_has(what: str) -> str:
     return f"Who has the {what}?"
 
 
+def _stepwise(holder: str, where: str) -> str:
+    return f"{holder}, {where}"
+
+
 def _ask_person(world: _World) -> list[Asked]:
     return [Asked(_where_is(who), where) for who, where in world.place.items()]
 
 
 def _ask_object(world: _World) -> list[Asked]:
-    return [Asked(_where_is(f"the {what}"), path[-1]) for what, path in world.path.items() if path]
+    return [
+        Asked(
+            _where_is(f"the {what}"),
+            _stepwise(world.holder(what), path[-1]) if world.answer_steps else path[-1],
+        )
+        for what, path in world.path.items()
+        if path
+    ]
 
 
 def _ask_holder(world: _World) -> list[Asked]:
-    holders = {what: who for who, held in world.held.items() for what in held}
-    return [Asked(_who_has(what), holders.get(what, NOBODY)) for what in world.path]
+    return [Asked(_who_has(what), world.holder(what)) for what in world.path]
 
 
 def _ask_before(world: _World) -> list[Asked]:
@@ -246,7 +277,7 @@ def _ask_before(world: _World) -> list[Asked]:
 
 def _ask_list(world: _World) -> list[Asked]:
     return [
-        Asked(_what_carries(who), ",".join(held) or NOTHING)
+        Asked(_what_carries(who), ", ".join(held) or NOTHING)
         for who, held in world.held.items()
         if bool(held) != world.asks_empty
     ]

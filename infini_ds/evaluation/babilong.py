@@ -149,6 +149,7 @@ def run(
         "segment_length": n,
         "filler": made.filler,
         "facts": [made.min_facts, made.max_facts],
+        "answer_steps": made.answer_steps,
         "seed": options.seed,
         "tokens_per_second": progress.tokens_per_second,
     }

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from infini_ds.config import BabilongTask
-from infini_ds.data.babilong_world import CHANCE
+from infini_ds.data.babilong_world import chance
 from infini_ds.evaluation.heat_map import Axis, heat_map, percent
 from infini_ds.evaluation.results import Results
 
@@ -31,7 +31,8 @@ def figures(outcomes: Sequence[Outcome], setup: dict[str, Any]) -> dict[str, Any
     """Adds to `setup`, under "results", the shares of right answers of each task and length.
 
     Each entry has "task", "segments" and "samples"; the share that is "right", and the one with
-    the memory "ablated"; and by "chance" what the best guess without the facts reaches.
+    the memory "ablated"; and by "chance" what the best guess without the facts reaches, which
+    depends on `setup`'s "answer_steps".
     """
     results = []
     for task, segments in dict.fromkeys((each.task, each.segments) for each in outcomes):
@@ -43,7 +44,7 @@ def figures(outcomes: Sequence[Outcome], setup: dict[str, Any]) -> dict[str, Any
                 "samples": len(here),
                 "right": sum(each.right for each in here) / len(here),
                 "ablated": sum(each.right_ablated for each in here) / len(here),
-                "chance": CHANCE[here[0].task],
+                "chance": chance(here[0].task, setup["answer_steps"]),
             }
         )
     return {**setup, "results": results}
@@ -77,7 +78,8 @@ def _table(figures: dict[str, Any]) -> Table:
     for task in tasks:
         for share in _SHARES:
             row = [percent(found[task, segments][share]) for segments in lengths]
-            names = (task, percent(CHANCE[task]), "on") if share == "right" else ("", "", share)
+            guessed = percent(found[task, lengths[0]]["chance"])
+            names = (task, guessed, "on") if share == "right" else ("", "", share)
             result.add_row(*names, *row)
     samples = [f"{found[tasks[0], segments]['samples']:,}" for segments in lengths]
     result.add_row("n", "", "", *samples)

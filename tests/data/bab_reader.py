@@ -63,21 +63,31 @@ def places_in_turn(facts: list[Fact], what: str) -> list[str]:
     return places
 
 
-def answer_to(facts: list[Fact], question: str) -> str:
+def holder_of(facts: list[Fact], what: str) -> str:
+    touch = last_touch(facts, what)
+    assert touch is not None, what
+    return facts[touch].who if facts[touch].act == "take" else "nobody"
+
+
+def answer_to(facts: list[Fact], question: str, steps: bool = False) -> str:
+    """Answers a question.
+
+    Args:
+        steps: whether to say who has an object before where it is.
+    """
     if asked := re.fullmatch(r"Where is the (\w+)\?", question):
-        return str(place_of_object(facts, asked[1]))
+        place = str(place_of_object(facts, asked[1]))
+        return f"{holder_of(facts, asked[1])}, {place}" if steps else place
     if asked := re.fullmatch(r"Where is (\w+)\?", question):
         return str(place_of_person(facts, asked[1]))
     if asked := re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question):
         places = places_in_turn(facts, asked[1])
         return places[max(i for i, place in enumerate(places) if place == asked[2]) - 1]
     if asked := re.fullmatch(r"Who has the (\w+)\?", question):
-        touch = last_touch(facts, asked[1])
-        assert touch is not None, question
-        return facts[touch].who if facts[touch].act == "take" else "nobody"
+        return holder_of(facts, asked[1])
     asked = re.fullmatch(r"What is (\w+) carrying\?", question)
     assert asked, question
-    return ",".join(carried(facts, asked[1])) or "nothing"
+    return ", ".join(carried(facts, asked[1])) or "nothing"
 
 
 def contradictions(facts: list[Fact]) -> list[str]:

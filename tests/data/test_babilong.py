@@ -14,13 +14,13 @@ import pytest
 from infini_ds.config import FEWEST_FACTS, BabilongConfig, DataConfig, TokenizerConfig
 from infini_ds.data.babilong import Babilong, BabilongDocument, babilong_random
 from infini_ds.data.babilong_world import (
-    CHANCE,
     OBJECTS,
     PERSONS,
     PLACES,
     all_answers,
     all_facts,
     all_questions,
+    chance,
     tell,
 )
 from infini_ds.data.lanes import held_out_plans
@@ -38,6 +38,7 @@ TASKS = list(FEWEST_FACTS)
 each_task = pytest.mark.parametrize("task", TASKS)
 QUESTION = re.compile(r" (W[a-z]+ (?:is|was|has) [\w ]+\?)$")
 WORD = "abcdefghij"
+each_way_of_answering = pytest.mark.parametrize("steps", [False, True])
 OWN = {
     "qa1": "Where is Mary?", "qa2": "Where is the key?",
     "qa3": "Where was the key before the office?", "qa8": "What is Mary carrying?",
@@ -98,13 +99,23 @@ class TestReader:
         ("question", "answer"),
         [
             ("Where is Mary?", "cellar"), ("Where is the apple?", "office"),
-            ("What is John carrying?", "nothing"), ("What is Mary carrying?", "key,milk"),
+            ("What is John carrying?", "nothing"), ("What is Mary carrying?", "key, milk"),
             ("Where is the milk?", "cellar"), ("Who has the milk?", "Mary"),
             ("Who has the apple?", "nobody"),
         ],
     )  # fmt: skip
     def test_answers(self, question, answer):
         assert answer_to(facts_in(self.STORY), question) == answer
+
+    @pytest.mark.parametrize(
+        ("question", "answer"),
+        [
+            ("Where is the milk?", "Mary, cellar"), ("Where is the apple?", "nobody, office"),
+            ("Where is Mary?", "cellar"), ("What is Mary carrying?", "key, milk"),
+        ],
+    )  # fmt: skip
+    def test_answers_with_steps(self, question, answer):
+        assert answer_to(facts_in(self.STORY), question, steps=True) == answer
 
     def test_asks_for_the_place_before(self):
         story = "Ann took the key. Ann went to the a. Ann went to the b. Ann went to the a."
@@ -125,39 +136,57 @@ class TestReader:
 
 class TestStories:
     @each_task
+    @each_way_of_answering
     @pytest.mark.parametrize("more", [0, 1, 4, 20])
-    def test_are_answered_right_and_without_contradictions(self, task, more):
+    def test_are_answered_right_and_without_contradictions(self, task, steps, more):
         count = FEWEST_FACTS[task] + more
         for number in range(150):
-            story = tell(babilong_random(1, task, number), task, count)
+            story = tell(babilong_random(1, task, number), task, count, answer_steps=steps)
             facts = facts_in(" ".join(story.facts))
             assert len(facts) == count
             assert contradictions(facts) == []
             ((question, answer),) = story.asked
-            assert answer_to(facts, question) == answer, story
+            assert answer_to(facts, question, steps) == answer, story
 
     @each_task
-    def test_use_only_sentences_that_are_known(self, task):
+    @each_way_of_answering
+    def test_use_only_sentences_that_are_known(self, task, steps):
         known = set(all_facts()), set(all_questions()), set(all_answers())
-        stories = [tell(babilong_random(1, task, number), task, 12) for number in range(200)]
+        stories = [
+            tell(babilong_random(1, task, number), task, 12, answer_steps=steps)
+            for number in range(200)
+        ]
         for facts, ((question, answer),) in stories:
             assert set(facts) <= known[0]
             assert question in known[1]
             assert answer in known[2]
 
     @each_task
+    @each_way_of_answering
     @pytest.mark.parametrize("more", [0, 5])
-    def test_without_the_facts_no_guess_is_better_than_chance(self, task, more):
+    def test_without_the_facts_no_guess_is_better_than_chance(self, task, steps, more):
         count = FEWEST_FACTS[task] + more
-        stories = [tell(babilong_random(2, task, number), task, count) for number in range(1500)]
+        stories = [
+            tell(babilong_random(2, task, number), task, count, answer_steps=steps)
+            for number in range(1500)
+        ]
         guesses: dict[str, Counter[str]] = {}
         for _, ((question, answer),) in stories:  # qa3's best guess may depend on the place named
             named = question.split()[-1] if task == "qa3" else ""
             guesses.setdefault(named, Counter())[answer] += 1
         reached = sum(max(counts.values()) for counts in guesses.values()) / 1500
-        assert CHANCE[task] - 0.02 < reached < CHANCE[task] + 0.06
+        assert chance(task, steps) - 0.02 < reached < chance(task, steps) + 0.06
         if task == "qa8" and more:
             assert {story.asked[0].answer.count(",") for story in stories} == {0, 1, 2}
+
+    @pytest.mark.parametrize("task", ["qa1", "qa3", "qa8"])
+    def test_only_places_of_objects_have_steps_in_their_answers(self, task):
+        for number in range(100):
+            plain, stepwise = (
+                tell(babilong_random(1, task, number), task, 8, answer_steps=steps)
+                for steps in (False, True)
+            )
+            assert plain == stepwise
 
     @each_task
     def test_several_questions_are_different_and_all_answered_right(self, task):
@@ -306,9 +335,9 @@ class TestDocuments:
         assert len("".join(prompt_of(document))) == 8192 * N - made.longest_answer - 1
 
     def test_refuse_segments_that_are_too_short(self):
-        says = r"^data\.babilong\.segment_length \(56\) must be at least 57 for a question"
+        says = r"^data\.babilong\.segment_length \(58\) must be at least 59 for a question"
         with pytest.raises(UserError, match=says):
-            documents_of(maker(segment_length=56), "qa1", 2)
+            documents_of(maker(segment_length=58), "qa1", 2)
         says = r"2 segments have room for 2 facts before the last one, and qa3 needs 3; use longer"
         with pytest.raises(UserError, match=says):
             documents_of(maker(segment_length=64), "qa3", 2)
@@ -413,7 +442,7 @@ class TestCorpus:
             for row in np.flatnonzero(plan.lengths[:, 0]):
                 weights = windows.weights[row].flatten()
                 answer = windows.labels[row].flatten()[weights > 1].tolist()
-                assert re.fullmatch(rb" [a-z,]+\.", bytes(answer))
+                assert re.fullmatch(rb" [a-z, ]+\.", bytes(answer))
 
     def test_trained_tokenizer_knows_the_words_of_facts(self, tmp_path):
         store = prepare(data_config(tmp_path, tokenizer=TRAINED), workers=1)
@@ -424,7 +453,11 @@ class TestCorpus:
         config = data_config(tmp_path)
         prepare(config, workers=1)
         Store.open(config.store, config)
-        for change, setting in (({"tasks": ["qa1"]}, "tasks"), ({"max_facts": 9}, "max_facts")):
+        for change, setting in (
+            ({"tasks": ["qa1"]}, "tasks"),
+            ({"max_facts": 9}, "max_facts"),
+            ({"answer_steps": True}, "answer_steps"),
+        ):
             with pytest.raises(UserError, match=rf"^data\.babilong\.{setting} is .* made with"):
                 Store.open(config.store, data_config(tmp_path, **change))
 

@@ -86,7 +86,7 @@ class TestCounting:
     def test_answer_that_goes_on_is_wrong(self):
         """A list of which the right answer is only the beginning is another list."""
         outcomes = outcomes_of(
-            FactOracle(ByteTokenizer(), says=",milk."), questions(), [("qa8", 4, 20)]
+            FactOracle(ByteTokenizer(), says=", milk."), questions(), [("qa8", 4, 20)]
         )
         assert not any(outcome.right for outcome in outcomes)
 
@@ -99,13 +99,19 @@ class TestCounting:
             Outcome("qa1", 64, right=False, right_ablated=False),
             Outcome("qa3", 16, right=True, right_ablated=True),
         ]
-        first, second, third = figures(outcomes, {"step": 7})["results"]
+        first, second, third = figures(outcomes, {"step": 7, "answer_steps": False})["results"]
         assert first == {
             "task": "qa1", "segments": 16, "samples": 4, "right": 0.75, "ablated": 0.25,
             "chance": 1 / 6,
         }  # fmt: skip
         assert (second["segments"], second["right"]) == (64, 0.0)
         assert (third["task"], third["samples"], third["chance"]) == ("qa3", 1, 0.2)
+
+    @pytest.mark.parametrize(("steps", "chance"), [(False, 1 / 6), (True, 1 / 36)])
+    def test_chance_depends_on_the_form_of_answers(self, steps, chance):
+        outcome = Outcome("qa2", 16, right=True, right_ablated=False)
+        (result,) = figures([outcome], {"step": 7, "answer_steps": steps})["results"]
+        assert result["chance"] == pytest.approx(chance)
 
     def test_tokens_of_a_call_are_bounded_whatever_the_length(self):
         model = FactOracle(ByteTokenizer())
