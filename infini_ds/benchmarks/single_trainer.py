@@ -7,7 +7,12 @@ from torch import Tensor
 
 from infini_ds.config import RunConfig
 from infini_ds.model.muon import make_optimizer
-from infini_ds.model.optimizer import learning_rate_factor, parameter_groups, set_learning_rate
+from infini_ds.model.optimizer import (
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+    write_penalty_factor,
+)
 from infini_ds.model.trained import is_trained
 from infini_ds.model.transformer import InfiniTransformer
 from infini_ds.model.write_gate import WriteStats, write_penalty
@@ -47,11 +52,12 @@ class SingleTrainer:
         config = self._config
         factor = learning_rate_factor(self._step, config.train.steps, config.optimizer)
         set_learning_rate(self._optimizer, factor)
+        factor = write_penalty_factor(self._step, config.optimizer)
         self._step += 1
         mass = sum((stats.mass for stats in writes), start=torch.zeros(()))
         penalty = write_penalty(config.model.memory, mass, tokens * config.model.kv_heads)
         self._optimizer.zero_grad()
-        (loss + penalty).backward()
+        (loss + factor * penalty).backward()
         limit = config.optimizer.gradient_clipping or math.inf
         finite = bool(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).isfinite())
         if finite:

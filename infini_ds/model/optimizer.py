@@ -90,6 +90,15 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> floa
     return floor + (1 - floor) * min(1.0, max(0.0, (steps - step) / decay))
 
 
+def write_penalty_factor(step: int, config: OptimizerConfig) -> float:
+    """Returns the write penalty of a step, counted from 0, relative to its value in the config.
+
+    A penalty that is high from the first step on closes write gates before there is anything to
+    learn from what they let through.
+    """
+    return min(1.0, (step + 1) / max(1, config.write_penalty_warmup_steps))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets each group's learning rate to its peak times the factor."""
     for group in optimizer.param_groups:

@@ -103,7 +103,12 @@ class Engine(Protocol):
         ...
 
     def train_step(
-        self, read: WindowsOf, size: StepSize, rate_factor: float, stop: bool = False
+        self,
+        read: WindowsOf,
+        size: StepSize,
+        rate_factor: float,
+        penalty_factor: float = 1.0,
+        stop: bool = False,
     ) -> StepResult:
         """Runs forward, backward and the optimizer step on one window of every lane.
 
@@ -112,6 +117,7 @@ class Engine(Protocol):
             size: divisors of the step; the loss is the weighted sum over all valid tokens divided
                 by their total weight.
             rate_factor: factor applied to all learning rates.
+            penalty_factor: factor applied to the write penalty.
             stop: whether this rank was asked to stop.
         """
         ...

@@ -21,7 +21,7 @@ from infini_ds.guard.signals import StopRequest
 from infini_ds.guard.watchdog import Watchdog
 from infini_ds.model.flops import device_peak_flops, training_flops_per_token
 from infini_ds.model.layers import count_parameters
-from infini_ds.model.optimizer import learning_rate_factor
+from infini_ds.model.optimizer import learning_rate_factor, write_penalty_factor
 from infini_ds.model.trained import trained_counts
 from infini_ds.model.write_gate import write_penalty
 from infini_ds.parallel import weights_on_disk
@@ -166,11 +166,14 @@ class Trainer:
         config = self.config
         begin = time.perf_counter()
         plan = self.lanes.next_plan()
-        factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
+        rate_factor = learning_rate_factor(self.step, config.train.steps, config.optimizer)
+        penalty_factor = write_penalty_factor(self.step, config.optimizer)
         weight = total_weight(self.data.split("train"), plan)
         # Without any weight there is no loss, so any divisor will do.
         size = StepSize(weight or 1.0, plan.num_tokens)
-        result = self.engine.train_step(self._reader(plan), size, factor, self.stop.requested)
+        result = self.engine.train_step(
+            self._reader(plan), size, rate_factor, penalty_factor, self.stop.requested
+        )
         if result.fault and self._went_back(plan, result):
             return result.stop
         curriculum = {}
@@ -187,7 +190,7 @@ class Trainer:
         self.tokens += plan.num_tokens
         # The first step is logged too: the supervisor reads there that a step was made.
         log = self.step % config.train.log_every == 0 or self.step == self.first_step + 1
-        writes = self._describe_writes(size.tokens) if log else {}
+        writes = self._describe_writes(size.tokens, penalty_factor) if log else {}
         if self.monitor:
             elapsed = time.perf_counter() - begin
             metrics = self._metrics(result, size, elapsed)
@@ -219,14 +222,15 @@ class Trainer:
             metrics["speed/model_flops_utilisation"] = flops / (peak * world_size())
         return metrics
 
-    def _describe_writes(self, tokens: int) -> dict[str, float]:
-        """Returns how much of the last step each layer wrote, and what that adds to the loss."""
+    def _describe_writes(self, tokens: int, penalty_factor: float) -> dict[str, float]:
+        """Returns how much of the last step each layer wrote, and what that added to the loss."""
         memory = self.config.model.memory
         if not memory.write_gate:
             return {}
         shares = self.engine.written()
         shares /= tokens * self.config.model.kv_heads
-        metrics = {"train/write_penalty": write_penalty(memory, float(shares[:, 0].sum()), 1)}
+        penalty = penalty_factor * write_penalty(memory, float(shares[:, 0].sum()), 1)
+        metrics = {"train/write_penalty": penalty}
         for layer, (mass, zeros) in enumerate(shares.tolist()):
             metrics[f"memory/write_mass/layer_{layer}"] = mass
             metrics[f"memory/write_zeros/layer_{layer}"] = zeros

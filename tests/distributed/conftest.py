@@ -39,7 +39,9 @@ class Run:
                 "chunks": 2, "save_every": 5, "keep_last": 9, "timeout": 40.0, "threads": 1,
                 "dtype": "bf16",
             },
-            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3},
+            "optimizer": {
+                "learning_rate": 1e-2, "warmup_steps": 3, "write_penalty_warmup_steps": 8,
+            },
             "evaluation": {"every": 0, "max_segments": 8, "sample_tokens": 0},
         }  # fmt: skip
         tree = tiny.run_tree(**(own | settings))

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from infini_ds.config import RunConfig
 from infini_ds.data.windows import Windows
 from infini_ds.layout import IGNORE_INDEX, Layout
-from infini_ds.model.optimizer import learning_rate_factor
+from infini_ds.model.optimizer import learning_rate_factor, write_penalty_factor
 from tests import tiny
 
 STEPS = 5
@@ -144,8 +144,9 @@ def train(config: RunConfig) -> dict:
         def read(micro_batch: int, windows: Windows = windows) -> Windows:
             return cut(windows, engine.lanes_of(micro_batch))
 
-        factor = learning_rate_factor(step, config.train.steps, config.optimizer)
-        done = engine.train_step(read, StepSize(count, count), factor)
+        rate = learning_rate_factor(step, config.train.steps, config.optimizer)
+        penalty = write_penalty_factor(step, config.optimizer)
+        done = engine.train_step(read, StepSize(count, count), rate, penalty)
         result["losses"].append(done.loss_sum / count)
         result["norms"].append(done.gradient_norm)
         result["writes"].append(engine.written())

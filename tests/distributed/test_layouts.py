@@ -159,6 +159,7 @@ LARGER_MICRO_BATCHES = {
 # What the model learns about writing, with hard zeros and ones among the write weights.
 WRITING = {
     "model.memory": {"write_gate": True, "write_penalty": 0.3, "short_conv": True},
+    "optimizer.write_penalty_warmup_steps": 3,
     "train.chunks": 2,
 }
 WRITING_CASES = {
@@ -592,7 +593,9 @@ def reference(settings: str) -> dict:
         loss = token_losses(hidden, *model.head(), windows.labels, 10**6).sum() / count
         means = [layer.mass / (count * config.model.kv_heads) for layer in stats]
         optimizer.zero_grad()
-        (loss + config.model.memory.write_penalty * sum(means)).backward()
+        warmup = max(1, config.optimizer.write_penalty_warmup_steps)
+        penalty = config.model.memory.write_penalty * min(1.0, (step + 1) / warmup)
+        (loss + penalty * sum(means)).backward()
         limit = config.optimizer.gradient_clipping or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         factor = learning_rate_factor(step, config.train.steps, config.optimizer)

@@ -10,6 +10,7 @@ from infini_ds.model.optimizer import (
     learning_rate_factor,
     parameter_groups,
     set_learning_rate,
+    write_penalty_factor,
 )
 from tests import tiny
 
@@ -158,3 +159,9 @@ def test_learning_rate_factor_never_rises_after_warm_up(schedule):
     assert factors == sorted(factors, reverse=True)
     assert factors[0] == 1
     assert factors[-1] == pytest.approx(config.min_learning_rate_ratio)
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (1, [1, 1, 1]), (2, [0.5, 1, 1])])
+def test_write_penalty_factor_grows_to_1(warmup, expected):
+    config = OptimizerConfig(write_penalty_warmup_steps=warmup)
+    assert [write_penalty_factor(step, config) for step in range(3)] == expected

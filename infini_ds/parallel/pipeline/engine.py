@@ -132,7 +132,12 @@ class InfiniEngine(States):
         return self.part.lanes_of(micro_batch)
 
     def train_step(
-        self, read: WindowsOf, size: StepSize, rate_factor: float, stop: bool = False
+        self,
+        read: WindowsOf,
+        size: StepSize,
+        rate_factor: float,
+        penalty_factor: float = 1.0,
+        stop: bool = False,
     ) -> StepResult:
         """See `Engine`."""
         begin = time.perf_counter()
@@ -144,12 +149,9 @@ class InfiniEngine(States):
         self._bad_lanes.zero_()
         self._answers = torch.zeros(2, dtype=torch.float64, device=self.device)
         # Reductions average over data-parallel ranks, so the sums are scaled up by their number.
-        scale = Scale(
-            self.dp_world_size / size.loss_weight,
-            write_penalty(
-                self._model.memory, self.dp_world_size, size.tokens * self._model.kv_heads
-            ),
-        )
+        weights = size.tokens * self._model.kv_heads
+        penalty = write_penalty(self._model.memory, self.dp_world_size, weights)
+        scale = Scale(self.dp_world_size / size.loss_weight, penalty_factor * penalty)
         schedule = train_schedule(
             self.part.stage, self.num_stages, self.micro_batches, self._train.chunks
         )
