@@ -38,6 +38,9 @@ _TOKEN_BYTES = 4
 """About the bytes of a token that is not known yet."""
 # Text that is 128 times as long as needed and still has too few tokens has no words to speak of.
 _DOUBLINGS = 8
+# Text is cut again, in so many rounds, until so few tokens are missing or too many: dropping words
+# one by one takes minutes where a long text has more tokens in a place than elsewhere.
+_FEW, _ROUNDS = 64, 8
 
 
 class BabilongDocument(NamedTuple):
@@ -164,14 +167,27 @@ class Babilong:
         count = cache(self.count)  # all pieces but one stay what they are when a word is dropped
         room = tokens - sum(map(count, sentences))
         text, found = self._text(random, room)
-        fillers = cut_to_words(text, len(text) * room // found, places or [])
-        while True:
-            mixed = chain.from_iterable(zip_longest(fillers, sentences, fillvalue=""))
-            pieces = [piece for piece in mixed if piece]
+
+        def mixed(fillers: list[str]) -> tuple[list[str], int]:
+            """Returns the pieces, and how many tokens they have too many."""
+            pairs = chain.from_iterable(zip_longest(fillers, sentences, fillvalue=""))
+            pieces = [piece for piece in pairs if piece]
             used = sum(count(piece, begins and i == 0) for i, piece in enumerate(pieces))
-            if used <= tokens:
-                return pieces + [" "] * (tokens - used)
+            return pieces, used - tokens
+
+        size = len(text) * room // found
+        fillers = cut_to_words(text, size, places or [])
+        pieces, over = mixed(fillers)
+        for _ in range(_ROUNDS):
+            if abs(over) <= _FEW:
+                break
+            size = min(size - len(text) * over // found, len(text))
+            fillers = cut_to_words(text, size, places or [])
+            pieces, over = mixed(fillers)
+        while over > 0:
             drop_a_word(fillers)
+            pieces, over = mixed(fillers)
+        return pieces + [" "] * -over
 
     def _text(self, random: np.random.Philox, tokens: int) -> tuple[str, int]:
         """Returns filler that begins between two words and has more than so many tokens."""

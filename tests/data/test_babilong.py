@@ -334,6 +334,20 @@ class TestDocuments:
         assert time.process_time() - began < 1  # about 5 ms on an idle core
         assert len("".join(prompt_of(document))) == 8192 * N - made.longest_answer - 1
 
+    def test_of_text_that_is_uneven_in_tokens_are_full_of_words_and_fast(self, tmp_path, model):
+        """A third of the text has several times as many tokens as equally long others."""
+        path = tmp_path / "uneven.txt"
+        path.write_text(f"{'went to the garden ' * 2000}{'qxz jvk wqy zxj vkq ' * 1000}" * 8)
+        tokenizer = load_tokenizer("sentencepiece", model)
+        made = maker(tokenizer, filler="text", text_files=[str(path)])
+        began = time.process_time()
+        documents = documents_of(made, "qa2", 1024, 4)
+        assert time.process_time() - began < 20  # about 1 s on an idle core
+        for document in documents:
+            assert document.pieces.count(" ") <= 64
+            tokens = [tokenizer.encode_array(p, not i) for i, p in enumerate(prompt_of(document))]
+            assert sum(map(len, tokens)) == 1024 * N - made.longest_answer - 1
+
     def test_refuse_segments_that_are_too_short(self):
         says = r"^data\.babilong\.segment_length \(58\) must be at least 59 for a question"
         with pytest.raises(UserError, match=says):
