@@ -76,9 +76,6 @@ def _sliding_window_alone() -> dict[str, Any]:
 
 
 def _write_gate(config: RunConfig) -> MemoryConfig:
-    from infini_ds.config import MemoryConfig
-
-    penalty = config.model.memory.write_penalty or WRITE_PENALTY
-    return MemoryConfig(
-        write_gate=True, write_penalty=penalty, short_conv=config.model.memory.short_conv
-    )
+    memory = config.model.memory
+    penalty = memory.write_penalty or WRITE_PENALTY
+    return memory.model_copy(update={"write_gate": True, "write_penalty": penalty})

@@ -42,7 +42,7 @@ def variant_config(config: RunConfig, name: str, seed: int, keys: int, longest: 
     model["vocab_size"] = model["vocab_size"] or vocabulary(keys)
     if name == WHOLE:
         model.update(segment_length=longest, gate_init=-LARGEST_GATE)
-        memory.update(write_gate=False, write_penalty=0.0)
+        memory.update(write_gate=False, write_gate_sees_keys=False, write_penalty=0.0)
     else:
         model.update(memory_rule=name)
     steps = tree["train"]["steps"]

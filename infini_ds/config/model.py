@@ -40,6 +40,8 @@ class MemoryConfig(Settings):
 
     write_gate: bool = False
     """Each token decides how much of it is written into the memory of each key-value head."""
+    write_gate_sees_keys: bool = False
+    """The gate also sees the key to write, and so, with short_conv, the tokens before its own."""
     write_penalty: float = Field(default=0.0, ge=0)
     """With write_gate, the loss gets this times the mean write weight, summed over layers."""
     short_conv: int = Field(default=0, ge=0, le=64)
@@ -57,6 +59,8 @@ class MemoryConfig(Settings):
             raise ValueError(
                 f"write_penalty ({self.write_penalty}) must be 0 when write_gate is false"
             )
+        if self.write_gate_sees_keys and not self.write_gate:
+            raise ValueError("write_gate_sees_keys (true) must be false when write_gate is false")
         return self
 
 

@@ -81,6 +81,7 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "use_sliding_window": config.use_sliding_window,
         "memory_rule": config.memory_rule,
         "write_gate": config.memory.write_gate,
+        "write_gate_sees_keys": config.memory.write_gate_sees_keys,
         "short_conv": config.memory.short_conv,
         "hidden_act": config.hidden_act,
         "rotary_base": config.rope_theta,

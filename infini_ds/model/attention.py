@@ -105,7 +105,7 @@ class InfiniAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps [..., hidden_size] to queries, keys and values [..., heads + 2 kv_heads, d], and to
-        write weights [..., kv_heads] in fp32, None without a write gate."""
+        the write gate's input [..., kv_heads] in fp32, None without a write gate."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
         return qkv, None if self.write_gate is None else self.write_gate(hidden)
 
@@ -143,8 +143,9 @@ class InfiniAttention(nn.Module):
         if memory.window is not None:
             previous, window = self._windows(k, v, layout, memory.window, exchange)
         stats = None
-        if w is not None:
-            w = rearrange(w, "b (s n) h -> b s n h", s=segments)
+        if self.write_gate is not None:
+            assert w is not None
+            w = self.write_gate.weights(rearrange(w, "b (s n) h -> b s n h", s=segments), k)
             stats = write_stats(w, valid_tokens(layout, n))
         rule, state = self.config.memory_rule, memory.compressed()
         rotary = self._rotary_table(qkv.device, n)
@@ -182,7 +183,9 @@ class InfiniAttention(nn.Module):
             qkv, tail = self.short_conv(qkv, tail)
         q, k, v = (x.to(keys.dtype) for x in self._split(qkv))
         stats = None
-        if w is not None:
+        if self.write_gate is not None:
+            assert w is not None
+            w = self.write_gate.weights(w, k)
             weights = weights.scatter(1, positions[..., None].expand_as(w), w)
             stats = write_stats(w, torch.ones_like(positions, dtype=torch.bool))
         index = positions[..., None, None].expand_as(k)

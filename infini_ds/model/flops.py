@@ -28,6 +28,7 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     local = 2 * 2 * heads * d * (2 * n if config.use_sliding_window else n + 1) // 2
     memory = _with_norm(config, heads * 2 * d**2 + kv_heads * _write(config))
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
+    gate += 2 * d * kv_heads if config.memory.write_gate_sees_keys else 0
     taps = config.memory.short_conv
     convolution = 2 * (taps + 1) * (heads + 2 * kv_heads) * d if taps else 0
     block = projections + feed_forward + local + memory + gate + convolution

@@ -55,7 +55,7 @@ def initialize(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     gates_last = sorted(layer.named_parameters(), key=lambda item: _is_write_gate(item[0]))
     for name, parameter in gates_last:
-        if parameter.dim() < 2 or name.endswith("short_conv.weight"):
+        if parameter.dim() < 2 or name.endswith(("short_conv.weight", "write_gate.key_weight")):
             continue  # set by the constructors or below
         deviation = config.initializer_range
         if isinstance(layer, Embedding):

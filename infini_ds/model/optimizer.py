@@ -11,7 +11,7 @@ from infini_ds.config import OptimizerConfig
 EMBEDDING = "layers.0.weight"
 PROJECTION = "_proj.weight"
 """How the names of a block's matrices end, which Muon makes orthogonal."""
-_WITHOUT_DECAY = ("write_gate.weight", "short_conv.weight")
+_WITHOUT_DECAY = ("write_gate.weight", "write_gate.key_weight", "short_conv.weight")
 
 
 def group_of(name: str, parameter: Tensor, optimizer: str) -> str:

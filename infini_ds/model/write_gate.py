@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,14 +24,37 @@ class WriteStats(NamedTuple):
 
 
 class WriteGate(nn.Linear):
-    """Gives each token and key-value head a write weight in [0, 1], hardsigmoid(x W + b)."""
+    """Gives each token and key-value head a write weight in [0, 1], hardsigmoid(x W + k u + b).
+
+    With write_gate_sees_keys, u is a vector for each key-value head, 0 at the beginning. Keys hold
+    earlier tokens if there is a convolution, so the gate can open at a word only if others stand
+    before it. Without, u is absent.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.hidden_size, config.kv_heads)
+        self.key_weight = None
+        if config.memory.write_gate_sees_keys:
+            self.key_weight = nn.Parameter(torch.zeros(config.kv_heads, config.head_dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps [..., hidden_size] to [..., kv_heads] in fp32."""
-        return F.hardsigmoid(super().forward(input).float())
+        """Maps hidden states [..., hidden_size] to their part of the gate's input, x W + b,
+        [..., kv_heads] in fp32."""
+        return super().forward(input).float()
+
+    def weights(self, of_hidden: Tensor, keys: Tensor) -> Tensor:
+        """Computes write weights.
+
+        Args:
+            of_hidden: what `forward` returned, [..., kv_heads].
+            keys: after the convolution and qk_norm, [..., kv_heads, head_dim].
+
+        Returns:
+            [..., kv_heads] in fp32.
+        """
+        if self.key_weight is not None:
+            of_hidden = of_hidden + torch.einsum("...hd,hd->...h", keys, self.key_weight).float()
+        return F.hardsigmoid(of_hidden)
 
 
 def write_stats(w: Tensor, valid: Tensor) -> WriteStats:

@@ -151,6 +151,7 @@ def layer_parameters(model: ModelConfig) -> list[int]:
     attention += hidden if model.attention_out_bias else 0
     attention += 2 * model.head_dim if model.qk_norm else 0
     attention += model.kv_heads * (hidden + 1) if model.memory.write_gate else 0
+    attention += keys if model.memory.write_gate_sees_keys else 0
     attention += (model.memory.short_conv + 1) * channels if model.memory.short_conv else 0
     feed_forward = 3 * hidden * size + (2 * size + hidden if model.mlp_bias else 0)
     block = attention + feed_forward + 2 * hidden

@@ -17,7 +17,8 @@ MODELS: dict[str, dict] = {
     "delta": {"memory_rule": "delta", "num_kv_heads": 2, "qk_norm": True},
     "gated": {
         "memory_rule": "gated_delta", "num_kv_heads": 2, "use_sliding_window": True,
-        "memory": MemoryConfig(write_gate=True, short_conv=4), "tie_embeddings": True,
+        "memory": MemoryConfig(write_gate=True, write_gate_sees_keys=True, short_conv=4),
+        "tie_embeddings": True,
     },
 }  # fmt: skip
 GREEDY = {"do_sample": False, "max_new_tokens": N + 3, "eos_token_id": None, "pad_token_id": 0}

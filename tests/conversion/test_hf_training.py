@@ -24,7 +24,7 @@ def export(tmp_path_factory, hf_modules) -> Path:
     folder = tmp_path_factory.mktemp("training")
     settings = {
         "memory_rule": "gated_delta", "num_kv_heads": 2, "tie_embeddings": True,
-        "memory": MemoryConfig(write_gate=True, short_conv=4),
+        "memory": MemoryConfig(write_gate=True, write_gate_sees_keys=True, short_conv=4),
     }  # fmt: skip
     make_export(folder / "source", None, **settings)
     assert cli.main(["convert", "to-hf", str(folder / "source"), str(folder / "export")]) == 0

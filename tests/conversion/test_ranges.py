@@ -31,7 +31,7 @@ RULES = {
     "linear": {},
     "delta": {
         "memory_rule": "delta",
-        "memory": {"write_gate": True, "short_conv": True},
+        "memory": {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True},
         "num_kv_heads": 1,
     },
 }

@@ -33,7 +33,8 @@ MODELS: dict[str, dict] = {
     "linear": {"rope_scaling": LLAMA3, "head_bias": True},
     "delta": {
         "memory_rule": "delta", "num_kv_heads": 2,
-        "memory": MemoryConfig(write_gate=True, short_conv=6), "qk_norm": True,
+        "memory": MemoryConfig(write_gate=True, write_gate_sees_keys=True, short_conv=6),
+        "qk_norm": True,
     },
     "biased": {
         "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "num_kv_heads": 1,
@@ -43,7 +44,8 @@ MODELS: dict[str, dict] = {
     "tied": {"tie_embeddings": True, "rope_theta": 5e5, "memory_rule": "delta"},
     "gated_delta": {
         "memory_rule": "gated_delta", "num_kv_heads": 2,
-        "memory": MemoryConfig(write_gate=True, short_conv=True), "use_sliding_window": True,
+        "memory": MemoryConfig(write_gate=True, write_gate_sees_keys=True, short_conv=True),
+        "use_sliding_window": True,
     },
 }  # fmt: skip
 SHARDED = ("biased", "tied")

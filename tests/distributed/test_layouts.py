@@ -158,7 +158,12 @@ LARGER_MICRO_BATCHES = {
 }  # fmt: skip
 # What the model learns about writing, with hard zeros and ones among the write weights.
 WRITING = {
-    "model.memory": {"write_gate": True, "write_penalty": 0.3, "short_conv": True},
+    "model.memory": {
+        "write_gate": True,
+        "write_gate_sees_keys": True,
+        "write_penalty": 0.3,
+        "short_conv": True,
+    },
     "optimizer.write_penalty_warmup_steps": 3,
     "train.chunks": 2,
 }

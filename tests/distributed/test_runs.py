@@ -261,7 +261,12 @@ FP32 = {
     "optimizer__eps": 1e-5, "optimizer__learning_rate": 1e-3, "model__memory": {},
     "model__num_layers": 4,
 }  # fmt: skip
-WRITING = {"write_gate": True, "write_penalty": 0.1, "short_conv": True}
+WRITING = {
+    "write_gate": True,
+    "write_gate_sees_keys": True,
+    "write_penalty": 0.1,
+    "short_conv": True,
+}
 KINDS = {
     "plain": FP32,
     "tied": {**FP32, "model__tie_embeddings": True, "model__memory": WRITING},

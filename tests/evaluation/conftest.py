@@ -13,7 +13,7 @@ from tests import tiny
 # It cannot even be imported without the package that `make test-extras` installs.
 collect_ignore = [] if find_spec("lm_eval") else ["test_harness.py"]
 WORKER = Path(__file__).with_name("run_worker.py")
-WRITING = {"write_gate": True, "short_conv": True}
+WRITING = {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True}
 # One bf16 and one fp32 run, that differ in all that changes names, kinds or numbers of weights.
 RUNS = {
     "bf16": {"num_kv_heads": 1, "memory_rule": "delta", "memory": WRITING},

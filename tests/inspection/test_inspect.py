@@ -20,7 +20,7 @@ from tests.tiny_run import tiny_config, write_checkpoint
 
 torch.set_num_threads(1)
 
-WRITING = {"write_gate": True, "short_conv": True}
+WRITING = {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True}
 
 
 @pytest.fixture

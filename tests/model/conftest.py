@@ -21,9 +21,11 @@ MODEL = tiny.model_config(
 @torch.no_grad()
 def spread(model: InfiniTransformer) -> None:
     """Write weights from 0 to 1, both ends included, and convolutions that do something."""
-    generator = torch.Generator().manual_seed(0)
+    generator, of_keys = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     for name, parameter in model.named_parameters():
-        if "write_gate" in name or "short_conv" in name:
+        if "key_weight" in name:
+            parameter.normal_(0, 0.2, generator=of_keys)
+        elif "write_gate" in name or "short_conv" in name:
             parameter.normal_(0, 0.5, generator=generator)
         if "short_conv" in name:
             parameter[:, -1] += 1  # as they start
@@ -40,7 +42,7 @@ def make_model() -> Callable[..., InfiniTransformer]:
     return make
 
 
-WRITING = {"write_gate": True, "write_penalty": 0.5, "short_conv": 6}
+WRITING = {"write_gate": True, "write_gate_sees_keys": True, "write_penalty": 0.5, "short_conv": 6}
 """Everything on that the model can learn about writing."""
 
 

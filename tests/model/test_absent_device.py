@@ -20,7 +20,9 @@ SIZES = {
     "segment_length": 64,
 }  # fmt: skip
 LEARNED = {
-    "memory": {"write_gate": True, "short_conv": True, "write_penalty": 0.1},
+    "memory": {
+        "write_gate": True, "write_gate_sees_keys": True, "short_conv": True, "write_penalty": 0.1,
+    },
     "num_kv_heads": 2, "qk_norm": True, "attention_bias": True, "tie_embeddings": True,
 }  # fmt: skip
 CASES = {

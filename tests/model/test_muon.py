@@ -26,7 +26,7 @@ STEPS = 5
 
 def model_config(**changes) -> ModelConfig:
     options = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "attention_bias": True}
-    memory = {"write_gate": True, "short_conv": True}
+    memory = {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True}
     return tiny.model_config(**{"vocab_size": 11, **options, "memory": memory, **changes})
 
 

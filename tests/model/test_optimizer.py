@@ -52,9 +52,9 @@ def test_parameter_groups_are_by_kind(tied):
 
 
 def test_write_gates_and_convolutions_have_no_decay_and_the_ordinary_learning_rate():
-    module = model(memory={"write_gate": True, "short_conv": True})
+    module = model(memory={"write_gate": True, "write_gate_sees_keys": True, "short_conv": True})
     names = {n for n, _ in module.named_parameters() if "write_gate" in n or "short_conv" in n}
-    assert len(names) == 2 * 3
+    assert len(names) == 2 * 4
     assert names <= names_in(module, groups_of(module)["no_decay"])
 
 

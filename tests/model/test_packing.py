@@ -237,7 +237,8 @@ def check_same_alone(model, n: int, limit: float, dtype: torch.dtype = torch.flo
     close(loss, packed.loss.detach(), limit, "loss")
     names = [name for name, _ in model.named_parameters() if not name.startswith("layers.0.")]
     for name, want, have in zip(names, sums, d_parameters, strict=True):
-        close(want, have, limit, name)
+        # Beta's is a sum over all tokens and channels, of which most cancels out.
+        close(want, have, 2 * limit if name.endswith("beta") else limit, name)
 
 
 def is_last(documents, pieces: list[Piece]) -> bool:

@@ -114,14 +114,31 @@ def window_of(make_tokens):
     return tokens, layout
 
 
+def seen_gates(model) -> list[torch.Tensor]:
+    """A list to which each layer that is called adds its write weights, [batch, segments, n,
+    kv_heads]."""
+    seen = []
+
+    def watch(gate) -> None:
+        weights = gate.weights
+
+        def watched(*args) -> torch.Tensor:
+            seen.append(weights(*args))
+            return seen[-1]
+
+        gate.weights = watched
+
+    for block in model.blocks:
+        watch(block.self_attn.write_gate)
+    return seen
+
+
 def gates_of(model, tokens, layout):
     """Write weights of each layer [batch, length, kv_heads], and the layers' statistics."""
-    seen = []
-    for block in model.blocks:
-        block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2]))
+    seen = seen_gates(model)
     memory = [RULES[model.config.memory_rule].empty(2, 2, 8)] * 2
     _, _, stats = model.read_window(tokens, layout, memory)
-    return seen, stats
+    return [w.flatten(1, 2) for w in seen], stats
 
 
 def test_statistics_count_valid_tokens_alone(make_model, make_tokens, rule):
@@ -135,6 +152,35 @@ def test_statistics_count_valid_tokens_alone(make_model, make_tokens, rule):
         assert layer.zeros.item() == (w[valid] == 0).sum().item() > 0
         assert layer.mass.requires_grad
         assert not layer.zeros.requires_grad
+
+
+@pytest.mark.parametrize("sees_keys", [False, True])
+def test_gate_sees_the_token_before_through_the_key(make_model, make_tokens, rule, sees_keys):
+    settings = {"write_gate": True, "write_gate_sees_keys": sees_keys, "short_conv": 2}
+    model = make_model(memory_rule=rule, num_layers=1, memory=settings)
+    for parameter in model.blocks[0].self_attn.write_gate.parameters():
+        parameter.data.mul_(0.01)  # no write weight is at its limits
+    tokens = make_tokens(1, N)
+    other = tokens.clone()
+    other[0, 2] = (other[0, 2] + 1) % model.config.vocab_size
+    seen = seen_gates(model)
+    with torch.no_grad():
+        model(tokens), model(other)
+    changed = (seen[0] != seen[1]).any(dim=-1).flatten()
+    reached = range(2, 5) if sees_keys else [2]
+    assert changed.nonzero().flatten().tolist() == list(reached)
+
+
+def test_write_weights_are_those_of_the_equation(make_model):
+    gate = make_model(memory={"write_gate": True, "write_gate_sees_keys": True}).blocks[0]
+    gate = gate.self_attn.write_gate.double()
+    x, k = torch.randn(3, 5, 32).double(), torch.randn(3, 5, 2, 8).double()
+    for head in range(2):
+        logits = x @ gate.weight[head] + k[..., head, :] @ gate.key_weight[head] + gate.bias[head]
+        expected = (logits / 6 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(
+            gate.weights(gate(x), k)[..., head].double(), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_padding_has_no_gradient_from_the_penalty():
@@ -167,11 +213,10 @@ def test_loss_has_the_penalty_of_mean_write_weights(make_model, make_tokens, rul
     settings = {"write_gate": True, "short_conv": True}
     penalised = make_model(memory_rule=rule, memory=settings | {"write_penalty": PENALTY})
     free = make_model(memory_rule=rule, memory=settings)
-    tokens, seen = make_tokens(2, length), []
-    for block in free.blocks:
-        block.self_attn.write_gate.register_forward_hook(lambda *args: seen.append(args[2].sum()))
+    tokens, seen = make_tokens(2, length), seen_gates(free)
     expected = free.loss(tokens)
-    means = torch.stack(seen).sum() / (2 * (length - 1) * 2)  # of 2 rows and 2 key-value heads
+    mass = torch.stack([w.sum() for w in seen]).sum()
+    means = mass / (2 * (length - 1) * 2)  # of 2 rows and 2 key-value heads
     torch.testing.assert_close(penalised.loss(tokens), expected + PENALTY * means)
     gradient, free_gradient = (
         torch.autograd.grad(loss, list(model.parameters()))

@@ -15,7 +15,7 @@ OPTIONS = {
     "plain": {},
     "all": {
         "num_kv_heads": 1, "memory_rule": "delta", "qk_norm": True, "attention_bias": True,
-        "memory": {"write_gate": True, "short_conv": True},
+        "memory": {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True},
     },
     "sliding window": {"num_kv_heads": 1, "use_sliding_window": True},
 }  # fmt: skip

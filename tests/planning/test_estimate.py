@@ -14,7 +14,10 @@ OPTIONS = [
     {},
     {"tie_embeddings": True, "num_kv_heads": 2},
     {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "head_bias": True},
-    {"memory": {"write_gate": True, "short_conv": True}, "num_kv_heads": 1},
+    {
+        "memory": {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True},
+        "num_kv_heads": 1,
+    },
     {"intermediate_size": 77, "memory_rule": "delta", "qk_norm": True},
 ]
 

@@ -9,9 +9,10 @@ class InfiniConfig(PretrainedConfig):
     Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
     `use_sliding_window`, whether each token attends to as many tokens, also to those of the segment
     before; `memory_rule`, `linear`, `delta` or `gated_delta`, how a segment is written into the
-    memory; `write_gate`, whether each token decides how much of it is written; `short_conv`, how
-    many tokens before them queries, keys and values see; `qk_norm`, whether each head's queries and
-    keys are normalised.
+    memory; `write_gate`, whether each token decides how much of it is written, and
+    `write_gate_sees_keys`, whether that depends on the key as well; `short_conv`, how many tokens
+    before them queries, keys and values see; `qk_norm`, whether each head's queries and keys are
+    normalised.
     """
 
     model_type = "infini_transformer"
@@ -30,6 +31,7 @@ class InfiniConfig(PretrainedConfig):
         use_sliding_window=False,
         memory_rule="linear",
         write_gate=False,
+        write_gate_sees_keys=False,
         short_conv=0,
         hidden_act="silu",
         rotary_base=10000.0,
@@ -59,6 +61,7 @@ class InfiniConfig(PretrainedConfig):
         self.use_sliding_window = use_sliding_window
         self.memory_rule = memory_rule
         self.write_gate = write_gate
+        self.write_gate_sees_keys = write_gate_sees_keys
         self.short_conv = short_conv
         self.hidden_act = hidden_act
         self.rotary_base = rotary_base

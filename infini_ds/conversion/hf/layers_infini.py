@@ -92,6 +92,24 @@ class LayerState:
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
 
+class WriteGate(nn.Linear):
+    """Gives each token and key-value head a write weight in [0, 1]."""
+
+    def __init__(self, config: InfiniConfig):
+        kv_heads = config.num_key_value_heads
+        super().__init__(config.hidden_size, kv_heads)
+        self.key_weight = None
+        if config.write_gate_sees_keys:
+            self.key_weight = nn.Parameter(torch.zeros(kv_heads, config.head_dim))
+
+    def forward(self, hidden: Tensor, k: Tensor) -> Tensor:
+        """Maps [b, t, hidden_size] and keys [b, t, g, d] to [b, t, g] in fp32."""
+        logits = super().forward(hidden).float()
+        if self.key_weight is not None:
+            logits = logits + torch.einsum("bthd,hd->bth", k, self.key_weight).float()
+        return F.hardsigmoid(logits)
+
+
 class InfiniAttention(nn.Module):
     def __init__(self, config: InfiniConfig):
         super().__init__()
@@ -114,7 +132,7 @@ class InfiniAttention(nn.Module):
         if config.short_conv:
             self.short_conv = ShortConv(channels, config.short_conv)
         if config.write_gate:
-            self.write_gate = nn.Linear(config.hidden_size, self.kv_heads)
+            self.write_gate = WriteGate(config)
 
     def forward(
         self, hidden: Tensor, state: LayerState, rotary: tuple[Tensor, Tensor], piece: Piece
@@ -128,7 +146,7 @@ class InfiniAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         w = hidden.new_ones(batch, t, self.kv_heads, dtype=torch.float32)
         if self.write_gate is not None:
-            w = F.hardsigmoid(self.write_gate(hidden).float())
+            w = self.write_gate(hidden, k)
         state.keys, state.values = piece.append(state.keys, k), piece.append(state.values, v)
         state.weights = piece.append(state.weights, w)
         out = self._local(q, state, rotary, piece)
