@@ -195,6 +195,10 @@ def test_infini_paper_has_the_paper_s_sizes():
         ("model.memory.write_gat=true", "unknown setting model.memory.write_gat; did you mean"),
         ("model.memory.write_penalty=-1", "model.memory: write_penalty (-1.0) must be at least 0"),
         (
+            "model.memory.write_gate_sees_keys=true",
+            "model.memory: write_gate_sees_keys (true) must be false when write_gate is false",
+        ),
+        (
             "model.memory.write_penalty=0.1",
             "model.memory: write_penalty (0.1) must be 0 when write_gate is false",
         ),
