@@ -26,10 +26,10 @@ from infini_ds.benchmarks.kernels_timing import (
     time_full_attention,
     time_operation,
 )
+from infini_ds.config.model import KERNEL_RULES
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import choose_ptxas
 from infini_ds.kernels.trial import Operation
-from infini_ds.memory import RULES
 from infini_ds.system.console import Console
 from infini_ds.system.figures import write_figures
 
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
     segments: int = 16
     heads: int = 32
     head_dim: int = 128
-    accuracy: tuple[Shape, ...] = tuple(Shape(4, 256, 4, 128, rule) for rule in RULES)
+    accuracy: tuple[Shape, ...] = tuple(Shape(4, 256, 4, 128, rule) for rule in KERNEL_RULES)
     full_tokens: tuple[int, ...] = (32_768, 131_072, 1_048_576)
     models: kernels_model.Models = kernels_model.Models()
     matrix: int = 8192
@@ -135,7 +135,7 @@ def measure(
     figures["rates"] = rates._asdict()
     shapes = [
         Shape(sizes.segments, n, sizes.heads, sizes.head_dim, rule)
-        for rule in reversed(RULES)
+        for rule in reversed(KERNEL_RULES)
         for n in sizes.segment_lengths
     ]
     for shape in shapes:

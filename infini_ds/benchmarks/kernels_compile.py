@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from infini_ds.benchmarks import unfinished_products
+from infini_ds.config.model import KERNEL_RULES
 from infini_ds.errors import RunError, UserError
 from infini_ds.kernels.assembler import Ptxas, choose_ptxas
 from infini_ds.kernels.backend import TRITON_HEAD_DIMS
@@ -104,7 +105,9 @@ def run(
         raise UserError("bench kernels: Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
-    grid = product(TRITON_HEAD_DIMS, RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True))
+    grid = product(
+        TRITON_HEAD_DIMS, KERNEL_RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True)
+    )
     cases = [case for case in (Case(*place) for place in grid) if is_wanted(case)]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))

@@ -35,12 +35,9 @@ VARIANTS = {
     "gated_delta": Variant(
         lambda config: {"memory_rule": "gated_delta", "memory": _write_gate(config)}
     ),
-    "gated_delta-sliding-window": Variant(
-        lambda config: {
-            "memory_rule": "gated_delta",
-            "memory": _write_gate(config),
-            "use_sliding_window": True,
-        }
+    "gated_delta-sliding-window": Variant(lambda config: _beside_window(config, "gated_delta")),
+    "gated_delta_dpfp-sliding-window": Variant(
+        lambda config: _beside_window(config, "gated_delta_dpfp")
     ),
     # A Transformer whose context is the window.
     "full-attention": Variant(
@@ -73,6 +70,10 @@ def _sliding_window_alone() -> dict[str, Any]:
 
     # Gates that let nothing of the memory through, and have no gradient.
     return {"use_sliding_window": True, "gate_init": -LARGEST_GATE}
+
+
+def _beside_window(config: RunConfig, rule: str) -> dict[str, Any]:
+    return {"memory_rule": rule, "memory": _write_gate(config), "use_sliding_window": True}
 
 
 def _write_gate(config: RunConfig) -> MemoryConfig:

@@ -12,7 +12,7 @@ from infini_ds.system.paths import argument
 _LARGEST_FILE = 5 * 10**9
 _EXPORT = "directory of the export to make"
 _RULES_OF_SEED = ("linear", "delta")
-_RULES = (*_RULES_OF_SEED, "gated_delta")
+_RULES = (*_RULES_OF_SEED, "gated_delta", "gated_delta_dpfp")
 
 
 def add(commands: Commands) -> None:

@@ -8,6 +8,8 @@ from infini_ds.config.settings import SMALLEST_EPSILON, Settings
 
 LARGEST_GATE = 10000.0
 """Largest beta of the gates: its sigmoid is 0 or 1 long before, and every type can hold it."""
+KERNEL_RULES = ("linear", "delta", "gated_delta")
+"""The memory rules for which Triton kernels are written."""
 _LARGEST_SIZE = 2**20
 
 
@@ -78,15 +80,15 @@ class ModelConfig(Settings):
     num_kv_heads: int = Field(default=0, ge=0)
     """Key-value heads per layer, each with one compressive memory; 0 means `num_heads`."""
     head_dim: int = Field(default=128, ge=1, le=_LARGEST_SIZE)
-    """Width of a head. Wider heads remember more: a memory has head_dim x head_dim numbers."""
+    """Width of a head (d). Wider heads remember more: a memory has d x d numbers, or 6 d x d."""
     intermediate_size: int = Field(default=0, ge=0)
     """Width of the gated feed-forward; 0 means 8/3 of hidden_size, rounded up to 64."""
     segment_length: int = Field(default=2048, ge=1, le=_LARGEST_SIZE)
     """Tokens of one segment (n): local attention stays inside it, the memory spans all of them."""
     use_sliding_window: bool = False
     """Local attention sees the segment before too: each token attends to segment_length tokens."""
-    memory_rule: Literal["linear", "delta", "gated_delta"] = "linear"
-    """How segments are written: eq. (4), the delta rule (5), or the gated delta rule, by token."""
+    memory_rule: Literal["linear", "delta", "gated_delta", "gated_delta_dpfp"] = "linear"
+    """How segments are written: eq. (4), (5), the gated delta rule, or that with 6 d features."""
     memory: MemoryConfig = MemoryConfig()
     """Extensions of the paper: what the model learns about writing into its memories."""
     hidden_act: Literal["silu", "gelu"] = "silu"
@@ -115,6 +117,13 @@ class ModelConfig(Settings):
     """Standard deviation of initial weights; those that end a branch are divided by sqrt(2 L)."""
     embedding_initializer_range: float = Field(default=0.0, ge=0, le=100)
     """Standard deviation of the initial embedding; 0 means initializer_range."""
+
+    @property
+    def without_kernels(self) -> str:
+        """The name of a setting for which no Triton kernels are written; empty if there is none."""
+        if self.use_sliding_window:
+            return "use_sliding_window"
+        return "" if self.memory_rule in KERNEL_RULES else f"memory_rule {self.memory_rule}"
 
     @property
     def kv_heads(self) -> int:

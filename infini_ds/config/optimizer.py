@@ -20,12 +20,12 @@ class OptimizerConfig(Settings):
     """Learning rate at the end, as a share of the peak."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After warm-up: cosine to the end, or stable and then a linear decay (warmup-stable-decay)."""
-    write_penalty_warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which model.memory.write_penalty grows linearly from 0 to its value."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps of linear warm-up."""
     decay_steps: int = Field(default=0, ge=0)
     """`wsd`: steps of the final decay; 0 means a fifth of train.steps."""
+    write_penalty_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which model.memory.write_penalty grows linearly from 0 to its value."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decay of matrices; embeddings, gates, short convolutions and a head beside Muon have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -1,5 +1,6 @@
 """Writes the model card of an export: what the model is, how it was made, how to use it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from infini_ds.config import RunConfig
 from infini_ds.data import store
 from infini_ds.data.tokenizer_base import ByteTokenizer, Tokenizer
 from infini_ds.data.tokenizer_json import TokenizerJson
+from infini_ds.memory import RULES
 from infini_ds.model.layers import count_parameters
 from infini_ds.runs.directory import REPORT, TASKS
 from infini_ds.runs.export import Model
@@ -93,7 +95,8 @@ lengths: pass the tokenizer's `attention_mask`. {note}"""
 
 def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
     config = model.config
-    kept = 4 * config.num_layers * config.kv_heads * config.head_dim * (config.head_dim + 1)
+    states = RULES[config.memory_rule].specs(config.kv_heads, config.head_dim)
+    kept = 4 * config.num_layers * sum(map(math.prod, states.values()))
     yes = [name for name, value in config.memory.model_dump().items() if value is True]
     return {
         "layers": config.num_layers,

@@ -147,7 +147,7 @@ def _memory(path: Path) -> dict[str, Any]:
     memory = Memory.load(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    layers, documents, kv_heads, head_dim, _ = memory.kv.shape
+    layers, documents, kv_heads, _, head_dim = memory.kv.shape
     return {
         "kind": "memory",
         "path": str(path),

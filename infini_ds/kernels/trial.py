@@ -62,9 +62,9 @@ def make_window(trial: Trial) -> Window:
     w = torch.rand(2, 3, n, kv_heads, generator=random).bfloat16().float()
     stored_k = features(normal(2, kv_heads, STORED_TOKENS, d))
     kv, norm = stored_k.mT @ normal(2, kv_heads, STORED_TOKENS, d), stored_k.sum(-2)
-    size = RULES[rule].specs(kv_heads, d)["norm"][-1]
-    memory = MemoryState(kv, norm[..., :size])
-    upstream = [normal(2, 3, n, heads, d), normal(2, kv_heads, d, d), normal(2, kv_heads, size)]
+    states = RULES[rule].specs(kv_heads, d)
+    memory = MemoryState(kv, norm[..., : states["norm"][-1]])
+    upstream = [normal(2, 3, n, heads, d), *(normal(2, *shape) for shape in states.values())]
     return Window(qkv, w, memory, normal(heads), upstream)
 
 

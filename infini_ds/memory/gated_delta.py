@@ -12,7 +12,7 @@ from infini_ds.memory.rule import MemoryRule, of_each_query
 from infini_ds.memory.state import MemoryState
 
 KEY_EPSILON = 1e-6
-"""Added to the square of a key's length, by which it is divided."""
+"""Added to the square of the length of a key's features, by which they are divided."""
 CHUNK = 32
 """Number of tokens whose triangular system is solved at once. On a CPU 32 are faster than 16 or 64
 with heads of 128."""
@@ -35,8 +35,15 @@ class GatedDelta(MemoryRule):
 
     name = "gated_delta"
     divides = False
+    shifts = 0
+    """Those of DPFP; 0: features are the direction of keys."""
+
+    def feature_size(self, head_dim: int) -> int:
+        return 2 * head_dim * self.shifts or head_dim
 
     def features(self, x: Tensor) -> Tensor:
+        if self.shifts:
+            x = products(torch.cat((x, -x), dim=-1).relu(), self.shifts)
         return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + KEY_EPSILON)
 
     def read(self, features: Tensor, memory: MemoryState) -> Tensor:
@@ -45,7 +52,7 @@ class GatedDelta(MemoryRule):
         return found * torch.rsqrt(found.square().mean(dim=-1, keepdim=True) + READ_EPSILON)
 
     def written(self, memory: MemoryState) -> Tensor:
-        return (memory.kv != 0).any(dim=-1).any(dim=-1)
+        return memory.kv.flatten(-2).any(dim=-1)
 
     def write(
         self, memory: MemoryState, features: Tensor, weight: Tensor, values: Tensor
@@ -59,14 +66,36 @@ class GatedDelta(MemoryRule):
 
     def write_flops(self, head_dim: int, n: int) -> int:
         """Of a chunk, V - K M, K K^T, T (V - K M), and what K^T makes of that."""
-        return 2 * head_dim * (2 * min(CHUNK, n) + 2 * head_dim)
+        size = self.feature_size(head_dim)
+        return 2 * (min(CHUNK, n) * (size + head_dim) + 2 * size * head_dim)
 
     def map_flops(self, head_dim: int, n: int, segments: int, ranks: int) -> int:
-        """Chunks walk with a map of 2 d columns where a write has d, and each part's A multiplies
-        the memory once."""
-        more = segments * n * 2 * head_dim * (min(CHUNK, n) + 2 * head_dim)
-        return more + 2 * head_dim**3 * ranks
+        """Chunks walk with a map that has as many more columns as there are features, and each
+        part's A multiplies the memory once."""
+        size = self.feature_size(head_dim)
+        more = segments * n * 2 * size * (min(CHUNK, n) + 2 * size)
+        return more + 2 * size**2 * head_dim * ranks
 
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
         """A and B are a matrix each for each head."""
-        return kv_heads * 2 * head_dim**2
+        size = self.feature_size(head_dim)
+        return kv_heads * size * (size + head_dim)
+
+
+class GatedDeltaDPFP(GatedDelta):
+    """The same with more features than keys have channels, so that the memory tells more keys
+    apart.
+
+    With u the positive parts of a key and of its negative, [2 d], the features are the products of
+    each element of u with those 1, 2 and 3 places before it: deterministic parameter-free
+    projection (DPFP, Schlag et al. 2021, arXiv 2102.11174), again divided by their L2 norm.
+    """
+
+    name = "gated_delta_dpfp"
+    shifts = 3
+
+
+def products(positive: Tensor, shifts: int) -> Tensor:
+    """Multiplies elements [..., f] by those 1 to `shifts` places before them, [..., shifts f]."""
+    rolled = (positive.roll(shift, dims=-1) for shift in range(1, shifts + 1))
+    return torch.cat([positive * other for other in rolled], dim=-1)

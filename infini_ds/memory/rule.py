@@ -25,9 +25,13 @@ class MemoryRule(ABC):
     def specs(self, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of one lane's tensors by their names in `MemoryState`."""
         return {
-            "kv": (kv_heads, head_dim, head_dim),
-            "norm": (kv_heads, head_dim if self.divides else 0),
+            "kv": (kv_heads, self.feature_size(head_dim), head_dim),
+            "norm": (kv_heads, self.feature_size(head_dim) if self.divides else 0),
         }
+
+    def feature_size(self, head_dim: int) -> int:
+        """Returns f, how many features a query or key of head_dim channels has."""
+        return head_dim
 
     def empty(
         self, batch: int, kv_heads: int, head_dim: int, device: torch.device | str | None = None
@@ -38,14 +42,15 @@ class MemoryRule(ABC):
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        """Maps queries and keys [..., d] to the features with which they read and write."""
+        """Maps queries and keys [..., d] to the features [..., f] with which they read and
+        write."""
 
     @abstractmethod
     def read(self, features: Tensor, memory: MemoryState) -> Tensor:
         """Reads the memory for some queries.
 
         Args:
-            features: [batch, n, heads, d], of the queries; those of a group read one memory.
+            features: [batch, n, heads, f], of the queries; those of a group read one memory.
 
         Returns:
             [batch, n, heads, d].
@@ -63,7 +68,7 @@ class MemoryRule(ABC):
 
         Args:
             memory: the memory before the segment.
-            features: [batch, n, kv_heads, d], of the keys.
+            features: [batch, n, kv_heads, f], of the keys.
             weight: [batch, n, kv_heads], the write weights, 0 on padding.
             values: [batch, n, kv_heads, d].
         """

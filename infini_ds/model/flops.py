@@ -17,7 +17,7 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     """Counts the operations for one token in each layer of `layer_list`, then in the head.
 
     A multiply-add counts as 2. Attention is causal inside a segment, so a token meets (n + 1) / 2
-    keys on average, and n in a sliding window. The memory costs a read (d x d per query head) and a
+    keys on average, and n in a sliding window. The memory costs a read (f x d per query head) and a
     write per key-value head, see `MemoryRule.write_flops`. A write gate is a small projection, and
     a short convolution takes a few multiply-adds per channel of queries, keys and values.
     """
@@ -26,7 +26,8 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     feed_forward = 2 * hidden * 3 * config.mlp_size
     local = 2 * 2 * heads * d * (2 * n if config.use_sliding_window else n + 1) // 2
-    memory = _with_norm(config, heads * 2 * d**2 + kv_heads * _write(config))
+    read = 2 * d * RULES[config.memory_rule].feature_size(d)
+    memory = _with_norm(config, heads * read + kv_heads * _write(config))
     gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
     gate += 2 * d * kv_heads if config.memory.write_gate_sees_keys else 0
     taps = config.memory.short_conv

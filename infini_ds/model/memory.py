@@ -212,7 +212,7 @@ class Memory:
             raise UserError(f"memory {path}: cannot be read ({error})") from None
         try:
             if "window" not in tensors:  # earlier versions had none
-                layers, batch, kv_heads, d, _ = tensors["kv"].shape
+                layers, batch, kv_heads, _, d = tensors["kv"].shape
                 empty = (layers, batch, 0, 2 * kv_heads, d)
                 tensors["window"] = tensors["keys"].new_empty(empty)
             lengths = _saved_lengths(tensors, metadata)
@@ -295,20 +295,18 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
     lengths = json.loads(metadata["lengths"])
     if set(tensors) != set(_TENSORS) or not all(type(length) is int for length in lengths):
         raise ValueError
-    layers, batch, kv_heads, d, _ = tensors["kv"].shape
+    layers, batch, kv_heads, _, d = tensors["kv"].shape
     longest, own = max(lengths), metadata.get("memory_rule")
     segment_length = int(metadata["segment_length"])
-    norms = {  # of the file's rule, or of all if it does not tell one that we know
-        rule.specs(kv_heads, d)["norm"]
-        for name, rule in RULES.items()
-        if own == name or own not in RULES
-    }
+    specs = [  # of the file's rule, or of all if it does not tell one that we know
+        rule.specs(kv_heads, d) for name, rule in RULES.items() if own == name or own not in RULES
+    ]
+    states = {tuple((layers, batch, *shape) for shape in each.values()) for each in specs}
     used, shapes = (layers, batch, longest), {name: tensors[name].shape for name in _TENSORS}
     if not (
         len(lengths) == batch
         and 0 <= min(lengths) <= longest < segment_length
-        and shapes["kv"] == (layers, batch, kv_heads, d, d)
-        and tuple(shapes["norm"]) in {(layers, batch, *norm) for norm in norms}
+        and (tuple(shapes["kv"]), tuple(shapes["norm"])) in states
         and shapes["keys"] == shapes["values"] == (*used, kv_heads, d)
         and shapes["weights"] in ((*used, kv_heads), (*used, 0))
         and len(shapes["tail"]) == 5

@@ -321,6 +321,7 @@ def _costs(
     sharing = 0
     if unit.ranks > 1:
         triton = train.dtype == "bf16" and model.head_dim in TRITON_HEAD_DIMS
+        triton = triton and not model.without_kernels
         sharing = unit.batch * sharing_flops(model, unit.segments, unit.ranks, triton)
         again += sharing if train.activation_checkpointing != "none" else 0
     forward, more, shared = [], [], []

@@ -21,7 +21,8 @@ def find_fault(config: RunConfig) -> str:
     dtype = "fp32" if config.train.dtype == "fp32" else "bf16"
     asked = config.kernels.backend
     chosen = asked == "triton" or (asked == "auto" and dtype == "bf16")
-    if not chosen or device != "cuda" or model.head_dim not in TRITON_HEAD_DIMS:
+    fits = model.head_dim in TRITON_HEAD_DIMS and not model.without_kernels
+    if not (chosen and device == "cuda" and fits):
         return ""
     trial = trial_of(
         model.memory_rule, model.num_heads, model.kv_heads, model.head_dim, model.segment_length,

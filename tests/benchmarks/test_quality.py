@@ -22,7 +22,10 @@ from tests import tiny
 
 STEPS, LANES, SEGMENTS, SEGMENT = 2, 2, 4, 8
 BINS = position_bins(SEGMENT, 200)
-GATED = ("linear-write-gate", "gated_delta", "gated_delta-sliding-window")
+GATED = (
+    "linear-write-gate", "gated_delta", "gated_delta-sliding-window",
+    "gated_delta_dpfp-sliding-window",
+)  # fmt: skip
 MEMORIES = ("linear", "delta", *GATED)
 
 

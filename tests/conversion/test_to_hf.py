@@ -47,6 +47,10 @@ MODELS: dict[str, dict] = {
         "memory": MemoryConfig(write_gate=True, write_gate_sees_keys=True, short_conv=True),
         "use_sliding_window": True,
     },
+    "dpfp": {
+        "memory_rule": "gated_delta_dpfp", "num_kv_heads": 2,
+        "memory": MemoryConfig(write_gate=True, short_conv=True),
+    },
 }  # fmt: skip
 SHARDED = ("biased", "tied")
 BY_TOKEN = ("keys", "values", "weights")

@@ -54,6 +54,7 @@ CHOICES = [
     ("resident", "none", "linear", False, 2, 4, 1, 0.0),
     ("carried", "attention", "delta", True, 2, 1, 0, 0.0),
     ("resident", "block", "gated_delta", False, 2, 2, 1, 0.5),
+    ("carried", "attention", "gated_delta_dpfp", True, 4, 2, 0, 0.5),
 ]
 
 
@@ -393,6 +394,7 @@ CONTEXT_CASES = {
         Context(4, rule="delta", packed=True),
         Context(2, 1, 2, 2, "resident", "gated_delta", "attention", True),
         Context(2, 2, 1, 2, "carried", "gated_delta", "block", False),
+        Context(2, 1, 1, 2, "resident", "gated_delta_dpfp", "attention", True),
     )
 }
 CHOICES_OF_CONTEXT = list(

@@ -11,6 +11,7 @@ from infini_ds.memory import RULES, MemoryState
 
 torch.set_num_threads(1)
 
+NAMES = ("gated_delta", "gated_delta_dpfp")
 RULE = RULES["gated_delta"]
 
 
@@ -23,15 +24,17 @@ def by_token(kv: Tensor, keys: Tensor, weight: Tensor, values: Tensor) -> Tensor
     return kv
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n", [1, 7, 70])
-def test_a_segment_is_its_tokens_in_turn(n):
+def test_a_segment_is_its_tokens_in_turn(n, name):
     torch.manual_seed(n)
-    kv = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    rule = RULES[name]
+    kv = torch.randn(2, 3, rule.feature_size(8), 8, dtype=torch.float64, requires_grad=True)
     k, v = torch.randn(2, 2, n, 3, 8, dtype=torch.float64).unbind()
     w = torch.rand(2, n, 3, dtype=torch.float64)
     leaves = [kv, *(x.requires_grad_() for x in (k, w, v))]
-    written = RULE.write(MemoryState(kv, kv[..., :0]), RULE.features(k), w, v).kv
-    expected = by_token(kv, RULE.features(k), w, v)
+    written = rule.write(MemoryState(kv, kv[..., :0]), rule.features(k), w, v).kv
+    expected = by_token(kv, rule.features(k), w, v)
     upstream = torch.randn_like(expected)
     torch.testing.assert_close(written, expected, rtol=0, atol=1e-10)
     gradients = [torch.autograd.grad(x, leaves, upstream) for x in (written, expected)]
@@ -57,15 +60,23 @@ def test_it_is_the_rule_of_transformers():
         torch.testing.assert_close(written, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_features_of_dpfp_are_products_of_neighbours():
+    """x = (3, -2) has the positive parts 3, 0, 0, 2; the first's neighbours are the last three."""
+    features = RULES["gated_delta_dpfp"].features(torch.tensor([3.0, -2.0]))
+    expected = torch.tensor([6.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6.0])
+    torch.testing.assert_close(features, expected / expected.norm())
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "function", [infini_attention_reference, infini_attention_parallel], ids=["plain", "parallel"]
 )
-def test_the_memory_does_not_grow(function):
+def test_the_memory_does_not_grow(function, name):
     """100,000 segments of keys that look alike, all written."""
     segments, n, d = 1000, 2, 4
     random = torch.Generator().manual_seed(0)
-    memory = RULE.empty(1, 1, d)
+    memory = RULES[name].empty(1, 1, d)
     layout = Layout(
         torch.zeros(1, segments, dtype=torch.bool),
         torch.full((1, segments), n, dtype=torch.int32),
@@ -74,7 +85,7 @@ def test_the_memory_does_not_grow(function):
     sizes = []
     for _ in range(100 if function is infini_attention_parallel else 5):
         k, v = torch.randn(2, 1, segments, n, 1, d, generator=random).unbind()
-        inputs = Inputs(k, k + 1, v, None, memory, layout, torch.zeros(1), "gated_delta", rotary)
+        inputs = Inputs(k, k + 1, v, None, memory, layout, torch.zeros(1), name, rotary)
         with torch.no_grad():
             _, memory = function(inputs)
         sizes.append(torch.linalg.matrix_norm(memory.kv, 2).item())
@@ -83,10 +94,16 @@ def test_the_memory_does_not_grow(function):
     assert max(sizes[half:]) < 1.5 * max(sizes[:half])
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [("gated_delta", 0.95, 1), ("linear", 0, 0.5)])
-def test_pairs_are_told_apart(name, least, most):
-    """16 random pairs in a head of 32: the value of a key is nearest to what the key reads."""
-    rule, d, pairs, documents = RULES[name], 32, 16, 50
+@pytest.mark.parametrize(
+    ("name", "pairs", "least", "most"),
+    [
+        ("gated_delta", 16, 0.95, 1), ("linear", 16, 0, 0.5), ("gated_delta_dpfp", 64, 0.9, 1),
+        ("gated_delta", 64, 0, 0.5),
+    ],
+)  # fmt: skip
+def test_pairs_are_told_apart(name, pairs, least, most):
+    """Random pairs in a head of 32: the value of a key is nearest to what the key reads."""
+    rule, d, documents = RULES[name], 32, 50
     torch.manual_seed(0)
     keys, values = torch.randn(2, documents, pairs, 1, d).unbind()
     features = rule.features(keys)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 
+from infini_ds.config.model import KERNEL_RULES
 from infini_ds.errors import UserError
 from infini_ds.kernels import backend
 from infini_ds.kernels.infini_attention import Inputs, infini_attention
@@ -123,7 +124,7 @@ def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window 
     return (q, k, v, out), kept, calls[:forward], calls[forward:]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", KERNEL_RULES)
 def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule):
     (q, k, v, out), kept, forward, _ = record(rule, group=2, gated=True)
     known = {x.data_ptr() for x in (q, k, v, out)}
@@ -181,7 +182,7 @@ def test_a_chunk_is_the_same_in_all_kernels():
 
 @pytest.mark.parametrize("generation", [AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL])
 @pytest.mark.parametrize("d", backend.TRITON_HEAD_DIMS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", KERNEL_RULES)
 def test_every_kernel_has_tiles_on_every_generation(rule, d, generation):
     _, _, forward, backward = record(rule, 2, True, generation, d)
     assert all(call.options.get("num_warps", 4) in (4, 8) for call in (*forward, *backward))
@@ -316,7 +317,7 @@ def test_wrong_assembler_of_hopper_is_said_once(monkeypatch, tmp_path, recwarn, 
 
 
 def test_layouts_are_all_covered():
-    for rule in RULES:
+    for rule in KERNEL_RULES:
         covered = {case["layout"] for case in [*CASES, *LONG_CASES] if case["rule"] == rule}
         assert covered == set(LAYOUTS)
 

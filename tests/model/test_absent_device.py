@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from infini_ds.config.model import KERNEL_RULES
 from infini_ds.memory import RULES
 
 SIZES = {
@@ -35,6 +36,7 @@ CASES = {
     for name, settings in (("plain", {}), ("learned", LEARNED))
     for checkpointing in ("none", "block")
     for kernels in (True, False)
+    if rule in KERNEL_RULES or not kernels
 }
 
 

@@ -129,9 +129,10 @@ def packed_window(
     tokens = torch.randint(VOCAB, shape, generator=random)
     labels = torch.randint(VOCAB, shape, generator=random)
     labels = labels.masked_fill(~valid_tokens(layout, n), -100)
-    memory, size = [], RULES[rule].specs(2, 8)["norm"][-1]
+    size, memory = RULES[rule].specs(2, 8)["norm"][-1], []
+    features = RULES[rule].feature_size(8)
     for _ in range(2):
-        stored = torch.rand(len(lanes), 2, 50, 8, generator=random).to(dtype)
+        stored = torch.rand(len(lanes), 2, 50, features, generator=random).to(dtype)
         values = torch.randn(len(lanes), 2, 50, 8, generator=random).to(dtype)
         tail = torch.randn(len(lanes), taps, 8, 8, generator=random).to(dtype) if taps else None
         seen = torch.randn(len(lanes), n, 4, 8, generator=random).to(dtype) if sliding else None
@@ -252,7 +253,8 @@ def is_last(documents, pieces: list[Piece]) -> bool:
 @pytest.mark.parametrize("n", LENGTHS)
 def test_documents_are_the_same_alone_and_packed(make_model, rule, options, n):
     model = make_model(memory_rule=rule, **options, segment_length=n, tie_embeddings=False)
-    check_same_alone(model, n, 1e-5)
+    # Processors add up products in orders of their own; fp64 below leaves nothing to them.
+    check_same_alone(model, n, 2e-5)
 
 
 @pytest.mark.usefixtures("_fp64")

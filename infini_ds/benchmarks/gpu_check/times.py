@@ -21,7 +21,7 @@ from infini_ds.benchmarks.kernels_timing import (
     measure_rates,
     time_operation,
 )  # fmt: skip
-from infini_ds.memory import RULES
+from infini_ds.config.model import KERNEL_RULES
 
 CONTESTANT_SECONDS = 1.5
 SHOWN_KERNELS = 16
@@ -35,7 +35,7 @@ def timer_of(part: Part, hides_host: bool = True, seconds: float = CONTESTANT_SE
 def shapes(part: Part) -> list[Shape]:
     """Returns shapes with every rule, and with short and long segments."""
     sizes = [(2, 32, 2, 16)] if part.tiny else [(16, 512, 32, 128), (16, 2048, 32, 128)]
-    return [Shape(*size, rule) for rule in RULES for size in sizes]
+    return [Shape(*size, rule) for rule in KERNEL_RULES for size in sizes]
 
 
 def bench(part: Part) -> None:

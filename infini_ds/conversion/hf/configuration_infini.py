@@ -8,8 +8,8 @@ class InfiniConfig(PretrainedConfig):
 
     Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
     `use_sliding_window`, whether each token attends to as many tokens, also to those of the segment
-    before; `memory_rule`, `linear`, `delta` or `gated_delta`, how a segment is written into the
-    memory; `write_gate`, whether each token decides how much of it is written, and
+    before; `memory_rule`, `linear`, `delta`, `gated_delta` or `gated_delta_dpfp`, how a segment is
+    written into the memory; `write_gate`, whether each token decides how much of it is written, and
     `write_gate_sees_keys`, whether that depends on the key as well; `short_conv`, how many tokens
     before them queries, keys and values see; `qk_norm`, whether each head's queries and keys are
     normalised.

@@ -10,10 +10,12 @@ d width of a head.
     linear      M + sigma(k)^T v
     delta       M + sigma(k)^T (v - sigma(k) M / (sigma(k) z))
 
-By the third rule there is no z; unit(x) is x divided by its L2 norm.
+By the other rules there is no z; unit(x) is x divided by its L2 norm, and phi(x) the products of
+each element of relu([x, -x]) with those 1, 2 and 3 places before it, [6 d].
 
     read        unit(q) M, divided by its root mean square and mixed in the same way
     gated_delta M + unit(k)^T (v - unit(k) M), token by token
+    gated_delta_dpfp, the same with phi(q) and phi(k) in place of q and k; M is [b, g, 6 d, d]
 """
 
 import contextlib
@@ -79,7 +81,7 @@ class LayerState:
     """
 
     kv: Any = None  # M
-    norm: Any = None  # z; None by gated_delta
+    norm: Any = None  # z; None by the gated delta rules
     keys: Any = None  # [b, tokens so far, g, d], before rotary
     values: Any = None
     weights: Any = None  # [b, tokens so far, g], how much of each will be written
@@ -264,7 +266,13 @@ class Delta(Linear):
 class GatedDelta:
     """The rule that divides by nothing; its methods are those of `Linear`, without z."""
 
+    shifts = 0  # of phi; 0: unit(x) alone
+
     def features(self, x: Tensor) -> Tensor:
+        if self.shifts:
+            x = torch.cat((x, -x), dim=-1).relu()
+            rolled = (x.roll(shift, dims=-1) for shift in range(1, self.shifts + 1))
+            x = torch.cat([x * other for other in rolled], dim=-1)
         return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + KEY_EPSILON)
 
     def read(self, features: Tensor, kv: Tensor, norm: None) -> tuple[Tensor, Tensor]:
@@ -285,7 +293,18 @@ class GatedDelta:
         return kv, None
 
 
-RULES = {"linear": Linear, "delta": Delta, "gated_delta": GatedDelta}
+class GatedDeltaDPFP(GatedDelta):
+    """The same with phi of queries and keys."""
+
+    shifts = 3
+
+
+RULES = {
+    "linear": Linear,
+    "delta": Delta,
+    "gated_delta": GatedDelta,
+    "gated_delta_dpfp": GatedDeltaDPFP,
+}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from infini_ds.kernels.infini_attention.chunk_walk import chunk_walk
 from infini_ds.kernels.infini_attention.scans import map_walk, scan, unchanged, walk
 from infini_ds.kernels.infini_attention.segment_overlaps import segment_overlaps
 from infini_ds.kernels.infini_attention.segment_sums import segment_sums
+from infini_ds.memory.gated_delta import GatedDelta, GatedDeltaDPFP
 
 
 class Changes(ABC):
@@ -29,7 +30,7 @@ class Changes(ABC):
         """Returns the kv that each segment finds, and that after the last segment.
 
         Args:
-            kv: the kv before the window, [batch, kv_heads, d, d].
+            kv: the kv before the window, [batch, kv_heads, f, d].
             norm: the norm that each segment finds, [batch, segments, kv_heads, d or 0].
             starts: [batch, segments].
         """
@@ -40,8 +41,8 @@ class RemovingChanges(Changes):
 
     @abstractmethod
     def maps(self, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the map [B, A] to the kv that each segment finds, [batch, segments, kv_heads, d,
-        2 d], and that to the kv after the last segment. The arguments are those of `states`."""
+        """Returns the map [B, A] to the kv that each segment finds, [batch, segments, kv_heads, f,
+        d + f], and that to the kv after the last segment. The arguments are those of `states`."""
 
 
 class LinearChanges(Changes):
@@ -79,22 +80,31 @@ class DeltaChanges(RemovingChanges):
 class GatedDeltaChanges(RemovingChanges):
     """The gated delta rule, whose maps are a walk from [0, 1]."""
 
+    rule = GatedDelta()
+
     def __init__(self, k: Tensor, v: Tensor, weight: Tensor):
         self._tokens = k, v, weight
         self.added_norm = weight.new_empty(*k.shape[:2], k.shape[3], 0)
 
     def states(self, kv: Tensor, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        return chunk_walk(*self._tokens, kv, starts)
+        return chunk_walk(*self._tokens, kv, starts, self.rule.shifts)
 
     def maps(self, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         batch, _, _, kv_heads, d = self._tokens[0].shape
-        incoming = unchanged(batch, kv_heads, d, starts.device)
-        return chunk_walk(*self._tokens, incoming, starts)
+        incoming = unchanged(batch, kv_heads, self.rule.feature_size(d), d, starts.device)
+        return chunk_walk(*self._tokens, incoming, starts, self.rule.shifts)
+
+
+class GatedDeltaDPFPChanges(GatedDeltaChanges):
+    """The same with more features."""
+
+    rule = GatedDeltaDPFP()
 
 
 CHANGES: dict[str, type[LinearChanges] | type[RemovingChanges]] = {
     "linear": LinearChanges,
     "delta": DeltaChanges,
     "gated_delta": GatedDeltaChanges,
+    "gated_delta_dpfp": GatedDeltaDPFPChanges,
 }
 """By the names of the rules, the keys of `memory.RULES`."""

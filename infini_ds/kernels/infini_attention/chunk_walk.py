@@ -9,72 +9,54 @@ Nothing but the inputs and the memory before each segment is kept for the backwa
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_ds.memory.gated_delta import CHUNK, KEY_EPSILON
+from infini_ds.kernels.infini_attention.unit_features import unit_features
+from infini_ds.memory.gated_delta import CHUNK
 
 WALKED = 2**19
 """How many numbers of a segment's keys to process at a time on a CPU, at least one head's."""
 
 
 def chunk_walk(
-    k: Tensor, v: Tensor, weight: Tensor, incoming: Tensor, starts: Tensor
+    k: Tensor, v: Tensor, weight: Tensor, incoming: Tensor, starts: Tensor, shifts: int
 ) -> tuple[Tensor, Tensor]:
     """Computes the state that each segment finds and the state after the last one, in fp32.
 
     Args:
         k, v: [batch, segments, n, kv_heads, d].
         weight: [batch, segments, n, kv_heads] fp32, 0 on padding.
-        incoming: the state before the window, [batch, kv_heads, d, e] with e of at least d. Values
-            are written to its first d columns; from the others tokens only remove.
+        incoming: the state before the window, [batch, kv_heads, f, e] for keys of f features, with
+            e of at least d. Values are written to its first d columns; from the others tokens only
+            remove.
         starts: [batch, segments], where a document begins, and the state is 0.
+        shifts: see `unit_features`.
 
     Returns:
-        [batch, segments, kv_heads, d, e] and [batch, kv_heads, d, e].
+        [batch, segments, kv_heads, f, e] and [batch, kv_heads, f, e].
     """
-    return _ChunkWalk.apply(k, v, weight, incoming, starts)  # type: ignore[return-value]
-
-
-class UnitKeys(NamedTuple):
-    """Features of the gated delta rule, in fp32, and what their gradient needs."""
-
-    keys: Tensor
-    """[..., d]: x over its length."""
-    scale: Tensor
-    """[..., 1]: one over the length."""
-
-    @classmethod
-    def of(cls, x: Tensor) -> "UnitKeys":
-        """Computes the features of queries or keys [..., d]."""
-        x = x.float()
-        scale = torch.linalg.vecdot(x, x)[..., None].add_(KEY_EPSILON).rsqrt_()
-        return cls(x * scale, scale)
-
-    def gradient(self, d_keys: Tensor) -> Tensor:
-        """Returns the gradient of x from that of the features."""
-        along = torch.linalg.vecdot(self.keys, d_keys)[..., None]
-        return torch.addcmul(d_keys, self.keys, along, value=-1).mul_(self.scale)
+    return _ChunkWalk.apply(k, v, weight, incoming, starts, shifts)  # type: ignore[return-value]
 
 
 class _ChunkWalk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k, v, weight, incoming, starts):
+    def forward(ctx, k, v, weight, incoming, starts, shifts):
         states = incoming.new_empty(k.shape[0], k.shape[1], *incoming.shape[1:])
         final = torch.empty_like(incoming)
-        for heads in _head_groups(k):
+        for heads in _head_groups(k, incoming):
             state = incoming[:, heads]
             for s, begin in enumerate(starts.unbind(1)):
                 state = state.masked_fill(begin[:, None, None, None], 0)
                 states[:, s, heads] = state
                 own = (x[:, s, :, heads] for x in (k, v, weight))
-                state = _Chunks(*own, width=state.shape[-1]).walk(state)
+                state = _Chunks(*own, width=state.shape[-1], shifts=shifts).walk(state)
             final[:, heads] = state
         ctx.save_for_backward(k, v, weight, states, starts)
+        ctx.shifts = shifts
         return states, final
 
     @staticmethod
@@ -82,24 +64,25 @@ class _ChunkWalk(torch.autograd.Function):
     def backward(ctx, d_states, d_final):
         k, v, weight, states, starts = ctx.saved_tensors
         dk, dv, d_weight, d_incoming = map(torch.empty_like, (k, v, weight, d_final))
-        for heads in _head_groups(k):
+        for heads in _head_groups(k, d_final):
             d_state = d_final[:, heads]
             for s, begin in reversed([*enumerate(starts.unbind(1))]):
                 own = (x[:, s, :, heads] for x in (k, v, weight))
-                chunks = _Chunks(*own, width=d_state.shape[-1])
+                chunks = _Chunks(*own, width=d_state.shape[-1], shifts=ctx.shifts)
                 d_state, *found = chunks.walk_back(states[:, s, heads], d_state)
                 for x, gradient in zip((dk, dv, d_weight), found, strict=True):
                     x[:, s, :, heads] = gradient
                 d_state += d_states[:, s, heads]
                 d_state = d_state.masked_fill(begin[:, None, None, None], 0)
             d_incoming[:, heads] = d_state
-        return dk, dv, d_weight, d_incoming, None
+        return dk, dv, d_weight, d_incoming, None, None
 
 
-def _head_groups(k: Tensor) -> Iterator[slice]:
+def _head_groups(k: Tensor, state: Tensor) -> Iterator[slice]:
     """Splits the key-value heads: on a CPU into groups of which few segments fit its cache."""
-    batch, _, n, kv_heads, d = k.shape
-    step = kv_heads if k.device.type != "cpu" else max(1, WALKED // (batch * n * d))
+    batch, _, n, kv_heads, _ = k.shape
+    features = state.shape[-2]
+    step = kv_heads if k.device.type != "cpu" else max(1, WALKED // (batch * n * features))
     return (slice(start, start + step) for start in range(0, kv_heads, step))
 
 
@@ -112,15 +95,16 @@ class _Chunks:
         k, v: [batch, n, heads, d].
         weight: [batch, n, heads].
         width: e, the columns of states.
+        shifts: see `unit_features`.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, weight: Tensor, width: int):
+    def __init__(self, k: Tensor, v: Tensor, weight: Tensor, width: int, shifts: int):
         self._shape = k.shape
-        self._k, self._weight = UnitKeys.of(self._chunked(k)), self._chunked(weight)
+        self._k, self._weight = unit_features(self._chunked(k), shifts), self._chunked(weight)
         self._values = self._chunked(v)  # [c, r, t, e]
-        if width > k.shape[-1]:
-            self._values = F.pad(self._values, (0, width - k.shape[-1]))
-        self._keys = self._k.keys  # [c, r, t, d]
+        if width > v.shape[-1]:
+            self._values = F.pad(self._values, (0, width - v.shape[-1]))
+        self._keys = self._k.features  # [c, r, t, f]
         self._products = self._keys @ self._keys.mT
         system = (self._weight[..., None] * self._products).tril_(-1)
         unit = torch.eye(system.shape[-1], device=k.device).expand_as(system)
@@ -130,7 +114,7 @@ class _Chunks:
         self._t = self._inverse * self._weight[..., None, :]
 
     def walk(self, state: Tensor) -> Tensor:
-        """Returns the state after the segment from the one before it, [batch, heads, d, e]."""
+        """Returns the state after the segment from the one before it, [batch, heads, f, e]."""
         rows = state.flatten(0, 1)
         for k, v, t in zip(self._keys, self._values, self._t, strict=True):
             rows = torch.baddbmm(rows, k.mT, t @ torch.baddbmm(v, k, rows, alpha=-1))
@@ -162,7 +146,7 @@ class _Chunks:
         d_weight += torch.linalg.vecdot(d_system, self._products)
         d_system.mul_(self._weight[..., None])
         d_keys += (d_system + d_system.mT) @ self._keys
-        d = d_keys.shape[-1]
+        d = self._shape[-1]
         dk, dv, d_weight = map(
             self._joined, (self._k.gradient(d_keys), d_missing[..., :d], d_weight)
         )

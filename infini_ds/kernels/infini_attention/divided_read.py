@@ -20,7 +20,7 @@ class DividedReadAndMix(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if readers is not None:
             out.copy_(a_dot)
-        for rows in mixed_rows(q, kv.shape[1], gate, readers):
+        for rows in mixed_rows(q, kv, gate, readers):
             read = _Read(rows, q, kv, norm)
             numerator = read.sigma_q.to(rows.dtype) @ read.kv
             mixed = torch.addcmul(
@@ -42,7 +42,7 @@ class DividedReadAndMix(torch.autograd.Function):
             d_dot.copy_(gradient)
             for x in (dq, d_kv, d_norm, d_gate):
                 x.zero_()
-        for rows in mixed_rows(q, kv.shape[1], gate, ctx.readers):
+        for rows in mixed_rows(q, kv, gate, ctx.readers):
             part, read = rows.part, _Read(rows, q, kv, norm)
             d_out = rows.of(gradient).to(rows.dtype)  # [s, h, g, n, d]
             share = rows.gate / read.denominator  # [s, h, g, n, 1]

@@ -11,6 +11,7 @@ from infini_ds.kernels.infini_attention.mixed_rows import Readers
 from infini_ds.kernels.infini_attention.normalized_read import NormalizedReadAndMix
 from infini_ds.layout import Layout
 from infini_ds.memory import RULES, MemoryState
+from infini_ds.memory.gated_delta import GatedDelta
 
 
 def read_and_mix(
@@ -25,8 +26,8 @@ def read_and_mix(
 
     Args:
         a_dot, q: [batch, segments, n, heads, d]; the queries of a group read one memory.
-        states: the memory before each segment, kv [batch, segments, kv_heads, d, d] and norm
-            [batch, segments, kv_heads, d], or 0 in place of d by rules that do not divide.
+        states: the memory before each segment, kv [batch, segments, kv_heads, f, d] and norm
+            [batch, segments, kv_heads, f], or 0 in place of f by rules that do not divide.
         beta: [heads].
         rule: name of the memory rule.
         layout: if segments are packed, only the tokens of their first documents read; None: all.
@@ -39,8 +40,8 @@ def read_and_mix(
     state = MemoryState(*flat)
     written = own.written(state).repeat_interleave(q.shape[3] // state.kv.shape[1], dim=1)
     gate = beta.float().sigmoid() * written  # [segments, heads]
-    if own.divides:
-        out = DividedReadAndMix.apply(a_dot, flat_q, *state, gate, readers)
+    if isinstance(own, GatedDelta):
+        out = NormalizedReadAndMix.apply(a_dot, flat_q, state.kv, gate, readers, own.shifts)
     else:
-        out = NormalizedReadAndMix.apply(a_dot, flat_q, state.kv, gate, readers)
+        out = DividedReadAndMix.apply(a_dot, flat_q, *state, gate, readers)
     return out.view(q.shape)  # type: ignore[union-attr]

@@ -36,16 +36,18 @@ class Readers(NamedTuple):
 
 
 def mixed_rows(
-    q: Tensor, kv_heads: int, gate: Tensor, readers: Readers | None
+    q: Tensor, kv: Tensor, gate: Tensor, readers: Readers | None
 ) -> Iterator["MixedRows"]:
     """All parts in which a token reads.
 
     Args:
         q: [segments, n, heads, d].
+        kv: [segments, kv_heads, f, d].
         gate: [segments, heads] fp32, 0 where nothing is stored.
     """
-    segments, n, _, d = q.shape
-    for part in parts(segments, n, kv_heads, d, q.device):
+    segments, n = q.shape[:2]
+    kv_heads, features = kv.shape[1:3]
+    for part in parts(segments, n, kv_heads, features, q.device):
         if readers is None:
             yield MixedRows(part, q, kv_heads, gate, None)
         elif rows := max(readers.rows[part.segments]):

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from infini_ds.config.model import KERNEL_RULES
 from infini_ds.kernels.backend import uses_triton
 from infini_ds.kernels.infini_attention.parallel import (
     infini_attention_parallel,
@@ -23,12 +24,12 @@ def infini_attention(
     """
     if inputs.rule not in RULES:
         raise ValueError(f"rule ({inputs.rule}) must be one of {', '.join(RULES)}")
-    # The Triton kernels have no sliding window.
-    if inputs.previous is None and uses_triton(inputs.q):
+    fits = inputs.previous is None and inputs.rule in KERNEL_RULES
+    if fits and uses_triton(inputs.q):
         from infini_ds.kernels.self_check import check
 
         check(inputs.q, inputs.k.shape[3], inputs.rule, inputs.layout.begins is not None)
-    if inputs.previous is None and uses_triton(inputs.q):
+    if fits and uses_triton(inputs.q):  # it may just have been found at fault
         # Triton is not installed everywhere.
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
 

@@ -55,8 +55,8 @@ def memory_scan(
         w: [batch, segments, n, kv_heads] or None.
 
     Returns:
-        The memory before each segment, kv [batch, segments, kv_heads, d, d] and norm [batch,
-        segments, kv_heads, d or 0], and the memory after the last one.
+        The memory before each segment, kv [batch, segments, kv_heads, f, d] and norm [batch,
+        segments, kv_heads, f or 0], and the memory after the last one.
     """
     changes = _changes(k, v, w, layout, rule)
     norm, final_norm = scan(changes.added_norm, memory.norm, layout.starts)
@@ -107,7 +107,7 @@ class _Part:
             (self._norm,), (self._final_norm,) = HandOn(change, exchange).finish([memory.norm])
         self._norms, _ = scan(changes.added_norm, self._norm, self._starts)
         self._maps, end = changes.maps(self._norms, self._starts)
-        added, factor = end.chunk(2, dim=-1)
+        added, factor = self._split(end)
         self._way = HandOn(Change(factor, [added]), exchange)
 
     def finish(self) -> tuple[MemoryState, MemoryState]:
@@ -128,8 +128,13 @@ class _Part:
             kv, _ = scan(self._added.kv, before.kv, self._starts)
             norm, _ = scan(self._added.norm, before.norm, self._starts)
             return MemoryState(kv, norm)
-        added, factor = self._maps.chunk(2, dim=-1)
+        added, factor = self._split(self._maps)
         return MemoryState(added + factor @ before.kv[:, None], self._norms)
+
+    def _split(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """Splits maps [..., f, d + f] into B and A."""
+        f, d = self._memory.kv.shape[-2:]
+        return maps.split((d, f), dim=-1)
 
     def _sum_of_last_document(self, added: Tensor) -> Tensor:
         """Sums [batch, segments, ...] since the last segment in which a document begins."""

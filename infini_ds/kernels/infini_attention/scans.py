@@ -56,9 +56,9 @@ def map_walk(added: Tensor, overlaps: Tensor, starts: Tensor) -> tuple[Tensor, T
     return _MapWalk.apply(added, overlaps, starts)  # type: ignore[return-value]
 
 
-def unchanged(batch: int, kv_heads: int, d: int, device: torch.device) -> Tensor:
-    """Returns the map of no segments, [batch, kv_heads, d, 2 d] with B = 0 and A = 1, in fp32."""
-    return torch.eye(d, 2 * d, device=device).roll(d, dims=1).expand(batch, kv_heads, d, 2 * d)
+def unchanged(batch: int, kv_heads: int, f: int, d: int, device: torch.device) -> Tensor:
+    """Returns the map of no segments, [batch, kv_heads, f, d + f] with B = 0 and A = 1, in fp32."""
+    return torch.eye(f, d + f, device=device).roll(d, dims=1).expand(batch, kv_heads, f, d + f)
 
 
 class _MapWalk(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _MapWalk(torch.autograd.Function):
     def forward(ctx, added, overlaps, starts):
         batch, segments, kv_heads, d, _ = added.shape
         maps = added.new_empty(batch, segments, kv_heads, d, 2 * d)
-        state = unchanged(batch, kv_heads, d, added.device)
+        state = unchanged(batch, kv_heads, d, d, added.device)
         for s in range(segments):
             found = state.masked_fill(starts[:, s, None, None, None], 0)
             maps[:, s] = found

@@ -22,7 +22,7 @@ WINDOWS: dict[str, type[Window]] = {
     "delta": PaperWindow,
     "gated_delta": GatedDeltaWindow,
 }
-"""By the names of the rules, the keys of `memory.RULES`."""
+"""By the names of the rules, config.model.KERNEL_RULES."""
 
 
 def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
