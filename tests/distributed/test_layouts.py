@@ -726,7 +726,8 @@ def test_bytes_that_ranks_of_a_window_exchange_are_counted_by_hand(results, name
     context, pipeline = case["parallel.context_parallel"], case["parallel.pipeline_stages"]
     heads, d = case.get("model.num_kv_heads", 4), 8
     rule = case["model.memory_rule"]
-    numbers = heads * d * d * (1 if rule == "linear" else 2)  # of M
+    features = 6 * d if rule == "gated_delta_dpfp" else d
+    numbers = heads * features * (d + (0 if rule == "linear" else features))  # of M
     if RULES[rule].divides:
         numbers += heads * d + 1  # of z, and one flag
     if case.get("model.memory"):

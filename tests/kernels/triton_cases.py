@@ -2,6 +2,7 @@
 
 import torch
 
+from infini_ds.config.model import KERNEL_RULES
 from infini_ds.kernels.infini_attention.reference import infini_attention_reference
 from infini_ds.kernels.infini_attention.triton import op, tuning
 from infini_ds.kernels.infini_attention.triton import window as triton_window
@@ -36,7 +37,7 @@ _CASES = [
             ("segments without tokens", 17, 1, False),
             ("one segment", 63, 3, True),
         )
-        for rule in RULES
+        for rule in KERNEL_RULES
     ),
     case("padding", "linear", "fp32", 17, d=128),
     # Four blocks of 16 in a chunk, then two chunks.
