@@ -222,7 +222,9 @@ def check_same_alone(model, n: int, limit: float, dtype: torch.dtype = torch.flo
         own = read(model, alone(window, carried, pieces), count)
         close(rows_of(own.hidden, moved(pieces), n), rows_of(packed.hidden, pieces, n), limit, what)
         (own_embedded, *own_incoming), own_parameters = gradients(own, model)
-        close(rows_of(own_embedded, moved(pieces), n), rows_of(d_embedded, pieces, n), limit, what)
+        # With AMX it reaches 1.007e-5 in fp32; fp64 leaves nothing to the order of sums.
+        want, have = rows_of(own_embedded, moved(pieces), n), rows_of(d_embedded, pieces, n)
+        close(want, have, limit if dtype == torch.float64 else 2 * limit, what)
         lane = pieces[0].lane
         if carried:
             for want, have in zip(own_incoming, d_incoming, strict=True):
@@ -253,8 +255,7 @@ def is_last(documents, pieces: list[Piece]) -> bool:
 @pytest.mark.parametrize("n", LENGTHS)
 def test_documents_are_the_same_alone_and_packed(make_model, rule, options, n):
     model = make_model(memory_rule=rule, **options, segment_length=n, tie_embeddings=False)
-    # Processors add up products in orders of their own; fp64 below leaves nothing to them.
-    check_same_alone(model, n, 2e-5)
+    check_same_alone(model, n, 1e-5)
 
 
 @pytest.mark.usefixtures("_fp64")
