@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "segments-only": Variant(lambda _: {}, memory=False, connected=False),
-    "sliding-window": Variant(lambda _: _sliding_window_alone(), memory=False),
+    "sliding-window": Variant(lambda _: {"use_sliding_window": True}, memory=False),
     "linear": Variant(lambda _: {}),
     "delta": Variant(lambda _: {"memory_rule": "delta"}),
     "linear-write-gate": Variant(lambda config: {"memory": _write_gate(config)}),
@@ -47,10 +47,15 @@ VARIANTS = {
 
 
 def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
-    """Returns the config of one run; all variants read the same number of positions per step."""
+    """Returns the config of one run; all variants read the same number of positions per step.
+
+    Those with a memory have it in the layers that model.memory.layers says.
+    """
     from infini_ds.config import MemoryConfig
 
-    memory = MemoryConfig(short_conv=config.model.memory.short_conv)
+    own = config.model.memory
+    layers = own.layers if VARIANTS[name].memory else ()
+    memory = MemoryConfig(layers=layers, short_conv=own.short_conv)
     linear = {"memory_rule": "linear", "memory": memory, "use_sliding_window": False}
     changes = linear | VARIANTS[name].changes(config)
     model = config.model.model_copy(update=changes)
@@ -63,13 +68,6 @@ def variant_config(config: RunConfig, name: str, seed: int) -> RunConfig:
 
 def _window(config: RunConfig) -> int:
     return config.train.window_segments * config.model.segment_length
-
-
-def _sliding_window_alone() -> dict[str, Any]:
-    from infini_ds.config.model import LARGEST_GATE
-
-    # Gates that let nothing of the memory through, and have no gradient.
-    return {"use_sliding_window": True, "gate_init": -LARGEST_GATE}
 
 
 def _beside_window(config: RunConfig, rule: str) -> dict[str, Any]:

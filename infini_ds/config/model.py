@@ -38,8 +38,10 @@ class RopeScaling(Settings):
 
 
 class MemoryConfig(Settings):
-    """Extensions of the paper: what the model learns about writing into its memories."""
+    """Extensions of the paper: which layers have memories, and what is learnt about writing."""
 
+    layers: tuple[int, ...] | None = None
+    """Which layers have memories, counted from 0, such as [0]; null: all. Others attend locally."""
     write_gate: bool = False
     """Each token decides how much of it is written into the memory of each key-value head."""
     write_gate_sees_keys: bool = False
@@ -48,6 +50,15 @@ class MemoryConfig(Settings):
     """With write_gate, the loss gets this times the mean write weight, summed over layers."""
     short_conv: int = Field(default=0, ge=0, le=64)
     """How many tokens before it each token's queries, keys and values see: a causal convolution."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value,)
+        if value is not None and not isinstance(value, list | tuple):
+            raise ValueError(f"({value}) must be a list of layers, such as [0], or null")
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("short_conv", mode="before")
     @classmethod
@@ -90,7 +101,7 @@ class ModelConfig(Settings):
     memory_rule: Literal["linear", "delta", "gated_delta", "gated_delta_dpfp"] = "linear"
     """How segments are written: eq. (4), (5), the gated delta rule, or that with 6 d features."""
     memory: MemoryConfig = MemoryConfig()
-    """Extensions of the paper: what the model learns about writing into its memories."""
+    """Extensions of the paper: which layers have memories, and what is learnt about writing."""
     hidden_act: Literal["silu", "gelu"] = "silu"
     """Gate of the feed-forward: `silu` is SwiGLU, `gelu` is GEGLU."""
     rope_theta: float = Field(default=10000.0, ge=1)
@@ -126,6 +137,31 @@ class ModelConfig(Settings):
         return "" if self.memory_rule in KERNEL_RULES else f"memory_rule {self.memory_rule}"
 
     @property
+    def memory_layers(self) -> range | tuple[int, ...]:
+        """The layers that have memories, counted from 0, with the default resolved."""
+        layers = self.memory.layers
+        return range(self.num_layers) if layers is None else layers
+
+    def of_layer(self, layer: int) -> "ModelConfig":
+        """Returns the config of models whose layers are all like this one's layer of this number:
+        they have memories, or none has. Functions of one layer take such a config."""
+        if self.memory.layers is None:
+            return self
+        layers = None if layer in self.memory.layers else ()
+        return self._with_memory_layers(layers)
+
+    def of_blocks(self, blocks: range) -> "ModelConfig":
+        """Returns the config of a model that has only these consecutive layers of this one."""
+        layers = self.memory.layers
+        if layers is not None:
+            layers = tuple(layer - blocks.start for layer in layers if layer in blocks)
+        return self._with_memory_layers(layers).model_copy(update={"num_layers": len(blocks)})
+
+    def _with_memory_layers(self, layers: tuple[int, ...] | None) -> "ModelConfig":
+        memory = self.memory.model_copy(update={"layers": layers})
+        return self.model_copy(update={"memory": memory})
+
+    @property
     def kv_heads(self) -> int:
         """Key-value heads, with the default resolved."""
         return self.num_kv_heads or self.num_heads
@@ -141,6 +177,12 @@ class ModelConfig(Settings):
             raise ValueError(
                 f"memory.short_conv ({self.memory.short_conv}) must be at most segment_length "
                 f"({self.segment_length})"
+            )
+        layers = self.memory.layers or ()
+        if list(layers) != sorted(set(layers) & set(range(self.num_layers))):
+            raise ValueError(
+                f"memory.layers ({list(layers)}) must be numbers from 0 to {self.num_layers - 1}, "
+                "smaller ones first"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(

@@ -106,6 +106,6 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(_type_name(part) for part in typing.get_args(annotation))
     if origin is typing.Annotated:
         return _type_name(typing.get_args(annotation)[0])
-    if origin is list:
+    if origin in (list, tuple):
         return f"list of {_type_name(typing.get_args(annotation)[0])}"
     return "null" if annotation is type(None) else annotation.__name__

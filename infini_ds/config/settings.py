@@ -88,7 +88,7 @@ class Settings(BaseModel):
     def _check_integers(self) -> "Settings":
         for name in type(self).model_fields:
             value = getattr(self, name)
-            for number in value if isinstance(value, list) else [value]:
+            for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, int) and abs(number) > LARGEST_INTEGER:
                     raise ValueError(f"{name} ({value}) must be {_ANY_INTEGER}")
         return self

@@ -80,6 +80,7 @@ def config_tree(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "segment_length": config.segment_length,
         "use_sliding_window": config.use_sliding_window,
         "memory_rule": config.memory_rule,
+        "memory_layers": None if config.memory.layers is None else list(config.memory.layers),
         "write_gate": config.memory.write_gate,
         "write_gate_sees_keys": config.memory.write_gate_sees_keys,
         "short_conv": config.memory.short_conv,

@@ -96,7 +96,10 @@ lengths: pass the tokenizer's `attention_mask`. {note}"""
 def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
     config = model.config
     states = RULES[config.memory_rule].specs(config.kv_heads, config.head_dim)
-    kept = 4 * config.num_layers * sum(map(math.prod, states.values()))
+    kept = 4 * len(config.memory_layers) * sum(map(math.prod, states.values()))
+    where = []
+    if config.memory.layers is not None:
+        where = [f"layers {list(config.memory.layers)} of 0 to {config.num_layers - 1}"]
     yes = [name for name, value in config.memory.model_dump().items() if value is True]
     return {
         "layers": config.num_layers,
@@ -105,7 +108,7 @@ def _settings(model: Model, dtype: torch.dtype) -> dict[str, Any]:
         "feed-forward": f"{config.mlp_size}, {config.hidden_act}",
         "vocabulary": config.vocab_size,
         "segment": f"{config.segment_length} tokens",
-        "memory": ", ".join((f"{config.memory_rule} rule", *yes)),
+        "memory": ", ".join((f"{config.memory_rule} rule", *where, *yes)),
         "memory of a text": f"{kept:,} bytes",
         "tied embeddings": "yes" if config.tie_embeddings else "no",
         "dtype": str(dtype).removeprefix("torch."),

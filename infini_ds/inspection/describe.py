@@ -147,12 +147,13 @@ def _memory(path: Path) -> dict[str, Any]:
     memory = Memory.load(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    layers, documents, kv_heads, _, head_dim = memory.kv.shape
+    layers, documents, _, kv_heads, head_dim = memory.keys.shape
     return {
         "kind": "memory",
         "path": str(path),
         "settings": {
             "layers": layers,
+            "memory_layers": memory.memory_layers,
             "documents": documents,
             "kv_heads": kv_heads,
             "head_dim": head_dim,
@@ -165,7 +166,7 @@ def _memory(path: Path) -> dict[str, Any]:
         },
         "fingerprint": metadata.get("fingerprint"),
         "open_tokens": list(memory.lengths),
-        "norms": memory.kv.norm(dim=(-2, -1)).mean(dim=(1, 2)).tolist(),
+        "norms": [layer.mean_norm() for layer in memory.layers()],
         "bytes": {"total": path.stat().st_size},
     }
 

@@ -12,10 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infini_ds.config import ModelConfig
+from infini_ds.config.model import LARGEST_GATE
 from infini_ds.kernels.infini_attention import Inputs, infini_attention
 from infini_ds.kernels.infini_attention.memory_read import read_and_mix
 from infini_ds.kernels.infini_attention.parallel import memory_scan
-from infini_ds.kernels.local_attention import rotate, within_reach
+from infini_ds.kernels.local_attention import local_attention, rotate, within_reach
 from infini_ds.layout import Layout, memory_tokens, valid_tokens
 from infini_ds.memory import MemoryState
 from infini_ds.memory.hand_on import Change, Exchange, HandOn
@@ -23,7 +24,7 @@ from infini_ds.model.memory import OpenSegment
 from infini_ds.model.norm import RMSNorm
 from infini_ds.model.rotary import rotary_table
 from infini_ds.model.short_conv import ShortConv, of_earlier_tokens
-from infini_ds.model.write_gate import WriteGate, WriteStats, write_stats
+from infini_ds.model.write_gate import WriteGate, WriteStats, nothing_written, write_stats
 
 Method = TypeVar("Method", bound=Callable)
 
@@ -48,8 +49,29 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+class _WithZeroGradient(torch.autograd.Function):
+    """Returns a tensor as it is, and gives a parameter that has no part in it a gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        return gradients[0], torch.zeros_like(ctx.saved_tensors[0])
+
+
 class InfiniAttention(nn.Module):
-    """Attends locally inside each segment and reads the memory of all earlier segments."""
+    """Attends locally inside each segment and reads the memory of all earlier segments, if the
+    layer has one.
+
+    A layer without a memory has gates too, which are closed and have a gradient of zero: all stages
+    of a pipeline then have the same groups of parameters.
+
+    Args:
+        config: that of the layer, see `ModelConfig.of_layer`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -65,11 +87,14 @@ class InfiniAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.beta = nn.Parameter(torch.full((config.num_heads,), config.gate_init))
+        self.has_memory = bool(config.memory_layers)
+        gate = config.gate_init if self.has_memory else -LARGEST_GATE
+        self.beta = nn.Parameter(torch.full((config.num_heads,), gate))
         channels = heads * config.head_dim
         taps = config.memory.short_conv
         self.short_conv = ShortConv(channels, taps) if taps else None
-        self.write_gate = WriteGate(config) if config.memory.write_gate else None
+        writes = self.has_memory and config.memory.write_gate
+        self.write_gate = WriteGate(config) if writes else None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -130,7 +155,7 @@ class InfiniAttention(nn.Module):
 
         Returns:
             The output [batch, segments x n, hidden_size], the memory after the last segment, and
-            statistics of what was written, None without a write gate.
+            statistics of what was written, None if the model has no write gates.
         """
         segments, tail = layout.starts.shape[1], None
         qkv = rearrange(qkv, "b (s n) h d -> b s n h d", s=segments)
@@ -142,16 +167,20 @@ class InfiniAttention(nn.Module):
         previous, window = None, None
         if memory.window is not None:
             previous, window = self._windows(k, v, layout, memory.window, exchange)
-        stats = None
+        stats = self._nothing_written(qkv.device)
         if self.write_gate is not None:
             assert w is not None
             w = self.write_gate.weights(rearrange(w, "b (s n) h -> b s n h", s=segments), k)
             stats = write_stats(w, valid_tokens(layout, n))
         rule, state = self.config.memory_rule, memory.compressed()
         rotary = self._rotary_table(qkv.device, n)
-        inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, rotary, previous)
         with _without_autocast(qkv.device):
-            out, memory = infini_attention(inputs, exchange)
+            if self.has_memory:
+                inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, rotary, previous)
+                out, memory = infini_attention(inputs, exchange)
+            else:
+                out = local_attention(q, k, v, rotary, layout.begins, previous)
+                out = _WithZeroGradient.apply(out, self.beta)
         out = self.o_proj(rearrange(out, "b s n h d -> b (s n) (h d)"))
         return out, replace(memory, tail=tail, window=window), stats
 
@@ -175,14 +204,14 @@ class InfiniAttention(nn.Module):
 
         Returns:
             The output, the segment with the new tokens in place, and statistics of how much of
-            them will be written, None without a write gate.
+            them will be written, None if the model has no write gates.
         """
         keys, values, weights, tail = segment
         qkv, w = self.project(hidden)
         if self.short_conv is not None:
             qkv, tail = self.short_conv(qkv, tail)
         q, k, v = (x.to(keys.dtype) for x in self._split(qkv))
-        stats = None
+        stats = self._nothing_written(hidden.device)
         if self.write_gate is not None:
             assert w is not None
             w = self.write_gate.weights(w, k)
@@ -208,13 +237,22 @@ class InfiniAttention(nn.Module):
                 attn_mask=seen[:, None],
                 enable_gqa=self.config.num_heads != self.config.kv_heads,
             )
-            a_dot = rearrange(a_dot, "b h t d -> b 1 t h d")
-            out = read_and_mix(a_dot, q[:, None], states, self.beta, self.config.memory_rule)
+            out = rearrange(a_dot, "b h t d -> b 1 t h d")
+            if self.has_memory:
+                out = read_and_mix(out, q[:, None], states, self.beta, self.config.memory_rule)
         out = self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)"))
         return out, OpenSegment(keys, values, weights, tail), stats
 
     def close(self, memory: MemoryState, segment: OpenSegment) -> MemoryState:
         """Writes a full segment into the memory."""
+        after = self._written(memory.compressed(), segment) if self.has_memory else memory
+        window = memory.window
+        if window is not None:
+            window = torch.cat((segment.keys, segment.values), dim=2).to(window.dtype)
+        return replace(after, tail=memory.tail, window=window)
+
+    def _written(self, memory: MemoryState, segment: OpenSegment) -> MemoryState:
+        """Returns the compressive memory after a full segment."""
         keys, values = segment.keys[:, None], segment.values[:, None]
         w = None if self.write_gate is None else segment.weights[:, None]
         batch, _, n = keys.shape[:3]
@@ -223,12 +261,11 @@ class InfiniAttention(nn.Module):
             torch.full((batch, 1), n, dtype=torch.int32, device=keys.device),
         )
         with _without_autocast(keys.device):
-            rule, state = self.config.memory_rule, memory.compressed()
-            _, after = memory_scan(keys, values, w, state, layout, rule)
-        window = memory.window
-        if window is not None:
-            window = torch.cat((segment.keys, segment.values), dim=2).to(window.dtype)
-        return replace(after, tail=memory.tail, window=window)
+            return memory_scan(keys, values, w, memory, layout, self.config.memory_rule)[1]
+
+    def _nothing_written(self, device: torch.device) -> WriteStats | None:
+        """Returns the statistics of a layer without a memory, if others have write gates."""
+        return nothing_written(device) if self.config.memory.write_gate else None
 
     def _tails(
         self, qkv: Tensor, layout: Layout, tail: Tensor | None, exchange: Exchange | None

@@ -60,7 +60,7 @@ class Block(nn.Module):
 
         Returns:
             Hidden states, the memory after the last segment, and statistics of what was written,
-            None without a write gate.
+            None if the model has no write gates.
         """
 
         def forward(inputs: Tensor, *others: Any):

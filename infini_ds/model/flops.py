@@ -21,20 +21,27 @@ def forward_flops_per_token(config: ModelConfig) -> list[int]:
     write per key-value head, see `MemoryRule.write_flops`. A write gate is a small projection, and
     a short convolution takes a few multiply-adds per channel of queries, keys and values.
     """
+    layers = [_block_flops(config.of_layer(layer)) for layer in range(config.num_layers)]
+    head = 2 * config.hidden_size * config.vocab_size
+    return [0, *layers, 0, head]
+
+
+def _block_flops(config: ModelConfig) -> int:
+    """Counts one layer's operations, see `forward_flops_per_token`."""
     hidden, d, n = config.hidden_size, config.head_dim, config.segment_length
     heads, kv_heads = config.num_heads, config.kv_heads
     projections = 2 * hidden * d * (2 * heads + 2 * kv_heads)
     feed_forward = 2 * hidden * 3 * config.mlp_size
     local = 2 * 2 * heads * d * (2 * n if config.use_sliding_window else n + 1) // 2
-    read = 2 * d * RULES[config.memory_rule].feature_size(d)
-    memory = _with_norm(config, heads * read + kv_heads * _write(config))
-    gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
-    gate += 2 * d * kv_heads if config.memory.write_gate_sees_keys else 0
+    memory = gate = 0
+    if config.memory_layers:
+        read = 2 * d * RULES[config.memory_rule].feature_size(d)
+        memory = _with_norm(config, heads * read + kv_heads * _write(config))
+        gate = 2 * hidden * kv_heads if config.memory.write_gate else 0
+        gate += 2 * d * kv_heads if config.memory.write_gate_sees_keys else 0
     taps = config.memory.short_conv
     convolution = 2 * (taps + 1) * (heads + 2 * kv_heads) * d if taps else 0
-    block = projections + feed_forward + local + memory + gate + convolution
-    head = 2 * hidden * config.vocab_size
-    return [0, *[block] * config.num_layers, 0, head]
+    return projections + feed_forward + local + memory + gate + convolution
 
 
 def sharing_flops(config: ModelConfig, segments: int, ranks: int, twice: bool) -> int:
@@ -44,11 +51,14 @@ def sharing_flops(config: ModelConfig, segments: int, ranks: int, twice: bool) -
     model's own operations are not included.
 
     Args:
+        config: that of a layer, see `ModelConfig.of_layer`.
         segments: number of segments in the rank's part.
         ranks: number of ranks that share the window.
         twice: whether all writes of the part are summed in PyTorch first, although Triton kernels
             sum them again.
     """
+    if not config.memory_layers:
+        return 0
     d, rule = config.head_dim, RULES[config.memory_rule]
     maps = rule.map_flops(d, config.segment_length, segments, ranks)
     writes = _with_norm(config, _write(config)) * segments * config.segment_length

@@ -11,12 +11,26 @@ from infini_ds.memory.state import MemoryState
 
 
 def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of one lane's tensors by their names in `MemoryState`."""
-    shapes = RULES[config.memory_rule].specs(config.kv_heads, config.head_dim)
+    """Returns the shapes of one lane's tensors by their names in `MemoryState`.
+
+    Args:
+        config: that of a layer, see `ModelConfig.of_layer`; so it is in this whole module.
+    """
+    shapes = memory_shapes(config)
     if config.memory.short_conv:
         shapes["tail"] = tail_shape(config)
     if config.use_sliding_window:
         shapes["window"] = window_shape(config)
+    return shapes
+
+
+def memory_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a lane's compressive memory; without one, it has no features."""
+    assert config.memory.layers in (None, ()), "must be the config of a layer"
+    shapes = RULES[config.memory_rule].specs(config.kv_heads, config.head_dim)
+    if not config.memory_layers:
+        kv_heads, _, d = shapes["kv"]
+        shapes |= {"kv": (kv_heads, 0, d), "norm": (kv_heads, 0)}
     return shapes
 
 
@@ -45,6 +59,8 @@ def told_numbers(config: ModelConfig) -> int:
     """Returns how many numbers each of the ranks that share a window tells the others about a lane
     and a layer: its part's change of the memory, and what the convolution and the sliding window
     see of the part's end, each with the number that this replaces what was seen before."""
-    numbers = RULES[config.memory_rule].handed_on(config.kv_heads, config.head_dim)
+    numbers = 0
+    if config.memory_layers:
+        numbers = RULES[config.memory_rule].handed_on(config.kv_heads, config.head_dim)
     seen = (math.prod(shape(config)) for shape in (tail_shape, window_shape))
     return numbers + sum(count + 1 for count in seen if count)

@@ -36,7 +36,9 @@ class Layer(NamedTuple):
 
 def layer_list(config: ModelConfig, checkpointing: Checkpointing = "none") -> list[Layer]:
     """Lists the embedding, blocks, final norm, and the head unless it is tied to the embedding."""
-    blocks = [Layer(Block, (config, checkpointing))] * config.num_layers
+    blocks = [
+        Layer(Block, (config.of_layer(layer), checkpointing)) for layer in range(config.num_layers)
+    ]
     layers = [Layer(Embedding, (config,)), *blocks, Layer(FinalNorm, (config,))]
     return layers if config.tie_embeddings else [*layers, Layer(Head, (config,))]
 

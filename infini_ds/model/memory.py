@@ -43,10 +43,10 @@ class Memory:
     """
 
     kv: Tensor
-    """[layers, batch, kv_heads, d, d] fp32, the compressive memories."""
+    """[layers with a memory, batch, kv_heads, f, d] fp32, the compressive memories."""
     norm: Tensor
-    """[layers, batch, kv_heads, d] fp32, their normalisers; the last size is 0 by memory rules that
-    do not divide reads."""
+    """[layers with a memory, batch, kv_heads, f] fp32, their normalisers; the last size is 0 by
+    memory rules that do not divide reads."""
     keys: Tensor
     """[layers, batch, segment_length, kv_heads, d], keys of the open segment, before rotary."""
     values: Tensor
@@ -64,6 +64,8 @@ class Memory:
     """Number of tokens in the open segment of each row."""
     rule: str | None = None
     """Name of the memory rule; None if it comes from a file that does not tell."""
+    memory_layers: tuple[int, ...] | None = None
+    """The layers that have a memory, counted from 0; None: all."""
 
     @classmethod
     def empty(
@@ -80,7 +82,8 @@ class Memory:
             )
             for name, shape in _shapes(config, batch).items()
         }
-        return cls(**tensors, lengths=(0,) * batch, rule=config.memory_rule)
+        layers = config.memory.layers
+        return cls(**tensors, lengths=(0,) * batch, rule=config.memory_rule, memory_layers=layers)
 
     @property
     def batch(self) -> int:
@@ -91,12 +94,28 @@ class Memory:
         """Returns what each layer passes on to the next segment."""
         tail = self.tail.float() if self.tail.shape[2] else None
         window = self.window if self.window.shape[2] else None
-        return MemoryState(self.kv, self.norm, tail, window).unstack()
+        kv, norm = (self._by_layer(states) for states in (self.kv, self.norm))
+        tails, windows = ([None] * len(kv) if x is None else x for x in (tail, window))
+        return [MemoryState(*states) for states in zip(kv, norm, tails, windows, strict=True)]
+
+    def _by_layer(self, states: Tensor) -> list[Tensor]:
+        """Returns the states of each layer, without features where it has no memory."""
+        if self.memory_layers is None:
+            return list(states)
+        none = states.new_zeros(*states.shape[1:3], 0, *states.shape[4:])
+        found = dict(zip(self.memory_layers, states, strict=True))
+        return [found.get(layer, none) for layer in range(len(self.keys))]
 
     def with_layers(self, layers: list[MemoryState]) -> "Memory":
         """Returns a copy with what `layers` returns replaced, and the same open segments."""
-        stacked = MemoryState.stack(layers).named().items()
-        return replace(self, **{name: x.to(getattr(self, name).dtype) for name, x in stacked})
+        known = range(len(layers)) if self.memory_layers is None else self.memory_layers
+        changes = {}
+        for name in layers[0].named():
+            of = known if name in ("kv", "norm") else range(len(layers))
+            if of:
+                states = torch.stack([getattr(layers[layer], name) for layer in of])
+                changes[name] = states.to(getattr(self, name).dtype)
+        return replace(self, **changes)
 
     def segments(self) -> list[OpenSegment]:
         """Returns the open segment of each layer."""
@@ -138,12 +157,15 @@ class Memory:
         rules = {memory.rule for memory in memories} - {None}
         if len(rules) > 1:
             raise ValueError(f"memories of different rules ({', '.join(sorted(map(str, rules)))})")
+        first = memories[0].memory_layers
+        if any(memory.memory_layers != first for memory in memories):
+            raise ValueError("memories of different layers")
         tensors = {
             name: torch.cat([getattr(memory, name) for memory in memories], dim=1)
             for name in _TENSORS
         }
         lengths = tuple(length for memory in memories for length in memory.lengths)
-        return cls(**tensors, lengths=lengths, rule=next(iter(rules), None))
+        return cls(**tensors, lengths=lengths, rule=next(iter(rules), None), memory_layers=first)
 
     def save(self, path: str | Path, fingerprint: str | None = None) -> None:
         """Writes one safetensors file, which appears whole or not at all.
@@ -167,6 +189,8 @@ class Memory:
         }
         if self.rule is not None:
             metadata["memory_rule"] = self.rule
+        if self.memory_layers is not None:
+            metadata["memory_layers"] = json.dumps(self.memory_layers)
         if fingerprint is not None:
             metadata["fingerprint"] = fingerprint
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -212,9 +236,10 @@ class Memory:
             raise UserError(f"memory {path}: cannot be read ({error})") from None
         try:
             if "window" not in tensors:  # earlier versions had none
-                layers, batch, kv_heads, _, d = tensors["kv"].shape
+                layers, batch, _, kv_heads, d = tensors["keys"].shape
                 empty = (layers, batch, 0, 2 * kv_heads, d)
                 tensors["window"] = tensors["keys"].new_empty(empty)
+            memory_layers = _saved_layers(tensors, metadata)
             lengths = _saved_lengths(tensors, metadata)
             for name in _BY_TOKEN:
                 used = tensors[name]
@@ -231,7 +256,8 @@ class Memory:
             raise UserError(f"memory {path}: is damaged; read the document again") from None
         for name, tensor in tensors.items():
             check_finite(tensor, f"memory {path}: {name}")
-        return cls(**tensors, lengths=lengths, rule=metadata.get("memory_rule"))
+        rule = metadata.get("memory_rule")
+        return cls(**tensors, lengths=lengths, rule=rule, memory_layers=memory_layers)
 
     def check(self, config: ModelConfig, batch: int) -> None:
         """Raises ValueError if this memory does not fit the model or the batch."""
@@ -239,6 +265,11 @@ class Memory:
             raise ValueError(
                 f"memory of rule {self.rule} does not fit this model, whose memory_rule is "
                 f"{config.memory_rule}"
+            )
+        if self.memory_layers != config.memory.layers:
+            raise ValueError(
+                f"memory of layers {_told(self.memory_layers)} does not fit this model, whose "
+                f"memory.layers is {_told(config.memory.layers)}"
             )
         shapes = _shapes(config, batch)
         kv_shape = shapes["kv"]
@@ -271,7 +302,7 @@ class Memory:
             )
 
     def __repr__(self) -> str:
-        layers, batch, kv_heads, d, _ = self.kv.shape
+        layers, batch, _, kv_heads, d = self.keys.shape
         return (
             f"Memory({layers} layers, {batch} documents, {kv_heads} key-value heads of {d}, open "
             f"segments of {list(self.lengths)} tokens, {self.keys.dtype}, {self.kv.device})"
@@ -286,6 +317,28 @@ _BY_TOKEN = ("keys", "values", "weights")  # only the open segment's tokens are 
 _COMPUTED = ("keys", "values", "tail", "window")  # stored in the compute dtype
 
 
+def _told(layers: tuple[int, ...] | None) -> str:
+    return "null, all" if layers is None else str(list(layers))
+
+
+def _saved_layers(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, ...] | None:
+    """Returns which layers of a file have a memory, after checking that there are so many.
+
+    Raises:
+        KeyError, TypeError, ValueError: `save` cannot have written it.
+    """
+    if "memory_layers" not in metadata:
+        layers = None
+        known = range(len(tensors["keys"]))
+    else:
+        layers = known = tuple(json.loads(metadata["memory_layers"]))
+    if list(known) != sorted(set(known) & set(range(len(tensors["keys"])))):
+        raise ValueError
+    if not len(known) == len(tensors["kv"]) == len(tensors["norm"]):
+        raise ValueError
+    return layers
+
+
 def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, ...]:
     """Returns the lengths stored in a file, after checking that `save` could have written it.
 
@@ -295,13 +348,14 @@ def _saved_lengths(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
     lengths = json.loads(metadata["lengths"])
     if set(tensors) != set(_TENSORS) or not all(type(length) is int for length in lengths):
         raise ValueError
-    layers, batch, kv_heads, _, d = tensors["kv"].shape
+    layers, batch, _, kv_heads, d = tensors["keys"].shape
+    known = len(tensors["kv"])
     longest, own = max(lengths), metadata.get("memory_rule")
     segment_length = int(metadata["segment_length"])
     specs = [  # of the file's rule, or of all if it does not tell one that we know
         rule.specs(kv_heads, d) for name, rule in RULES.items() if own == name or own not in RULES
     ]
-    states = {tuple((layers, batch, *shape) for shape in each.values()) for each in specs}
+    states = {tuple((known, batch, *shape) for shape in each.values()) for each in specs}
     used, shapes = (layers, batch, longest), {name: tensors[name].shape for name in _TENSORS}
     if not (
         len(lengths) == batch
@@ -325,7 +379,7 @@ def _shapes(config: ModelConfig, batch: int) -> dict[str, tuple[int, ...]]:
     kv_heads = config.kv_heads
     states = RULES[config.memory_rule].specs(kv_heads, d)
     return {
-        **{name: (layers, batch, *shape) for name, shape in states.items()},
+        **{name: (len(config.memory_layers), batch, *shape) for name, shape in states.items()},
         "keys": (layers, batch, n, kv_heads, d),
         "values": (layers, batch, n, kv_heads, d),
         "weights": (layers, batch, n, kv_heads if config.memory.write_gate else 0),

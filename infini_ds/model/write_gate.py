@@ -63,6 +63,11 @@ def write_stats(w: Tensor, valid: Tensor) -> WriteStats:
     return WriteStats(w.masked_fill(~valid, 0).sum(), ((w.detach() == 0) & valid).sum().to(w.dtype))
 
 
+def nothing_written(device: torch.device) -> WriteStats:
+    """Returns the statistics of a layer that has no memory."""
+    return WriteStats(torch.zeros((), device=device), torch.zeros((), device=device))
+
+
 def write_penalty(config: MemoryConfig, mass: Mass, count: int) -> Mass:
     """Computes what the write weights add to the loss.
 

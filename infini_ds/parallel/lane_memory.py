@@ -30,9 +30,9 @@ class LaneMemory:
     ):
         self.blocks = blocks
         self._device = device
-        self._shapes = state_shapes(config)
+        self._config = config
         self.by_micro_batch: list[dict[int, MemoryState]] = [
-            {block: empty_state(config, lanes, device) for block in blocks}
+            {block: empty_state(config.of_layer(block), lanes, device) for block in blocks}
             for _ in range(micro_batches)
         ]
 
@@ -82,15 +82,15 @@ class LaneMemory:
             for block in self.blocks
         }
 
-    def _part(self, file: Any, low: int, high: int) -> MemoryState:
-        """Reads some lanes of an open file, in which earlier versions kept no tail."""
+    def _part(self, file: Any, block: int, low: int, high: int) -> MemoryState:
+        """Reads some lanes of a block's open file, in which earlier versions kept no tail."""
         kept = file.keys()
         return MemoryState(
             **{
                 name: file.get_slice(name)[low:high]
                 if name in kept
                 else torch.zeros(high - low, *shape)
-                for name, shape in self._shapes.items()
+                for name, shape in state_shapes(self._config.of_layer(block)).items()
             }
         )
 
@@ -108,7 +108,7 @@ class LaneMemory:
                     count = file.get_slice("norm").get_shape()[0]
                     low, high = max(lanes.start - first, 0), min(lanes.stop - first, count)
                     if low < high:
-                        pieces.append(self._part(file, low, high))
+                        pieces.append(self._part(file, block, low, high))
             memory = MemoryState.cat(pieces)
             assert len(memory.norm) == len(lanes)
             self.load(block, memory)

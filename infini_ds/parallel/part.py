@@ -71,6 +71,9 @@ class Part:
         """Returns the bytes that a layer sends to the ranks that share a chunk, in each direction.
 
         They do not depend on the number of tokens.
+
+        Args:
+            model: the config of the layer, see `ModelConfig.of_layer`.
         """
         lanes = (self.context - 1) * self.micro_batch_size
         return lanes * told_numbers(model) * torch.float32.itemsize
@@ -81,5 +84,5 @@ class Part:
         Args:
             chunks: number of chunks in a window.
         """
-        layers = self.micro_batches * chunks * len(self.blocks)
-        return 2 * layers * self.exchange_bytes(model)
+        layers = sum(self.exchange_bytes(model.of_layer(block)) for block in self.blocks)
+        return 2 * self.micro_batches * chunks * layers

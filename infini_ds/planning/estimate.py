@@ -16,8 +16,8 @@ from infini_ds.parallel.weights_on_disk import buffers
 def checkpoint_bytes(config: RunConfig) -> int:
     """Returns the size of a checkpoint on disk; model.vocab_size must be set."""
     weights = 2 if config.train.dtype == "bf16" else 4
-    lanes, layers = config.train.batch_size, config.model.num_layers
-    memories = lanes * layers * memory_bytes(config.model)
+    layers = range(config.model.num_layers)
+    memories = config.train.batch_size * memory_bytes(config.model, layers)
     states = sum(_state_bytes(config))
     return sum(layer_parameters(config.model)) * weights + states + memories
 
@@ -75,7 +75,7 @@ def stage_needs(config: RunConfig, world: int) -> list[StageNeeds]:
         if parallel.offload_weights:
             weights, on_host = 0, on_host + (buffered if parallel.nvme_path else weights)
         lanes = config.lanes_of_a_rank(data)
-        memories = lanes * len(transport.held(stage)) * memory_bytes(model)
+        memories = lanes * memory_bytes(model, transport.held(stage))
         needs.append(StageNeeds(parameters, weights + gradients, states, on_host, memories))
     return needs
 
@@ -143,6 +143,14 @@ def _state_bytes(config: RunConfig) -> list[int]:
 
 def layer_parameters(model: ModelConfig) -> list[int]:
     """Counts the parameters of layer_list's layers without building any, which takes seconds."""
+    layers = [_block_parameters(model.of_layer(layer)) for layer in range(model.num_layers)]
+    embedding = model.vocab_size * model.hidden_size
+    layers = [embedding, *layers, model.hidden_size]
+    head = embedding + (model.vocab_size if model.head_bias else 0)
+    return layers if model.tie_embeddings else [*layers, head]
+
+
+def _block_parameters(model: ModelConfig) -> int:
     hidden, size = model.hidden_size, model.mlp_size
     queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
     channels = queries + 2 * keys
@@ -150,18 +158,16 @@ def layer_parameters(model: ModelConfig) -> list[int]:
     attention += channels if model.attention_bias else 0
     attention += hidden if model.attention_out_bias else 0
     attention += 2 * model.head_dim if model.qk_norm else 0
-    attention += model.kv_heads * (hidden + 1) if model.memory.write_gate else 0
-    attention += keys if model.memory.write_gate_sees_keys else 0
+    if model.memory_layers:
+        attention += model.kv_heads * (hidden + 1) if model.memory.write_gate else 0
+        attention += keys if model.memory.write_gate_sees_keys else 0
     attention += (model.memory.short_conv + 1) * channels if model.memory.short_conv else 0
     feed_forward = 3 * hidden * size + (2 * size + hidden if model.mlp_bias else 0)
-    block = attention + feed_forward + 2 * hidden
-    embedding = model.vocab_size * hidden
-    layers = [embedding, *[block] * model.num_layers, hidden]
-    head = embedding + (model.vocab_size if model.head_bias else 0)
-    return layers if model.tie_embeddings else [*layers, head]
+    return attention + feed_forward + 2 * hidden
 
 
-def memory_bytes(model: ModelConfig) -> int:
-    """Returns the bytes that one lane hands on in one layer, fp32: its memory, and what a
-    convolution and a sliding window see."""
-    return 4 * sum(map(math.prod, state_shapes(model).values()))
+def memory_bytes(model: ModelConfig, layers: range) -> int:
+    """Returns the bytes that one lane hands on in these layers, fp32: their memories, and what
+    convolutions and sliding windows see."""
+    shapes = (state_shapes(model.of_layer(layer)).values() for layer in layers)
+    return 4 * sum(math.prod(shape) for own in shapes for shape in own)

@@ -128,19 +128,22 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
     whole = time.step * stages
     transport = TRANSPORTS[config.parallel.memory_transport](tuple(bounds))
     wire = Wire(model, unit.batch, segments, unit.dtype, torch.device("cpu"), config.packed)
-    kept = block_bytes(model, unit, train.activation_checkpointing)
-    made_again = block_bytes(model, unit, "none") - kept
+    layers = [model.of_layer(layer) for layer in range(model.num_layers)]
+    kept = [block_bytes(layer, unit, train.activation_checkpointing) for layer in layers]
+    made_again = [
+        block_bytes(layer, unit, "none") - own for layer, own in zip(layers, kept, strict=True)
+    ]
     hidden = tokens * model.hidden_size * unit.dtype.itemsize
-    made = []
+    stage_plans = []
     for stage, needs in enumerate(stage_needs(config, processes)):
         first, end = bounds[stage], bounds[stage + 1]
         units = most_units(stage, stages, micro_batches, chunks)
         # Each block's count includes its input; the last block's output comes on top.
-        unit_bytes = (end - first) * kept + hidden
+        unit_bytes = sum(kept[first:end]) + hidden
         if stage == 0 and train.activation_checkpointing == "block":
             unit_bytes += tokens * torch.int64.itemsize - hidden  # see `Block.forward`
         activations = units * unit_bytes
-        temporary = made_again + 3 * tokens * model.mlp_size * unit.dtype.itemsize
+        temporary = max(made_again[first:end]) + 3 * tokens * model.mlp_size * unit.dtype.itemsize
         if stage == stages - 1:
             logits = min(tokens, _loss_chunk(config)) * model.vocab_size * LOGIT_BYTES
             temporary = max(temporary, logits)
@@ -153,7 +156,7 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
         sent = transport.step_bytes(wire, stage, micro_batches, chunks) + exchanged
         waiting = 1 - time.busy[stage] / time.step
         reduced = _reduced_bytes(config, needs.parameters, data, micro_batches * chunks)
-        made.append(
+        stage_plans.append(
             StagePlan(
                 first, end - 1, needs, units, activations, temporary, sent, exchanged, reduced,
                 waiting,
@@ -166,7 +169,7 @@ def _plan(config: RunConfig, processes: int, timed: Callable[..., StepTime]) -> 
         chunks,
         train.activation_checkpointing,
         sum(layer_parameters(model)),
-        made,
+        stage_plans,
         config.step_tokens,
         config.step_tokens * training_flops_per_token(model),
         time.bubble,
@@ -315,20 +318,22 @@ def _costs(
     of forward is there only because ranks share windows."""
     model, train = config.model, config.train
     tokens = unit.batch * unit.segments * model.segment_length
-    _, block, *_, head = forward_flops_per_token(model)
-    block_again = {"none": 0, "attention": block - _feed_forward(model), "block": block}
-    again = tokens * block_again[train.activation_checkpointing]
-    sharing = 0
+    *blocks, _, head = forward_flops_per_token(model)[1:]
+    sharing = [0] * len(blocks)
     if unit.ranks > 1:
         triton = train.dtype == "bf16" and model.head_dim in TRITON_HEAD_DIMS
         triton = triton and not model.without_kernels
-        sharing = unit.batch * sharing_flops(model, unit.segments, unit.ranks, triton)
-        again += sharing if train.activation_checkpointing != "none" else 0
+        layers = (model.of_layer(layer) for layer in range(model.num_layers))
+        each = (sharing_flops(layer, unit.segments, unit.ranks, triton) for layer in layers)
+        sharing = [unit.batch * flops for flops in each]
+    less = {"block": 0, "attention": _feed_forward(model)}.get(train.activation_checkpointing)
     forward, more, shared = [], [], []
     for first, end in pairwise(bounds):
-        shared.append(float((end - first) * sharing))
-        forward.append(float((end - first) * (tokens * block + sharing)))
-        more.append(float((end - first) * again))
+        own, told = sum(blocks[first:end]), sum(sharing[first:end])
+        shared.append(float(told))
+        forward.append(float(tokens * own + told))
+        again = 0 if less is None else tokens * (own - (end - first) * less) + told
+        more.append(float(again))
     forward[-1] += tokens * head
     if tokens > _loss_chunk(config):
         more[-1] += tokens * head

@@ -135,15 +135,22 @@ def test_gates_learn_only_where_there_is_memory(config, name):
     model, _ = quality_run.train(
         Job(name, variant_config(config, name, 0), 5, BINS), lambda *_: None
     )
-    began = model.config.gate_init
-    moved = [bool((block.self_attn.beta != began).any()) for block in model.blocks]  # type: ignore[union-attr]
+    began = quality_run.InfiniTransformer(model.config, 0).blocks
+    moved = [
+        bool((block.self_attn.beta != before.self_attn.beta).any())  # type: ignore[union-attr]
+        for block, before in zip(model.blocks, began, strict=True)
+    ]
     assert moved == [VARIANTS[name].memory] * 2
 
 
-def test_a_sliding_window_alone_reads_no_memory(config):
-    model = variant_config(config, "sliding-window", 0).model
-    assert model.use_sliding_window
-    assert torch.tensor(model.gate_init).sigmoid() == 0
+def test_only_variants_with_memory_have_one_in_the_layers_that_the_config_says(config):
+    memory = configuration.MemoryConfig(layers=(1,))
+    model = config.model.model_copy(update={"memory": memory})
+    for each, layers in (config, (0, 1)), (config.model_copy(update={"model": model}), (1,)):
+        for name, variant in VARIANTS.items():
+            own = variant_config(each, name, 0).model
+            assert tuple(own.memory_layers) == (layers if variant.memory else ())
+    assert variant_config(config, "sliding-window", 0).model.use_sliding_window
 
 
 def test_a_run_is_reproducible(runs, config):
@@ -187,8 +194,9 @@ def test_write_penalty_is_the_configs_if_it_has_one(config):
     gated = config.model_copy(update={"model": model})
     options = variant_config(gated, "linear-write-gate", 0).model.memory
     assert options == memory
-    plain = configuration.MemoryConfig(short_conv=True)
     for name in set(VARIANTS) - set(GATED):
+        layers = None if VARIANTS[name].memory else ()
+        plain = configuration.MemoryConfig(layers=layers, short_conv=True)
         assert variant_config(gated, name, 0).model.memory == plain
 
 

@@ -49,7 +49,7 @@ MODELS: dict[str, dict] = {
     },
     "dpfp": {
         "memory_rule": "gated_delta_dpfp", "num_kv_heads": 2,
-        "memory": MemoryConfig(write_gate=True, short_conv=True),
+        "memory": MemoryConfig(write_gate=True, short_conv=True, layers=(1,)),
     },
 }  # fmt: skip
 SHARDED = ("biased", "tied")

@@ -304,6 +304,35 @@ SLIDING = {
         },
     }.items()
 }  # fmt: skip
+# The second of four layers has a memory, so that the second of two stages has none, or two have.
+SOME_LAYERS = {
+    f"layers-{name}": (
+        2,
+        {
+            **WRITING, "model.use_sliding_window": True,
+            "model.memory": WRITING["model.memory"] | {"layers": layers}, **settings,
+        },
+    )
+    for name, layers, settings in [
+        ("pipeline2-carried", [1], {"parallel.pipeline_stages": 2, "train.chunks": 2}),
+        (
+            "pipeline2-resident-packed", [1],
+            {
+                "parallel.pipeline_stages": 2, "parallel.memory_transport": "resident",
+                "model.memory_rule": "gated_delta", "data.packing": True,
+                "train.activation_checkpointing": "block",
+            },
+        ),
+        (
+            "context2", [0, 3],
+            {
+                "parallel.context_parallel": 2, "train.micro_batch_size": 2,
+                "model.memory_rule": "delta", "train.activation_checkpointing": "attention",
+            },
+        ),
+        ("data2-none", [], {"parallel.zero_stage": 1}),
+    ]
+}  # fmt: skip
 PACKED = {
     f"packed-pipeline{pipeline}-data{data}-{transport}-{rule}": (
         pipeline * data,
@@ -483,6 +512,7 @@ class Sharded(NamedTuple):
             "writing": {**WRITING, "model.num_kv_heads": 2},
             "packed": {**WRITING, "data.packing": True},
             "sliding": {**WRITING, "model.use_sliding_window": True},
+            "layers": {"model.memory": WRITING["model.memory"] | {"layers": [2]}},
             "context2": {"parallel.context_parallel": 2, "train.micro_batch_size": 2},
         }
         return self.data, settings | own.get(self.more, {})
@@ -499,6 +529,7 @@ SHARDED_CASES = {
         Sharded(zero, 2, 2, "linear", 2, True, "block", 0.0, more="writing"),
         Sharded(zero, 2, 1, "gated_delta", 2, False, "block", more="context2"),
         Sharded(zero, 2, 2, "delta", 1, False, more="sliding"),
+        Sharded(zero, 2, 1, "gated_delta_dpfp", 2, False, "attention", more="layers"),
         Sharded(zero, 4, 1, "gated_delta", 2, True, "block"),
     )
 }
@@ -517,7 +548,7 @@ SLOW_SHARDED_CASES = {
 }  # fmt: skip
 FP32_CASES = (
     cases(LAYOUTS, CHOICES) | LARGER_MICRO_BATCHES | WRITING_CASES | NORMALISED | PACKED
-    | SLIDING | CONTEXT_CASES | TRAINED_CASES | MUON_CASES | SHARDED_CASES
+    | SLIDING | SOME_LAYERS | CONTEXT_CASES | TRAINED_CASES | MUON_CASES | SHARDED_CASES
 )  # fmt: skip
 DEFAULT_CASES = FP32_CASES | BF16_CASES
 DEEP_CASES = cases(DEEP, CHOICES)
@@ -591,7 +622,8 @@ def reference(settings: str) -> dict:
     groups = parameter_groups(named, config.optimizer)
     optimizer = make_optimizer(groups, config, named)
     initial = {name: parameter.detach().clone() for name, parameter in named}
-    memory = [empty_state(config.model, LANES) for _ in range(config.model.num_layers)]
+    layers = map(config.model.of_layer, range(config.model.num_layers))
+    memory = [empty_state(layer, LANES) for layer in layers]
     losses, norms, writes = [], [], []
     for step in range(STEPS):
         windows, count = windows_of(step, config)

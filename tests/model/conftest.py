@@ -46,14 +46,15 @@ WRITING = {"write_gate": True, "write_gate_sees_keys": True, "write_penalty": 0.
 """Everything on that the model can learn about writing."""
 
 
-SLIDING = {"use_sliding_window": True, "memory": {"short_conv": 3}}
+SLIDING = {"use_sliding_window": True, "memory": {"short_conv": 3, "layers": [1]}}
 
 
 @pytest.fixture(
     params=[{}, {"memory": WRITING}, SLIDING], ids=["plain", "writing", "sliding window"]
 )
 def options(request) -> dict:
-    """Options of the model: all off, all of the memory on, and a sliding window."""
+    """Options of the model: all off, all of the memory on, and a sliding window with a memory in
+    one of two layers."""
     return request.param
 
 

@@ -78,8 +78,8 @@ def test_gradients_flow_through_an_open_segment(make_model, make_tokens, rule, o
     second = model(tokens[:, 13:], memory=first.memory)
     (first.logits.square().sum() + second.logits.square().sum()).backward()
     for name, parameter in model.named_parameters():
-        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-4, name
+        error = (parameter.grad - expected[name]).norm()
+        assert error <= 1e-4 * expected[name].norm(), name
 
 
 def test_memory_of_another_shape_is_refused(make_model, make_tokens):

@@ -1,11 +1,14 @@
+import dataclasses
 import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from infini_ds.config import MemoryConfig
 from infini_ds.layout import Layout
 from infini_ds.memory import MemoryState
+from infini_ds.model.layer_state import empty_state
 from infini_ds.parallel.pipeline.payload import Payload, Wire
 from tests import tiny
 
@@ -91,19 +94,37 @@ def test_message_has_the_bytes_of_the_formula(any_wire, count):
     hidden = up(batch * length * config.hidden_size * width)
     layout = up(batch * segments * 2 * 4)
     layout += up(batch * length * 4) if any_wire.packed else 0
-    kv, norm = up(count * batch * 3 * d * d * 4), up(count * batch * 3 * d * 4)
+    kv, norm = count * up(batch * 3 * d * d * 4), count * up(batch * 3 * d * 4)
     message = any_wire.pack(payload(any_wire, range(count)))
     assert message.dtype == torch.uint8
-    assert len(message) == any_wire.payload_bytes(count) == hidden + layout + kv + norm
+    assert len(message) == any_wire.payload_bytes(range(count)) == hidden + layout + kv + norm
     assert any_wire.gradient_bytes() == hidden
-    assert any_wire.memories_bytes(count) == kv + norm
+    assert any_wire.memories_bytes(range(count)) == kv + norm
+
+
+def test_a_layer_without_a_memory_adds_no_bytes(any_wire):
+    model = any_wire.config
+    some = dataclasses.replace(
+        any_wire, config=model.model_copy(update={"memory": MemoryConfig(layers=(1, 3))})
+    )
+    blocks = list(range(5))
+    assert some.memories_bytes(blocks) == any_wire.memories_bytes([1, 3])
+    sent = {
+        block: empty_state(some.config.of_layer(block), some.batch).map(torch.rand_like)
+        for block in blocks
+    }
+    received = some.unpack_memories(some.pack_memories(sent), blocks)
+    for block in blocks:
+        for before, after in zip(sent[block], received[block], strict=True):
+            assert before.shape == after.shape
+            assert torch.equal(before, after)
 
 
 def test_return_message_is_the_memories_of_all_layers(any_wire):
     blocks = list(range(5))
     sent = memories(any_wire, blocks)
     message = any_wire.pack_memories(sent)
-    assert len(message) == any_wire.memories_bytes(5)
+    assert len(message) == any_wire.memories_bytes(blocks)
     received = any_wire.unpack_memories(message, blocks)
     for block in blocks:
         assert torch.equal(received[block].kv, sent[block].kv)

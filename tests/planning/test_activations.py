@@ -18,6 +18,7 @@ OPTIONS = {
         "memory": {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True},
     },
     "sliding window": {"num_kv_heads": 1, "use_sliding_window": True},
+    "no memory": {"memory": {"write_gate": True, "short_conv": True, "layers": []}},
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ OPTIONS = [
         "memory": {"write_gate": True, "write_gate_sees_keys": True, "short_conv": True},
         "num_kv_heads": 1,
     },
+    {"memory": {"write_gate": True, "write_gate_sees_keys": True, "layers": [1]}},
     {"intermediate_size": 77, "memory_rule": "delta", "qk_norm": True},
 ]
 

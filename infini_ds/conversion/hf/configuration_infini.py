@@ -9,7 +9,8 @@ class InfiniConfig(PretrainedConfig):
     Settings beyond Llama's: `segment_length`, the number of tokens that attend to one another;
     `use_sliding_window`, whether each token attends to as many tokens, also to those of the segment
     before; `memory_rule`, `linear`, `delta`, `gated_delta` or `gated_delta_dpfp`, how a segment is
-    written into the memory; `write_gate`, whether each token decides how much of it is written, and
+    written into the memory; `memory_layers`, the blocks that have a memory, counted from 0, None
+    for all; `write_gate`, whether each token decides how much of it is written, and
     `write_gate_sees_keys`, whether that depends on the key as well; `short_conv`, how many tokens
     before them queries, keys and values see; `qk_norm`, whether each head's queries and keys are
     normalised.
@@ -30,6 +31,7 @@ class InfiniConfig(PretrainedConfig):
         segment_length=2048,
         use_sliding_window=False,
         memory_rule="linear",
+        memory_layers=None,
         write_gate=False,
         write_gate_sees_keys=False,
         short_conv=0,
@@ -60,6 +62,7 @@ class InfiniConfig(PretrainedConfig):
         self.segment_length = segment_length
         self.use_sliding_window = use_sliding_window
         self.memory_rule = memory_rule
+        self.memory_layers = memory_layers
         self.write_gate = write_gate
         self.write_gate_sees_keys = write_gate_sees_keys
         self.short_conv = short_conv

@@ -113,9 +113,10 @@ class WriteGate(nn.Linear):
 
 
 class InfiniAttention(nn.Module):
-    def __init__(self, config: InfiniConfig):
+    def __init__(self, config: InfiniConfig, layer: int):
         super().__init__()
         self.config = config
+        self.has_memory = config.memory_layers is None or layer in config.memory_layers
         self.rule = RULES[config.memory_rule]()
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -133,7 +134,7 @@ class InfiniAttention(nn.Module):
         self.short_conv = self.write_gate = None
         if config.short_conv:
             self.short_conv = ShortConv(channels, config.short_conv)
-        if config.write_gate:
+        if config.write_gate and self.has_memory:
             self.write_gate = WriteGate(config)
 
     def forward(
@@ -205,6 +206,8 @@ class InfiniAttention(nn.Module):
         if self.config.use_sliding_window:
             window = torch.cat((state.keys, state.values), dim=2)
             state.window = _with_rows(state.window, _rows(window, full), full, len(window))
+        if not self.has_memory:
+            return
         keys, values, weights = _rows(state.keys, full), _rows(state.values, full), state.weights
         features = self.rule.features(keys.float()).transpose(1, 2)
         kv, norm = self.rule.write(
@@ -403,10 +406,10 @@ class TokenEmbedding(nn.Embedding):
 
 
 class InfiniBlock(GradientCheckpointingLayer):
-    def __init__(self, config: InfiniConfig):
+    def __init__(self, config: InfiniConfig, layer: int):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = InfiniAttention(config)
+        self.self_attn = InfiniAttention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
 

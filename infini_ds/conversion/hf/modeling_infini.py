@@ -69,7 +69,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: InfiniConfig):
         super().__init__(config)
         layers: list[nn.Module] = [TokenEmbedding(config.vocab_size, config.hidden_size)]
-        layers += [InfiniBlock(config) for _ in range(config.num_hidden_layers)]
+        layers += [InfiniBlock(config, layer) for layer in range(config.num_hidden_layers)]
         layers.append(nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if not config.tie_word_embeddings:
             layers.append(nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias))

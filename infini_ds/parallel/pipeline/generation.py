@@ -51,9 +51,8 @@ def generate(
     """
     engine.module.eval()
     config = engine.module.config
-    own = config.model_copy(update={"num_layers": len(engine.part.blocks)})
     dtype = next(engine.module.parameters()).dtype
-    memory = Memory.empty(own, 1, engine.device, dtype)
+    memory = Memory.empty(config.of_blocks(engine.part.blocks), 1, engine.device, dtype)
     generator = torch.Generator(engine.device).manual_seed(seed)
     tokens = torch.tensor([prompt[-config.segment_length :]], device=engine.device)
     written: list[int] = []

@@ -49,7 +49,7 @@ class HandOver:
         """Receives what the previous stage sent with `send`."""
         riding = self._riding(self._part.stage - 1, chunk)
         wire = self._wire_of(training)
-        message = self._hops.from_previous.receive(wire.payload_bytes(len(riding)))
+        message = self._hops.from_previous.receive(wire.payload_bytes(riding))
         return wire.unpack(message, riding)
 
     def send_gradient(self, gradient: Tensor) -> None:
@@ -88,7 +88,7 @@ class HandOver:
         """Keeps on the first stage what the last one has handed back, if anything."""
         if self._returns and self._part.is_first:
             blocks = list(self._part.all_blocks)
-            message = self._hops.returned.receive(self._wire.memories_bytes(len(blocks)))
+            message = self._hops.returned.receive(self._wire.memories_bytes(blocks))
             memories.put(micro_batch, self._wire.unpack_memories(message, blocks))
 
     def _wire_of(self, training: bool) -> Wire:

@@ -1,6 +1,7 @@
 """One packed message per hop between stages, so that no dtype or shape has to be guessed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,13 +34,12 @@ class Wire:
 
     Bytes of a forward hop: batch x length x hidden_size x (2 in bf16, 4 in fp32), plus batch x
     segments x 2 x 4 for the layout and, if segments are packed, batch x length x 4 for where each
-    token's document begins, plus batch x kv_heads x (head_dim + 1) x head_dim x 4 for each
-    travelling memory and, with a short convolution, batch x short_conv x (heads + 2 kv_heads) x
-    head_dim x 4 for what it sees next and, with a sliding window, batch x segment_length x 2
-    kv_heads x head_dim x 4; hidden states, layout, beginnings, and all kv, norms, tails and
-    windows are each rounded up to 16 bytes. A backward hop consists of the first term alone, the
-    gradient of the hidden states. The return from the last stage to the first consists of the
-    memories of all layers.
+    token's document begins, plus batch x 4 times the numbers of each travelling block's
+    `state_shapes`: its memory, if it has one, and what a short convolution and a sliding window
+    see next. Hidden states, layout, beginnings, and each block's kv, norm, tail and window are each
+    rounded up to 16 bytes. A backward hop consists of the first term alone, the gradient of the
+    hidden states. The return from the last stage to the first consists of the memories of all
+    layers.
     """
 
     config: ModelConfig
@@ -59,41 +59,41 @@ class Wire:
         length = self.segments * self.config.segment_length
         return self.batch, length, self.config.hidden_size
 
-    def payload_bytes(self, memories: int) -> int:
-        """Returns the bytes of a forward hop that carries this many layers' memories."""
-        return _total([*self._head_parts(), *self._memory_parts(memories)])
+    def payload_bytes(self, blocks: Sequence[int]) -> int:
+        """Returns the bytes of a forward hop that carries these blocks' memories."""
+        return _total([*self._head_parts(), *self._memory_parts(blocks)])
 
     def gradient_bytes(self) -> int:
         """Returns the bytes of a backward hop."""
         return _total(self._head_parts()[:1])
 
-    def memories_bytes(self, memories: int) -> int:
-        """Returns the bytes of the return from the last stage to the first."""
-        return _total(self._memory_parts(memories))
+    def memories_bytes(self, blocks: Sequence[int]) -> int:
+        """Returns the bytes of the return from the last stage to the first, of these blocks."""
+        return _total(self._memory_parts(blocks))
 
     def pack(self, payload: Payload) -> Tensor:
         """Packs a payload into one uint8 message."""
         starts, lengths, begins = payload.layout
         parts = [payload.hidden.detach(), torch.stack((starts.int(), lengths), dim=-1)]
         parts += [] if begins is None else [begins]
-        parts += self._stack(payload.memories)
-        return self._write(parts, [*self._head_parts(), *self._memory_parts(len(payload.memories))])
+        parts += _tensors(payload.memories)
+        return self._write(parts, [*self._head_parts(), *self._memory_parts([*payload.memories])])
 
     def unpack(self, message: Tensor, blocks: list[int]) -> Payload:
         """Unpacks what `pack` packed; `blocks` are those whose memories travel with it."""
-        parts = [*self._head_parts(), *self._memory_parts(len(blocks))]
+        parts = [*self._head_parts(), *self._memory_parts(blocks)]
         hidden, layout, *others = self._read(message, parts)
         begins = others.pop(0) if self.packed else None
         layout = Layout(layout[..., 0].bool(), layout[..., 1].contiguous(), begins)
-        return Payload(hidden, layout, self._unstack(others, blocks))
+        return Payload(hidden, layout, self._memories(others, blocks))
 
     def pack_memories(self, memories: dict[int, MemoryState]) -> Tensor:
         """Packs the message that returns from the last stage to the first."""
-        return self._write(self._stack(memories), self._memory_parts(len(memories)))
+        return self._write(_tensors(memories), self._memory_parts([*memories]))
 
     def unpack_memories(self, message: Tensor, blocks: list[int]) -> dict[int, MemoryState]:
         """Unpacks what `pack_memories` packed."""
-        return self._unstack(self._read(message, self._memory_parts(len(blocks))), blocks)
+        return self._memories(self._read(message, self._memory_parts(blocks)), blocks)
 
     def _head_parts(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         segments = (self.batch, self.segments)
@@ -102,22 +102,19 @@ class Wire:
             parts.append(((*segments, self.config.segment_length), torch.int32))
         return parts
 
-    def _memory_parts(self, memories: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        if not memories:
-            return []
-        shapes = state_shapes(self.config).values()
-        return [((memories, self.batch, *shape), torch.float32) for shape in shapes]
+    def _memory_parts(self, blocks: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        shapes = (state_shapes(self.config.of_layer(block)).values() for block in blocks)
+        return [((self.batch, *shape), torch.float32) for own in shapes for shape in own]
 
-    def _stack(self, memories: dict[int, MemoryState]) -> list[Tensor]:
-        if not memories:
-            return []
-        return list(MemoryState.stack(list(memories.values())))
-
-    def _unstack(self, parts: list[Tensor], blocks: list[int]) -> dict[int, MemoryState]:
-        if not blocks:
-            return {}
-        memory = MemoryState(**dict(zip(state_shapes(self.config), parts, strict=True)))
-        return dict(zip(blocks, memory.unstack(), strict=True))
+    def _memories(self, parts: list[Tensor], blocks: list[int]) -> dict[int, MemoryState]:
+        """Undoes `_tensors`."""
+        following = iter(parts)
+        return {
+            block: MemoryState(
+                **{name: next(following) for name in state_shapes(self.config.of_layer(block))}
+            )
+            for block in blocks
+        }
 
     def _write(self, tensors: list[Tensor], parts: list) -> Tensor:
         message = torch.empty(_total(parts), dtype=torch.uint8, device=self.device)
@@ -133,6 +130,11 @@ class Wire:
             views.append(message[offset : offset + size].view(dtype).view(shape))
             offset += _aligned(size)
         return views
+
+
+def _tensors(memories: dict[int, MemoryState]) -> list[Tensor]:
+    """Lists what is there of all memories, block by block."""
+    return [tensor for memory in memories.values() for tensor in memory]
 
 
 def _aligned(size: int) -> int:

@@ -33,13 +33,13 @@ class MemoryTransport:
         last, total = len(self.bounds) - 2, 0
         if stage != last:
             riding = [
-                len(self.riding(stage, chunk == 0, chunk == chunks - 1)) for chunk in range(chunks)
+                self.riding(stage, chunk == 0, chunk == chunks - 1) for chunk in range(chunks)
             ]
-            total += sum(wire.payload_bytes(memories) for memories in riding)
+            total += sum(map(wire.payload_bytes, riding))
         if stage != 0:
             total += chunks * wire.gradient_bytes()
             if stage == last and self.returns:
-                total += wire.memories_bytes(self.bounds[-1])
+                total += wire.memories_bytes(range(self.bounds[-1]))
         return micro_batches * total
 
 
