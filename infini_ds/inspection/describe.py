@@ -153,7 +153,7 @@ def _memory(path: Path) -> dict[str, Any]:
         "path": str(path),
         "settings": {
             "layers": layers,
-            "memory_layers": memory.memory_layers,
+            "memory_layers": "all" if memory.memory_layers is None else [*memory.memory_layers],
             "documents": documents,
             "kv_heads": kv_heads,
             "head_dim": head_dim,

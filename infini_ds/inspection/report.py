@@ -103,6 +103,8 @@ def _model_rows(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", shape
     options = [name for name in ("write_gate", "short_conv") if model["memory"][name]]
     options += ["sliding window"] if model.get("use_sliding_window") else []
+    layers = model["memory"].get("layers")
+    options += [] if layers is None else [f"in layers {list(layers)}"]
     yield "memory", ", ".join((f"{model['memory_rule']} rule", *options))
 
 

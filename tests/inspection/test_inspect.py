@@ -143,7 +143,21 @@ def test_memory_file_is_described(run, capsys, rule):
     assert figures["settings"]["memory_rule"] == rule
     assert (figures["open_tokens"], figures["fingerprint"]) == ([5], "f" * 64)
     assert len(figures["norms"]) == 2
+    assert figures["settings"]["memory_layers"] == "all"
     assert "f" * 30 in shown  # and the rest in the next line
+
+
+def test_layers_that_have_a_memory_are_told(tmp_path, capsys):
+    model = write_checkpoint(tiny_config(tmp_path / "run", memory={"layers": [1]}), 5)
+    shown, figures = inspect(capsys, checkpoint(tmp_path / "run", 5))
+    assert "linear rule, in layers [1]" in shown
+    assert figures["gates"][0] == [0, 0]
+    assert figures["gates"][1] == [0.5, 0.5]
+    path = tmp_path / "book.safetensors"
+    model(torch.zeros(1, 37, dtype=torch.int64)).memory.save(path)
+    _, figures = inspect(capsys, path)
+    assert figures["settings"]["memory_layers"] == [1]
+    assert figures["norms"][0] == 0 < figures["norms"][1]
 
 
 @pytest.mark.parametrize("name", ["export", "one.safetensors"])
