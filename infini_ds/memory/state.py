@@ -19,7 +19,8 @@ class MemoryState:
     """
 
     kv: Tensor
-    """[batch, kv_heads, d_k, d_v]: M. All zero where nothing was written."""
+    """[batch, kv_heads, d_k, d_v]: M. All zero where nothing was written. In a layer without a
+    memory d_k is 0, here and in `norm`."""
     norm: Tensor
     """[batch, kv_heads, d_k]: z, the sum of sigma(k), all zero where nothing was written. By rules
     that do not divide, [batch, kv_heads, 0]."""
@@ -47,15 +48,6 @@ class MemoryState:
     def cat(cls, memories: Sequence["MemoryState"]) -> "MemoryState":
         """Concatenates memories along the batch, in order."""
         return memories[0]._with(map(torch.cat, zip(*memories, strict=True)))
-
-    @classmethod
-    def stack(cls, memories: Sequence["MemoryState"]) -> "MemoryState":
-        """Stacks memories along a new first dimension."""
-        return memories[0]._with(map(torch.stack, zip(*memories, strict=True)))
-
-    def unstack(self) -> list["MemoryState"]:
-        """Undoes `stack`."""
-        return [self._with(tensors) for tensors in zip(*self, strict=True)]
 
     def chunk(self, count: int) -> list["MemoryState"]:
         """Splits a memory into `count` of equal batch size, the inverse of `cat`."""
