@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -103,16 +104,20 @@ class Wire:
         return parts
 
     def _memory_parts(self, blocks: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        shapes = (state_shapes(self.config.of_layer(block)).values() for block in blocks)
-        return [((self.batch, *shape), torch.float32) for own in shapes for shape in own]
+        shapes = (shape for block in blocks for shape in self._shapes[block].values())
+        return [((self.batch, *shape), torch.float32) for shape in shapes]
+
+    @cached_property
+    def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """The shapes of what each block hands on; found once, not for every message."""
+        layers = map(self.config.of_layer, range(self.config.num_layers))
+        return [state_shapes(layer) for layer in layers]
 
     def _memories(self, parts: list[Tensor], blocks: list[int]) -> dict[int, MemoryState]:
         """Undoes `_tensors`."""
         following = iter(parts)
         return {
-            block: MemoryState(
-                **{name: next(following) for name in state_shapes(self.config.of_layer(block))}
-            )
+            block: MemoryState(**{name: next(following) for name in self._shapes[block]})
             for block in blocks
         }
 
