@@ -73,6 +73,7 @@ class Case(NamedTuple):
     segment_length: int
     capability: int
     packed: bool = False
+    sliding: bool = False
 
 
 class Source(NamedTuple):
@@ -106,8 +107,9 @@ def run(
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise UserError("bench kernels: TRITON_INTERPRET is set; nothing compiles until it is not")
     grid = product(
-        TRITON_HEAD_DIMS, KERNEL_RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True)
-    )
+        TRITON_HEAD_DIMS, KERNEL_RULES, KV_HEADS, SEGMENT_LENGTHS, TARGETS, (False, True),
+        (False, True),
+    )  # fmt: skip
     cases = [case for case in (Case(*place) for place in grid) if is_wanted(case)]
     jobs = [(*place, users) for place, users in _distinct(cases).items()]
     processes = min(os.cpu_count() or 1, len(jobs))
@@ -130,7 +132,7 @@ def _recorded(case: Case) -> list[Any]:
     from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton
     from infini_ds.kernels.launch import recording
 
-    d, rule, kv_heads, n, capability, packed = case
+    d, rule, kv_heads, n, capability, packed, sliding = case
     widths = (HEADS, kv_heads, kv_heads)
     qkv = torch.empty(1, SEGMENTS, n, sum(widths), d, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = qkv.split(widths, dim=3)
@@ -139,9 +141,10 @@ def _recorded(case: Case) -> list[Any]:
     begins = torch.zeros(1, SEGMENTS, n, dtype=torch.int32) if packed else None
     layout = Layout(torch.zeros(1, SEGMENTS, dtype=torch.bool), lengths, begins)
     beta = torch.zeros(HEADS, requires_grad=True)
-    table = torch.empty(n, d // 2)
+    table = torch.empty(2 * n if sliding else n, d // 2)
+    previous = torch.empty(1, SEGMENTS, n, 2 * kv_heads, d, dtype=q.dtype) if sliding else None
     with recording(capability // 10) as calls:
-        inputs = Inputs(q, k, v, None, memory, layout, beta, rule, (table, table))
+        inputs = Inputs(q, k, v, None, memory, layout, beta, rule, (table, table), previous)
         out, after = infini_attention_triton(inputs)
         (out.sum() + after.kv.sum() + after.norm.sum()).backward()
     return calls
@@ -292,7 +295,8 @@ def _shown(cubin: bytes, tool: str, option: str) -> str:
 def _variant(row: dict[str, Any]) -> str:
     constants = row["constants"]
     told = [f"{name}={constants[name]}" for name in VARIANTS if name in constants]
-    return " ".join((*told, *["packed"] * constants.get("PACKED", False)))
+    kinds = [kind for kind in ("packed", "sliding") if constants.get(kind.upper())]
+    return " ".join((*told, *kinds))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -130,11 +130,9 @@ class ModelConfig(Settings):
     """Standard deviation of the initial embedding; 0 means initializer_range."""
 
     @property
-    def without_kernels(self) -> str:
-        """The name of a setting for which no Triton kernels are written; empty if there is none."""
-        if self.use_sliding_window:
-            return "use_sliding_window"
-        return "" if self.memory_rule in KERNEL_RULES else f"memory_rule {self.memory_rule}"
+    def has_kernels(self) -> bool:
+        """Whether Triton kernels are written for the memory rule."""
+        return self.memory_rule in KERNEL_RULES
 
     @property
     def memory_layers(self) -> range | tuple[int, ...]:

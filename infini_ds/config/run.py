@@ -92,10 +92,10 @@ class RunConfig(Settings):
                     f"data.{corpus.source}.segment_length ({corpus.made.segment_length}) must be "
                     f"model.segment_length ({read})"
                 )
-        if self.model.without_kernels and self.kernels.backend == "triton":
+        if self.kernels.backend == "triton" and not self.model.has_kernels:
             raise ValueError(
-                "kernels.backend (triton) must be auto or torch with "
-                f"model.{self.model.without_kernels}, which the Triton kernels do not compute"
+                "kernels.backend (triton) must be auto or torch with model.memory_rule "
+                f"{self.model.memory_rule}, which the Triton kernels do not compute"
             )
         if self.optimizer.name == "muon" and self.parallel.offload_optimizer:
             raise ValueError(

@@ -58,6 +58,7 @@ def trial_of(
     segment_length: int,
     dtype: str,
     packed: bool = False,
+    sliding: bool = False,
 ) -> Trial:
     """Makes a trial for which Triton compiles the same kernels as for these sizes.
 
@@ -65,7 +66,7 @@ def trial_of(
     multiple of 16 if segment_length is one, because Triton specialises kernels for such numbers.
     """
     n = 2 * TILE + 16 + (segment_length % 16 > 0)
-    return Trial(rule, heads, kv_heads, head_dim, n, dtype, packed)
+    return Trial(rule, heads, kv_heads, head_dim, n, dtype, packed, sliding)
 
 
 def limit_of(name: str) -> float:
@@ -127,7 +128,7 @@ def find_fault_apart(trial: Trial, device: torch.device | str, limit: float) -> 
     return f"ends its process on this device ({ending})"
 
 
-def check(q: Tensor, kv_heads: int, rule: str, packed: bool = False) -> None:
+def check(q: Tensor, kv_heads: int, rule: str, packed: bool = False, sliding: bool = False) -> None:
     """Checks the kernels before their first use on a device, and distrusts them if they are wrong.
 
     Args:
@@ -142,7 +143,7 @@ def check(q: Tensor, kv_heads: int, rule: str, packed: bool = False) -> None:
     if _settled or torch.cuda.is_current_stream_capturing():
         return
     dtype = "fp32" if q.dtype == torch.float32 else "bf16"
-    trial = trial_of(rule, q.shape[3], kv_heads, q.shape[4], q.shape[2], dtype, packed)
+    trial = trial_of(rule, q.shape[3], kv_heads, q.shape[4], q.shape[2], dtype, packed, sliding)
     fault = _fault_here(trial, q.device, torch.is_grad_enabled())
     if fault:
         backend.distrust(fault)
@@ -204,10 +205,11 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: the device, a Trial's fields, and a time limit in seconds.
     """
-    device, rule, *sizes, dtype, packed, limit = arguments
+    device, rule, *sizes, dtype, packed, sliding, limit = arguments
     signal.alarm(int(float(limit)) + 1)  # the process that started this one may be gone
     heads, kv_heads, head_dim, n = map(int, sizes)
-    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype, packed == str(True))
+    kinds = (choice == str(True) for choice in (packed, sliding))
+    trial = Trial(rule, heads, kv_heads, head_dim, n, dtype, *kinds)
     fault = ""
     if not backend.why_missing(torch.device(device).type, trial.head_dim):
         _choose_assembler(device)

@@ -18,8 +18,11 @@ GRADIENTS = tuple(
     f"gradient of {name}"
     for name in ("q", "k", "v", "the write weights", "the memory", "its norm", "beta")
 )
+SLIDING_GRADIENT = "gradient of the segments before"
 STORED_TOKENS = 64
 """Tokens already stored of the documents that continue from an earlier window."""
+WIDER = 16
+"""By how many tokens the segments before are longer, as they may be where there is only one."""
 ROW_SLACK = 8.0
 """A single row's relative error may be this many times that of all rows together."""
 
@@ -35,6 +38,8 @@ class Trial(NamedTuple):
     dtype: str = "bf16"
     packed: bool = False
     """Whether whole documents follow the first one of some segments."""
+    sliding: bool = False
+    """Whether tokens attend to the segment before, too."""
 
 
 class Window(NamedTuple):
@@ -47,6 +52,8 @@ class Window(NamedTuple):
     beta: Tensor
     upstream: list[Tensor]
     """Gradients of the outputs."""
+    previous: Tensor | None
+    """Of a sliding window, as in `Inputs`."""
 
 
 def make_window(trial: Trial) -> Window:
@@ -65,7 +72,15 @@ def make_window(trial: Trial) -> Window:
     states = RULES[rule].specs(kv_heads, d)
     memory = MemoryState(kv, norm[..., : states["norm"][-1]])
     upstream = [normal(2, 3, n, heads, d), *(normal(2, *shape) for shape in states.values())]
-    return Window(qkv, w, memory, normal(heads), upstream)
+    beta = normal(heads)
+    previous = None
+    if trial.sliding:
+        previous = normal(2, 3, n + WIDER, 2 * kv_heads, d)
+        starts = make_layout(n, "cpu").starts
+        previous = previous.masked_fill_(starts[..., None, None, None], 0)
+        previous[0, 0, : n // 2] = 0  # a document that began inside the segment before
+        previous[1, 1, n // 2 :] = 0  # padding
+    return Window(qkv, w, memory, beta, upstream, previous)
 
 
 def make_layout(n: int, device: torch.device | str, packed: bool = False) -> Layout:
@@ -109,7 +124,7 @@ def results(
     state: torch.dtype = torch.float32,
     gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """Computes OUTPUTS, and GRADIENTS if wanted, on the device.
+    """Computes OUTPUTS, and if wanted GRADIENTS and SLIDING_GRADIENT, on the device.
 
     Args:
         dtype: type of queries, keys, values and beta.
@@ -117,22 +132,24 @@ def results(
     """
     rule, heads, kv_heads, d, n, *_ = trial
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        kinds = (dtype, state, state, state, dtype)
-        tensors = (window.qkv, window.w, *window.memory, window.beta)
-        qkv, w, kv, norm, beta = (
-            x.to(device, kind).requires_grad_(gradients)
-            for x, kind in zip(tensors, kinds, strict=True)
-        )
+        given = [
+            (window.qkv, dtype), (window.w, state), *((x, state) for x in window.memory),
+            (window.beta, dtype), *([] if window.previous is None else [(window.previous, dtype)]),
+        ]  # fmt: skip
+        leaves = [x.to(device, kind).requires_grad_(gradients) for x, kind in given]
+        qkv, w, kv, norm, beta, *previous = leaves
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=3)
-        angles = torch.arange(n)[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
+        positions = torch.arange(2 * n + WIDER if previous else n)
+        angles = positions[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
         rotary = angles.cos().to(device, state), angles.sin().to(device, state)
         memory, layout = MemoryState(kv, norm), make_layout(n, device, trial.packed)
-        out, after = operation(Inputs(q, k, v, w, memory, layout, beta, rule, rotary))
+        out, after = operation(Inputs(q, k, v, w, memory, layout, beta, rule, rotary, *previous))
         found = [out, *after]
         if gradients:
             upstream = [x.to(y) for x, y in zip(window.upstream, found, strict=True)]
-            found += torch.autograd.grad(found, (q, k, v, w, kv, norm, beta), upstream)
-    return dict(zip((*OUTPUTS, *GRADIENTS), (x.detach() for x in found), strict=False))
+            found += torch.autograd.grad(found, (q, k, v, *leaves[1:]), upstream)
+    names = (*OUTPUTS, *GRADIENTS, SLIDING_GRADIENT)
+    return dict(zip(names, (x.detach() for x in found), strict=False))
 
 
 def error(expected: Tensor, actual: Tensor) -> float:

@@ -322,7 +322,7 @@ def _costs(
     sharing = [0] * len(blocks)
     if unit.ranks > 1:
         triton = train.dtype == "bf16" and model.head_dim in TRITON_HEAD_DIMS
-        triton = triton and not model.without_kernels
+        triton = triton and model.has_kernels
         layers = (model.of_layer(layer) for layer in range(model.num_layers))
         each = (sharing_flops(layer, unit.segments, unit.ranks, triton) for layer in layers)
         sharing = [unit.batch * flops for flops in each]

@@ -21,12 +21,12 @@ def find_fault(config: RunConfig) -> str:
     dtype = "fp32" if config.train.dtype == "fp32" else "bf16"
     asked = config.kernels.backend
     chosen = asked == "triton" or (asked == "auto" and dtype == "bf16")
-    fits = model.head_dim in TRITON_HEAD_DIMS and not model.without_kernels
+    fits = model.head_dim in TRITON_HEAD_DIMS and model.has_kernels
     if not (chosen and device == "cuda" and fits):
         return ""
     trial = trial_of(
         model.memory_rule, model.num_heads, model.kv_heads, model.head_dim, model.segment_length,
-        dtype, config.packed,
+        dtype, config.packed, model.use_sliding_window,
     )  # fmt: skip
     own = f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
     # The other ranks wait for this one no longer than train.timeout.

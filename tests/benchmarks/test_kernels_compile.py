@@ -17,9 +17,11 @@ DOTLESS = {"scan", "damping"}
 """Kernels without a matrix product."""
 OF_PACKED = {
     "sums", "attend", "read_gradient", "write_gradient", "query_gradient", "key_gradient", "keys",
-    "normalized_read_gradient",
+    "normalized_read_gradient", "earlier_gradient",
 }  # fmt: skip
 """Kernels that tell packed segments from others."""
+OF_SLIDING = {"attend", "query_gradient"}
+"""Kernels that tell sliding windows from others."""
 
 
 def compiled(tmp_path, is_wanted: str) -> list[dict]:
@@ -57,7 +59,7 @@ def check(rows: list[dict]) -> None:
 def check_coverage(rows: list[dict], head_dims: set[int], targets: set[str]) -> None:
     kernels = {
         "sums", "scan", "attend", "read_gradient", "write_gradient", "query_gradient",
-        "key_gradient", "overlap", "damping", "delta", "delta_gradient",
+        "key_gradient", "earlier_gradient", "overlap", "damping", "delta", "delta_gradient",
         "overlap_gradient", "keys", "chunks", "chunks_gradient", "tokens_gradient",
         "normalized_read_gradient", "read_sums",
     }  # fmt: skip
@@ -66,12 +68,13 @@ def check_coverage(rows: list[dict], head_dims: set[int], targets: set[str]) -> 
     assert {row["kernel"] for row in rows} == kernels
     groups = {row["constants"]["GROUP"] for row in rows if row["kernel"] == "key_gradient"}
     assert groups == {1, 4}
-    packed = {
-        (row["kernel"], row["head_dim"], row["target"])
-        for row in rows
-        if row["constants"].get("PACKED")
-    }
-    assert packed == set(product(OF_PACKED, head_dims, targets))
+    for kind, kernels in (("PACKED", OF_PACKED), ("SLIDING", OF_SLIDING)):
+        variants = {
+            (row["kernel"], row["head_dim"], row["target"])
+            for row in rows
+            if row["constants"].get(kind)
+        }
+        assert variants == set(product(kernels, head_dims, targets))
 
 
 def test_kernels_keep_the_rules_on_hopper(tmp_path):

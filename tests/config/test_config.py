@@ -452,11 +452,13 @@ def test_documents_of_facts_have_the_segments_of_the_model(file):
     assert config.data.made == config.data.babilong
 
 
-def test_triton_kernels_have_no_sliding_window(file):
-    sliding = "model.use_sliding_window=true"
-    assert load(file, [sliding]).model.use_sliding_window
-    message = "kernels.backend (triton) must be auto or torch with model.use_sliding_window"
-    assert message in message_of(file, sliding, "kernels.backend=triton")
+def test_triton_kernels_compute_some_rules_alone(file):
+    rule = "model.memory_rule=gated_delta_dpfp"
+    assert load(file, [rule]).model.memory_rule == "gated_delta_dpfp"
+    message = "kernels.backend (triton) must be auto or torch with model.memory_rule gated_delta_d"
+    assert message in message_of(file, rule, "kernels.backend=triton")
+    sliding = ["model.use_sliding_window=true", "kernels.backend=triton"]
+    assert load(file, sliding).model.use_sliding_window
 
 
 def test_blocks_of_which_a_part_is_trained_are_not_compiled(file):

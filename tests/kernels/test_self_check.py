@@ -84,9 +84,10 @@ def test_a_process_of_its_own_tells_how_it_ended(monkeypatch, plant, limit, faul
     assert re.fullmatch(fault, said), said
 
 
+@pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("wrong", [None, False, True])
-def test_a_run_that_packs_also_computes_without(monkeypatch, capsys, packed, wrong):
+def test_a_run_that_packs_also_computes_without(monkeypatch, capsys, packed, wrong, sliding):
     """Held-out documents are evaluated one a segment."""
     monkeypatch.setattr(self_check.signal, "alarm", lambda _: None)
     monkeypatch.setattr(self_check, "_choose_assembler", lambda _: None)
@@ -94,11 +95,12 @@ def test_a_run_that_packs_also_computes_without(monkeypatch, capsys, packed, wro
     checked = []
 
     def find_fault(trial, device):
+        assert trial.sliding == sliding
         checked.append(trial.packed)
         return "computes it wrongly" if trial.packed is wrong else ""
 
     monkeypatch.setattr(self_check, "find_fault", find_fault)
-    trial = Trial("linear", 2, 1, 64, 12, packed=packed)
+    trial = Trial("linear", 2, 1, 64, 12, packed=packed, sliding=sliding)
     self_check.main(["cpu", *map(str, trial), "5"])
     found = wrong is not None and (packed or not wrong)
     assert json.loads(capsys.readouterr().out) == ("computes it wrongly" if found else "")
@@ -109,7 +111,8 @@ def test_a_run_that_packs_also_computes_without(monkeypatch, capsys, packed, wro
 def test_bf16_of_pytorch_is_no_fault(monkeypatch, rule):
     """What it may be off by rounding, with grouped heads and as many tokens as on a GPU."""
     monkeypatch.setattr(op, "infini_attention_triton", infini_attention_parallel)
-    assert self_check.find_fault(Trial(rule, 8, 2, 64, 273), "cpu") == ""
+    for sliding in (False, True):
+        assert self_check.find_fault(Trial(rule, 8, 2, 64, 273, sliding=sliding), "cpu") == ""
 
 
 @pytest.mark.parametrize(
@@ -175,13 +178,18 @@ def test_each_kind_of_call_is_checked_once(monkeypatch):
             self_check.check(*ARGUMENTS)
         self_check.check(Queries(500), 2, "delta")
         self_check.check(Queries(500), 2, "delta", packed=True)
-    told = [(each.segment_length, gradients, each.packed) for each, _, gradients in checked]
+        self_check.check(Queries(500), 2, "delta", sliding=True)
+    told = [
+        (each.segment_length, gradients, each.packed, each.sliding)
+        for each, _, gradients in checked
+    ]  # fmt: skip
     assert told == [
-        (272, True, False), (272, False, False), (273, True, False), (273, True, True)
+        (272, True, False, False), (272, False, False, False), (273, True, False, False),
+        (273, True, True, False), (273, True, False, True),
     ]  # fmt: skip
     self_check.settle()
     self_check.check(Queries(), 2, "linear")
-    assert len(checked) == 4
+    assert len(checked) == 5
 
 
 @pytest.mark.usefixtures("_restored")
@@ -209,11 +217,11 @@ def test_a_device_that_is_lost_ends_the_command(monkeypatch):
         self_check.check(*ARGUMENTS)
 
 
-def _config(backend="auto", dtype="auto", head_dim=64, packing=True):
+def _config(backend="auto", dtype="auto", head_dim=64, packing=True, sliding=False):
     return tiny.run_config(
         model={
             "num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim, "segment_length": 40,
-            "memory_rule": "delta",
+            "memory_rule": "delta", "use_sliding_window": sliding,
         },
         data={"packing": packing},
         train={"dtype": dtype, "timeout": 80.0},
@@ -228,6 +236,7 @@ def _config(backend="auto", dtype="auto", head_dim=64, packing=True):
         ("cuda", {"backend": "triton"}, True),
         ("cuda", {"dtype": "bf16"}, True),
         ("cuda", {"packing": False}, True),
+        ("cuda", {"sliding": True}, True),
         ("cuda", {"backend": "torch"}, False),
         ("cuda", {"dtype": "fp32"}, False),
         ("cuda", {"dtype": "fp32", "backend": "triton"}, True),
@@ -243,7 +252,8 @@ def test_a_run_checks_the_kernels_that_it_may_choose(monkeypatch, device, settin
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert kernel_check.find_fault(_config(**settings)) == ""
     dtype = "fp32" if settings.get("dtype") == "fp32" else "bf16"
-    trial = Trial("delta", 4, 2, 64, 273, dtype, settings.get("packing", True))
+    kinds = settings.get("packing", True), settings.get("sliding", False)
+    trial = Trial("delta", 4, 2, 64, 273, dtype, *kinds)
     wanted = [(trial, "cuda:3", 40.0)]
     assert called == (wanted if checks else [])
 

@@ -31,13 +31,13 @@ from tests.kernels.test_infini_attention import LAYOUTS, make_inputs, make_layou
 from tests.kernels.triton_cases import (
     CASES,
     LONG_CASES,
-    PACKED_CASES,
+    TRIAL_CASES,
     check,
-    check_packed,
+    check_trial,
     compute,
-    compute_packed,
+    compute_trial,
     name,
-    name_packed,
+    name_trial,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    return interpreted(tmp_path_factory.mktemp("triton"), [*PACKED_CASES, *CASES])
+    return interpreted(tmp_path_factory.mktemp("triton"), [*TRIAL_CASES, *CASES])
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def interpreted(folder: Path, given_cases: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name(case) for case in CASES])
 def test_kernels_match_reference(results, index):
-    check(CASES[index], results[len(PACKED_CASES) + index])
+    check(CASES[index], results[len(TRIAL_CASES) + index])
 
 
 @pytest.mark.long
@@ -82,10 +82,10 @@ def test_more_cases_match_reference(long_results, index):
 
 
 @pytest.mark.parametrize(
-    "index", range(len(PACKED_CASES)), ids=[name_packed(case) for case in PACKED_CASES]
+    "index", range(len(TRIAL_CASES)), ids=[name_trial(case) for case in TRIAL_CASES]
 )
-def test_kernels_match_reference_in_packed_segments(results, index):
-    check_packed(PACKED_CASES[index], results[index])
+def test_kernels_match_reference_in_trials(results, index):
+    check_trial(TRIAL_CASES[index], results[index])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -97,13 +97,15 @@ def test_kernels_match_reference_on_a_gpu(case, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("case", PACKED_CASES, ids=name_packed)
-def test_kernels_match_reference_on_a_gpu_in_packed_segments(case, monkeypatch):
+@pytest.mark.parametrize("case", TRIAL_CASES, ids=name_trial)
+def test_kernels_match_reference_in_trials_on_a_gpu(case, monkeypatch):
     monkeypatch.setattr(window, "tiles", window.tiles)  # a case changes it
-    check_packed(case, compute_packed(case, "cuda"))
+    check_trial(case, compute_trial(case, "cuda"))
 
 
-def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window starts"):
+def record(
+    rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window starts", sliding=False
+):
     """Starts no kernel: the tensors of a call, its output, and what it keeps."""
     n = 40
     layout = make_layout(layout_name, n)
@@ -113,21 +115,27 @@ def record(rule, group, gated, generation=HOPPER, d=64, layout_name="mid-window 
     w = torch.rand(batch, segments, n, 2).requires_grad_() if gated else None
     memory = RULES[rule].empty(batch, 2, d)
     beta = torch.zeros(2 * group, requires_grad=True)
-    rotary = torch.ones(n, d // 2), torch.zeros(n, d // 2)
+    positions = n + 48 if sliding else n
+    rotary = torch.ones(positions, d // 2), torch.zeros(positions, d // 2)
+    previous = torch.randn(batch, segments, 48, 4, d, dtype=q.dtype, requires_grad=True)
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
     with recording(generation) as calls, hooks:
         inputs = Inputs(q, k, v, w, memory, layout, beta, rule, rotary)
+        if sliding:
+            inputs = inputs._replace(previous=previous)
         out, final = infini_attention_triton(inputs)
         forward = len(calls)
         (out.float().sum() + final.kv.sum() + final.norm.sum()).backward()
-    return (q, k, v, out), kept, calls[:forward], calls[forward:]
+    assert (previous.grad is None) != sliding
+    return (q, k, v, out, previous), kept, calls[:forward], calls[forward:]
 
 
+@pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("rule", KERNEL_RULES)
-def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule):
-    (q, k, v, out), kept, forward, _ = record(rule, group=2, gated=True)
-    known = {x.data_ptr() for x in (q, k, v, out)}
+def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule, sliding):
+    (q, k, v, *others), kept, forward, _ = record(rule, group=2, gated=True, sliding=sliding)
+    known = {x.data_ptr() for x in (q, k, v, *others)}
     others = [x for x in kept if x.data_ptr() not in known and x.dtype != torch.bool]
     rows = q.shape[0] * q.shape[1]
     padded_n = 128
@@ -135,14 +143,14 @@ def test_operation_keeps_inputs_output_row_sums_and_memories_alone(rule):
     row_sums = rows * 4 * padded_n
     n = q.shape[2]
     weights = 3 * rows * 2 * n  # w, its product with the valid tokens, and those
-    small = 2 * n * 32 + 4 + rows * 2  # rotary tables, beta, damping
+    small = 2 * (n + 48 * sliding) * 32 + 4 + rows * 2  # rotary tables, beta, damping
     assert sum(x.numel() for x in others) <= states + row_sums + weights + small
     writes = "sums_kernel" if RULES[rule].divides else "chunks_kernel"
     assert {call.kernel.__name__ for call in forward} >= {writes, "attend_kernel"}
 
 
 def test_queries_keys_and_values_are_read_in_place():
-    (q, k, v, _), _, forward, _ = record("linear", group=1, gated=False)
+    (q, k, v, *_), _, forward, _ = record("linear", group=1, gated=False)
     attend = next(call for call in forward if call.kernel.__name__ == "attend_kernel")
     assert attend.arguments["q"].data_ptr() == q.data_ptr()
     assert attend.arguments["v"].data_ptr() == v.data_ptr()
@@ -151,7 +159,7 @@ def test_queries_keys_and_values_are_read_in_place():
 
 
 def test_the_gated_delta_rule_reads_keys_and_values_in_place():
-    (q, k, v, _), _, forward, backward = record("gated_delta", group=2, gated=False)
+    (q, k, v, *_), _, forward, backward = record("gated_delta", group=2, gated=False)
     for kernel, argument, wanted in (
         ("keys_kernel", "k", k), ("chunks_kernel", "values", v), ("tokens_gradient_kernel", "v", v),
         ("read_sums_kernel", "q", q),
@@ -184,7 +192,7 @@ def test_a_chunk_is_the_same_in_all_kernels():
 @pytest.mark.parametrize("d", backend.TRITON_HEAD_DIMS)
 @pytest.mark.parametrize("rule", KERNEL_RULES)
 def test_every_kernel_has_tiles_on_every_generation(rule, d, generation):
-    _, _, forward, backward = record(rule, 2, True, generation, d)
+    _, _, forward, backward = record(rule, 2, True, generation, d, sliding=True)
     assert all(call.options.get("num_warps", 4) in (4, 8) for call in (*forward, *backward))
 
 
@@ -196,12 +204,27 @@ def test_segments_that_are_not_packed_take_the_kernels_for_them():
         assert {call.arguments.get(name) for name in ("begins", "ends")} == {None}
 
 
+def test_segments_without_a_sliding_window_take_the_kernels_for_them():
+    for sliding in (False, True):
+        _, _, forward, backward = record("gated_delta", 2, True, sliding=sliding)
+        calls = [call for call in (*forward, *backward) if "SLIDING" in call.arguments]
+        assert [call.kernel.__name__ for call in calls] == [
+            "attend_kernel",
+            "query_gradient_kernel",
+        ]
+        assert {call.arguments["SLIDING"] for call in calls} == {sliding}
+        assert {call.arguments["earlier_k"] is None for call in calls} == {not sliding}
+        earlier = [call for call in backward if call.kernel.__name__ == "earlier_gradient_kernel"]
+        assert len(earlier) == sliding
+
+
 def test_rows_are_padded_to_a_multiple_of_every_tile():
     kernels = (
         "attend", "read_gradient", "normalized_read_gradient", "query_gradient", "key_gradient"
     )  # fmt: skip
     generations = (AMPERE, HOPPER, BLACKWELL, RTX_BLACKWELL)
-    for case in product(kernels, backend.TRITON_HEAD_DIMS, (2,), generations, (False, True)):
+    kinds = ((False, True), (False, True))
+    for case in product(kernels, backend.TRITON_HEAD_DIMS, (2,), generations, *kinds):
         assert window.ROW_PADDING % tiles(*case).rows == 0
 
 

@@ -60,7 +60,7 @@ def _takes_long(case: dict) -> bool:
 
 CASES = [case for case in _CASES if not _takes_long(case)]
 LONG_CASES = [case for case in _CASES if _takes_long(case)]
-PACKED_CASES = [
+TRIAL_CASES = [
     {"trial": trial, "tile": tile}
     for trial, tile in (
         (Trial("linear", 2, 2, 64, 7, "fp32", packed=True), None),
@@ -69,6 +69,10 @@ PACKED_CASES = [
         (Trial("linear", 1, 1, 128, 140, "bf16", packed=True), None),
         (Trial("gated_delta", 2, 1, 64, 75, "fp32", packed=True), (16, 32)),
         (Trial("gated_delta", 1, 1, 64, 50, "bf16", packed=True), (32, 16)),
+        (Trial("linear", 2, 1, 64, 40, "fp32", sliding=True), (16, 32)),
+        (Trial("gated_delta", 2, 1, 64, 50, "fp32", packed=True, sliding=True), (32, 16)),
+        (Trial("delta", 1, 1, 64, 50, "bf16", packed=True, sliding=True), (16, 32)),
+        (Trial("gated_delta", 1, 1, 128, 75, "bf16", sliding=True), None),
     )
 ]
 """The first guests of the second segment begin and end inside tiles of all sizes."""
@@ -80,7 +84,7 @@ def name(case) -> str:
     return "-".join(str(value) for value in case.values())
 
 
-def name_packed(case) -> str:
+def name_trial(case) -> str:
     return "-".join(str(value) for value in (*case["trial"], case["tile"]))
 
 
@@ -94,7 +98,7 @@ def _use_tiles(tile: tuple[int, int] | None) -> None:
         triton_window.tiles = lambda kernel, *_: of_keys if kernel == "key_gradient" else small
 
 
-def compute_packed(case: dict, device: str) -> dict[str, dict[str, float]]:
+def compute_trial(case: dict, device: str) -> dict[str, dict[str, float]]:
     """Errors of the kernels, and of those in fp32 how much gradient reaches anything else from one
     document's output."""
     _use_tiles(case["tile"])
@@ -105,7 +109,7 @@ def compute_packed(case: dict, device: str) -> dict[str, dict[str, float]]:
         ours = results(op.infini_attention_triton, *call)
     exact = results(infini_attention_reference, trial, window, "cpu", torch.float64, torch.float64)
     errors = {what: error(wanted, ours[what].cpu()) for what, wanted in exact.items()}
-    leaks = _leaks(trial, window, device) if trial.dtype == "fp32" else {}
+    leaks = _leaks(trial, window, device) if trial.packed and trial.dtype == "fp32" else {}
     return {"errors": errors, "leaks": leaks}
 
 
@@ -125,14 +129,15 @@ def _leaks(trial: Trial, window: Window, device: str) -> dict[str, float]:
     return {what: x.abs().sum().item() for what, x in found.items() if "gradient" in what}
 
 
-def check_packed(case: dict, result: dict[str, dict[str, float]]) -> None:
-    """Whether a result of `compute_packed` is close enough."""
-    precision = Trial(*case["trial"]).dtype
+def check_trial(case: dict, result: dict[str, dict[str, float]]) -> None:
+    """Whether a result of `compute_trial` is close enough."""
+    trial = Trial(*case["trial"])
     for what, off in result["errors"].items():
         slack = limit_of(what) / limit_of("output")
-        assert off <= slack * LIMITS[precision]["gradient" in what], what
-    assert len(result["errors"]) == 10
-    assert len(result["leaks"]) == (7 if precision == "fp32" else 0)
+        assert off <= slack * LIMITS[trial.dtype]["gradient" in what], what
+    assert len(result["errors"]) == 10 + trial.sliding
+    gradients = 7 + trial.sliding
+    assert len(result["leaks"]) == (gradients if trial.packed and trial.dtype == "fp32" else 0)
     assert not any(result["leaks"].values())
 
 

@@ -26,6 +26,7 @@ LEARNED = {
     },
     "num_kv_heads": 2, "qk_norm": True, "attention_bias": True, "tie_embeddings": True,
 }  # fmt: skip
+SLIDING = {"use_sliding_window": True, "num_kv_heads": 2}
 CASES = {
     f"{rule}-{name}-{checkpointing}-{'kernels' if kernels else 'operators'}": {
         "config": SIZES | settings | {"memory_rule": rule},
@@ -33,7 +34,7 @@ CASES = {
         "kernels": kernels,
     }
     for rule in RULES
-    for name, settings in (("plain", {}), ("learned", LEARNED))
+    for name, settings in (("plain", {}), ("learned", LEARNED), ("sliding", SLIDING))
     for checkpointing in ("none", "block")
     for kernels in (True, False)
     if rule in KERNEL_RULES or not kernels

@@ -27,6 +27,8 @@ CASES = (
     Trial("gated_delta", 8, 2, 128, 2048),
     Trial("gated_delta", 2, 2, 128, 512),
     Trial("gated_delta", 4, 2, 64, 500, packed=True),
+    Trial("gated_delta", 8, 2, 128, 2048, sliding=True),
+    Trial("gated_delta", 4, 2, 64, 500, packed=True, sliding=True),
 )
 
 

@@ -24,11 +24,12 @@ def infini_attention(
     """
     if inputs.rule not in RULES:
         raise ValueError(f"rule ({inputs.rule}) must be one of {', '.join(RULES)}")
-    fits = inputs.previous is None and inputs.rule in KERNEL_RULES
+    fits = inputs.rule in KERNEL_RULES
     if fits and uses_triton(inputs.q):
         from infini_ds.kernels.self_check import check
 
-        check(inputs.q, inputs.k.shape[3], inputs.rule, inputs.layout.begins is not None)
+        packed, sliding = inputs.layout.begins is not None, inputs.previous is not None
+        check(inputs.q, inputs.k.shape[3], inputs.rule, packed, sliding)
     if fits and uses_triton(inputs.q):  # it may just have been found at fault
         # Triton is not installed everywhere.
         from infini_ds.kernels.infini_attention.triton.op import infini_attention_triton

@@ -6,8 +6,10 @@ import triton.language as tl
 
 from infini_ds.kernels.infini_attention.triton.tiles import (
     READ_EPSILON,
+    earlier_tiles,
     key_tile,
     load_begins,
+    load_ends,
     load_rotary,
     load_rows,
     positions_of,
@@ -66,6 +68,7 @@ def attend_to_keys(
     last,
     diagonal,
     gap,
+    ends,
     n,
     scale,
     highest,
@@ -73,24 +76,29 @@ def attend_to_keys(
     mixed,
     DIAGONAL: tl.constexpr,
     BEGINS: tl.constexpr,
+    EARLIER: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Accumulates softmax attention over keys first to last (Dao 2023, FlashAttention-2).
+    """Accumulates softmax attention over keys first to last of n (Dao 2023, FlashAttention-2).
 
     On the diagonal a query sees the keys up to its own position, and before the diagonal all keys.
     If documents begin here, it sees those from the begin of its own document on, and `key_tile`
-    tells the keys. Returns each row's highest score, sum of weights, and weighted sum of values.
+    tells the keys. EARLIER keys are those of the segment before, each seen by the rows before its
+    end. Returns each row's highest score, sum of weights, and weighted sum of values.
     """
     for start in range(first, last, BLOCK_N):
         columns = key_tile(start, diagonal, gap, BEGINS) + tl.arange(0, BLOCK_N)
-        keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
-        values = load_rows(v, columns, v_row, n, D, DIAGONAL)
+        keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL or EARLIER)
+        values = load_rows(v, columns, v_row, n, D, DIAGONAL or EARLIER)
         scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee") * scale
         if DIAGONAL:
             seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] < n)
             if BEGINS:
                 seen = seen & (columns[None, :] >= begins[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        if EARLIER:
+            seen = rows[:, None] < load_ends(ends, columns, n)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - raised[:, None])
@@ -115,6 +123,10 @@ def attend_kernel(
     sin,
     begins,
     lengths,
+    earlier_k,
+    earlier_v,
+    earlier_ends,
+    earlier_rows,
     out,
     log_sum,
     q_segment,
@@ -125,12 +137,14 @@ def attend_kernel(
     v_head,
     n,
     padded_n,
+    width,
     heads,
     kv_heads,
     scale,
     EPSILON: tl.constexpr,
     NORMALIZED: tl.constexpr,
     PACKED: tl.constexpr,
+    SLIDING: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,7 +159,8 @@ def attend_kernel(
     D]; log_sum [segments, heads, padded_n] fp32, base 2, whose rows from n on are left as they are.
     `scale` is log2(e) / sqrt(D), because weights are powers of two. By the gated delta rule, reads
     are NORMALIZED instead of divided by the norm. If segments are PACKED, there are begins
-    [segments, n] of each row's document and lengths [segments] of the first documents, int32.
+    [segments, n] of each row's document and lengths [segments] of the first documents, int32. If
+    the window is SLIDING, queries also attend to the segment before, as in `Earlier`.
     """
     tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -173,7 +188,7 @@ def attend_kernel(
     own_k = rotated_k + at * n * D
     own_v = v + segment * v_segment + kv_head * v_head
 
-    highest = tl.full((BLOCK_M,), LOWEST if PACKED else float("-inf"), tl.float32)
+    highest = tl.full((BLOCK_M,), LOWEST if PACKED or SLIDING else float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, D), tl.float32)
     first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, n)
@@ -182,13 +197,20 @@ def attend_kernel(
         own_begins = load_begins(begins, segment, rows, n)
         seen, whole = tiles_with_begins(begins, segment, first, last, n, BLOCK_N)
         masked = first - (whole - seen)
+    if SLIDING:
+        seen_from, seen_to = earlier_tiles(earlier_rows, segment, first, width, BLOCK_N)
+        highest, total, mixed = attend_to_keys(
+            rotated_q, earlier_k + at * width * D, earlier_v + at * width * D, D, rows, own_begins,
+            seen_from, seen_to, first, 0, earlier_ends + segment * width, width, scale, highest,
+            total, mixed, False, False, True, D, BLOCK_N,
+        )  # fmt: skip
     highest, total, mixed = attend_to_keys(
-        rotated_q, own_k, own_v, v_row, rows, own_begins, whole, first, first, 0, n, scale,
-        highest, total, mixed, False, False, D, BLOCK_N,
+        rotated_q, own_k, own_v, v_row, rows, own_begins, whole, first, first, 0, None, n, scale,
+        highest, total, mixed, False, False, False, D, BLOCK_N,
     )  # fmt: skip
     highest, total, mixed = attend_to_keys(
-        rotated_q, own_k, own_v, v_row, rows, own_begins, masked, last, first, first - whole, n,
-        scale, highest, total, mixed, True, PACKED, D, BLOCK_N,
+        rotated_q, own_k, own_v, v_row, rows, own_begins, masked, last, first, first - whole, None,
+        n, scale, highest, total, mixed, True, PACKED, False, D, BLOCK_N,
     )  # fmt: skip
 
     # The memory is read by parts of the features, to need few registers besides those of `mixed`.

@@ -10,8 +10,10 @@ import triton.language as tl
 
 from infini_ds.kernels.infini_attention.triton.attend import gate_of, gate_of_rows
 from infini_ds.kernels.infini_attention.triton.tiles import (
+    earlier_tiles,
     key_tile,
     load_begins,
+    load_ends,
     load_rotary,
     load_rows,
     positions_of,
@@ -32,6 +34,10 @@ def query_gradient_kernel(
     sin,
     begins,
     lengths,
+    earlier_k,
+    earlier_v,
+    earlier_ends,
+    earlier_rows,
     d_out,
     log_sum,
     along,
@@ -41,19 +47,21 @@ def query_gradient_kernel(
     v_head,
     n,
     padded_n,
+    width,
     heads,
     kv_heads,
     scale,
     LN_2: tl.constexpr,
     PACKED: tl.constexpr,
+    SLIDING: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Adds to dq, with one program per BLOCK_M queries of one head of one segment.
 
-    Programs with the most keys come first. Shapes are as in `attend_kernel` and
-    `read_gradient_kernel`.
+    Programs with the most keys come first. Shapes, and keys of a SLIDING window, are as in
+    `attend_kernel` and `read_gradient_kernel`.
     """
     tl.static_assert(BLOCK_M % BLOCK_N == 0, "whole tiles of keys before the diagonal")
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -81,13 +89,21 @@ def query_gradient_kernel(
         own_begins = load_begins(begins, segment, rows, n)
         seen, whole = tiles_with_begins(begins, segment, first, last, n, BLOCK_N)
         masked = first - (whole - seen)
+    if SLIDING:
+        seen_from, seen_to = earlier_tiles(earlier_rows, segment, first, width, BLOCK_N)
+        d_turned = gradient_of_queries(
+            queries, earlier_k + at * width * D, earlier_v + at * width * D, D, gradient,
+            own_log_sum, own_along, gate, rows, own_begins, seen_from, seen_to, first, 0,
+            earlier_ends + segment * width, width, scale, d_turned, False, False, True, D, BLOCK_N,
+        )  # fmt: skip
     d_turned = gradient_of_queries(
         queries, own_k, own_v, v_row, gradient, own_log_sum, own_along, gate, rows, own_begins,
-        whole, first, first, 0, n, scale, d_turned, False, False, D, BLOCK_N,
+        whole, first, first, 0, None, n, scale, d_turned, False, False, False, D, BLOCK_N,
     )  # fmt: skip
     d_turned = gradient_of_queries(
         queries, own_k, own_v, v_row, gradient, own_log_sum, own_along, gate, rows, own_begins,
-        masked, last, first, first - whole, n, scale, d_turned, True, PACKED, D, BLOCK_N,
+        masked, last, first, first - whole, None, n, scale, d_turned, True, PACKED, False, D,
+        BLOCK_N,
     )  # fmt: skip
     positions = positions_of(begins, segment, rows, n, PACKED)
     own_cos = load_rotary(cos, positions, n, D // 2)
@@ -113,11 +129,13 @@ def gradient_of_queries(
     last,
     diagonal,
     gap,
+    ends,
     n,
     scale,
     d_turned,
     DIAGONAL: tl.constexpr,
     BEGINS: tl.constexpr,
+    EARLIER: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -127,14 +145,17 @@ def gradient_of_queries(
     """
     for start in range(first, last, BLOCK_N):
         columns = key_tile(start, diagonal, gap, BEGINS) + tl.arange(0, BLOCK_N)
-        keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL)
-        values = load_rows(v, columns, v_row, n, D, DIAGONAL)
+        keys = load_rows(rotated_k, columns, D, n, D, DIAGONAL or EARLIER)
+        values = load_rows(v, columns, v_row, n, D, DIAGONAL or EARLIER)
         scores = tl.dot(rotated_q, tl.trans(keys), input_precision="ieee")
         weights = tl.exp2(scores * scale - log_sum[:, None])
         if DIAGONAL:
             seen = columns[None, :] <= rows[:, None]
             if BEGINS:
                 seen = seen & (columns[None, :] >= begins[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        if EARLIER:
+            seen = rows[:, None] < load_ends(ends, columns, n)[None, :]
             weights = tl.where(seen, weights, 0.0)
         d_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights * (1 - gate) - along[:, None])
@@ -206,8 +227,8 @@ def key_gradient_kernel(
         gradient_row = kv_heads * GROUP * D
         d_turned, d_values = gradient_of_keys(
             own_q, keys, values, own_gradient, gradient_row, log_sum + row_at, along + row_at,
-            gate, columns, own_ends, length, first, last, n, scale, d_turned, d_values, PACKED,
-            D, BLOCK_M,
+            gate, columns, own_ends, length, first, last, n, scale, d_turned, d_values, True,
+            PACKED, D, BLOCK_M,
         )  # fmt: skip
     tl.store(dv + places, d_values.to(values.dtype), mask=inside[:, None])
     positions = positions_of(begins, segment, columns, n, PACKED)
@@ -216,6 +237,70 @@ def key_gradient_kernel(
     d_keys = rotate(d_turned * (scale * LN_2), own_cos, -own_sin, BLOCK_N, D)
     d_keys += tl.load(dk + places, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(dk + places, d_keys.to(keys.dtype), mask=inside[:, None])
+
+
+@triton.jit
+def earlier_gradient_kernel(
+    rotated_q,
+    earlier_k,
+    earlier_v,
+    earlier_ends,
+    norm,
+    beta,
+    lengths,
+    d_out,
+    log_sum,
+    along,
+    d_earlier_k,
+    d_earlier_v,
+    n,
+    padded_n,
+    width,
+    kv_heads,
+    scale,
+    LN_2: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Computes the gradients of the segment before, with one program per BLOCK_N of its keys and
+    key-value head.
+
+    Shapes are as in `key_gradient_kernel` and `Earlier`. The keys' gradient is that of keys with
+    rotary positions.
+    """
+    first = tl.program_id(0) * BLOCK_N
+    kv_head = tl.program_id(1)
+    segment = tl.program_id(2).to(tl.int64)
+    at = segment * kv_heads + kv_head
+    columns = first + tl.arange(0, BLOCK_N)
+    own_norm = tl.load(norm + at * D + tl.arange(0, D))
+    keys = load_rows(earlier_k + at * width * D, columns, D, width, D)
+    values = load_rows(earlier_v + at * width * D, columns, D, width, D)
+    ends = load_ends(earlier_ends + segment * width, columns, width)
+    last, length = tl.max(ends, axis=0), n
+    if PACKED:
+        length = tl.load(lengths + segment)
+    d_values = tl.zeros((BLOCK_N, D), tl.float32)
+    d_turned = tl.zeros((BLOCK_N, D), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        gate = gate_of(beta, head, own_norm)
+        row_at = (segment * kv_heads * GROUP + head) * padded_n
+        own_q = rotated_q + (segment * kv_heads * GROUP + head) * n * D
+        own_gradient = d_out + (segment * n * kv_heads * GROUP + head) * D
+        gradient_row = kv_heads * GROUP * D
+        d_turned, d_values = gradient_of_keys(
+            own_q, keys, values, own_gradient, gradient_row, log_sum + row_at, along + row_at,
+            gate, columns, ends, length, 0, last, n, scale, d_turned, d_values, False, True, D,
+            BLOCK_M,
+        )  # fmt: skip
+    places, inside = tile(at * width * D, columns, D, D), columns < width
+    d_keys = d_turned * (scale * LN_2)
+    tl.store(d_earlier_k + places, d_keys.to(keys.dtype), mask=inside[:, None])
+    tl.store(d_earlier_v + places, d_values.to(values.dtype), mask=inside[:, None])
 
 
 @triton.jit
@@ -237,14 +322,17 @@ def gradient_of_keys(
     scale,
     d_turned,
     d_values,
-    PACKED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ENDS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Adds the part of queries first to last in the gradients of rotated keys and of values.
 
-    The keys' gradient is times sqrt(D). Scores are transposed, [keys, queries]. Tiles of queries
-    begin at multiples of BLOCK_M, so that none reaches beyond the padded rows.
+    On the DIAGONAL a key is seen from its own position on. With ENDS it is seen by the rows before
+    its end, and only rows before `length` read the memory. The keys' gradient is times sqrt(D).
+    Scores are transposed, [keys, queries]. Tiles of queries begin at multiples of BLOCK_M, so that
+    none reaches beyond the padded rows.
     """
     for start in range(first // BLOCK_M * BLOCK_M, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -254,12 +342,15 @@ def gradient_of_keys(
         own_along = tl.load(along + rows)
         scores = tl.dot(rotated_k, tl.trans(queries), input_precision="ieee")
         weights = tl.exp2(scores * scale - own_log_sum[None, :])
-        seen = columns[:, None] <= rows[None, :]
         own_gate = gate
-        if PACKED:
-            seen = seen & (rows[None, :] < ends[:, None])
+        if DIAGONAL:
+            seen = columns[:, None] <= rows[None, :]
+            if ENDS:
+                seen = seen & (rows[None, :] < ends[:, None])
+        else:
+            seen = rows[None, :] < ends[:, None]
         weights = tl.where(seen, weights, 0.0)
-        if PACKED:
+        if ENDS:
             own_gate = tl.where(rows < length, gate, 0.0)[None, :]
         weights_left = (weights * (1 - own_gate)).to(gradient.dtype)
         d_values = tl.dot(weights_left, gradient, d_values, input_precision="ieee")

@@ -27,7 +27,7 @@ WINDOWS: dict[str, type[Window]] = {
 
 def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
     """Computes the results of `infini_attention_reference`, for head sizes in TRITON_HEAD_DIMS."""
-    q, k, v, w, memory, layout, beta, rule, rotary, _ = inputs
+    q, k, v, w, memory, layout, beta, rule, rotary, previous = inputs
     n = k.shape[2]
     weight = whole_weights(layout, n, k.shape[3])
     if w is not None:
@@ -39,6 +39,7 @@ def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
         weight,
         *memory,
         beta,
+        previous,
         layout.starts,
         rule,
         *rotary,
@@ -49,19 +50,23 @@ def infini_attention_triton(inputs: Inputs) -> tuple[Tensor, MemoryState]:
 
 class _InfiniAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, weight, kv, norm, beta, starts, rule, cos, sin, documents):
-        window = WINDOWS[rule](q, k, v, weight, beta, starts, rule, cos, sin, documents)
+    def forward(ctx, q, k, v, weight, kv, norm, beta, previous, starts, rule, cos, sin, documents):
+        window = WINDOWS[rule](q, k, v, weight, beta, starts, rule, cos, sin, documents, previous)
         states, final, rotated_k = window.write(MemoryState(kv, norm))
         out, log_sum = window.attend(states, rotated_k)
-        ctx.save_for_backward(q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states)
+        ctx.save_for_backward(
+            q, k, v, weight, beta, previous, starts, cos, sin, out, log_sum, *states
+        )
         ctx.rule, ctx.documents = rule, documents
         return out, *final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_kv, d_norm):
-        q, k, v, weight, beta, starts, cos, sin, out, log_sum, *states = ctx.saved_tensors
-        window = WINDOWS[ctx.rule](q, k, v, weight, beta, starts, ctx.rule, cos, sin, ctx.documents)
+        q, k, v, weight, beta, previous, starts, cos, sin, out, log_sum, *states = ctx.saved_tensors
+        window = WINDOWS[ctx.rule](
+            q, k, v, weight, beta, starts, ctx.rule, cos, sin, ctx.documents, previous
+        )
         d_final = MemoryState(d_kv.contiguous(), d_norm.contiguous())
         gradients = window.backward(States(*states), out, log_sum, d_out.contiguous(), d_final)
         return *gradients, None, None, None, None, None

@@ -80,6 +80,22 @@ def key_tile(start, diagonal, gap, BEGINS: tl.constexpr):
 
 
 @triton.jit
+def earlier_tiles(earlier_rows, segment, first, width, BLOCK_N: tl.constexpr):
+    """From and up to which key of the segment before the rows from `first` on see any.
+
+    Row i sees none before key i + 1. None at all are seen behind the segment's `earlier_rows`.
+    """
+    some = tl.load(earlier_rows + segment) > first
+    return first // BLOCK_N * BLOCK_N, tl.where(some, width, 0)
+
+
+@triton.jit
+def load_ends(ends, columns, width):
+    """Before which row each key of the segment before is seen, of ends [width]; 0 from there on."""
+    return tl.load(ends + columns, mask=columns < width, other=0)
+
+
+@triton.jit
 def sigma(x):
     """Computes the memory's feature map, elu + 1, in fp32; its derivative is min(sigma(x), 1)."""
     return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)

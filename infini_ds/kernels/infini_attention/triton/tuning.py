@@ -25,9 +25,16 @@ class Tiles(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def tiles(kernel: str, d: int, itemsize: int, generation: int, packed: bool = False) -> Tiles:
-    """Returns a kernel's tiles by its name, for head size d, operands of `itemsize` bytes, and
-    segments that are packed or not.
+def tiles(
+    kernel: str,
+    d: int,
+    itemsize: int,
+    generation: int,
+    packed: bool = False,
+    sliding: bool = False,
+) -> Tiles:
+    """Returns a kernel's tiles by its name, for head size d, operands of `itemsize` bytes, segments
+    that are packed or not, and windows that slide or not.
 
     A generation that is not in the table takes the tiles of the nearest older one. RTX_BLACKWELL
     has AMPERE's matrix instructions and 99 KiB of shared memory, and takes AMPERE's tiles, with
@@ -38,7 +45,8 @@ def tiles(kernel: str, d: int, itemsize: int, generation: int, packed: bool = Fa
         return Tiles(32, 32, 4, 1)
     if generation >= RTX_BLACKWELL:
         generation = AMPERE
-    of_generation = (_PACKED_TILES if packed else {}).get((kernel, d)) or _TILES[kernel, d]
+    tables = [*([_SLIDING_TILES] if sliding else []), *([_PACKED_TILES] if packed else []), _TILES]
+    of_generation = next(table[kernel, d] for table in tables if (kernel, d) in table)
     known = [other for other in of_generation if other <= generation]
     return of_generation[max(known)]
 
@@ -129,3 +137,13 @@ _PACKED_TILES = {
     },
 }
 """Of kernels that would spill in packed segments with the tiles above: one generation of each."""
+
+_SLIDING_TILES = {
+    ("attend", 128): {
+        AMPERE: Tiles(64, 64, 8, 2),
+        HOPPER: Tiles(128, 64, 8, 3),
+        BLACKWELL: Tiles(128, 32, 8, 3),
+    },
+    ("query_gradient", 64): {AMPERE: Tiles(128, 32, 8, 2), HOPPER: Tiles(128, 64, 8, 2)},
+}
+"""The same of sliding windows."""

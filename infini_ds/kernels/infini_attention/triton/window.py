@@ -14,9 +14,11 @@ from torch import Tensor
 from infini_ds.errors import UserError
 from infini_ds.kernels.infini_attention.triton.attend import attend_kernel
 from infini_ds.kernels.infini_attention.triton.attend_gradient import (
+    earlier_gradient_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
 )
+from infini_ds.kernels.infini_attention.triton.earlier import NOT_SLIDING, Earlier
 from infini_ds.kernels.infini_attention.triton.tuning import Tiles, tiles
 from infini_ds.kernels.launch import generation, launch
 from infini_ds.layout import Layout, document_begins, document_ends
@@ -104,7 +106,9 @@ class Window(ABC):
     normalized: ClassVar[bool]
     """Whether reads are RMS-normalised instead of divided by the norm."""
 
-    def __init__(self, q, k, v, weight, beta, starts, rule, cos, sin, documents=NOT_PACKED):
+    def __init__(
+        self, q, k, v, weight, beta, starts, rule, cos, sin, documents=NOT_PACKED, previous=None
+    ):
         self.batch, self.segments, self.n, self.heads, self.d = q.shape
         self.padded_n = triton.cdiv(self.n, ROW_PADDING) * ROW_PADDING
         self.kv_heads = k.shape[3]
@@ -124,6 +128,16 @@ class Window(ABC):
         self.beta, self.rule = beta, rule
         self.documents = documents
         self.starts = starts.contiguous().view(torch.uint8)
+        self.earlier, sliding = None, NOT_SLIDING
+        if previous is not None:
+            (first_cos, cos), (first_sin, sin) = (
+                table.tensor_split((previous.shape[2],)) for table in (cos, sin)
+            )
+            self.earlier = Earlier(
+                previous, q.dtype, first_cos, first_sin, self.n, documents.lengths
+            )
+            sliding = self.earlier.arguments()
+        self.sliding = sliding
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
         self.precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of products in fp32
         self.scale = math.log2(math.e) / math.sqrt(self.d)
@@ -168,13 +182,15 @@ class Window(ABC):
             kv_heads=self.kv_heads, scale=self.scale, EPSILON=EPSILON,
             NORMALIZED=self.normalized, D=self.d, BLOCK_M=size.rows, BLOCK_N=size.columns,
             BLOCK_D=READ_FEATURES, **self.documents.arguments("begins", "lengths"),
+            **self.sliding,
         )  # fmt: skip
         return out, log_sum
 
     def backward(
         self, states: States, out: Tensor, log_sum: Tensor, d_out: Tensor, d_final: MemoryState
-    ) -> tuple[Tensor, ...]:
-        """Returns the gradients of q, k, v, weight, the incoming kv and norm, and beta."""
+    ) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of q, k, v, weight, the incoming kv and norm, beta, and the segment
+        before each one, None where no window slides."""
         read = self.read_gradients(states, out, log_sum, d_out)
         dk, dv, d_weight, rotated_k, d_incoming = self.write_gradients(
             states, read.d_found, d_final
@@ -190,7 +206,7 @@ class Window(ABC):
         self.launch(
             query_gradient_kernel, self.grid(size.rows, self.heads), size.options,
             dq=read.dq, heads=self.heads, BLOCK_M=size.rows, BLOCK_N=size.columns, **local,
-            **self.documents.arguments("begins", "lengths"),
+            **self.documents.arguments("begins", "lengths"), **self.sliding,
         )  # fmt: skip
         size = self.tiles("key_gradient")
         self.launch(
@@ -200,7 +216,32 @@ class Window(ABC):
             **self.documents.arguments("begins", "ends", "lengths"),
         )  # fmt: skip
         d_beta = read.d_beta.sum(dim=(0, 2)).to(self.beta.dtype)
-        return read.dq, dk, dv, d_weight, *d_incoming, d_beta
+        d_previous = None
+        if self.earlier is not None:
+            d_previous = self._earlier_gradient(self.earlier, local)
+        return read.dq, dk, dv, d_weight, *d_incoming, d_beta, d_previous
+
+    def _earlier_gradient(self, earlier: Earlier, local: dict[str, Any]) -> Tensor:
+        """Launches `earlier_gradient_kernel`; returns the gradient of the segment before each one.
+
+        Args:
+            local: arguments of the kernels of local attention.
+        """
+        dk, dv = torch.empty_like(earlier.k), torch.empty_like(earlier.v)
+        size = self.tiles("key_gradient")
+        names = (
+            "rotated_q", "norm", "beta", "d_out", "log_sum", "along", "n", "padded_n", "kv_heads",
+            "scale", "LN_2", "D",
+        )  # fmt: skip
+        self.launch(
+            earlier_gradient_kernel,
+            (triton.cdiv(earlier.width, size.columns), self.kv_heads, self.rows), size.options,
+            **{name: local[name] for name in names}, earlier_k=earlier.k, earlier_v=earlier.v,
+            earlier_ends=earlier.ends, width=earlier.width, d_earlier_k=dk, d_earlier_v=dv,
+            GROUP=self.heads // self.kv_heads, BLOCK_M=size.rows, BLOCK_N=size.columns,
+            **self.documents.arguments("lengths"),
+        )  # fmt: skip
+        return earlier.gradient(dk, dv)
 
     def walk(self, name: str, kernel: Any, **arguments: Any) -> None:
         """Launches `delta_kernel` or `delta_gradient_kernel`."""
@@ -223,8 +264,9 @@ class Window(ABC):
 
     def tiles(self, kernel: str) -> Tiles:
         """The tiles of a kernel on this device."""
-        packed = self.documents is not NOT_PACKED
-        return tiles(kernel, self.d, self.q.itemsize, generation(self.q.device), packed)
+        packed, sliding = self.documents is not NOT_PACKED, self.earlier is not None
+        device = generation(self.q.device)
+        return tiles(kernel, self.d, self.q.itemsize, device, packed, sliding)
 
 
 def _rows_in_place(x: Tensor) -> Tensor:
