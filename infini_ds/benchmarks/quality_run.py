@@ -23,7 +23,7 @@ from infini_ds.evaluation.by_position import (
     windows_of,
 )
 from infini_ds.evaluation.token_kinds import KINDS
-from infini_ds.inspection.weights import close_gates
+from infini_ds.model.block import memory_ablated
 from infini_ds.model.layers import count_parameters
 from infini_ds.model.memory import Memory
 from infini_ds.model.transformer import InfiniTransformer
@@ -73,12 +73,11 @@ def run_job(job: Job, report: Callable[[Progress], None]) -> dict[str, Any]:
     model, figures = train(job, trained)
     held_out, token_bytes = store.split("held_out"), store.tokenizer.token_bytes
     for way in ways:
-        if way == "ablated":
-            close_gates(model)
-        totals, by_kind = read_documents(
-            model, held_out, plans, job.bins, variant.connected, token_bytes,
-            job.config.train.loss_chunk_tokens, read, job.kinds,
-        )  # fmt: skip
+        with memory_ablated(model.blocks, way == "ablated"):
+            totals, by_kind = read_documents(
+                model, held_out, plans, job.bins, variant.connected, token_bytes,
+                job.config.train.loss_chunk_tokens, read, job.kinds,
+            )  # fmt: skip
         kinds = dict(zip(KINDS, parts_of(by_kind), strict=True))
         figures[way] = {**means(totals), "by_kind": kinds}
     return {"seed": job.config.seed, "parameters": count_parameters(job.config.model), **figures}

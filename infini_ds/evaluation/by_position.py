@@ -36,7 +36,7 @@ def read_documents(
     split: Split,
     plans: list[Plan],
     bins: list[int],
-    memory: bool,
+    connected: bool,
     token_bytes: np.ndarray,
     loss_chunk_tokens: int,
     report: Callable[[Plan], None],
@@ -49,7 +49,7 @@ def read_documents(
         split: holds the documents.
         plans: one pass over the documents, see `held_out_plans`.
         bins: the positions in a document at which bins begin; the first is 0.
-        memory: if False, every segment reads an empty memory.
+        connected: if False, every segment is a document of its own.
         token_bytes: [vocab_size], the bytes of text that each token stands for.
         loss_chunk_tokens: number of tokens whose logits exist at the same time; 0 chooses one that
             suits the device.
@@ -70,7 +70,7 @@ def read_documents(
         flat_kinds = np.concatenate(kinds)
         begins = np.cumsum([0, *map(len, kinds)])
     for plan in plans:
-        windows = windows_of(split, plan, n, memory)
+        windows = windows_of(split, plan, n, connected)
         losses, layers, _ = window_losses(model, windows, layers, loss_chunk_tokens)
         losses = losses.cpu()
         valid = windows.labels >= 0
@@ -89,10 +89,10 @@ def read_documents(
     return Totals(*sums), Totals(*by_kind)
 
 
-def windows_of(split: Split, plan: Plan, segment_length: int, memory: bool) -> Windows:
-    """Returns the windows of all lanes; without `memory`, every segment starts a document."""
+def windows_of(split: Split, plan: Plan, segment_length: int, connected: bool) -> Windows:
+    """Returns the windows of all lanes; unless `connected`, every segment starts a document."""
     windows = read_windows(split, plan, range(len(plan.lengths)), segment_length)
-    if not memory:
+    if not connected:
         windows.layout.starts.fill_(True)
     return windows
 

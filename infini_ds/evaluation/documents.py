@@ -20,6 +20,7 @@ from infini_ds.errors import UserError
 from infini_ds.evaluation import documents_report as report
 from infini_ds.evaluation import results as outcome
 from infini_ds.evaluation.by_position import means, position_bins, read_documents
+from infini_ds.model.block import memory_ablated
 from infini_ds.model.reading import CALL_TOKENS
 from infini_ds.runs.checkpoint import Loaded, state_of
 from infini_ds.runs.export import load_for_command
@@ -90,11 +91,12 @@ def run(
             done += plan.num_tokens
             progress.update(done, plan.num_tokens)
 
-        for name, memory in (("with_memory", True), ("ablated", False)):
-            totals, _ = read_documents(
-                model, split, plans, bins, memory, loaded.tokenizer.token_bytes,
-                reading.loss_chunk_tokens, read,
-            )  # fmt: skip
+        for name, ablated in (("with_memory", False), ("ablated", True)):
+            with memory_ablated(model.blocks, ablated):
+                totals, _ = read_documents(
+                    model, split, plans, bins, True, loaded.tokenizer.token_bytes,
+                    reading.loss_chunk_tokens, read,
+                )  # fmt: skip
             results[name] = means(totals)
         rate = progress.tokens_per_second
     setup = {

@@ -44,7 +44,7 @@ def _table(figures: dict[str, Any]) -> Table:
         title=f"{on['tokens']:,} tokens in {figures['documents']:,} documents, step "
         f"{figures['step']:,}, segments of {figures['segment_length']:,}\n"
         f"perplexity {on['perplexity']:.4f} with memory, {ablated['perplexity']:.4f} ablated",
-        caption="ablated: every segment reads an empty memory; gain: extra bits per byte then",
+        caption="ablated: no token reads the memory; gain: extra bits per byte then",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,

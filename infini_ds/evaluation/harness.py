@@ -24,7 +24,7 @@ from infini_ds.conversion.huggingface import add_tokenizer_code
 from infini_ds.data.tokenizer_base import Tokenizer
 from infini_ds.errors import UserError
 from infini_ds.evaluation.harness_report import LENGTH, figures, table
-from infini_ds.inspection.weights import close_gates
+from infini_ds.model.block import memory_ablated
 from infini_ds.model.generation import Sampling, stream
 from infini_ds.model.reading import call_width
 from infini_ds.model.transformer import InfiniTransformer
@@ -82,7 +82,6 @@ class HarnessModel(TemplateLM):
     """Our model as the harness asks for it.
 
     Args:
-        memory: False reads each segment with an empty memory.
         on_done: called after each example with the number of those that were asked with it.
     """
 
@@ -91,12 +90,11 @@ class HarnessModel(TemplateLM):
         model: InfiniTransformer,
         tokenizer: Tokenizer,
         batch: int,
-        memory: bool,
         on_done: Callable[[int], None],
     ):
         super().__init__()
         self._model, self._codec, self._batch = model, tokenizer, batch
-        self._memory, self._on_done = memory, on_done
+        self._on_done = on_done
 
     @property
     def eot_token_id(self) -> int:
@@ -146,8 +144,8 @@ class HarnessModel(TemplateLM):
         """Returns log-likelihoods, and whether greedy decoding would have written the tokens."""
         results = [(0.0, True)] * len(texts)
         for rows in self._batches([len(text.tokens) for text in texts]):
-            read = self._read if self._memory else self._read_segments
-            for row, hidden in zip(rows, read([texts[row] for row in rows]), strict=True):
+            read = self._read([texts[row] for row in rows])
+            for row, hidden in zip(rows, read, strict=True):
                 text = texts[row]
                 wanted = torch.tensor(text.tokens[text.begin :], device=hidden.device)
                 logits = self._model.logits(hidden).float()
@@ -171,22 +169,6 @@ class HarnessModel(TemplateLM):
             begin += call.shape[1]
         return [torch.cat(parts) for parts in found]
 
-    def _read_segments(self, texts: list[Scored]) -> list[Tensor]:
-        """The same by reading segments alone, of which only the judged ones matter."""
-        n = self._model.config.segment_length
-        found = []
-        for text in texts:
-            first = (text.begin - 1) // n
-            inputs = text.tokens[first * n : -1]
-            segments = [inputs[begin : begin + n] for begin in range(0, len(inputs), n)]
-            parts = []
-            for begin in range(0, len(segments), self._batch):
-                some = segments[begin : begin + self._batch]
-                hidden, _ = self._model.read(self._filled(some), None)
-                parts += [row[: len(segment)] for row, segment in zip(hidden, some, strict=True)]
-            found.append(torch.cat(parts)[text.begin - 1 - first * n :])
-        return found
-
     def _filled(self, rows: list[list[int]]) -> Tensor:
         """Returns rows as a tensor; what fills up the shorter ones follows all that is used."""
         longest = max(map(len, rows))
@@ -194,9 +176,6 @@ class HarnessModel(TemplateLM):
         return torch.tensor(filled, device=next(self._model.parameters()).device)
 
     def _answers(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        n = self._model.config.segment_length
-        if not self._memory:
-            prompts = [prompt[(len(prompt) - 1) // n * n :] for prompt in prompts]
         device = next(self._model.parameters()).device
         known: dict[str, Any] = {**normalize_gen_kwargs(settings, _NEW_TOKENS)}
         sampling = Sampling(
@@ -243,10 +222,10 @@ def run(path: str, step: int | None, options: HarnessOptions, json_path: str | N
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         tasks = _tasks(options, _described(loaded, Path(folder)))
-        for name, memory in (("with_memory", True), ("ablated", False)):
-            if not memory:
-                close_gates(loaded.model)
-            found[name] = _evaluated(loaded, tasks, options, memory, console)
+        for name, ablated in (("with_memory", False), ("ablated", True)):
+            with memory_ablated(loaded.model.blocks, ablated):
+                shown = name.replace("_", " ")
+                found[name] = _evaluated(loaded, tasks, options, shown, console)
     setup = {
         "checkpoint": str(loaded.checkpoint),
         "step": loaded.step,
@@ -322,10 +301,9 @@ def _unavailable(options: HarnessOptions, error: Exception) -> UserError:
 
 
 def _evaluated(
-    loaded: Loaded, tasks: Tasks, options: HarnessOptions, memory: bool, console: Console
+    loaded: Loaded, tasks: Tasks, options: HarnessOptions, name: str, console: Console
 ) -> dict[str, Any]:
     done = 0
-    name = "with memory" if memory else "ablated"
     with ProgressLine(console, "evaluate", 1, *time_left()) as progress:
 
         def one_more(asked: int) -> None:
@@ -333,7 +311,7 @@ def _evaluated(
             done = done % asked + 1  # tasks of another kind are asked after these
             progress.show(done / asked, f"evaluate: {done:,} of {asked:,} requests {name}")
 
-        model = HarnessModel(loaded.model, loaded.tokenizer, options.batch, memory, one_more)
+        model = HarnessModel(loaded.model, loaded.tokenizer, options.batch, one_more)
         try:
             return simple_evaluate(  # type: ignore[return-value]
                 model=model, tasks=tasks.objects, num_fewshot=options.few_shot,

@@ -76,7 +76,7 @@ def table(figures: dict[str, Any]) -> Table:
         title=f"lm-evaluation-harness {figures['harness']}, step {figures['step']:,}, segments of "
         f"{figures['segment_length']:,}",
         caption=("in brackets the standard error; " if errors else "")
-        + "ablated: every segment reads an empty memory",
+        + "ablated: no token reads the memory",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,

@@ -65,8 +65,8 @@ class HeldOut:
         if not self._corpora:
             return {}
         figures = {}
-        for title, memory in (("held_out", True), ("held_out_without_memory", False)):
-            totals = self._read(memory)
+        for title, ablated in (("held_out", False), ("held_out_without_memory", True)):
+            totals = self._read(ablated)
             parts = dict(zip(self._corpora, totals, strict=True)) | {"": totals.sum(dim=0)}
             for name, part in parts.items():
                 for key, value in _quality(part)._asdict().items():
@@ -78,27 +78,21 @@ class HeldOut:
             figures[figure_name("held_out_unigram", name, "bits_per_byte")] = value
         return figures
 
-    def _read(self, memory: bool) -> Tensor:
-        """Sums losses, tokens and bytes of text for each corpus: [corpora, 3], on the CPU.
-
-        Args:
-            memory: if False, the memory is ablated: every segment reads an empty one.
-        """
+    def _read(self, ablated: bool) -> Tensor:
+        """Sums losses, tokens and bytes of text for each corpus: [corpora, 3], on the CPU."""
         engine = self._engine
         totals = torch.zeros(len(self._corpora), 3, dtype=torch.float64, device=engine.device)
         for corpus, sums in zip(self._corpora.values(), totals, strict=True):
             memories = engine.empty_memories()
             for plan in corpus.plans:
-                read = self._reader(corpus.split, plan, memory, sums)
-                sums[0] += engine.evaluate_window(read, memories)
+                read = self._reader(corpus.split, plan, sums)
+                sums[0] += engine.evaluate_window(read, memories, ablated)
         return engine.all_sum(totals).cpu()
 
-    def _reader(self, split: Split, plan: Plan, memory: bool, sums: Tensor):
+    def _reader(self, split: Split, plan: Plan, sums: Tensor):
         def read(micro_batch: int) -> Windows:
             lanes = self._engine.lanes_of(micro_batch)
             windows = read_windows(split, plan, lanes, self._segment_length)
-            if not memory:
-                windows.layout.starts.fill_(True)
             if self._engine.counts_labels:
                 labels = windows.labels[windows.labels >= 0]
                 sums[1] += len(labels)

@@ -1,9 +1,9 @@
 """Groups the weights of a checkpoint or an export by their purpose."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from infini_ds.config import LARGEST_GATE, ModelConfig
+from infini_ds.config import ModelConfig
 from infini_ds.model.layers import layer_list
 
 _INSIDE = {
@@ -41,14 +41,6 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 def is_gate(name: str) -> bool:
     """Whether a parameter holds the gates of a layer."""
     return name.endswith(".self_attn.beta")
-
-
-@torch.no_grad()
-def close_gates(model: nn.Module) -> None:
-    """Leaves local attention alone, with all that it sees: nothing of the memory is read."""
-    for name, parameter in model.named_parameters():
-        if is_gate(name):
-            parameter.fill_(-LARGEST_GATE)
 
 
 def gates(weights: dict[str, Tensor]) -> list[list[float]]:

@@ -88,6 +88,8 @@ class InfiniAttention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.has_memory = bool(config.memory_layers)
+        self.ablated = False
+        """Whether nothing reads or writes the memory, see `block.memory_ablated`."""
         gate = config.gate_init if self.has_memory else -LARGEST_GATE
         self.beta = nn.Parameter(torch.full((config.num_heads,), gate))
         channels = heads * config.head_dim
@@ -175,7 +177,7 @@ class InfiniAttention(nn.Module):
         rule, state = self.config.memory_rule, memory.compressed()
         rotary = self._rotary_table(qkv.device, n)
         with _without_autocast(qkv.device):
-            if self.has_memory:
+            if self.has_memory and not self.ablated:
                 inputs = Inputs(q, k, v, w, state, layout, self.beta, rule, rotary, previous)
                 out, memory = infini_attention(inputs, exchange)
             else:
@@ -238,14 +240,15 @@ class InfiniAttention(nn.Module):
                 enable_gqa=self.config.num_heads != self.config.kv_heads,
             )
             out = rearrange(a_dot, "b h t d -> b 1 t h d")
-            if self.has_memory:
+            if self.has_memory and not self.ablated:
                 out = read_and_mix(out, q[:, None], states, self.beta, self.config.memory_rule)
         out = self.o_proj(rearrange(out, "b 1 t h d -> b t (h d)"))
         return out, OpenSegment(keys, values, weights, tail), stats
 
     def close(self, memory: MemoryState, segment: OpenSegment) -> MemoryState:
         """Writes a full segment into the memory."""
-        after = self._written(memory.compressed(), segment) if self.has_memory else memory
+        writes = self.has_memory and not self.ablated
+        after = self._written(memory.compressed(), segment) if writes else memory
         window = memory.window
         if window is not None:
             window = torch.cat((segment.keys, segment.values), dim=2).to(window.dtype)

@@ -1,6 +1,7 @@
 """One Transformer block, a pure function of hidden states, layout and memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -156,3 +157,22 @@ def _checkpoint(
 
     # No layer draws random numbers, so the generator's state need not be kept.
     return checkpoint(call, hidden, layout, memory, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def memory_ablated(blocks: Iterable[nn.Module], ablated: bool = True) -> Iterator[None]:
+    """Keeps blocks from their memories: all tokens attend locally alone, as far as a sliding window
+    and the convolution let them see.
+
+    Args:
+        ablated: if False, nothing changes.
+    """
+    parts = (part for block in blocks for part in block.modules())
+    layers = [part for part in parts if isinstance(part, InfiniAttention)]
+    for layer in layers:
+        layer.ablated = ablated
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ablated = False

@@ -135,8 +135,14 @@ class Engine(Protocol):
         """Returns the memories of lanes that have read nothing, for `evaluate_window`."""
         ...
 
-    def evaluate_window(self, read: WindowsOf, memories: LaneMemory) -> Tensor:
-        """Sums this rank's losses on one window of every lane, in fp64; see `all_sum`."""
+    def evaluate_window(
+        self, read: WindowsOf, memories: LaneMemory, ablated: bool = False
+    ) -> Tensor:
+        """Sums this rank's losses on one window of every lane, in fp64; see `all_sum`.
+
+        Args:
+            ablated: whether no token reads the memory, see `block.memory_ablated`.
+        """
         ...
 
     def generate(

@@ -13,9 +13,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from infini_ds import cli
-from infini_ds.config import MemoryConfig
+from infini_ds.config import LARGEST_GATE, MemoryConfig
 from infini_ds.evaluation.harness import HarnessModel
-from infini_ds.inspection.weights import close_gates
+from infini_ds.inspection.weights import is_gate
+from infini_ds.model.block import memory_ablated
 from infini_ds.runs.export import load_model
 from tests.conversion.test_to_hf import N, make_export
 from tests.pages import blocks
@@ -87,11 +88,9 @@ GREEDY = {"until": ["\n\n", "0x"], "max_gen_toks": 40, "do_sample": False}
 OPEN = requests("generate_until", [(question(number), GREEDY) for number in range(7)])
 
 
-def ours(place: Path, memory: bool = True) -> HarnessModel:
+def ours(place: Path) -> HarnessModel:
     loaded = load_model(place / "export")
-    if not memory:
-        close_gates(loaded.model)
-    return HarnessModel(loaded.model, loaded.tokenizer, 3, memory, lambda asked: None)
+    return HarnessModel(loaded.model, loaded.tokenizer, 3, lambda asked: None)
 
 
 def theirs(place: Path, batch: int, **options) -> HFLM:
@@ -129,20 +128,25 @@ def test_likelihoods_are_those_of_the_logits(place):
         assert greedy == all(int(scores[place - 1].argmax()) == whole[place] for place in judged)
 
 
-def test_ablated_reads_each_segment_alone(place):
-    model = ours(place, memory=False)
-    (likelihood,) = model.loglikelihood_rolling(TEXTS[-1:])
-    tokens = model.tok_encode(TEXTS[-1].args[0])
+def test_ablated_attends_locally_alone(place):
+    """The sliding window and the convolution see what they always see."""
+    model = ours(place)
+    text = TEXTS[-1]
+    tokens = model.tok_encode(text.args[0])
     assert len(tokens) > 4 * N
-    expected = 0.0
-    for begin in range(0, len(tokens) - 1, N):
-        inputs = tokens[begin : begin + N]
-        with torch.no_grad():
-            scores = model._model(torch.tensor([inputs])).logits[0].log_softmax(dim=-1)
-        labels = tokens[begin + 1 : begin + N + 1]
-        expected += sum(float(row[label]) for row, label in zip(scores, labels, strict=False))
-    assert likelihood == pytest.approx(expected, abs=1e-3)
-    assert abs(likelihood - ours(place).loglikelihood_rolling(TEXTS[-1:])[0]) > 0.1
+    (on,) = model.loglikelihood_rolling([text])
+    with memory_ablated(model._model.blocks):
+        (ablated,) = model.loglikelihood_rolling([text])
+        (written,) = model.generate_until(OPEN[-1:])
+    assert abs(ablated - on) > 0.1
+    with torch.no_grad():
+        for name, parameter in model._model.named_parameters():
+            if is_gate(name):
+                parameter.fill_(-LARGEST_GATE)
+        scores = model._model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(dim=-1)
+    expected = sum(float(row[label]) for row, label in zip(scores, tokens[1:], strict=True))
+    assert ablated == pytest.approx(expected, abs=1e-3)
+    assert model.generate_until(OPEN[-1:]) == [written]
 
 
 def evaluate(place: Path, *options: str) -> int:

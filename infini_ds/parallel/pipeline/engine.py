@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from infini_ds.config import ModelConfig, RunConfig
 from infini_ds.data.windows import Windows, answers_right
 from infini_ds.memory import MemoryState
+from infini_ds.model.block import memory_ablated
 from infini_ds.model.optimizer import set_learning_rate
 from infini_ds.model.write_gate import WriteStats, write_penalty
 from infini_ds.parallel.contact import settle
@@ -188,12 +189,15 @@ class InfiniEngine(States):
         self._clear_lanes(starts)
 
     @torch.no_grad()
-    def evaluate_window(self, read: WindowsOf, memories: LaneMemory) -> Tensor:
-        """Sums this rank's losses on one window of every lane; 0 before the last stage."""
+    def evaluate_window(
+        self, read: WindowsOf, memories: LaneMemory, ablated: bool = False
+    ) -> Tensor:
+        """See `Engine`; the sum is 0 before the last stage."""
         self.module.eval()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         schedule = evaluation_schedule(self.micro_batches, self._train.chunks)
-        self._run(schedule, read, memories, None)
+        with memory_ablated(self.module.blocks, ablated):
+            self._run(schedule, read, memories, None)
         return self._loss_sum
 
     def generate(
