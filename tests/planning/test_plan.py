@@ -81,7 +81,7 @@ def test_engines_are_the_longest_pipeline_and_one_stage_with_each_zero():
     assert alone[0].device > alone[1].device
     assert [stage.sent for stage in alone] == [0, 0, 0]
     # Two micro-batches of one window each, over four ranks: gradients of 4 bytes, weights of 2.
-    numbers = alone[0].needs.parameters * 3 // 4
+    numbers = alone[0].needs.parameters * 3 / 4
     expected = [(8 + 2) * numbers, (2 * 4 + 2) * numbers, (2 * 4 + 2 * 2 * 2) * numbers]
     assert [stage.reduced for stage in alone] == pytest.approx(expected, rel=1e-6)
     limited = engines(settings, 4, alone[2].device - 1)
