@@ -84,13 +84,15 @@ def contestants(models: Models, segments: int) -> list[Contestant]:
     """Returns steps through one window and, last, one of the large model through many windows."""
     block, large, paper = models
     peer = peer_config(paper)
+    sliding = large.model_copy(update={"use_sliding_window": True})
     one_block = 3 * forward_flops_per_token(block)[1]
     steps = [
         Contestant("one block of 8B", block, one_block, segments, _block_step),
         *(
             Contestant(name, config, training_flops_per_token(config), segments, _model_step)
             for name, config in (
-                ("infini_1b", large), ("infini_paper", paper), ("infini_paper as the peer's", peer)
+                ("infini_1b", large), ("infini_1b, sliding window", sliding),
+                ("infini_paper", paper), ("infini_paper as the peer's", peer),
             )
         ),
     ]  # fmt: skip
