@@ -13,9 +13,6 @@ from infini_ds.memory.state import MemoryState
 
 KEY_EPSILON = 1e-6
 """Added to the square of the length of a key's features, by which they are divided."""
-CHUNK = 32
-"""Number of tokens whose triangular system is solved at once. On a CPU 32 are faster than 16 or 64
-with heads of 128."""
 READ_EPSILON = 1e-3
 """Added to the mean square of a read, by whose root it is divided. Values have mean squares of
 about 0.1, so that a key for which nothing is stored reads little."""
@@ -37,6 +34,9 @@ class GatedDelta(MemoryRule):
     divides = False
     shifts = 0
     """Those of DPFP; 0: features are the direction of keys."""
+    chunk = 32
+    """Number of tokens whose triangular system is solved at once, the fastest of powers of two on a
+    CPU with heads of 128."""
 
     def feature_size(self, head_dim: int) -> int:
         return 2 * head_dim * self.shifts or head_dim
@@ -67,13 +67,13 @@ class GatedDelta(MemoryRule):
     def write_flops(self, head_dim: int, n: int) -> int:
         """Of a chunk, V - K M, K K^T, T (V - K M), and what K^T makes of that."""
         size = self.feature_size(head_dim)
-        return 2 * (min(CHUNK, n) * (size + head_dim) + 2 * size * head_dim)
+        return 2 * (min(self.chunk, n) * (size + head_dim) + 2 * size * head_dim)
 
     def map_flops(self, head_dim: int, n: int, segments: int, ranks: int) -> int:
         """Chunks walk with a map that has as many more columns as there are features, and each
         part's A multiplies the memory once."""
         size = self.feature_size(head_dim)
-        more = segments * n * 2 * size * (min(CHUNK, n) + 2 * size)
+        more = segments * n * 2 * size * (min(self.chunk, n) + 2 * size)
         return more + 2 * size**2 * head_dim * ranks
 
     def handed_on(self, kv_heads: int, head_dim: int) -> int:
@@ -93,6 +93,7 @@ class GatedDeltaDPFP(GatedDelta):
 
     name = "gated_delta_dpfp"
     shifts = 3
+    chunk = 64
 
 
 def products(positive: Tensor, shifts: int) -> Tensor:

@@ -87,12 +87,12 @@ class GatedDeltaChanges(RemovingChanges):
         self.added_norm = weight.new_empty(*k.shape[:2], k.shape[3], 0)
 
     def states(self, kv: Tensor, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        return chunk_walk(*self._tokens, kv, starts, self.rule.shifts)
+        return chunk_walk(*self._tokens, kv, starts, self.rule)
 
     def maps(self, norm: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         batch, _, _, kv_heads, d = self._tokens[0].shape
         incoming = unchanged(batch, kv_heads, self.rule.feature_size(d), d, starts.device)
-        return chunk_walk(*self._tokens, incoming, starts, self.rule.shifts)
+        return chunk_walk(*self._tokens, incoming, starts, self.rule)
 
 
 class GatedDeltaDPFPChanges(GatedDeltaChanges):

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infini_ds.kernels.infini_attention.unit_features import unit_features
-from infini_ds.memory.gated_delta import CHUNK
+from infini_ds.memory.gated_delta import GatedDelta
 
 WALKED = 2**19
 """How many numbers of a segment's keys to process at a time on a CPU, at least one head's."""
 
 
 def chunk_walk(
-    k: Tensor, v: Tensor, weight: Tensor, incoming: Tensor, starts: Tensor, shifts: int
+    k: Tensor, v: Tensor, weight: Tensor, incoming: Tensor, starts: Tensor, rule: GatedDelta
 ) -> tuple[Tensor, Tensor]:
     """Computes the state that each segment finds and the state after the last one, in fp32.
 
@@ -34,17 +34,17 @@ def chunk_walk(
             e of at least d. Values are written to its first d columns; from the others tokens only
             remove.
         starts: [batch, segments], where a document begins, and the state is 0.
-        shifts: see `unit_features`.
+        rule: gives the features and the chunks.
 
     Returns:
         [batch, segments, kv_heads, f, e] and [batch, kv_heads, f, e].
     """
-    return _ChunkWalk.apply(k, v, weight, incoming, starts, shifts)  # type: ignore[return-value]
+    return _ChunkWalk.apply(k, v, weight, incoming, starts, rule)  # type: ignore[return-value]
 
 
 class _ChunkWalk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k, v, weight, incoming, starts, shifts):
+    def forward(ctx, k, v, weight, incoming, starts, rule):
         states = incoming.new_empty(k.shape[0], k.shape[1], *incoming.shape[1:])
         final = torch.empty_like(incoming)
         for heads in _head_groups(k, incoming):
@@ -53,10 +53,10 @@ class _ChunkWalk(torch.autograd.Function):
                 state = state.masked_fill(begin[:, None, None, None], 0)
                 states[:, s, heads] = state
                 own = (x[:, s, :, heads] for x in (k, v, weight))
-                state = _Chunks(*own, width=state.shape[-1], shifts=shifts).walk(state)
+                state = _Chunks(*own, width=state.shape[-1], rule=rule).walk(state)
             final[:, heads] = state
         ctx.save_for_backward(k, v, weight, states, starts)
-        ctx.shifts = shifts
+        ctx.rule = rule
         return states, final
 
     @staticmethod
@@ -68,7 +68,7 @@ class _ChunkWalk(torch.autograd.Function):
             d_state = d_final[:, heads]
             for s, begin in reversed([*enumerate(starts.unbind(1))]):
                 own = (x[:, s, :, heads] for x in (k, v, weight))
-                chunks = _Chunks(*own, width=d_state.shape[-1], shifts=ctx.shifts)
+                chunks = _Chunks(*own, width=d_state.shape[-1], rule=ctx.rule)
                 d_state, *found = chunks.walk_back(states[:, s, heads], d_state)
                 for x, gradient in zip((dk, dv, d_weight), found, strict=True):
                     x[:, s, :, heads] = gradient
@@ -95,12 +95,12 @@ class _Chunks:
         k, v: [batch, n, heads, d].
         weight: [batch, n, heads].
         width: e, the columns of states.
-        shifts: see `unit_features`.
+        rule: gives the features and the chunks.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, weight: Tensor, width: int, shifts: int):
-        self._shape = k.shape
-        self._k, self._weight = unit_features(self._chunked(k), shifts), self._chunked(weight)
+    def __init__(self, k: Tensor, v: Tensor, weight: Tensor, width: int, rule: GatedDelta):
+        self._shape, self._chunk = k.shape, rule.chunk
+        self._k, self._weight = unit_features(self._chunked(k), rule.shifts), self._chunked(weight)
         self._values = self._chunked(v)  # [c, r, t, e]
         if width > v.shape[-1]:
             self._values = F.pad(self._values, (0, width - v.shape[-1]))
@@ -155,7 +155,7 @@ class _Chunks:
     def _chunked(self, x: Tensor) -> Tensor:
         """[batch, n, heads, ...] as [c, r, t, ...] in fp32."""
         n = x.shape[1]
-        chunks = -(-n // CHUNK)
+        chunks = -(-n // self._chunk)
         x = x.float()
         if missing := -n % chunks:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
