@@ -3,6 +3,7 @@
 import builtins
 import json
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,17 @@ def wandb_records(path: Path) -> list:
     return found
 
 
+def whole_records(path: Path, limit: float = 60) -> list:
+    """Waits for the record of the exit: wandb's own process may still write when a run is over."""
+    ends = time.monotonic() + limit
+    while True:
+        records = wandb_records(path)
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < ends, f"{path}: no exit after {limit:g} s"
+        time.sleep(0.1)
+
+
 def history(records: list) -> list[dict]:
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
     return [
@@ -59,7 +71,7 @@ def test_wandb_gets_everything_and_is_resumed(tmp_path, monkeypatch):
         monitor.close()
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
-    both = [wandb_records(path) for path in files]
+    both = [whole_records(path) for path in files]
     runs = [record.run for records in both for record in records if record.HasField("run")]
     assert len({run.run_id for run in runs}) == 1
     assert {(run.project, run.entity, run.display_name) for run in runs} == {
