@@ -126,7 +126,7 @@ PARTS = {
     "correct": (["0"], {"correct": 1}),
     "bench": ([], {"rates": 1, "call": 9, "kernels": 6}),
     "sdpa": ([], {"sdpa": 1}),
-    "models": ([], {"models": 5}),
+    "models": ([], {"models": 6}),
     "sweep": ([], {"document": 2, "full": 1}),
     "million": ([], {"full": 1}),
     "tiles": ([], {"tile": 2 * CANDIDATES, "tiles": 2 * len(tiles.CANDIDATES)}),

@@ -173,7 +173,7 @@ def test_operations_are_those_of_the_products(rule, segments, ranks):
             "linear": 2 * d * (d + 1),
             "delta": 4 * d * (d + 1),
             "gated_delta": 2 * d * (2 * 32 + 2 * d),
-            "gated_delta_dpfp": 2 * (32 * 7 * d + 12 * d**2),
+            "gated_delta_dpfp": 2 * (64 * 7 * d + 12 * d**2),
         }[rule]
     )
     assert sharing_flops(model, segments, ranks, twice=True) == once + writes
