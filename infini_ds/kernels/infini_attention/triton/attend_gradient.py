@@ -218,18 +218,11 @@ def key_gradient_kernel(
         own_ends = tl.load(ends + segment * n + columns, mask=inside, other=0)
         length = tl.load(lengths + segment)
         last = tl.load(ends + segment * n + tl.minimum(first + BLOCK_N, n) - 1)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        gate = gate_of(beta, head, own_norm)
-        row_at = (segment * kv_heads * GROUP + head) * padded_n
-        own_q = rotated_q + (segment * kv_heads * GROUP + head) * n * D
-        own_gradient = d_out + (segment * n * kv_heads * GROUP + head) * D
-        gradient_row = kv_heads * GROUP * D
-        d_turned, d_values = gradient_of_keys(
-            own_q, keys, values, own_gradient, gradient_row, log_sum + row_at, along + row_at,
-            gate, columns, own_ends, length, first, last, n, scale, d_turned, d_values, True,
-            PACKED, D, BLOCK_M,
-        )  # fmt: skip
+    d_turned, d_values = gradient_of_group(
+        rotated_q, keys, values, d_out, log_sum, along, beta, own_norm, segment, kv_head, kv_heads,
+        columns, own_ends, length, first, last, n, padded_n, scale, d_turned, d_values, GROUP, True,
+        PACKED, D, BLOCK_M,
+    )  # fmt: skip
     tl.store(dv + places, d_values.to(values.dtype), mask=inside[:, None])
     positions = positions_of(begins, segment, columns, n, PACKED)
     own_cos = load_rotary(cos, positions, n, D // 2)
@@ -285,22 +278,60 @@ def earlier_gradient_kernel(
         length = tl.load(lengths + segment)
     d_values = tl.zeros((BLOCK_N, D), tl.float32)
     d_turned = tl.zeros((BLOCK_N, D), tl.float32)
+    d_turned, d_values = gradient_of_group(
+        rotated_q, keys, values, d_out, log_sum, along, beta, own_norm, segment, kv_head, kv_heads,
+        columns, ends, length, 0, last, n, padded_n, scale, d_turned, d_values, GROUP, False, True,
+        D, BLOCK_M,
+    )  # fmt: skip
+    places, inside = tile(at * width * D, columns, D, D), columns < width
+    d_keys = d_turned * (scale * LN_2)
+    tl.store(d_earlier_k + places, d_keys.to(keys.dtype), mask=inside[:, None])
+    tl.store(d_earlier_v + places, d_values.to(values.dtype), mask=inside[:, None])
+
+
+@triton.jit
+def gradient_of_group(
+    rotated_q,
+    keys,
+    values,
+    d_out,
+    log_sum,
+    along,
+    beta,
+    norm,
+    segment,
+    kv_head,
+    kv_heads,
+    columns,
+    ends,
+    length,
+    first,
+    last,
+    n,
+    padded_n,
+    scale,
+    d_turned,
+    d_values,
+    GROUP: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ENDS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Adds what `gradient_of_keys` does for each of the GROUP heads of a key-value head."""
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        gate = gate_of(beta, head, own_norm)
+        gate = gate_of(beta, head, norm)
         row_at = (segment * kv_heads * GROUP + head) * padded_n
         own_q = rotated_q + (segment * kv_heads * GROUP + head) * n * D
         own_gradient = d_out + (segment * n * kv_heads * GROUP + head) * D
         gradient_row = kv_heads * GROUP * D
         d_turned, d_values = gradient_of_keys(
             own_q, keys, values, own_gradient, gradient_row, log_sum + row_at, along + row_at,
-            gate, columns, ends, length, 0, last, n, scale, d_turned, d_values, False, True, D,
-            BLOCK_M,
+            gate, columns, ends, length, first, last, n, scale, d_turned, d_values, DIAGONAL, ENDS,
+            D, BLOCK_M,
         )  # fmt: skip
-    places, inside = tile(at * width * D, columns, D, D), columns < width
-    d_keys = d_turned * (scale * LN_2)
-    tl.store(d_earlier_k + places, d_keys.to(keys.dtype), mask=inside[:, None])
-    tl.store(d_earlier_v + places, d_values.to(values.dtype), mask=inside[:, None])
+    return d_turned, d_values
 
 
 @triton.jit
